@@ -1,0 +1,262 @@
+"""The command line: `align VERB …`, or `python -m align VERB …`. Imports nothing heavy before a verb needs it."""
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from align import processes
+from align.errors import AlignError, InputError
+from align.failure_note import is_noted, note_failure
+from align.launch import Launch, launch_stage, run_recipe
+from align.plan import make_plan
+from align.recipe import Recipe, load_recipe
+from align.stages import all_stages
+
+INTERRUPTED = 130
+ALL = "all"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a verb; returns the exit code: 0 done, 2 bad input, 1 a failure of ours, 130 interrupted."""
+    try:
+        options = _parser().parse_args(arguments)
+        return int(options.run(options) or 0)
+    except AlignError as error:
+        if os.environ.get("ALIGN_DEBUG"):
+            traceback.print_exc()
+        if not note_failure(error):
+            rank = f"process {processes.rank()}: " if processes.world_size() > 1 else ""
+            print(f"{rank}{error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="align", description="RLHF and Constitutional AI, from a recipe to a model.")
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+    _add_run(verbs)
+    _add_recipe_verbs(verbs)
+    _add_constitution(verbs)
+    _add_looking(verbs)
+    return parser
+
+
+def _add_run(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    run = verbs.add_parser(
+        "run",
+        help="run whatever of a recipe is not up to date, or one stage in this process",
+        description="`align run RECIPE` runs every stage that is not up to date; `align run STAGE --recipe RECIPE` "
+        "runs one in this process, as `accelerate launch -m align run STAGE --recipe RECIPE` does in each of several.",
+    )
+    run.add_argument("target", metavar="RECIPE|STAGE", help=f"a recipe, or one of: {', '.join(all_stages())}")
+    _add_recipe_options(run)
+    _add_launch_options(run)
+    run.set_defaults(run=_run)
+
+    launch = verbs.add_parser("launch", help="print and run the command that runs a stage in one process or several")
+    launch.add_argument("target", metavar=f"STAGE|{ALL}")
+    _add_recipe_options(launch)
+    _add_launch_options(launch)
+    launch.set_defaults(run=_launch)
+
+
+def _add_recipe_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    for name, run, text in (
+        ("plan", _plan, "what of a recipe is done, what is stale and why, and what comes next"),
+        ("report", _report, "the table that `evaluate` made, and where the models are"),
+    ):
+        verb = verbs.add_parser(name, help=text, description=text)
+        verb.add_argument("target", metavar="RECIPE")
+        _add_recipe_options(verb)
+        verb.set_defaults(run=run)
+    # No help: the Makefile's own.
+    rules = verbs.add_parser("make-rules")
+    rules.add_argument("target", metavar="RECIPE")
+    rules.add_argument("--output", type=Path, required=True)
+    _add_recipe_options(rules)
+    rules.set_defaults(run=_make_rules)
+
+
+def _add_constitution(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    constitution = verbs.add_parser("constitution", help="check or show constitutions")
+    kinds = constitution.add_subparsers(metavar="check|show", required=True)
+    check = kinds.add_parser("check", help="say what files hold, or every fault of theirs")
+    check.add_argument("files", metavar="FILE", nargs="+")
+    check.set_defaults(run=_check_constitutions)
+    show = kinds.add_parser("show", help="print a constitution as it stands after `extends`")
+    show.add_argument("file", metavar="FILE")
+    show.set_defaults(run=_show_constitution)
+
+
+def _add_looking(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    chat = verbs.add_parser("chat", help="talk to a model")
+    chat.add_argument("model", metavar="MODEL", help="a model, or the folder of a stage that made one")
+    chat.add_argument("--system", metavar="TEXT", help="system prompt")
+    chat.add_argument("--max-new-tokens", type=int, default=512)
+    chat.add_argument("--temperature", type=float, default=0.7, help="0 takes the likeliest token (default: 0.7)")
+    chat.add_argument("--seed", type=int)
+    chat.set_defaults(run=_chat)
+
+    compare = verbs.add_parser("compare-runs", help="completions and figures of two evaluated runs, side by side")
+    compare.add_argument("run_a", metavar="RUN_A", type=Path)
+    compare.add_argument("run_b", metavar="RUN_B", type=Path)
+    compare.add_argument("--limit", type=int, default=5, help="prompts whose completions are shown (default: 5)")
+    compare.add_argument("--null", metavar="RUN", type=Path, help="a run that should not differ from RUN_A")
+    compare.add_argument("--html", metavar="FILE", type=Path, help="write the comparison as a page too")
+    compare.set_defaults(run=_compare_runs)
+
+
+def _add_recipe_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--recipe", metavar="RECIPE", help="the recipe, where the first argument is a stage")
+    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="change a key of the recipe")
+    parser.add_argument("--constitution", metavar="FILE", help="short for --set constitution=FILE")
+
+
+def _add_launch_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--nproc", metavar="N", type=_positive, help="processes a stage runs in")
+    parser.add_argument("--accelerate-config", metavar="FILE", type=Path, help="such as recipes/accelerate/fsdp2.yaml")
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or not int(text):
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text}")
+    return int(text)
+
+
+def _recipe(options: argparse.Namespace, path: str | None) -> Recipe:
+    if path is None:
+        raise InputError("which recipe? Add --recipe FILE, such as --recipe recipes/quickstart.yaml")
+    chosen = [f"constitution={options.constitution}"] if options.constitution else []
+    return load_recipe(path, [*options.set, *chosen])
+
+
+def _launch_of(options: argparse.Namespace) -> Launch:
+    return Launch(options.nproc, options.accelerate_config)
+
+
+def _run(options: argparse.Namespace) -> int:
+    launch = _launch_of(options)
+    if options.target not in all_stages():
+        return _run_recipe(options, options.recipe if options.target == ALL else _only_recipe(options), launch)
+    recipe = _recipe(options, options.recipe)
+    if launch.processes > 1 or launch.config:
+        return launch_stage(recipe, options.target, launch)
+    from align.runner import run_stage
+
+    run_stage(recipe, options.target)
+    return 0
+
+
+def _only_recipe(options: argparse.Namespace) -> str:
+    """The first argument as a recipe."""
+    target = str(options.target)
+    if options.recipe is None and Path(target).suffix in {".yaml", ".yml"}:
+        return target
+    raise InputError(
+        f"align run {target}: no such stage; there are {', '.join(all_stages())}. "
+        "For a whole recipe: align run FILE.yaml"
+    )
+
+
+def _launch(options: argparse.Namespace) -> int:
+    if options.target == ALL:
+        return _run_recipe(options, options.recipe, _launch_of(options))
+    return launch_stage(_recipe(options, options.recipe), options.target, _launch_of(options))
+
+
+def _run_recipe(options: argparse.Namespace, path: str | None, launch: Launch) -> int:
+    recipe = _recipe(options, path)
+    evaluated_before = "evaluate" not in recipe.settings or make_plan(recipe)["evaluate"].is_done
+    code = run_recipe(recipe, launch)
+    # evaluate shows the results itself when it runs.
+    if code == 0 and evaluated_before:
+        _print_results(recipe)
+    return code
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from align.plan_view import print_plan
+
+    print_plan(_recipe(options, options.target), Console())
+
+
+def _report(options: argparse.Namespace) -> None:
+    _print_results(_recipe(options, options.target))
+
+
+def _print_results(recipe: Recipe) -> None:
+    """The report where the recipe evaluates, and the folder of every stage otherwise."""
+    if "evaluate" in recipe.settings:
+        from align.report import print_published_report
+
+        print_published_report(recipe.directory("evaluate"))
+        return
+    for stage in recipe.settings:
+        print(f"{stage:>8}  {recipe.directory(stage)}")
+
+
+def _make_rules(options: argparse.Namespace) -> None:
+    from align.make_rules import write_rules
+
+    write_rules(_recipe(options, options.target), options.output)
+
+
+def _check_constitutions(options: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from align.constitution_view import check_constitutions
+
+    check_constitutions(options.files, Console())
+
+
+def _show_constitution(options: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from align.constitution_view import show_constitution
+
+    show_constitution(options.file, Console())
+
+
+def _chat(options: argparse.Namespace) -> None:
+    from align.chat import chat
+
+    chat(
+        options.model,
+        system_prompt=options.system,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        seed=options.seed,
+    )
+
+
+def _compare_runs(options: argparse.Namespace) -> None:
+    from align.compare_runs import main as compare
+
+    compare(options.run_a, options.run_b, limit=options.limit, html=options.html, null=options.null)
+
+
+def end() -> None:
+    """Run, and end this process with the exit code; at once where it is one of several, which would wait for it."""
+    try:
+        code = main()
+    except Exception:
+        if is_noted():
+            code = 1
+        else:
+            raise
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code and processes.world_size() > 1:
+        os._exit(code)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    end()

@@ -1,0 +1,169 @@
+"""Run directories, journals and manifests: how a stage's results reach the disk whole or not at all.
+
+A stage works in `<run>/.partial/<stage>-<fingerprint>/`, which survives a kill, and is published by one rename to
+`<run>/<stage>/` once its `manifest.json` has been written there last. A folder with a manifest is complete.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from align.errors import InputError
+from align.records import digest
+
+MANIFEST = "manifest.json"
+PARTIAL = ".partial"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a stage read, did and wrote.
+
+    `fingerprint` is the digest of the recipe slice and the inputs; `outputs` maps each file to its SHA-256;
+    `counts` and `figures` are the stage's own numbers; `processes` how many ranks made it; `environment` the versions.
+    """
+
+    stage: str
+    fingerprint: str
+    settings: dict[str, Any]
+    inputs: dict[str, str]
+    outputs: dict[str, str]
+    counts: dict[str, int] = field(default_factory=dict)
+    figures: dict[str, Any] = field(default_factory=dict)
+    processes: int = 1
+    seconds: float = 0.0
+    environment: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def content_digest(self) -> str:
+        """Identity of the outputs alone: equal for two runs that made the same bytes."""
+        return digest(self.outputs)
+
+
+def read_manifest(directory: Path) -> Manifest | None:
+    """The manifest of a published stage, or None where the stage has not been published."""
+    path = directory / MANIFEST
+    try:
+        return Manifest(**json.loads(path.read_text(encoding="utf-8")))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (json.JSONDecodeError, TypeError) as error:
+        raise InputError(f"{path}: not a manifest of this version ({error}); remove {directory} to make it again") from None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that a reader sees the old file or the new one, never half of one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def write_json_if_changed(path: Path, value: Any) -> bool:
+    """`write_json`, leaving the file and its time alone where it says the same already; returns whether it wrote."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True) + "\n"
+    if path.exists() and path.read_text(encoding="utf-8") == text:
+        return False
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, value)
+    return True
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def output_digests(directory: Path, outputs: Iterable[str]) -> dict[str, str]:
+    """SHA-256 of each output, folders expanded to their files; keys are paths relative to `directory`."""
+    digests: dict[str, str] = {}
+    for name in outputs:
+        path = directory / name
+        files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+        digests.update({str(file.relative_to(directory)): file_digest(file) for file in files})
+    return digests
+
+
+def partial_directory(run: Path, stage: str, fingerprint: str) -> Path:
+    """Where a stage works until it is published; made if missing, and those of other fingerprints removed."""
+    directory = run / PARTIAL / f"{stage}-{fingerprint}"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"{run}: cannot be written ({error.strerror}); choose another place with `output:` in the recipe "
+            "or --set output=DIR"
+        ) from None
+    for stale in directory.parent.glob(f"{stage}-*"):
+        if stale != directory:
+            shutil.rmtree(stale, ignore_errors=True)
+    return directory
+
+
+def publish(partial: Path, final: Path, manifest: Manifest) -> None:
+    """Write the manifest into the partial folder and move the folder into place, replacing an earlier result."""
+    write_json(partial / MANIFEST, manifest.__dict__)
+    retired = final.with_name(f".{final.name}.old")
+    shutil.rmtree(retired, ignore_errors=True)
+    if final.exists():
+        os.replace(final, retired)
+    os.replace(partial, final)
+    shutil.rmtree(retired, ignore_errors=True)
+
+
+class Journal:
+    """An append-only JSONL file of finished rows, keyed by `id`, that a kill cannot corrupt.
+
+    Opening it reads what is there, drops a last line that a kill cut short, and keeps the first row of each id. Each
+    process appends to a file of its own (`path.rank`), and reads everybody's: so a run goes on with any number of
+    processes.
+    """
+
+    def __init__(self, path: Path, rank: int = 0) -> None:
+        self.rows: dict[str, dict[str, Any]] = {}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        own = path.with_name(f"{path.name}.{rank}")
+        _drop_torn_line(own)
+        for part in sorted(path.parent.glob(f"{path.name}.*")):
+            for line in part.read_bytes().splitlines(keepends=True):
+                if line.endswith(b"\n"):
+                    row = json.loads(line)
+                    self.rows.setdefault(row["id"], row)
+        self._file = own.open("a", encoding="utf-8")
+
+    def __contains__(self, row_id: str) -> bool:
+        return row_id in self.rows
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Add a finished row, on disk before this returns; a row whose id is there already is left alone."""
+        if row["id"] in self.rows:
+            return
+        self.rows[row["id"]] = dict(row)
+        self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _drop_torn_line(path: Path) -> None:
+    """Cut a file back to its last newline."""
+    if not path.exists():
+        return
+    content = path.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        with path.open("r+b") as handle:
+            handle.truncate(whole)

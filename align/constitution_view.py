@@ -1,0 +1,69 @@
+"""What a constitution says, for a terminal; and whether files are constitutions at all."""
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.markup import escape
+
+from align.constitution import Constitution, Principle, load_constitution
+from align.errors import InputError
+
+
+def check_constitutions(paths: Sequence[str], console: Console) -> None:
+    """Say of each file what it holds.
+
+    Raises:
+        InputError: every fault of every file.
+    """
+    faults = []
+    for path in paths:
+        try:
+            constitution = load_constitution(path)
+        except InputError as error:
+            faults.append(str(error))
+            continue
+        console.print(f"{path}: {_summary(constitution)}", markup=False, highlight=False, soft_wrap=True)
+    if faults:
+        raise InputError("\n".join(faults))
+
+
+def show_constitution(path: str, console: Console) -> None:
+    """Print a constitution as it stands after `extends`, in the order of its tiers.
+
+    Raises:
+        InputError: its faults.
+    """
+    constitution = load_constitution(path)
+    console.print(f"[bold]{escape(constitution.title)}[/]  {escape(_summary(constitution))}", highlight=False)
+    if constitution.preamble:
+        console.print(f"\n{escape(constitution.preamble.strip())}", highlight=False)
+    for tier in (*constitution.tiers, None):
+        of_tier = [principle for principle in constitution.principles if principle.tier == tier]
+        if of_tier and constitution.tiers:
+            console.print(f"\n[bold]tier: {escape(tier or 'none')}[/]", highlight=False)
+        for principle in of_tier:
+            console.print(f"\n[cyan]{principle.id}[/]  {escape(_traits(principle))}", highlight=False)
+            text = principle.text or principle.critique or principle.compare or ""
+            console.print(f"  {escape(text.strip())}", highlight=False)
+
+
+def _summary(constitution: Constitution) -> str:
+    parts = [
+        f"{len(constitution.principles)} principles",
+        f"{sum(principle.rule is not None for principle in constitution.principles)} with a rule",
+        f"{sum(len(principle.probes) for principle in constitution.principles)} probes",
+        f"{len(constitution.examples)} examples",
+        constitution.language,
+        constitution.key,
+    ]
+    return ", ".join(parts)
+
+
+def _traits(principle: Principle) -> str:
+    traits = [
+        *([f"weight {principle.weight:g}"] if principle.weight != 1 else []),
+        *(["hard"] if principle.hard else []),
+        *([f"only for {', '.join(principle.applies)}"] if principle.applies else []),
+        *([f"rule: {principle.rule}"] if principle.rule else []),
+    ]
+    return "; ".join(traits)

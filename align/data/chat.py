@@ -1,0 +1,125 @@
+"""Conversations as token ids, by the tokenizer's own chat template.
+
+A conversation's ids fall in three: the prompt (up to where the assistant's words begin), the completion (its words and
+the token that ends its turn), and what the template writes after a turn's end (`closing_ids`; a newline in ChatML).
+"""
+
+from typing import Any, Protocol
+
+from align.errors import InputError
+from align.records import Conversation, Message, as_dicts
+
+_PROBE = Message("user", "Question"), Message("assistant", "Answer")
+
+
+class ChatTokenizer(Protocol):
+    """What this module needs of a `transformers` tokenizer."""
+
+    all_special_ids: list[int]
+
+    def __call__(self, text: str, *, add_special_tokens: bool) -> Any: ...
+
+    def apply_chat_template(self, conversation: list[dict[str, str]], **kwargs: Any) -> Any: ...
+
+
+def with_system_prompt(conversation: Conversation, system_prompt: str | None) -> Conversation:
+    """The conversation with a system message put first, unless it has one or there is none to put."""
+    if not system_prompt or (conversation and conversation[0].role == "system"):
+        return conversation
+    return (Message("system", system_prompt), *conversation)
+
+
+def prompt_ids(
+    tokenizer: ChatTokenizer, conversation: Conversation, system_prompt: str | None = None, prefill: str = ""
+) -> list[int]:
+    """Ids of the conversation and of the opening of the assistant's turn, which starts with `prefill`.
+
+    Raises:
+        InputError: the template refuses the conversation (roles in an order it does not know, mostly).
+    """
+    prompt = _render(tokenizer, with_system_prompt(conversation, system_prompt), add_generation_prompt=True)
+    return token_ids(tokenizer, prompt + prefill)
+
+
+def completion_ids(tokenizer: ChatTokenizer, text: str) -> list[int]:
+    """Ids of the assistant's words and of the token that ends its turn."""
+    return token_ids(tokenizer, text) + list(end_of_turn_ids(tokenizer))
+
+
+def conversation_ids(
+    tokenizer: ChatTokenizer, prompt: Conversation, completion: str, system_prompt: str | None = None
+) -> tuple[list[int], list[int]]:
+    """(prompt ids, completion ids), which joined and followed by `closing_ids` are the template's whole conversation.
+
+    Raises:
+        InputError: the template writes the conversation otherwise once the answer is there, so that what a model is
+            trained on would not be what it is asked.
+    """
+    messages = with_system_prompt(prompt, system_prompt)
+    opening = _render(tokenizer, messages, add_generation_prompt=True)
+    whole = _render(tokenizer, (*messages, Message("assistant", completion)))
+    if not whole.startswith(opening):
+        raise InputError(
+            "chat template: the conversation with the answer does not start with the prompt that asks for it "
+            f"({_first_difference(opening, whole)}); use a template whose generation prompt is what it writes "
+            "before an assistant's message"
+        )
+    ending = _turn_ending(tokenizer)
+    words = whole[len(opening) :].removesuffix(ending)
+    return token_ids(tokenizer, opening), completion_ids(tokenizer, words)
+
+
+def end_of_turn_ids(tokenizer: ChatTokenizer) -> tuple[int, ...]:
+    """What the template writes from the assistant's last word to the token that ends its turn, that one included.
+
+    Raises:
+        InputError: no special token ends the turn, so a model could not learn to stop.
+    """
+    ids = token_ids(tokenizer, _turn_ending(tokenizer))
+    return tuple(ids[: _stop_position(tokenizer, ids) + 1])
+
+
+def closing_ids(tokenizer: ChatTokenizer) -> tuple[int, ...]:
+    """What the template writes after the token that ends the assistant's turn."""
+    ids = token_ids(tokenizer, _turn_ending(tokenizer))
+    return tuple(ids[_stop_position(tokenizer, ids) + 1 :])
+
+
+def _stop_position(tokenizer: ChatTokenizer, ids: list[int]) -> int:
+    special = set(tokenizer.all_special_ids)
+    for position, token in enumerate(ids):
+        if token in special:
+            return position
+    raise InputError(
+        "chat template: no special token ends the assistant's turn, so a model trained on it could not learn to stop; "
+        "use a template that writes the tokenizer's eos_token after an assistant's message"
+    )
+
+
+def _turn_ending(tokenizer: ChatTokenizer) -> str:
+    whole = _render(tokenizer, _PROBE)
+    words = _PROBE[-1].content
+    return whole[whole.rindex(words) + len(words) :]
+
+
+def _render(tokenizer: ChatTokenizer, conversation: Conversation, *, add_generation_prompt: bool = False) -> str:
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(
+            as_dicts(conversation), tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+    except TemplateError as error:
+        roles = ", ".join(message.role for message in conversation)
+        raise InputError(f"chat template: refuses a conversation with the roles {roles} ({error})") from None
+
+
+def token_ids(tokenizer: ChatTokenizer, text: str) -> list[int]:
+    """Ids of a piece of text as it stands, nothing added."""
+    # The template writes its own special tokens; the tokenizer must not add them a second time.
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
+
+
+def _first_difference(first: str, second: str) -> str:
+    position = next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), len(second))
+    return f"at character {position}: {first[position : position + 20]!r} against {second[position : position + 20]!r}"

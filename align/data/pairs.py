@@ -1,0 +1,186 @@
+"""Human data: preference pairs, and demonstrations for the helpful mix.
+
+From a hub id, or a JSONL(.gz) or parquet file. Formats, told apart row by row:
+
+| columns | values |
+|---|---|
+| prompt, chosen, rejected | texts, or message lists (TRL's plain and conversational formats) |
+| chosen, rejected | whole conversations: message lists, or hh-rlhf's `\\n\\nHuman: … \\n\\nAssistant: …` text |
+| prompt, completion | texts or message lists (demonstrations) |
+| messages | a whole conversation, its last turn the completion (demonstrations) |
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from align.config import PairSource
+from align.data.sources import Row, merge_neighbours, parse_messages, parse_transcript, source_rows
+from align.errors import InputError
+from align.records import Conversation, Message, PreferencePair, as_dicts, digest, read_rows
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """A prompt and the completion to imitate; `source` is 'revision', 'own' or the path it was read from."""
+
+    id: str
+    prompt: Conversation
+    completion: str
+    source: str
+
+
+def read_pairs(source: PairSource, counts: Counter[str] | None = None) -> list[PreferencePair]:
+    """Preference pairs of a source, each content once, in the source's order.
+
+    A pair whose conversations differ before the last turn, whose last turn is not one answer to a user, or whose
+    completions are alike or empty is left out and added to `counts` under `pairs_<why>`. A `probability` column is
+    taken as the soft label; without one it is 1.
+
+    Raises:
+        InputError: no such file or dataset, a malformed line, a missing column, or no pair to use in it.
+    """
+    counts = Counter() if counts is None else counts
+    pairs: dict[str, PreferencePair] = {}
+    for place, row in source_rows(source):
+        pair = _pair(row, place)
+        if isinstance(pair, str):
+            counts[f"pairs_{pair}"] += 1
+        elif pair.id in pairs:
+            counts["pairs_repeated"] += 1
+        else:
+            pairs[pair.id] = pair
+    return _some(pairs, source, counts)
+
+
+def gather_pairs(ai: Path | None, human: Iterable[PairSource], counts: Counter[str]) -> list[PreferencePair]:
+    """The judge's pairs in the file `ai`, then those of the human sources, each content once.
+
+    Raises:
+        InputError: there are none, or as for `read_pairs`.
+    """
+    labelled = list(read_rows(ai, PreferencePair)) if ai is not None else []
+    preferred = [pair for source in human for pair in read_pairs(source, counts)]
+    pairs: dict[str, PreferencePair] = {}
+    for pair in labelled + preferred:
+        pairs.setdefault(pair.id, pair)
+    repeated = len(labelled) + len(preferred) - len(pairs)
+    counts.update(pairs_ai=len(labelled), pairs_human=len(preferred), pairs_repeated=repeated)
+    if not pairs:
+        raise InputError(f"{ai or 'human pairs'}: no pair to train on; the manifest beside it counts what was left out")
+    return list(pairs.values())
+
+
+def read_demonstrations(source: PairSource, counts: Counter[str] | None = None) -> list[Demonstration]:
+    """Demonstrations of a source, each content once; of preference pairs, the chosen completion.
+
+    Conversations that do not end with an answer to a user, and empty completions, are left out and added to `counts`
+    under `demonstrations_<why>`.
+
+    Raises:
+        InputError: as for `read_pairs`.
+    """
+    counts = Counter() if counts is None else counts
+    found: dict[str, Demonstration] = {}
+    for place, row in source_rows(source):
+        prompt, completion = _split(_demonstration(row, place))
+        if not _answers(prompt, completion):
+            counts["demonstrations_with_odd_turns"] += 1
+        elif not completion.content.strip():
+            counts["demonstrations_empty"] += 1
+        else:
+            key = digest([as_dicts(prompt), completion.content])
+            counts["demonstrations_repeated"] += key in found
+            found.setdefault(key, Demonstration(key, prompt, completion.content, source.path))
+    return _some(found, source, counts)
+
+
+def _pair(row: Row, place: str) -> PreferencePair | str:
+    """The row's pair, or why it is left out."""
+    _require(row, ("chosen", "rejected"), place)
+    prompt, chosen = _split(_conversation(row, "chosen", place))
+    other_prompt, rejected = _split(_conversation(row, "rejected", place))
+    if prompt != other_prompt:
+        return "with_different_contexts"
+    if not _answers(prompt, chosen) or not _answers(prompt, rejected):
+        return "with_odd_turns"
+    if not chosen.content.strip() or not rejected.content.strip():
+        return "with_empty_completion"
+    if chosen == rejected:
+        return "with_equal_completions"
+    return PreferencePair(
+        id=digest([as_dicts(prompt), chosen.as_dict(), rejected.as_dict()]),
+        prompt=prompt,
+        chosen=(chosen,),
+        rejected=(rejected,),
+        probability=_probability(row, place),
+        source=str(row.get("source") or "human"),
+        category=str(row.get("category") or ""),
+    )
+
+
+def _demonstration(row: Row, place: str) -> Conversation:
+    if "messages" in row:
+        return parse_messages(row["messages"], "messages", place)
+    if "chosen" in row:
+        return _conversation(row, "chosen", place)
+    _require(row, ("prompt", "completion"), place)
+    return _conversation(row, "completion", place)
+
+
+def _conversation(row: Row, column: str, place: str) -> Conversation:
+    """The whole conversation that ends with the completion in `column`."""
+    completion, prompt = row[column], row.get("prompt")
+    if isinstance(completion, str):
+        if prompt is None and completion.startswith("\n\nHuman:"):
+            return parse_transcript(completion, place)
+        _require(row, ("prompt",), place)
+        return *_prompt(prompt, place), Message("assistant", completion)
+    messages = parse_messages(completion, column, place)
+    if prompt is None or (len(messages) > 1 and isinstance(prompt, str)):
+        return messages
+    before = _prompt(prompt, place)
+    return messages if messages[: len(before)] == before else before + messages
+
+
+def _prompt(value: object, place: str) -> Conversation:
+    if isinstance(value, str):
+        return (Message("user", value),)
+    return parse_messages(value, "prompt", place)
+
+
+def _split(conversation: Conversation) -> tuple[Conversation, Message]:
+    """The prompt, in which neighbouring turns of one speaker become one, and the last turn."""
+    return merge_neighbours(conversation[:-1]), conversation[-1]
+
+
+def _answers(prompt: Conversation, completion: Message) -> bool:
+    return bool(prompt) and prompt[-1].role == "user" and completion.role == "assistant"
+
+
+def _probability(row: Row, place: str) -> float:
+    value = row.get("probability", 1.0)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.5 <= value <= 1:
+        raise InputError(
+            f"{place}: `probability` that `chosen` is better must lie in [0.5, 1], got {value!r}; "
+            "swap chosen and rejected where it is lower"
+        )
+    return float(value)
+
+
+def _require(row: Row, columns: tuple[str, ...], place: str) -> None:
+    missing = [column for column in columns if row.get(column) is None]
+    if missing:
+        names = ", ".join(f"`{name}`" for name in missing)
+        raise InputError(f"{place}: no column {names}; the columns there are {', '.join(row) or 'none'}")
+
+
+def _some(found: Mapping[str, T], source: PairSource, counts: Mapping[str, int]) -> list[T]:
+    if not found:
+        why = ", ".join(f"{count} {name}" for name, count in counts.items())
+        raise InputError(f"{source.path}: nothing in it can be used ({why}); each row needs an answer to a user")
+    return list(found.values())

@@ -1,0 +1,139 @@
+"""Rows of data that people bring: JSONL(.gz) and parquet files, and hub datasets; and hh-rlhf's text form."""
+
+import gzip
+import itertools
+import os
+import re
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from align.errors import InputError
+from align.records import Conversation, Message, as_conversation, parse_jsonl
+
+FILE_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_TURN = re.compile(r"\n\n(Human|Assistant):")
+_ROLES = {"Human": "user", "Assistant": "assistant"}
+
+Row = Mapping[str, Any]
+
+
+class Source(Protocol):
+    """What `PromptSource` and `PairSource` have in common."""
+
+    @property
+    def path(self) -> str: ...
+    @property
+    def limit(self) -> int | None: ...
+    @property
+    def hub_split(self) -> str: ...
+
+
+def is_file(path: str) -> bool:
+    """Whether a source's path means a local file (which may be missing) and not a hub dataset."""
+    looks_local = path.startswith((".", "/", "~")) or path.endswith(FILE_SUFFIXES) or not _HUB_ID.fullmatch(path)
+    return looks_local or Path(path).exists()
+
+
+def source_rows(source: Source) -> Iterator[tuple[str, Row]]:
+    """(place for error messages, row) of a source, up to its limit.
+
+    Raises:
+        InputError: no such file or dataset, a malformed line, or no rows.
+    """
+    rows = _file_rows(Path(source.path).expanduser()) if is_file(source.path) else _hub_rows(source)
+    empty = True
+    for number, row in enumerate(itertools.islice(rows, source.limit), start=1):
+        empty = False
+        yield f"{source.path}, row {number}", row
+    if empty:
+        raise InputError(f"{source.path}: no rows in it; give a file with at least one")
+
+
+def parse_transcript(text: str, place: str) -> Conversation:
+    """hh-rlhf's text form of a conversation.
+
+    Raises:
+        InputError: the text does not start with a turn.
+    """
+    lead, *parts = _TURN.split(text)
+    if lead.strip() or not parts:
+        raise InputError(f"{place}: expected '\\n\\nHuman: …\\n\\nAssistant: …', found {text[:40]!r}")
+    turns = zip(parts[::2], parts[1::2], strict=True)
+    return tuple(Message(_ROLES[speaker], content.strip()) for speaker, content in turns)
+
+
+def parse_messages(value: Any, column: str, place: str) -> Conversation:
+    """A column that holds a list of messages.
+
+    Raises:
+        InputError: it holds something else, or nothing.
+    """
+    try:
+        messages = as_conversation(value)
+    except (TypeError, KeyError):
+        messages = ()
+    if not messages or not all(isinstance(message.content, str) for message in messages):
+        raise InputError(f"{place}: `{column}` must be a text or a list of {{role, content}} messages")
+    return messages
+
+
+def merge_neighbours(conversation: Iterable[Message]) -> Conversation:
+    """The conversation with neighbouring turns of one speaker made one, as chat templates ask for."""
+    merged: list[Message] = []
+    for message in conversation:
+        if merged and merged[-1].role == message.role:
+            message = Message(message.role, f"{merged.pop().content}\n\n{message.content}")
+        merged.append(message)
+    return tuple(merged)
+
+
+def _file_rows(path: Path) -> Iterator[Row]:
+    if not path.is_file():
+        raise InputError(f"{path}: no such file (looked in {Path.cwd()}); check the path")
+    if path.name.endswith(".parquet"):
+        yield from _parquet_rows(path)
+    elif path.name.endswith((".jsonl", ".jsonl.gz")):
+        yield from _jsonl_rows(path)
+    else:
+        raise InputError(f"{path}: cannot read this kind of file; give one of {', '.join(FILE_SUFFIXES)}")
+
+
+def _jsonl_rows(path: Path) -> Iterator[Row]:
+    opener = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opener(path, "rt", encoding="utf-8") as lines:
+            yield from parse_jsonl(lines, str(path))
+    except (EOFError, zlib.error, gzip.BadGzipFile, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not whole ({error}); fetch it again") from None
+
+
+def _parquet_rows(path: Path) -> Iterator[Row]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        for batch in pq.ParquetFile(path).iter_batches():
+            yield from batch.to_pylist()
+    except pa.ArrowInvalid as error:
+        raise InputError(f"{path}: not a parquet file ({error}); fetch it again") from None
+
+
+def _hub_rows(source: Source) -> Iterator[Row]:
+    import datasets
+
+    try:
+        yield from datasets.load_dataset(source.path, split=source.hub_split)
+    except Exception as error:
+        offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in {"1", "true", "yes", "on"}
+        remedy = (
+            "HF_HUB_OFFLINE is set: unset it, or give a local file"
+            if offline
+            else "check the name, `hub_split` and the network, or give a local file"
+        )
+        raise InputError(
+            f"{source.path}: not a local file, and as a hub dataset it cannot be loaded "
+            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}); {remedy}"
+        ) from error

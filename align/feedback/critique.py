@@ -1,0 +1,189 @@
+"""Critique and revision (Bai et al. 2022, section 3.1): a model criticises its own answer by a principle, and mends it.
+
+Each round draws one principle afresh and shows the latest completion alone; earlier critiques are dropped. A revision
+that a filter catches does not take the completion's place, so that one bad round does not spoil the next.
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from align.backends.complete_all import complete_all
+from align.config import SamplingBlock
+from align.constitution import Constitution, Example, Principle, draw_principle
+from align.feedback.filters import OPTIONAL, Revised, caught_by, is_copy, without_preamble
+from align.feedback.judge import NO_PRINCIPLE
+from align.generation import Backend, Completed, Request
+from align.records import Conversation, Critique, Message, Sample, digest
+from align.repro import derive_seed
+
+
+@dataclass(frozen=True)
+class Chain:
+    """What became of one sample: the rounds so far, the completion they led to, and what the last filter caught.
+
+    `fault` is empty as soon as a revision has taken the completion's place; `faults` has every round's own.
+    """
+
+    sample: Sample
+    completion: str
+    rounds: tuple[Critique, ...] = ()
+    faults: tuple[str, ...] = ()
+    fault: str = ""
+    preambles: int = 0
+
+    @property
+    def principle_ids(self) -> tuple[str, ...]:
+        return tuple(each.principle_id for each in self.rounds)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One round of one chain: the worked examples, the chat so far, and what is asked next."""
+
+    chain: Chain
+    principle: Principle
+    examples: tuple[Example, ...]
+    chat: Conversation
+    critique_request: str
+    revision_request: str
+
+
+@dataclass(frozen=True)
+class Loop:
+    """The loop over one engine. Finished steps are kept in `journal_path.<rank>`.
+
+    `examples` worked examples are shown as earlier turns of the chat, those of the drawn principle nearest; `critique`
+    False asks for the revision at once; `filters` are those that apply besides 'cut' and 'empty'.
+    """
+
+    constitution: Constitution
+    backend: Backend
+    sampling: SamplingBlock
+    seed: int
+    journal_path: Path | None = None
+    critique: bool = True
+    examples: int = 0
+    filters: Collection[str] = OPTIONAL
+
+    def run(self, samples: Sequence[Sample], rounds: int) -> list[Chain]:
+        """A chain for each sample, in order; every process gets all of them."""
+        chains = [Chain(sample, sample.completion) for sample in samples]
+        for number in range(1, rounds + 1):
+            chains = self._round(chains, number, f"{number}/{rounds}")
+        return [self._ended(chain) for chain in chains]
+
+    def _round(self, chains: Sequence[Chain], number: int, progress: str) -> list[Chain]:
+        steps = {chain.sample.id: step for chain in chains if (step := self._step(chain, number))}
+        critiques: dict[str, str] = {}
+        if self.critique:
+            asked = {key: _ask(step.chat, step.critique_request) for key, step in steps.items()}
+            done = self._complete(asked, number, "critique", progress)
+            critiques = {key: completed.text.strip() for key, completed in done.items()}
+        asked = {key: _revision_chat(step, critiques.get(key)) for key, step in steps.items()}
+        revisions = self._complete(asked, number, "revision", progress)
+        return [
+            self._revised(steps[key], number, critiques.get(key, ""), revisions[key])
+            if (key := chain.sample.id) in steps
+            else replace(chain, fault=NO_PRINCIPLE)
+            for chain in chains
+        ]
+
+    def _step(self, chain: Chain, number: int) -> _Step | None:
+        """What the round asks, or None where no principle applies to the sample."""
+        sample = chain.sample
+        principle = draw_principle(
+            revising_principles(self.constitution), self.seed, "principle", sample.id, number, category=sample.category
+        )
+        if principle is None or principle.requests is None:
+            return None
+        examples = nearest_examples(self.constitution.examples, principle, self.examples)
+        chat = self._chat(chain, examples, principle.requests)
+        return _Step(chain, principle, examples, chat, *principle.requests)
+
+    def _chat(self, chain: Chain, examples: Sequence[Example], requests: tuple[str, str]) -> Conversation:
+        """Worked examples, then the sample's whole conversation with the latest completion as its last turn."""
+        prompt = chain.sample.prompt
+        system = tuple(message for message in prompt[:1] if message.role == "system")
+        worked = tuple(turn for example in examples for turn in self._worked(example, requests))
+        return *system, *worked, *prompt[len(system) :], Message("assistant", chain.completion)
+
+    def _worked(self, example: Example, requests: tuple[str, str]) -> Conversation:
+        if example.principle:
+            requests = self.constitution.principle(example.principle).requests or requests
+        turns = *example.conversation, Message("assistant", example.completion)
+        if self.critique:
+            turns = *_ask(turns, example.critique_request or requests[0]), Message("assistant", example.critique)
+        return *_ask(turns, example.revision_request or requests[1]), Message("assistant", example.revision)
+
+    def _complete(self, chats: dict[str, Conversation], number: int, step: str, progress: str) -> dict[str, Completed]:
+        requests = {
+            key: Request(
+                id=f"{key}/{number}/{step}",
+                messages=messages,
+                seed=derive_seed(self.seed, step, key, number),
+                max_new_tokens=self.sampling.max_new_tokens,
+                temperature=self.sampling.temperature,
+                top_p=self.sampling.top_p,
+            )
+            for key, messages in chats.items()
+        }
+        done = complete_all(
+            self.backend, list(requests.values()), self.sampling.batch_size, self.journal_path, f"{step} {progress}"
+        )
+        return {key: done[request.id] for key, request in requests.items()}
+
+    def _revised(self, step: _Step, number: int, critique: str, revision: Completed) -> Chain:
+        chain = step.chain
+        text = without_preamble(revision.text)
+        shown = tuple(text for example in step.examples for text in (example.completion, example.revision))
+        fault = caught_by(Revised(chain.completion, critique, text, revision.finish_reason, shown), self.filters)
+        made = Critique(
+            id=digest([chain.sample.id, "critique", number]),
+            prompt_id=chain.sample.prompt_id,
+            round=number,
+            principle_id=step.principle.id,
+            completion=chain.completion,
+            critique=critique,
+            revision=revision.text,
+            finish_reason=revision.finish_reason,
+            seed=derive_seed(self.seed, "revision", chain.sample.id, number),
+        )
+        was_revised = any(not earlier for earlier in chain.faults)
+        return Chain(
+            sample=chain.sample,
+            completion=chain.completion if fault else text,
+            rounds=(*chain.rounds, made),
+            faults=(*chain.faults, fault),
+            fault="" if was_revised else fault,
+            preambles=chain.preambles + (text != revision.text.strip()),
+        )
+
+    def _ended(self, chain: Chain) -> Chain:
+        """The chain, faulty where all its rounds together led back to the original."""
+        whole = Revised(chain.sample.completion, "", chain.completion, "stop")
+        if not chain.fault and "copy" in self.filters and is_copy(whole):
+            return replace(chain, fault="copy")
+        return chain
+
+
+def revising_principles(constitution: Constitution) -> tuple[Principle, ...]:
+    """The principles that a completion can be revised by."""
+    return tuple(principle for principle in constitution.principles if principle.requests)
+
+
+def nearest_examples(examples: Sequence[Example], principle: Principle, count: int) -> tuple[Example, ...]:
+    """At most `count` worked examples: the principle's own first among those taken, and last among those shown."""
+    by_relevance = sorted(examples, key=lambda example: example.principle != principle.id)
+    return tuple(by_relevance[:count][::-1])
+
+
+def _ask(turns: Conversation, request: str) -> Conversation:
+    return *turns, Message("user", request)
+
+
+def _revision_chat(step: _Step, critique: str | None) -> Conversation:
+    turns = step.chat
+    if critique is not None:
+        turns = *_ask(turns, step.critique_request), Message("assistant", critique)
+    return _ask(turns, step.revision_request)

@@ -1,0 +1,166 @@
+"""What makes a revision unfit to train on, whatever a judge thinks of it. Each filter is a pure function with a name.
+
+A revision is rejected by the first filter that catches it, counted under that filter's name, and kept in
+`rejected.jsonl`. 'cut' and 'empty' always apply; the others can be left out by a recipe.
+"""
+
+import difflib
+import re
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Literal
+
+from align.metrics import repetition, words
+from align.records import FinishReason
+from align.sentences import fold, sentences
+
+FilterName = Literal["preamble", "critique", "copy", "example", "refusal", "repetition"]
+OPTIONAL: tuple[FilterName, ...] = ("preamble", "critique", "copy", "example", "refusal", "repetition")
+
+MAX_REPETITION = 0.3
+"""Share of repeated 4-grams above which a text counts as going round in circles."""
+MIN_REPETITION_WORDS = 12
+SAME_TEXT = 0.8
+"""Similarity (difflib's ratio) from which a revision counts as a text that was shown, given once more."""
+
+
+@dataclass(frozen=True)
+class Revised:
+    """A revision with what it was made from; `critique` is empty where none was asked for.
+
+    `examples` are the completions and revisions of the worked examples that were shown.
+    """
+
+    original: str
+    critique: str
+    text: str
+    finish_reason: FinishReason
+    examples: tuple[str, ...] = ()
+
+
+def is_cut(revised: Revised) -> bool:
+    """The length limit ended it."""
+    return revised.finish_reason == "length"
+
+
+def is_empty(revised: Revised) -> bool:
+    """It has no letter and no digit."""
+    return not any(character.isalnum() for character in revised.text)
+
+
+def has_preamble(revised: Revised) -> bool:
+    """It talks about itself before it begins, or after it has ended."""
+    text = _plain(revised.text)
+    return bool(_PREAMBLE.match(text) or _LABEL.match(text) or _AFTERWORD.search(text))
+
+
+def is_critique(revised: Revised) -> bool:
+    """It judges the answer instead of giving one, or repeats the critique."""
+    return bool(_ABOUT_THE_ANSWER.match(_plain(revised.text))) or _is_nearly(revised.critique, revised.text)
+
+
+def is_copy(revised: Revised) -> bool:
+    """It has the original's words and punctuation and nothing else."""
+    return words(fold(revised.text)) == words(fold(revised.original))
+
+
+def is_example(revised: Revised) -> bool:
+    """It answers a worked example's prompt instead of its own, which small models do."""
+    return any(_is_nearly(example, revised.text) for example in revised.examples)
+
+
+def is_bare_refusal(revised: Revised) -> bool:
+    """Every sentence of it declines, and nothing is explained or offered instead."""
+    found = sentences(revised.text)
+    return bool(found) and all(_REFUSAL.search(_plain(sentence)) for sentence in found)
+
+
+def is_repetitive(revised: Revised) -> bool:
+    """It says the same over and over."""
+    long_enough = len(words(revised.text)) >= MIN_REPETITION_WORDS
+    return long_enough and repetition(revised.text) > MAX_REPETITION
+
+
+FILTERS: dict[str, Callable[[Revised], bool]] = {
+    "cut": is_cut,
+    "empty": is_empty,
+    "preamble": has_preamble,
+    "critique": is_critique,
+    "copy": is_copy,
+    "example": is_example,
+    "refusal": is_bare_refusal,
+    "repetition": is_repetitive,
+}
+
+
+def caught_by(revised: Revised, optional: Collection[str] = OPTIONAL) -> str:
+    """The name of the first filter that catches the revision, or an empty text.
+
+    Args:
+        optional: which of the filters besides 'cut' and 'empty' apply.
+    """
+    applying = (name for name in FILTERS if name in {"cut", "empty", *optional})
+    return next((name for name in applying if FILTERS[name](revised)), "")
+
+
+def without_preamble(text: str) -> str:
+    """The text without an announcement on a line of its own before it, and without quotes around the whole of it.
+
+    'Sure, here is the revised answer:' on a first line is no part of an answer; what follows it is. Anything less
+    clear is left for `has_preamble`.
+    """
+    stripped = text.strip()
+    first, _, rest = stripped.partition("\n")
+    announcement = _plain(first).rstrip("*_ ")
+    if rest.strip() and announcement.endswith(":") and (_PREAMBLE.match(announcement) or _LABEL.match(announcement)):
+        stripped = rest.strip()
+    if len(stripped) > 2 and (stripped[0], stripped[-1]) in _QUOTES and stripped.count(stripped[0]) <= 2:
+        stripped = stripped[1:-1].strip()
+    return stripped
+
+
+def _is_nearly(shown: str, text: str) -> bool:
+    return (
+        bool(shown) and difflib.SequenceMatcher(None, _plain(shown), _plain(text), autojunk=False).ratio() >= SAME_TEXT
+    )
+
+
+def _plain(text: str) -> str:
+    """The text in lower case, with straight apostrophes and without marks of emphasis or headings around it."""
+    return fold(text).translate(_STRAIGHT).strip().lstrip("*_# ")
+
+
+_STRAIGHT = {0x2019: "'"}
+_QUOTES = {('"', '"'), ("“", "”"), ("「", "」")}
+_NEW = r"(?:revised|rewritten|re-written|improved|updated|corrected|edited|modified|better|new|possible|suggested)"
+_ANSWER = r"(?:response|answer|version|reply|revision|rewrite)"
+_PREAMBLE = re.compile(
+    r"(?:(?:sure|certainly|of course|ok|okay|absolutely|yes|great)\b[^.\n]{0,20}?\b)?"
+    rf"(?:(?:here's|here is|this is|below is) (?:\w+ ){{0,3}}?(?:{_NEW}(?: \w+){{0,2}} {_ANSWER}|revision|rewrite)\b"
+    rf"|(?:here's|here is|below is) (?:an?|the|my|your) {_ANSWER}\b[^.!?\n]{{0,60}}:"
+    rf"|i(?:'ve| have) (?:revised|rewritten|updated|modified|edited) (?:the|your|my|this)(?: \w+)? {_ANSWER}\b)"
+    r"|(?:以下|こちら|下記)(?:は|が|に)[^。\n]{0,20}(?:書き直|修正|改訂|改善)"
+    r"|(?:はい|承知しました|わかりました)[、。][^。\n]{0,20}(?:書き直|修正|改訂|改善)(?:した|しました|いたしました)"
+)
+_LABEL = re.compile(
+    rf"(?:(?:{_NEW} )?{_ANSWER}|{_NEW}|(?:書き直した|修正した|改訂した)?(?:回答|返答)|修正版|改訂版)[*_\s]*:"
+)
+_AFTERWORD = re.compile(
+    r"\n\s*[*_(\[]*(?:note|explanation|changes(?: made)?|critique|revisionrequest|critiquerequest)[*_]*:"
+    r"|\n\s*[*_(\[]*(?:i(?:'ve| have)? |this |the )(?:revised|rewrote|rewritten|revision|rewrite|changed|removed)\b"
+)
+_ABOUT_THE_ANSWER = re.compile(
+    r"(?:the|this|your) assistant(?:'s)?\b"
+    r"|(?:the|this|your) (?:(?:last|previous|preceding|original|above) )?(?:response|reply|revision|answer) (?:\w+ )?"
+    r"(?:does|did|could|should|would|may|might|contains?|fails?|lacks?|needs?|follows?|uses?|ends?|includes?|provides?"
+    r"|violates?|breaks?|has|is (?:not|too|very|quite|harm|help|un|in|good|clear|polite|missing))"
+    r"|(?:critique|criticism|feedback)[*_]*:"
+    r"|(?:直前の|この|上の|その|アシスタントの)?(?:回答|返答)(?:は|に|には|が)"
+)
+_REFUSAL = re.compile(
+    r"\b(?:i'm|i am) (?:\w+ )?sorry(?!\w| to hear| for your| you)|\bsorry, (?:but )?i\b|\b(?:i|my) apologi[sz]e\b"
+    r"|\bi (?:can't|can ?not|won't|will not|am (?:not able|unable) to|must decline to|refuse to) (?:\w+ )?"
+    r"(?:help|assist|provide|do|fulfil|answer|support|give|share|comply|engage|discuss|respond|offer|write|tell|continue)"
+    r"|\bi'm (?:not able|unable) to\b|\bi must decline\b"
+    r"|(?:申し訳|お手伝いできません|お答えできません|お応えできません|できかねます)"
+)

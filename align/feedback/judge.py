@@ -1,0 +1,256 @@
+"""Who prefers one completion to another: a constitution, and one kind of judge that reads it.
+
+Each principle that applies gives an opinion. Opinions are averaged by weight within a tier, and the first tier whose
+average is clear decides; hard principles come before every tier. Exchanging A and B turns p into 1 - p exactly.
+
+A judge that asks a model is examined on the constitution's probes before it labels: a small model that judges style
+well may judge ethics at chance.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from align.config import JudgeBlock, ModelBlock
+from align.constitution import Constitution, Principle, draw_principle
+from align.errors import InputError, JudgeAtChance
+from align.feedback.opinions import ByChoice, ByContrast, ByRule, Kind, Opinion, Question
+from align.generation import Backend
+from align.records import Message
+from align.statistics import wilson_interval
+
+NO_PRINCIPLE = "no principle applies"
+ABSTAINED = "the judge abstained"
+TIE = "tie"
+BOTH_BREAK = "both break a hard principle"
+
+KINDS: dict[str, type[Kind]] = {"choice": ByChoice, "contrast": ByContrast, "rule": ByRule}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The judge's answer to a question.
+
+    `p_a` is the probability that A is better, None where nothing was decided; `reason` then says why.
+    `by_principle` has each principle's own probability, `position_bias` the mean over principles of the probability
+    given to the place shown first, minus one half.
+    """
+
+    p_a: float | None
+    by_principle: dict[str, float]
+    position_bias: float = 0.0
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class PrincipleResult:
+    """How many of a principle's probes the judge got right; half of one for an undecided one."""
+
+    right: float
+    n: int
+
+
+@dataclass(frozen=True)
+class JudgeReport:
+    """Share of probes that the judge got right, with its 95% interval (Wilson), and by principle."""
+
+    judge: str
+    accuracy: float
+    low: float
+    high: float
+    n: int
+    position_bias: float
+    by_principle: dict[str, PrincipleResult]
+
+    def as_figures(self) -> dict[str, Any]:
+        """The report for a manifest."""
+        return dataclasses.asdict(self)
+
+    def __str__(self) -> str:
+        worst = sorted(self.by_principle, key=lambda name: self.by_principle[name].right / self.by_principle[name].n)
+        shown = ", ".join(f"{name} {self.by_principle[name].right:g}/{self.by_principle[name].n}" for name in worst[:5])
+        return f"{self.accuracy:.0%} of {self.n} probes right, 95% interval {self.low:.0%} to {self.high:.0%}" + (
+            f" (lowest: {shown})" if shown else ""
+        )
+
+
+class Judge:
+    """A constitution applied by one kind of judge.
+
+    Args:
+        draw_seed: with a seed, one applicable principle is drawn for each question (Bai et al. 2022, section 4.1);
+            None averages over all of them.
+
+    Raises:
+        InputError: no principle has what this kind of judge needs.
+    """
+
+    def __init__(
+        self,
+        constitution: Constitution,
+        block: JudgeBlock,
+        backend: Backend | None = None,
+        *,
+        draw_seed: int | None = None,
+    ) -> None:
+        if problems := judge_problems(constitution, block):
+            raise InputError("\n".join(problems))
+        self.constitution = constitution
+        self.block = block
+        self.draw_seed = draw_seed
+        self.kind = _kind(block, constitution.language, backend)
+        self.name = block.kind if backend is None else f"{block.kind}:{backend.name}"
+        self.principles = tuple(filter(self.kind.can_judge_by, constitution.principles))
+
+    def compare(
+        self,
+        questions: Iterable[Question | tuple[Any, ...]],
+        journal_path: Path | None = None,
+        description: str = "judging",
+    ) -> list[Verdict]:
+        """A verdict for each (id, conversation, a, b, category), in order.
+
+        What was scored is kept in `journal_path.<rank>`, as `complete_all` does; every process gets all verdicts.
+        """
+        asked = [Question(*question) for question in questions]
+        chosen = [self._principles_for(question) for question in asked]
+        opinions = iter(
+            self.kind.opinions(
+                [(question, principle) for question, some in zip(asked, chosen, strict=True) for principle in some],
+                journal_path,
+                description,
+            )
+        )
+        return [
+            self._verdict(question, [(principle, next(opinions)) for principle in some])
+            for question, some in zip(asked, chosen, strict=True)
+        ]
+
+    def _principles_for(self, question: Question) -> list[Principle]:
+        if self.draw_seed is None:
+            return [principle for principle in self.principles if principle.applies_to(question.category)]
+        drawn = draw_principle(self.principles, self.draw_seed, "judge", question.id, category=question.category)
+        return [drawn] if drawn else []
+
+    def _verdict(self, question: Question, opinions: Sequence[tuple[Principle, Opinion | None]]) -> Verdict:
+        given = [(principle, opinion) for principle, opinion in opinions if opinion is not None]
+        by_principle = {principle.id: self._probability(self.kind.lean(each.value)) for principle, each in given}
+        bias = sum(opinion.position_bias for _, opinion in given) / max(len(given), 1)
+        lean, reason = self._decide(question, given)
+        if lean is None:
+            reason = NO_PRINCIPLE if not opinions else ABSTAINED if not given else reason
+        return Verdict(None if lean is None else self._probability(lean), by_principle, bias, reason)
+
+    def _decide(self, question: Question, given: Sequence[tuple[Principle, Opinion]]) -> tuple[float | None, str]:
+        """The lean towards A (probability minus one half), or None and why."""
+        hard = [each for each in self.constitution.principles if each.hard and each.applies_to(question.category)]
+        broken = [broken_rule(hard, text) for text in (question.a, question.b)]
+        if broken[0] and broken[1]:
+            return None, f"{BOTH_BREAK} ({broken[0].id})"
+        if broken[0] or broken[1]:
+            return (-0.5 if broken[0] else 0.5), ""
+        for tier in self._tiers(given):
+            weight = sum(principle.weight for principle, _ in tier)
+            lean = self.kind.lean(sum(principle.weight * opinion.value for principle, opinion in tier) / weight)
+            if abs(lean) > self.block.min_margin:
+                return lean, ""
+        return None, TIE
+
+    def _tiers(self, given: Sequence[tuple[Principle, Opinion]]) -> list[list[tuple[Principle, Opinion]]]:
+        """The opinions that decide together, those that decide first in front."""
+        order = {tier: place for place, tier in enumerate(self.constitution.tiers)}
+        ranks = [-1 if each.hard else order.get(each.tier or "", len(order)) for each, _ in given]
+        return [
+            [opinion for opinion, its_rank in zip(given, ranks, strict=True) if its_rank == rank]
+            for rank in sorted(set(ranks))
+        ]
+
+    def _probability(self, lean: float) -> float:
+        most = 0.5 - self.block.clamp
+        lean = max(-most, min(most, lean))
+        # Written so that p(lean) = 1 - p(-lean) to the last bit.
+        return 0.5 + lean if lean >= 0 else 1.0 - (0.5 - lean)
+
+
+def broken_rule(principles: Iterable[Principle], text: str) -> Principle | None:
+    """The first of the principles whose rule the text breaks."""
+    return next((principle for principle in principles if not principle.keeps_rule(text)), None)
+
+
+def judge_problems(constitution: Constitution, block: JudgeBlock) -> list[str]:
+    """Why this kind of judge cannot read the constitution; empty where it can."""
+    kind = KINDS[block.kind]
+    if any(kind.can_judge_by(principle) for principle in constitution.principles):
+        return []
+    return [
+        f"judge.kind: '{block.kind}' needs a principle with {kind.needs}, and constitution '{constitution.id}' has "
+        "none; choose another kind, or add it to the principles"
+    ]
+
+
+def open_judge(
+    block: JudgeBlock,
+    model: ModelBlock,
+    constitution: Constitution,
+    *,
+    draw_seed: int | None = None,
+    backend: Backend | None = None,
+) -> Judge:
+    """The judge that a recipe describes, on its own engine, or on a `backend` that is open already."""
+    if block.kind == "rule":
+        return Judge(constitution, block, draw_seed=draw_seed)
+    if backend is None:
+        from align.backends.open import open_backend
+
+        backend = open_backend(block.engine, model)
+    return Judge(constitution, block, backend, draw_seed=draw_seed)
+
+
+def examine_judge(judge: Judge, journal_path: Path | None = None) -> JudgeReport:
+    """How well the judge tells the better from the worse of each principle's probes, by that principle alone."""
+    asked = [
+        (Question(f"{principle.id}/{number}", (Message("user", probe.prompt),), probe.better, probe.worse), principle)
+        for principle in judge.principles
+        for number, probe in enumerate(principle.probes)
+    ]
+    opinions = judge.kind.opinions(asked, journal_path, "probes")
+    right = [0.5 if not opinion or opinion.value == 0 else float(opinion.value > 0) for opinion in opinions]
+    by_principle = {}
+    for principle in judge.principles:
+        own = [each for each, (_, asked_by) in zip(right, asked, strict=True) if asked_by is principle]
+        if own:
+            by_principle[principle.id] = PrincipleResult(sum(own), len(own))
+    n = len(right)
+    low, high = wilson_interval(sum(right), n)
+    bias = sum(opinion.position_bias for opinion in opinions if opinion) / max(n, 1)
+    return JudgeReport(judge.name, sum(right) / n if n else 0.5, low, high, n, bias, by_principle)
+
+
+def require_better_than_chance(judge: Judge, report: JudgeReport) -> None:
+    """Stop before a judge labels that its probes don't show to be better than chance.
+
+    A rule judge asks nobody: its probes agree with its rules, or the constitution would not have loaded.
+
+    Raises:
+        JudgeAtChance: the report's interval includes one half or lies below it, and the recipe does not allow that.
+    """
+    if judge.block.kind == "rule" or judge.block.allow_chance or report.low > 0.5:
+        return
+    finding = f"got {report}" if report.n else "has no probes to be tested on"
+    raise JudgeAtChance(
+        f"judge {judge.name} with constitution '{judge.constitution.id}' {finding}; that includes chance. "
+        "Choose another `judge.kind`, a stronger model with `judge.engine.model`, or give the principles (more) "
+        "probes; `judge.allow_chance: true` labels all the same"
+    )
+
+
+def _kind(block: JudgeBlock, language: str, backend: Backend | None) -> Kind:
+    if block.kind == "rule":
+        return ByRule(block.scale)
+    if backend is None:
+        raise ValueError(f"a judge by {block.kind} asks a model; give it a backend")
+    if block.kind == "contrast":
+        return ByContrast(backend, block.scale, block.batch_size)
+    return ByChoice(backend, block.batch_size, language)

@@ -1,0 +1,72 @@
+"""What an engine does: complete conversations, and give the log-probability of continuations."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from align.records import Conversation, FinishReason
+
+
+@dataclass(frozen=True)
+class Request:
+    """One completion to make. `prefill` is text put at the start of the assistant's turn and not returned.
+
+    The same request in the same batch gives the same completion: its randomness comes from `seed` alone.
+    """
+
+    id: str
+    messages: Conversation
+    seed: int
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    prefill: str = ""
+
+
+@dataclass(frozen=True)
+class Completed:
+    """A finished request: the text without special tokens, why it ended, how many tokens it took (stop included)."""
+
+    id: str
+    text: str
+    finish_reason: FinishReason
+    tokens: int
+
+
+@dataclass(frozen=True)
+class ChoiceRequest:
+    """Continuations of the assistant's turn to score. `prefill` comes before each choice."""
+
+    id: str
+    messages: Conversation
+    choices: tuple[str, ...]
+    prefill: str = ""
+
+
+@dataclass(frozen=True)
+class ChoiceScores:
+    """For each choice, the sum of its tokens' log-probabilities in nats, and how many tokens that was.
+
+    A server that shows only the first token's alternatives gives -inf for a choice that is not among them.
+    """
+
+    id: str
+    logprobs: tuple[float, ...]
+    tokens: tuple[int, ...]
+
+
+class Backend(Protocol):
+    """An engine. Results come in any order, as they finish."""
+
+    name: str
+    """Names model and engine in the rows it makes; never holds a secret."""
+
+    def complete(self, requests: Sequence[Request]) -> Iterator[Completed]:
+        """Complete each request once."""
+
+    def choice_logprobs(self, requests: Sequence[ChoiceRequest]) -> Iterator[ChoiceScores]:
+        """Score each request's choices once.
+
+        Raises:
+            InputError: the engine cannot give log-probabilities; the text says what to use instead.
+        """

@@ -1,0 +1,131 @@
+"""Builds, prints and runs the command that runs a stage in one process or several: one that a person could type."""
+
+import ctypes
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from align import processes
+from align.errors import InputError
+from align.failure_note import FAILURE, read_failure
+from align.plan import make_plan
+from align.recipe import Recipe
+from align.runner import find_step, is_up_to_date
+from align.stages import all_stages
+from align.world import ASKED, configured_processes
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How many processes to run a stage in, and accelerate's configuration file where there is one."""
+
+    nproc: int | None = None
+    config: Path | None = None
+
+    @property
+    def processes(self) -> int:
+        """How many processes that makes."""
+        if self.nproc is None and self.config is not None:
+            return configured_processes(self.config) or 1
+        return self.nproc or 1
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command line, and the environment variables that it needs besides those there are."""
+
+    words: tuple[str, ...]
+    environment: Mapping[str, str]
+
+    def __str__(self) -> str:
+        assignments = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
+        return " ".join([*assignments, shlex.join(self.words)])
+
+
+def run_recipe(recipe: Recipe, launch: Launch) -> int:
+    """Run every stage of a recipe that is not up to date, each in processes of its own; returns the exit code."""
+    codes = (launch_stage(recipe, stage, launch) for stage in recipe.settings)
+    return next((code for code in codes if code), 0)
+
+
+def launch_stage(recipe: Recipe, stage: str, launch: Launch) -> int:
+    """Run a stage in processes of its own, unless it is up to date; returns the exit code.
+
+    Raises:
+        InputError: the recipe has no such stage.
+        AlignError: what one of several processes failed with.
+    """
+    if is_up_to_date(find_step(recipe, make_plan(recipe), stage)):
+        return 0
+    if not all_stages()[stage].uses_processes:
+        launch = Launch()
+    command = stage_command(recipe, stage, launch)
+    print(f"$ {command}", flush=True)
+    with tempfile.TemporaryDirectory(prefix="align-") as folder:
+        note = Path(folder) / "failure.json"
+        several = {FAILURE: str(note)} if launch.processes > 1 or launch.config else {}
+        code = run(command.words, {**command.environment, ASKED: str(launch.processes), **several})
+        if code and (failure := read_failure(note)):
+            raise failure
+    return code
+
+
+def stage_command(recipe: Recipe, stage: str, launch: Launch) -> Command:
+    """The command that runs a stage: Python itself for one process, `accelerate launch` for several."""
+    options = [word for override in recipe.overrides for word in ("--set", override)]
+    program = ["-m", "align", "run", stage, "--recipe", str(recipe.path), *options]
+    if launch.config is not None:
+        number = ["--num_processes", str(launch.nproc)] if launch.nproc else []
+        return Command((_accelerate(), "launch", "--config_file", str(launch.config), *number, *program), {})
+    if launch.processes == 1:
+        return Command((_shown(Path(sys.executable)), *program), {})
+    # Port 0 takes a free one; the rest are accelerate's defaults, which it complains about when they are not given.
+    given = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    words = (_accelerate(), "launch", "--multi_gpu", "--num_processes", str(launch.processes), *given, *program)
+    return Command(words, _cpu_environment(launch.processes) if processes.on_cpu() else {})
+
+
+def run(words: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Run a command to its end, and end it should this process die; returns its exit code, 128 + n after signal n."""
+    child = subprocess.Popen(words, env={**os.environ, **environment}, preexec_fn=die_with_parent)
+    while True:
+        try:
+            code = child.wait()
+            return code if code >= 0 else 128 - code
+        except KeyboardInterrupt:
+            # The terminal has sent it to the child too, which ends by itself.
+            continue
+
+
+def die_with_parent() -> None:
+    """Have the system end this process when its parent dies, however that is (Linux alone has this)."""
+    if sys.platform == "linux":
+        set_parent_death_signal = 1
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
+
+
+def _cpu_environment(number: int) -> dict[str, str]:
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // number))
+    return {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": threads}
+
+
+def _accelerate() -> str:
+    beside = Path(sys.executable).with_name("accelerate")
+    found = beside if beside.exists() else shutil.which("accelerate")
+    if found is None:
+        raise InputError(
+            "accelerate: no such program beside Python or on the PATH; install it with `pip install accelerate`"
+        )
+    return _shown(Path(found))
+
+
+def _shown(program: Path) -> str:
+    """The program's path, short where it lies under the current directory."""
+    return str(program.relative_to(Path.cwd())) if program.is_relative_to(Path.cwd()) else str(program)

@@ -1,0 +1,74 @@
+"""Single-number heads on a language model: the score of a reward model, and the value of PPO.
+
+Shapes: B rows, L positions, H hidden size.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from align.models.wrapped import inner_model, replaced_forward
+
+HEADS = ("score", "classifier")
+"""What transformers calls the last layer of a sequence classifier."""
+
+
+class ValueHead(nn.Linear):
+    """V(s) from a hidden state: a linear layer in float32.
+
+    Its weights start with a standard deviation of 1/√(H+1), its bias at 0 (Stiennon et al. 2020; Huang et al. 2024).
+    """
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__(hidden_size, 1, dtype=torch.float32)
+        nn.init.normal_(self.weight, std=(hidden_size + 1) ** -0.5)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(…, H) hidden states of any float dtype to (…) float32 values, under autocast too."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return super().forward(hidden.float()).squeeze(-1)
+
+
+def pooled_scores(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """(B,) float32 scores of a one-output sequence classifier, read at each row's last attended token.
+
+    The position comes from the mask, never from the ids: transformers' own pooling takes the last token that is not the
+    pad token, and so misses the end of a turn where the two are one token. Padding may be on either side.
+
+    Args:
+        model: a sequence classifier with one output, which may be wrapped by PEFT or DDP.
+        input_ids: (B, L).
+        attention_mask: (B, L) 1 where a token counts; every row has one.
+
+    Raises:
+        ValueError: the model has no classification head.
+    """
+    inner = inner_model(model)
+    head = next((getattr(inner, name) for name in HEADS if hasattr(inner, name)), None)
+    if head is None:
+        raise ValueError(f"{type(inner).__name__} has none of the classification heads {', '.join(HEADS)}")
+    kept: list[Tensor] = []
+
+    def keep(hidden: Tensor) -> Tensor:
+        kept.append(last_attended(hidden, attention_mask))
+        return hidden.new_zeros(*hidden.shape[:2], 1)
+
+    with replaced_forward(head, keep):
+        model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0),
+            use_cache=False,
+        )
+    # In float32 whatever the model's dtype: in bf16 two scores near 4 differ by 1/64 or not at all.
+    parameters = {name: parameter.float() for name, parameter in head.named_parameters()}
+    with torch.autocast(input_ids.device.type, enabled=False):
+        return functional_call(head, parameters, (kept[-1].float(),)).squeeze(-1)
+
+
+def last_attended(hidden: Tensor, attention_mask: Tensor) -> Tensor:
+    """(B, H) each row's hidden state at the last position where its mask is set, of (B, L, H) states."""
+    positions = torch.arange(attention_mask.shape[1], device=hidden.device)
+    last = (attention_mask * positions).argmax(-1)
+    return hidden[torch.arange(hidden.shape[0], device=hidden.device), last]

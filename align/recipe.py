@@ -1,0 +1,231 @@
+"""A recipe: one YAML file that says all that a run is made of.
+
+A recipe is data: no interpolation, no import paths. It may name one parent with `extends` (relative to its own folder;
+the child's keys win, lists are replaced whole, null removes a stage), and `--set a.b=value` changes a key for one call.
+Every fault is reported at once, with its file, line and key. Other paths are relative to the current directory.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Field, ValidationError, create_model
+
+from align.config import (
+    Block,
+    EngineBlock,
+    Integer,
+    JudgeBlock,
+    ModelBlock,
+    PairSource,
+    PromptsBlock,
+    PromptSource,
+    TrackingBlock,
+)
+from align.constitution import Constitution, load_constitution
+from align.data.sources import is_file
+from align.errors import InputError, Problem
+from align.recipe_files import Written, read_written
+from align.stages import all_stages
+from align.yaml_files import KeyPath, problems_from
+
+SHARED_RUN = "shared"
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+FolderName = Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
+Named = ModelBlock | EngineBlock | PromptSource | PairSource
+
+
+class RecipeBlocks(Block):
+    """The keys of a recipe besides the stages' own blocks."""
+
+    name: FolderName | None = Field(None, description="names the run's folder; the file's own name by default")
+    extends: str | None = Field(None, description="a recipe that this one changes")
+    seed: Annotated[Integer, Field(ge=0)] = 0
+    output: str = "runs"
+    model: ModelBlock | None = None
+    constitution: str | None = Field(None, description="a constitution's file, or a folder in the paper's format")
+    prompts: PromptsBlock | None = None
+    judge: JudgeBlock = JudgeBlock()
+    tracking: TrackingBlock = TrackingBlock()
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe without faults. `settings` holds the block of each of its stages, in the order in which they run."""
+
+    path: Path
+    overrides: tuple[str, ...]
+    name: str
+    seed: int
+    output: Path
+    shared: Mapping[str, Any]
+    settings: Mapping[str, Block]
+    tracking: TrackingBlock
+    constitution: Constitution | None
+
+    def inputs(self, stage: str) -> tuple[str, ...]:
+        """The stages whose results this one reads."""
+        return all_stages()[stage].inputs(self.settings[stage])
+
+    def follows_constitution(self, stage: str) -> bool:
+        """Whether the stage's result depends on the constitution, by itself or through what it reads."""
+        if self.constitution is None:
+            return False
+        own = "constitution" in all_stages()[stage].shares
+        return own or any(self.follows_constitution(upstream) for upstream in self.inputs(stage))
+
+    def run_directory(self, stage: str) -> Path:
+        """The folder of the stage's run: its constitution's, or the one that all constitutions share."""
+        follows = self.constitution is not None and self.follows_constitution(stage)
+        return self.output / self.name / (self.constitution.key if follows and self.constitution else SHARED_RUN)
+
+    def directory(self, stage: str) -> Path:
+        """Where the stage's result is published."""
+        return self.run_directory(stage) / stage
+
+    def shared_with(self, stage: str) -> dict[str, Any]:
+        """The common blocks that the stage asked for."""
+        return {name: self.shared[name] for name in all_stages()[stage].shares}
+
+    def data(self, stage: str) -> list[str]:
+        """Files and hub ids of the data that the stage's blocks name."""
+        return [block.path for block in self._read_by(stage) if isinstance(block, PromptSource | PairSource)]
+
+    def models(self, stage: str) -> list[str]:
+        """The models that the stage's blocks name, those of servers left out."""
+        engines = [_local_model(block) for block in self._read_by(stage) if isinstance(block, EngineBlock)]
+        named = [block.path for block in self._read_by(stage) if isinstance(block, ModelBlock)]
+        return [*named, *(model for model in engines if model)]
+
+    def _read_by(self, stage: str) -> list[Named]:
+        blocks = [self.settings[stage], *self.shared_with(stage).values()]
+        return [named for block in blocks for _, named in _named(block, ())]
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read and check a recipe.
+
+    Args:
+        path: the YAML file.
+        overrides: `key.key=value` texts, each value in YAML; later ones win.
+
+    Raises:
+        InputError: every fault of the recipe, its parent, the overrides and the constitution.
+    """
+    written = read_written(Path(path), overrides)
+    blocks, faulty, problems = _validated(written)
+    settings = {name: block for name in all_stages() if (block := getattr(blocks, name)) is not None}
+    problems += _missing_files(blocks, written)
+    for name in settings:
+        problems += _stage_problems(name, written, blocks, faulty)
+    constitution, others = _read_constitution(blocks.constitution)
+    written.raise_all(list(dict.fromkeys(problems)), others)
+    return Recipe(
+        path=Path(path),
+        overrides=tuple(overrides),
+        name=blocks.name or Path(path).stem,
+        seed=blocks.seed,
+        output=Path(blocks.output).expanduser(),
+        shared={name: getattr(blocks, name) for name in ("model", "constitution", "prompts", "judge")},
+        settings={name: settings[name] for name in _in_order(settings)},
+        tracking=blocks.tracking,
+        constitution=constitution,
+    )
+
+
+@cache
+def recipe_model() -> type[RecipeBlocks]:
+    """The recipe's schema: the common blocks, and one block for each stage there is."""
+    stages: dict[str, Any] = {name: (stage.settings | None, None) for name, stage in all_stages().items()}
+    return create_model("Recipe", __base__=RecipeBlocks, **stages)
+
+
+def _validated(written: Written) -> tuple[RecipeBlocks, set[str], list[Problem]]:
+    """The blocks without a fault, the names of the others, and what is wrong with those."""
+    model = recipe_model()
+    try:
+        return model.model_validate(written.content), set(), []
+    except ValidationError as error:
+        faulty = {str(detail["loc"][0]) for detail in error.errors()}
+        sound = {key: value for key, value in written.content.items() if key not in faulty}
+        return model.model_validate(sound), faulty, problems_from(error, written.lines, model)
+
+
+def _missing_files(blocks: RecipeBlocks, written: Written) -> list[Problem]:
+    """Data files and local models that aren't there. Hub ids are left to the stage that reads them."""
+    missing: list[tuple[KeyPath, str]] = []
+    for path, block in _named(blocks, ()):
+        if isinstance(block, PromptSource | PairSource):
+            if is_file(block.path) and not Path(block.path).exists():
+                missing.append(((*path, "path"), block.path))
+        elif (model := block.path if isinstance(block, ModelBlock) else _local_model(block)) and _is_missing(model):
+            missing.append(((*path, "path" if isinstance(block, ModelBlock) else "model"), model))
+    if blocks.constitution and not Path(blocks.constitution).exists():
+        missing.append((("constitution",), blocks.constitution))
+    return [written.problem(path, f"no file {name} (looked in {Path.cwd()})") for path, name in missing]
+
+
+def _local_model(engine: EngineBlock) -> str | None:
+    """The model that an engine loads here, where it isn't the recipe's own."""
+    return engine.model if engine.kind == "local" else None
+
+
+def _is_missing(model: str) -> bool:
+    if model.startswith("wheel:") or Path(model).expanduser().exists():
+        return False
+    return model.startswith((".", "/", "~")) or model.endswith(".gguf") or not _HUB_ID.fullmatch(model)
+
+
+def _named(value: Any, above: KeyPath) -> Iterator[tuple[KeyPath, Named]]:
+    """Every block anywhere inside that names data or a model, with its key."""
+    if isinstance(value, Named):
+        yield above, value
+    if isinstance(value, BaseModel):
+        for name in type(value).model_fields:
+            yield from _named(getattr(value, name), (*above, name))
+    elif isinstance(value, tuple):
+        for index, item in enumerate(value):
+            yield from _named(item, (*above, index))
+
+
+def _stage_problems(name: str, written: Written, blocks: RecipeBlocks, faulty: set[str]) -> list[Problem]:
+    """What one stage lacks, and what it says of blocks that must fit together."""
+    stage, settings = all_stages()[name], getattr(blocks, name)
+    lacking = [
+        f"reads the results of `{upstream}`, which this recipe lacks; add `{upstream}: {{}}`"
+        for upstream in stage.inputs(settings)
+        if written.content.get(upstream) is None
+    ]
+    shared = {key: getattr(blocks, key) for key in stage.shares}
+    absent = [key for key in shared if shared[key] is None and key not in (*stage.optional, *faulty)]
+    lacking += [f"needs `{key}`, which this recipe lacks; add it" for key in absent]
+    problems = [written.problem((name,), fault) for fault in lacking]
+    if absent or faulty & shared.keys():
+        return problems
+    for text in stage.check(settings, shared):
+        key, _, fault = text.partition(": ")
+        path = tuple(re.findall(r"[^.\[\]]+", key))
+        problems.append(Problem(key, fault, written.lines.of(path)))
+    return problems
+
+
+def _read_constitution(path: str | None) -> tuple[Constitution | None, list[InputError]]:
+    """The constitution, or the faults of its own file. One that isn't there is a fault of the recipe."""
+    if path is None or not Path(path).exists():
+        return None, []
+    try:
+        return load_constitution(path), []
+    except InputError as error:
+        return None, [error]
+
+
+def _in_order(recipe_stages: Mapping[str, Block]) -> list[str]:
+    """The stages so that each comes after those it reads; by name where that leaves a choice."""
+    ordered: list[str] = []
+    while remaining := [name for name in sorted(recipe_stages) if name not in ordered]:
+        ready = (n for n in remaining if all(up in ordered for up in all_stages()[n].inputs(recipe_stages[n])))
+        ordered.append(next(ready))
+    return ordered

@@ -1,0 +1,220 @@
+"""The rows that stages write and read, one JSON object a line. Ids come from the content, so a row made twice is one row."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar
+
+from align.errors import InputError
+
+Split = Literal["sft", "preference", "rl", "eval"]
+SPLITS: tuple[Split, ...] = ("sft", "preference", "rl", "eval")
+FinishReason = Literal["stop", "length"]
+
+
+def digest(value: Any, length: int = 16) -> str:
+    """Hex digest of a JSON-able value's canonical form: keys sorted, no white space, UTF-8."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:length]
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation; `role` is system, user or assistant."""
+
+    role: str
+    content: str
+
+    def as_dict(self) -> dict[str, str]:
+        return {"role": self.role, "content": self.content}
+
+
+Conversation = tuple[Message, ...]
+
+
+def as_conversation(messages: Iterable[Mapping[str, str] | Message]) -> Conversation:
+    """Messages of either form as a tuple of `Message`."""
+    return tuple(
+        message if isinstance(message, Message) else Message(message["role"], message["content"])
+        for message in messages
+    )
+
+
+def as_dicts(conversation: Conversation) -> list[dict[str, str]]:
+    """The form that chat templates and TRL take."""
+    return [message.as_dict() for message in conversation]
+
+
+@dataclass(frozen=True)
+class Row:
+    """Base of every record: `to_json` and `from_json` are exact inverses, and unknown keys are an error."""
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        """A record from its JSON object.
+
+        Raises:
+            TypeError: a key is missing or unknown.
+        """
+        converted = {key: _from_plain(key, item) for key, item in value.items()}
+        return cls(**converted)
+
+
+R = TypeVar("R", bound=Row)
+
+
+def _from_plain(key: str, item: Any) -> Any:
+    if key in {"prompt", "chosen", "rejected"} and isinstance(item, list):
+        return as_conversation(item)
+    return tuple(item) if isinstance(item, list) else item
+
+
+@dataclass(frozen=True)
+class Prompt(Row):
+    """A conversation up to the assistant's turn, the split it fell into, and where it came from."""
+
+    id: str
+    prompt: Conversation
+    split: Split
+    category: str = ""
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Sample(Row):
+    """A completion of a prompt. `finish_reason` is 'length' where the limit cut it, which never trains anything."""
+
+    id: str
+    prompt_id: str
+    prompt: Conversation
+    completion: str
+    finish_reason: FinishReason
+    split: Split
+    category: str = ""
+    engine: str = ""
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Critique(Row):
+    """One round of critique and revision of one completion."""
+
+    id: str
+    prompt_id: str
+    round: int
+    principle_id: str
+    completion: str
+    critique: str
+    revision: str
+    finish_reason: FinishReason
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Revision(Row):
+    """What the loop made of a sample: the completion after the last round, and whether the judge preferred it.
+
+    `p_better` is the judge's probability that the revision is better than the original; `reason` says why a rejected
+    revision was rejected ('judged worse', or the name of a filter), and is empty for an accepted one.
+    """
+
+    id: str
+    prompt_id: str
+    prompt: Conversation
+    original: str
+    completion: str
+    principle_ids: tuple[str, ...]
+    p_better: float
+    accepted: bool
+    reason: str
+    split: Split
+    category: str = ""
+
+
+@dataclass(frozen=True)
+class Comparison(Row):
+    """Two completions of a prompt and the judge's verdict.
+
+    `p_a` is the probability that A is better, both orders averaged; `p_a_by_principle` has each principle's own, and
+    `position_bias` is the mean of (probability given to the first place) minus one half, in [-0.5, 0.5]. `p_a` is None
+    where the judge abstained or nothing told the two apart; `reason` then says which.
+    """
+
+    id: str
+    prompt_id: str
+    prompt: Conversation
+    completion_a: str
+    completion_b: str
+    p_a: float | None
+    p_a_by_principle: dict[str, float] = field(default_factory=dict)
+    position_bias: float = 0.0
+    reason: str = ""
+    judge: str = ""
+    category: str = ""
+
+
+@dataclass(frozen=True)
+class PreferencePair(Row):
+    """A pair in TRL's conversational preference format, with its soft label.
+
+    `prompt`, `chosen` and `rejected` are message lists (the latter two hold the assistant's turn alone);
+    `probability` that `chosen` is better lies in [0.5, 1]; `source` is 'ai', 'human' or 'revision'.
+    """
+
+    id: str
+    prompt: Conversation
+    chosen: Conversation
+    rejected: Conversation
+    probability: float
+    source: str
+    category: str = ""
+
+
+def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a JSONL file, streamed; blank lines are passed over.
+
+    Raises:
+        InputError: the file is missing, or a line is not a JSON object; the line's number is named.
+    """
+    try:
+        with path.open(encoding="utf-8") as lines:
+            yield from parse_jsonl(lines, str(path))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file (looked in {Path.cwd()}); check the path") from None
+
+
+def parse_jsonl(lines: Iterable[str], source: str) -> Iterator[dict[str, Any]]:
+    """The JSON objects of an iterable of lines; `source` names them in errors."""
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(
+                f"{source}, line {number}: not JSON ({error.msg} at column {error.colno}). "
+                f"{number - 1} rows before it are fine; nothing was written. Mend or remove the line."
+            ) from None
+        if not isinstance(value, dict):
+            raise InputError(f"{source}, line {number}: expected a JSON object, found {type(value).__name__}")
+        yield value
+
+
+def read_rows(path: Path, kind: type[R]) -> Iterator[R]:
+    """The records of a stage's JSONL file."""
+    return (kind.from_json(value) for value in read_jsonl(path))
+
+
+def write_rows(path: Path, rows: Iterable[Row]) -> int:
+    """Write records to a new JSONL file; returns how many."""
+    count = 0
+    with path.open("w", encoding="utf-8") as out:
+        for count, row in enumerate(rows, start=1):
+            out.write(json.dumps(row.to_json(), ensure_ascii=False) + "\n")
+    return count

@@ -1,0 +1,32 @@
+"""Seeds derived from a recipe's seed and a name, and a snapshot of the environment."""
+
+import hashlib
+import importlib.metadata
+import platform
+import resource
+import sys
+
+PACKAGES = ("align-rlhf", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
+
+
+def derive_seed(seed: int, *names: str | int) -> int:
+    """A seed in [0, 2^63) that depends on the recipe's seed and on what it is for, and on nothing else."""
+    text = "\x1f".join(str(part) for part in (seed, *names))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def environment() -> dict[str, str]:
+    """Versions of Python, the platform and the packages that decide the results."""
+    versions = {"python": platform.python_version(), "machine": platform.machine()}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions
+
+
+def peak_resident_gb() -> float:
+    """The most memory this process has held, in GB (10^9 bytes)."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9

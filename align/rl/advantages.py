@@ -1,0 +1,139 @@
+"""Rewards a token, advantages and returns: pure functions of tensors.
+
+Shapes: B completions in a batch, T completion tokens. `mask` is True on tokens the policy wrote, up to and including the
+first stop token. A completion's tokens are contiguous from position 0. Log-probabilities are in nats.
+"""
+
+import torch
+from torch import Tensor
+
+
+def last_token_mask(mask: Tensor) -> Tensor:
+    """(B, T) True at each completion's last token that counts; nowhere for an empty completion."""
+    following = torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], dim=1)
+    return mask & ~following
+
+
+def kl_terms(logprobs: Tensor, ref_logprobs: Tensor) -> dict[str, Tensor]:
+    """Estimators a token of KL(policy || reference) from samples of the policy (Schulman 2020, 'Approximating KL').
+
+    With r = log π_ref − log π: k1 = −r (unbiased), k2 = r²/2 (low variance, biased), k3 = e^r − 1 − r (unbiased, never
+    negative). r is clamped to ±20 before the exponential.
+
+    Args:
+        logprobs, ref_logprobs: (B, T).
+
+    Returns:
+        'k1', 'k2', 'k3', each (B, T).
+    """
+    log_ratio = (ref_logprobs - logprobs).clamp(-20.0, 20.0)
+    return {"k1": -log_ratio, "k2": log_ratio.square() / 2, "k3": torch.expm1(log_ratio) - log_ratio}
+
+
+def penalised_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
+    """Reward a token: −kl_coef · kl everywhere, plus the score on the last token that counts (Ziegler 2019, eq. 2).
+
+    Args:
+        scores: (B,) one a completion.
+        kl: (B, T) an estimator of the KL to the reference.
+        mask: (B, T).
+
+    Returns:
+        (B, T), zero where masked.
+    """
+    rewards = torch.where(mask, -kl_coef * kl, torch.zeros_like(kl))
+    return rewards + last_token_mask(mask) * scores[:, None]
+
+
+def generalised_advantages(
+    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation over each completion (Schulman 2016, eq. 16), with value 0 past its end.
+
+    δ_t = r_t + γ V_{t+1} − V_t;  A_t = δ_t + γλ A_{t+1};  return_t = A_t + V_t.
+
+    Args:
+        rewards: (B, T).
+        values: (B, T) V(s_t), the value before token t is written.
+        mask: (B, T).
+        gamma: discount a token, in [0, 1].
+        lam: λ, in [0, 1].
+
+    Returns:
+        advantages and returns, each (B, T), zero where masked.
+
+    Raises:
+        ValueError: shapes differ.
+    """
+    if not rewards.shape == values.shape == mask.shape:
+        raise ValueError(
+            f"rewards {tuple(rewards.shape)}, values {tuple(values.shape)} and mask {tuple(mask.shape)} "
+            "must have one shape"
+        )
+    counts = mask.to(values.dtype)
+    values = values * counts
+    advantages = torch.zeros_like(values)
+    running = values.new_zeros(values.shape[0])
+    next_value = torch.zeros_like(running)
+    for t in reversed(range(values.shape[1])):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        running = (delta + gamma * lam * running) * counts[:, t]
+        advantages[:, t] = running
+        next_value = values[:, t]
+    return advantages, (advantages + values) * counts
+
+
+def leave_one_out_advantages(totals: Tensor, groups: int) -> Tensor:
+    """REINFORCE leave-one-out: each completion's total reward minus the mean of its siblings' (Ahmadian 2024, eq. 8).
+
+    Args:
+        totals: (B,) summed reward; the `groups` prompts' completions lie one after another, k = B / groups each.
+
+    Returns:
+        (B,).
+
+    Raises:
+        ValueError: fewer than two completions a prompt, or B is no multiple of groups.
+    """
+    grouped = _grouped(totals, groups)
+    k = grouped.shape[1]
+    others = (grouped.sum(dim=1, keepdim=True) - grouped) / (k - 1)
+    return (grouped - others).flatten()
+
+
+def group_relative_advantages(totals: Tensor, groups: int) -> Tensor:
+    """Each completion's total reward standardised within its prompt's group (Shao 2024, section 4.1.2).
+
+    Arguments and errors as in `leave_one_out_advantages`; the standard deviation is the population's, plus 1e-4.
+    """
+    grouped = _grouped(totals, groups)
+    centred = grouped - grouped.mean(dim=1, keepdim=True)
+    return (centred / (grouped.std(dim=1, keepdim=True, correction=0) + 1e-4)).flatten()
+
+
+def _grouped(totals: Tensor, groups: int) -> Tensor:
+    if totals.numel() % groups or totals.numel() < 2 * groups:
+        raise ValueError(f"{totals.numel()} completions of {groups} prompts: at least two a prompt, and equally many")
+    return totals.view(groups, -1)
+
+
+def whiten(values: Tensor, mask: Tensor) -> Tensor:
+    """Zero mean and unit variance over all tokens that count; zero elsewhere.
+
+    Pass the whole batch of all processes: whitening a share gives another result for another number of processes. The
+    variance is the population's; a batch without variance is only centred.
+    """
+    counts = mask.to(values.dtype)
+    total = counts.sum().clamp(min=1)
+    mean = (values * counts).sum() / total
+    variance = ((values - mean).square() * counts).sum() / total
+    return (values - mean) * torch.rsqrt(variance + 1e-8) * counts
+
+
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
+    """1 − Var(returns − values) / Var(returns) over the tokens that count; 0 where the returns do not vary."""
+    residual, target = (returns - values)[mask], returns[mask]
+    spread = target.var(correction=0) if target.numel() else torch.tensor(0.0)
+    if spread <= 1e-12:
+        return 0.0
+    return float(1 - residual.var(correction=0) / spread)

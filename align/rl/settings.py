@@ -1,0 +1,76 @@
+"""PPO's settings, as a recipe's `ppo` block gives them. Imports no tensor library."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from align.config import Block, Fraction, NonNegative, Number, OptimizerBlock, Positive, SamplingBlock
+
+
+class ScoreBlock(Block):
+    """What happens to the reward model's score before it becomes a reward.
+
+    `held_out` standardises by mean and standard deviation of the reward model's scores on its held-out pairs; `running`
+    by those of all scores seen so far, over all processes; `none` leaves it.
+    """
+
+    normalise: Literal["held_out", "running", "none"] = "held_out"
+    clip: Annotated[Number, Field(gt=0)] | None = Field(5.0, description="scores stay in [-clip, clip]; null: no limit")
+
+
+class KlBlock(Block):
+    """The penalty for leaving the reference (Ziegler 2019, section 2.2). `target` null keeps the coefficient fixed."""
+
+    coef: NonNegative = 0.05
+    estimator: Literal["k1", "k3"] = "k1"
+    target: Annotated[Number, Field(gt=0)] | None = Field(None, description="nats a completion; null: fixed coefficient")
+    horizon: Positive = Field(10_000, description="completions over which the coefficient adapts")
+
+
+class PpoBlock(Block):
+    """Proximal policy optimisation. One iteration draws `rollout_batch` prompts and trains on what it wrote."""
+
+    iterations: Positive = 100
+    rollout_batch: Positive = Field(64, description="prompts an iteration, over all processes")
+    completions_per_prompt: Positive = 1
+    epochs: Positive = Field(4, description="passes over each rollout batch")
+    optimizer: OptimizerBlock = OptimizerBlock(learning_rate=1e-5, batch_size=64, micro_batch_size=8)
+    sampling: SamplingBlock = SamplingBlock(max_new_tokens=128, temperature=1.0)
+    max_prompt_tokens: Positive = 512
+    advantage: Literal["gae", "leave_one_out", "group_relative"] = "gae"
+    value: Literal["adapter", "head"] = Field(
+        "adapter", description="an adapter (or model) of its own, or a head on the policy's hidden states"
+    )
+    gamma: Fraction = 1.0
+    lam: Fraction = 0.95
+    clip_range: Annotated[Number, Field(gt=0)] = 0.2
+    value_clip_range: Annotated[Number, Field(gt=0)] | None = 0.2
+    value_coef: NonNegative = 0.1
+    entropy_coef: NonNegative = 0.0
+    kl: KlBlock = KlBlock()
+    score: ScoreBlock = ScoreBlock()
+    missing_eos_penalty: NonNegative = Field(1.0, description="taken from the score of a completion cut by the limit")
+    kl_to_old_limit: Annotated[Number, Field(gt=0)] | None = Field(
+        None, description="stop an iteration's updates once the approximate KL to the sampling policy exceeds this"
+    )
+    checkpoint_every: Positive = Field(5, description="iterations between resumable checkpoints")
+
+    @property
+    def rows(self) -> int:
+        """Completions an iteration, over all processes."""
+        return self.rollout_batch * self.completions_per_prompt
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "PpoBlock":
+        if self.rows % self.optimizer.batch_size:
+            raise ValueError(
+                f"optimizer.batch_size {self.optimizer.batch_size} must divide rollout_batch x completions_per_prompt = "
+                f"{self.rows}"
+            )
+        if self.advantage != "gae" and self.completions_per_prompt < 2:
+            raise ValueError(f"advantage {self.advantage} compares siblings: set completions_per_prompt to 2 or more")
+        if self.sampling.temperature == 0:
+            raise ValueError("sampling.temperature must be above 0: a greedy policy explores nothing")
+        if self.sampling.top_p < 1:
+            raise ValueError("sampling.top_p must be 1: truncated sampling makes the importance ratios wrong")
+        return self

@@ -1,0 +1,108 @@
+"""Tables that a terminal and a browser show alike. Cells are plain text, whoever wrote it; nothing in it is markup."""
+
+import html
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from rich.cells import cell_len
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+_KEPT = "\n\u200c\u200d"  # joiners hold emoji and Indic letters together
+_LABEL_WIDTH = 8
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 80rem; padding: 0 1rem; }
+table { border-collapse: collapse; margin: 1rem 0; }
+caption { font-weight: 600; padding: .5rem 0; text-align: left; }
+th, td { border: 1px solid #8886; overflow-wrap: anywhere; padding: .3rem .6rem; text-align: left;
+  vertical-align: top; white-space: pre-wrap; }
+td.number { font-variant-numeric: tabular-nums; text-align: right; }
+"""
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A titled table and remarks below it. Its first `labels` columns are words; the others are figures."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    remarks: tuple[str, ...] = ()
+    labels: int = 1
+
+
+def print_sheet(sheet: Sheet, console: Console) -> None:
+    """Show a sheet in the terminal, its remarks below it."""
+    table = Table(title=Text(printable(sheet.title)), title_justify="left", show_lines=True)
+    for number, (column, width) in enumerate(zip(sheet.columns, _widths(sheet, console.width), strict=True)):
+        justify: Literal["left", "right"] = "left" if number < sheet.labels else "right"
+        table.add_column(Text(printable(column)), justify=justify, width=width, overflow="fold")
+    for row in sheet.rows:
+        table.add_row(*(Text(printable(cell)) for cell in row))
+    if sheet.rows:
+        console.print(table)
+    for remark in sheet.remarks:
+        console.print(Text(printable(remark)))
+
+
+def _widths(sheet: Sheet, whole: int) -> list[int]:
+    """Each column's width. Narrow ones take what they need and the wide ones share the rest, figures first.
+
+    So the words wrap in a narrow terminal, and a figure with its interval does not.
+    """
+    cells = list(zip(*sheet.rows, strict=True)) or [()] * len(sheet.columns)
+    lines = [[line for cell in column for line in cell.splitlines()] for column in cells]
+    needed = [max(map(cell_len, ["", *column.split(), *own])) for column, own in zip(sheet.columns, lines, strict=True)]
+    words, figures = range(sheet.labels), range(sheet.labels, len(sheet.columns))
+    left = whole - 3 * len(sheet.columns) - 1
+    widths: dict[int, int] = {}
+    for group, reserved in ((figures, _LABEL_WIDTH * len(words)), (words, 0)):
+        for rank, number in enumerate(sorted(group, key=needed.__getitem__)):
+            fair = (left - reserved) // (len(group) - rank)
+            widths[number] = max(1, min(needed[number], fair))
+            left -= widths[number]
+    for number in sorted(widths):
+        extra = max(0, min(left, cell_len(sheet.columns[number]) - widths[number]))
+        widths[number] += extra
+        left -= extra
+    return [widths[number] for number in sorted(widths)]
+
+
+def page(title: str, sheets: Sequence[Sheet]) -> str:
+    """A whole HTML page that needs no other file, runs no script and asks no server."""
+    body = "\n".join(_section(sheet) for sheet in sheets)
+    return (
+        '<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n'
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">\n"
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{_escaped(title)}</title>\n<style>{_STYLE}</style>\n<h1>{_escaped(title)}</h1>\n{body}\n</html>\n"
+    )
+
+
+def printable(text: str) -> str:
+    """The text without what could move a terminal's cursor, colour it or turn its direction; line ends stay."""
+    lines = text.replace("\r\n", "\n").expandtabs(4)
+    return "".join(
+        character if character in _KEPT or unicodedata.category(character) not in {"Cc", "Cf", "Cs"} else "\ufffd"
+        for character in lines
+    )
+
+
+def _section(sheet: Sheet) -> str:
+    head = "".join(f"<th>{_escaped(column)}</th>" for column in sheet.columns)
+    rows = "\n".join(f"<tr>{_cells(sheet, row)}</tr>" for row in sheet.rows)
+    table = f"<table>\n<caption>{_escaped(sheet.title)}</caption>\n<tr>{head}</tr>\n{rows}\n</table>\n"
+    return (table if sheet.rows else "") + "".join(f"<p>{_escaped(remark)}</p>\n" for remark in sheet.remarks)
+
+
+def _cells(sheet: Sheet, row: Sequence[str]) -> str:
+    words = "".join(f"<td>{_escaped(cell)}</td>" for cell in row[1 : sheet.labels])
+    figures = "".join(f'<td class="number">{_escaped(cell)}</td>' for cell in row[sheet.labels :])
+    return f"<th>{_escaped(row[0])}</th>{words}{figures}"
+
+
+def _escaped(text: str) -> str:
+    return html.escape(printable(text))

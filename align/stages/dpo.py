@@ -1,0 +1,108 @@
+"""dpo: train the SFT policy on preference pairs directly (Rafailov et al. 2023), against their soft labels."""
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from align.config import Block, ModelBlock, Number, OptimizerBlock, PairSource, Positive
+from align.data.columns import pair_columns
+from align.data.pairs import gather_pairs
+from align.errors import InputError
+from align.records import PreferencePair
+from align.stage import Context, Outcome, Stage
+
+LOSS_OPTIONS = (
+    "loss_type",
+    "loss_weights",
+    "ld_alpha",
+    "f_divergence_type",
+    "f_alpha_divergence_coef",
+    "label_smoothing",
+    "use_weighting",
+    "discopop_tau",
+    "router_aux_loss_coef",
+)
+"""Options of TRL's own losses, which know no soft labels."""
+
+
+class DpoBlock(Block):
+    """Direct preference optimization."""
+
+    ai: bool = Field(True, description="train on the pairs that the judge labelled")
+    human: tuple[PairSource, ...] = ()
+    beta: Annotated[Number, Field(gt=0)] = Field(0.1, description="how strongly the policy is held to the SFT policy")
+    optimizer: OptimizerBlock = Field(default_factory=lambda: OptimizerBlock(learning_rate=1e-5))
+    epochs: Annotated[Number, Field(gt=0)] = 1.0
+    max_length: Positive = Field(1024, description="tokens; longer pairs are left out and counted")
+    trl: dict[str, Any] = Field(default_factory=dict, description="further options of trl.DPOConfig")
+
+
+class Dpo(Stage):
+    """Trains the SFT policy on preference pairs, with the SFT policy as its reference."""
+
+    name = "dpo"
+    help = "train the SFT policy on preference pairs directly"
+    settings = DpoBlock
+    shares = ("model",)
+    outputs = ("model", "adapter", "metrics.jsonl")
+
+    def inputs(self, settings: DpoBlock) -> tuple[str, ...]:
+        return ("sft", "compare") if settings.ai else ("sft",)
+
+    def files(self, settings: DpoBlock) -> tuple[str, ...]:
+        return tuple(source.path for source in settings.human if Path(source.path).exists())
+
+    def check(self, settings: DpoBlock, shared: Mapping[str, Any]) -> list[str]:
+        if settings.ai or settings.human:
+            return []
+        return ["dpo.human: no pairs to train on; give some, or set `ai: true`"]
+
+    def run(self, context: Context) -> Outcome:
+        from align.models.policy import compute_dtype, load_tokenizer
+        from align.trl_bridge import DPOConfig, training_config
+        from align.trl_trainers import SoftLabelDPOTrainer, fit, load_trainable
+
+        settings: DpoBlock = context.settings
+        block: ModelBlock = context.shared["model"]
+        dtype = compute_dtype(block.precision)
+        config = training_config(DPOConfig, context, dtype, beta=settings.beta, max_length=None)
+        counts: Counter[str] = Counter()
+        ai = context.inputs["compare"] / "pairs.jsonl" if settings.ai else None
+        pairs = gather_pairs(ai, settings.human, counts)
+        hard_loss = check_loss(settings, pairs)
+        sft = str(context.inputs["sft"] / "model")
+        tokenizer = load_tokenizer(sft, trust_remote_code=block.trust_remote_code)
+        columns = pair_columns(tokenizer, pairs, settings.max_length, block.system_prompt)
+        if not columns.rows:
+            raise InputError(f"dpo.max_length: all pairs are longer than {settings.max_length} tokens; raise it")
+
+        model = load_trainable(sft, block, dtype, config.seed)
+        reference = None if block.lora else load_trainable(sft, block, dtype, config.seed).requires_grad_(False)
+        options = {"ref_model": reference, "hard_loss": hard_loss}
+        _, trained = fit(SoftLabelDPOTrainer, context, model, tokenizer, config, columns.rows, dtype, **options)
+        counts.update(pairs=len(columns), pairs_too_long=len(columns.too_long), steps=trained.steps)
+        return Outcome(counts, {"pairs_too_long": list(columns.too_long), "last_step": dict(trained.figures)})
+
+
+def check_loss(settings: DpoBlock, pairs: list[PreferencePair]) -> bool:
+    """Whether the recipe asks for one of TRL's own losses, which take every label for certain.
+
+    Raises:
+        InputError: it does, and there are soft labels among the pairs; or a label smoothing that the loss ignores.
+    """
+    asked = [name for name in LOSS_OPTIONS if name in settings.trl]
+    soft = sum(pair.probability < 1 for pair in pairs)
+    if asked and soft:
+        raise InputError(
+            f"dpo.trl.{asked[0]}: TRL's losses take labels for certain, and {soft} of {len(pairs)} pairs have soft "
+            f"ones; leave out {', '.join(asked)}, or train on human pairs alone"
+        )
+    if settings.trl.get("label_smoothing") and settings.trl.get("loss_type", ["sigmoid"]) == ["sigmoid"]:
+        raise InputError("dpo.trl.label_smoothing: TRL ignores it with the loss `sigmoid`; use `loss_type: [robust]`")
+    return bool(asked)
+
+
+STAGE = Dpo()

@@ -1,0 +1,125 @@
+"""The ppo stage: the SFT policy trained against the reward model on the rl prompts.
+
+    align run ppo --recipe recipes/quickstart.yaml
+    accelerate launch --num_processes 8 -m align run ppo --recipe recipes/hh-rlhf.yaml
+"""
+
+from typing import Any
+
+from align import processes
+from align.errors import InputError
+from align.records import Prompt, read_rows
+from align.rl.settings import PpoBlock
+from align.stage import Context, Outcome, Stage
+
+
+class Ppo(Stage):
+    name = "ppo"
+    help = "train the SFT policy against the reward model (PPO)"
+    settings = PpoBlock
+    shares = ("model",)
+    outputs = ("model", "adapter", "rollouts.jsonl", "metrics.jsonl")
+
+    def inputs(self, settings: PpoBlock) -> tuple[str, ...]:
+        return ("sample", "sft", "reward")
+
+    def run(self, context: Context) -> Outcome:
+        import torch
+        from accelerate import Accelerator
+
+        from align.models.policy import compute_dtype, load_tokenizer, save_model, stop_token_ids
+        from align.models.ppo_loading import initial_models, reward_folder
+        from align.rl.ppo import PpoTrainer
+        from align.tracking import Tracker
+
+        settings: PpoBlock = context.settings
+        model_block = context.shared["model"]
+        _check_divisible(settings)
+        torch.manual_seed(context.seed)
+        accelerator = Accelerator()
+        policy = context.inputs["sft"] / "model"
+        tokenizer = load_tokenizer(str(policy))
+        prompts, too_long = _prompts(context, tokenizer)
+        dtype = compute_dtype(model_block.precision)
+        reward = reward_folder(context.inputs["reward"], policy)
+        models = initial_models(
+            policy,
+            reward,
+            model_block.lora,
+            value=settings.value if settings.advantage == "gae" else None,
+            dtype=dtype,
+            temperature=settings.sampling.temperature,
+            trust_remote_code=model_block.trust_remote_code,
+        )
+        models.to(accelerator.device)
+        with Tracker(context.output, context.tracking, context.run_name, self.name) as tracker:
+            trainer = PpoTrainer(
+                models,
+                tokenizer,
+                prompts,
+                _reward(models, reward, model_block, dtype, settings, accelerator.device),
+                settings,
+                stop_ids=stop_token_ids(models.causal_lm, tokenizer),
+                seed=context.seed,
+                output=context.output,
+                tracker=tracker,
+                score_moments=(reward.mean, reward.std),
+                accelerator=accelerator,
+            )
+            figures = trainer.train()
+        state = trainer.policy_state()
+        if processes.is_first():
+            save_model(models.policy, tokenizer, context.output, dtype, adapter_name="policy", state_dict=state)
+        return Outcome({"prompts": len(prompts), "prompts_too_long": too_long}, figures)
+
+
+def _check_divisible(settings: PpoBlock) -> None:
+    world = processes.world_size()
+    for key, value in (("rollout_batch", settings.rows), ("optimizer.batch_size", settings.optimizer.batch_size)):
+        if value % world:
+            raise InputError(f"ppo.{key}: {value} rows cannot be shared equally by {world} processes; use a multiple")
+
+
+def _prompts(context: Context, tokenizer: Any) -> tuple[list[Any], int]:
+    """The rl prompts with their ids, and how many were left out for their length."""
+    from align.data.chat import prompt_ids
+    from align.rl.rollout import TokenizedPrompt
+
+    rows = [row for row in read_rows(context.inputs["sample"] / "prompts.jsonl", Prompt) if row.split == "rl"]
+    system = context.shared["model"].system_prompt
+    tokenized = [TokenizedPrompt(row, tuple(prompt_ids(tokenizer, row.prompt, system))) for row in rows]
+    kept = [prompt for prompt in tokenized if len(prompt.ids) <= context.settings.max_prompt_tokens]
+    if not kept:
+        raise InputError(
+            f"ppo: no prompt to train on: {len(rows)} in the rl split, {len(rows) - len(kept)} longer than "
+            "ppo.max_prompt_tokens; raise prompts.split.rl or ppo.max_prompt_tokens"
+        )
+    return kept, len(rows) - len(kept)
+
+
+def _reward(models: Any, reward: Any, model_block: Any, dtype: Any, settings: PpoBlock, device: Any) -> Any:
+    """Scores by the trunk's reward adapter, or by the reward stage's model loaded on its own."""
+    from functools import partial
+
+    from align.models.policy import load_tokenizer
+    from align.models.ppo_loading import classifier_scores, load_classifier
+    from align.rl.rewards import RewardModel
+
+    folder = reward.path / "model"
+    tokenizer = load_tokenizer(str(folder))
+    if reward.shares_trunk and model_block.lora is not None:
+        scores: Any = partial(models, "score")
+    else:
+        classifier = load_classifier(folder, dtype, trust_remote_code=model_block.trust_remote_code)
+        scores = classifier_scores(classifier.to(device), dtype)
+    return RewardModel(
+        lambda input_ids, attention_mask: scores(input_ids=input_ids, attention_mask=attention_mask),
+        tokenizer,
+        pad_id=tokenizer.pad_token_id,
+        batch_size=settings.optimizer.micro_batch_size,
+        device=device,
+        system_prompt=model_block.system_prompt,
+    )
+
+
+STAGE = Ppo()

@@ -1,0 +1,193 @@
+"""reward: train a reward model on preference pairs against their soft labels (Bai et al. 2022, section 4.1).
+
+Part of the pairs is held out by prompt, and what the model says of them stands beside what the lengths alone would say.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from align.config import Block, Fraction, ModelBlock, Number, OptimizerBlock, PairSource, Positive
+from align.data.columns import pair_columns, whole_conversations
+from align.data.pairs import gather_pairs
+from align.errors import InputError
+from align.records import Conversation, PreferencePair, Row, as_dicts, digest, write_rows
+from align.stage import Context, Outcome, Stage
+
+SCALE_PAIRS = 1000
+"""Training pairs that the scores' mean and spread are taken from where none are held out."""
+
+
+class RewardBlock(Block):
+    """The reward model."""
+
+    ai: bool = Field(True, description="train on the pairs that the judge labelled")
+    human: tuple[PairSource, ...] = ()
+    base: Literal["sft", "model"] = Field("sft", description="start from the SFT policy, or from the base model")
+    held_out: Annotated[Fraction, Field(lt=1)] = Field(0.1, description="share of the prompts whose pairs test it")
+    optimizer: OptimizerBlock = Field(default_factory=OptimizerBlock)
+    epochs: Annotated[Number, Field(gt=0)] = 1.0
+    max_length: Positive = Field(1024, description="tokens; longer pairs are left out and counted")
+    trl: dict[str, Any] = Field(default_factory=dict, description="further options of trl.RewardConfig")
+
+
+@dataclass(frozen=True)
+class ScoredPair(Row):
+    """What the reward model says of a held-out pair; lengths in characters."""
+
+    id: str
+    prompt_id: str
+    probability: float
+    chosen_score: float
+    rejected_score: float
+    chosen_characters: int
+    rejected_characters: int
+    source: str
+    category: str = ""
+
+    @property
+    def margin(self) -> float:
+        return self.chosen_score - self.rejected_score
+
+
+class Reward(Stage):
+    """Trains a reward model on preference pairs and tests it on held-out ones."""
+
+    name = "reward"
+    help = "train a reward model on preference pairs"
+    settings = RewardBlock
+    shares = ("model",)
+    outputs = ("model", "adapter", "metrics.jsonl", "held_out.jsonl")
+
+    def inputs(self, settings: RewardBlock) -> tuple[str, ...]:
+        return (*(["sft"] if settings.base == "sft" else []), *(["compare"] if settings.ai else []))
+
+    def files(self, settings: RewardBlock) -> tuple[str, ...]:
+        return tuple(source.path for source in settings.human if Path(source.path).exists())
+
+    def check(self, settings: RewardBlock, shared: Mapping[str, Any]) -> list[str]:
+        if settings.ai or settings.human:
+            return []
+        return ["reward.human: no pairs to train on; give some, or set `ai: true`"]
+
+    def run(self, context: Context) -> Outcome:
+        from align import processes
+        from align.models.policy import compute_dtype, load_tokenizer
+        from align.trl_bridge import RewardConfig, training_config
+        from align.trl_trainers import SoftLabelRewardTrainer, fit, load_scorer, pad_apart, score_pairs
+
+        settings: RewardBlock = context.settings
+        block: ModelBlock = context.shared["model"]
+        dtype = compute_dtype(block.precision)
+        config = training_config(RewardConfig, context, dtype, max_length=None, disable_dropout=True)
+        path, revision = block.path, block.revision
+        if settings.base == "sft":
+            path, revision = str(context.inputs["sft"] / "model"), None
+        tokenizer = pad_apart(load_tokenizer(path, revision=revision, trust_remote_code=block.trust_remote_code))
+        counts: Counter[str] = Counter()
+        ai = context.inputs["compare"] / "pairs.jsonl" if settings.ai else None
+        training, held_out = split_by_prompt(gather_pairs(ai, settings.human, counts), settings.held_out)
+        columns = pair_columns(tokenizer, training, settings.max_length, block.system_prompt)
+        tested = pair_columns(tokenizer, held_out, settings.max_length, block.system_prompt)
+        too_long = [*columns.too_long, *tested.too_long]
+        counts.update(pairs=len(columns), pairs_held_out=len(tested), pairs_too_long=len(too_long))
+        if not columns.rows:
+            raise InputError(f"reward: no pair to train on; {dict(counts)}. Raise `max_length` or lower `held_out`")
+
+        model = load_scorer(path, block, dtype, config.seed, revision)
+        rows = whole_conversations(columns).rows
+        trainer, trained = fit(SoftLabelRewardTrainer, context, model, tokenizer, config, rows, dtype)
+        scores = score_pairs(trainer, whole_conversations(tested).rows)
+        scored = _scored([pair for pair in held_out if pair.id not in tested.too_long], scores)
+        if processes.is_first():
+            write_rows(context.output / "held_out.jsonl", scored)
+        scale = scale_figures(scores or score_pairs(trainer, rows[:SCALE_PAIRS]))
+        measured = {"base": settings.base, **scale, **held_out_figures(scored)}
+        figures = {**measured, "pairs_too_long": too_long, "last_step": dict(trained.figures)}
+        return Outcome({**counts, "steps": trained.steps}, figures)
+
+
+def prompt_id(prompt: Conversation) -> str:
+    """Identity of a prompt by its content."""
+    return digest(as_dicts(prompt))
+
+
+def split_by_prompt(
+    pairs: Sequence[PreferencePair], held_out: float
+) -> tuple[list[PreferencePair], list[PreferencePair]]:
+    """(pairs to train on, pairs held out). A hash of the prompt decides, so no prompt is on both sides, ever."""
+    sides: tuple[list[PreferencePair], list[PreferencePair]] = ([], [])
+    for pair in pairs:
+        place = int(digest(["held out", prompt_id(pair.prompt)], 8), 16) / 16**8
+        sides[place < held_out].append(pair)
+    return sides
+
+
+def scale_figures(scores: Sequence[tuple[float, float]]) -> dict[str, float]:
+    """Mean and standard deviation over chosen and rejected completions, which PPO centres its rewards by."""
+    import numpy as np
+
+    return {"score_mean": float(np.mean(scores)), "score_std": float(np.std(scores))}
+
+
+def held_out_figures(scored: Sequence[ScoredPair]) -> dict[str, Any]:
+    """Pair accuracy with its 95% interval beside the length baselines, Brier score and calibration.
+
+    Brier score and calibration take the soft label as what happened, and each pair both ways round: the chosen
+    completion comes first by construction, so that one way alone would always be right to be sure.
+    """
+    if not scored:
+        return {"accuracy": None}
+    import numpy as np
+
+    from align.statistics import expected_calibration_error, reliability_bins
+
+    shorter = [pair.rejected_characters - pair.chosen_characters for pair in scored]
+    margins = np.array([pair.margin for pair in scored])
+    labels = np.array([pair.probability for pair in scored])
+    predicted = np.exp(-np.logaddexp(0, -np.concatenate([margins, -margins])))
+    happened = np.concatenate([labels, 1 - labels])
+    return {
+        "accuracy": agreement([pair.margin for pair in scored]),
+        "accuracy_by_source": {
+            source: agreement([pair.margin for pair in scored if pair.source == source])
+            for source in sorted({pair.source for pair in scored})
+        },
+        "shorter_wins": agreement(shorter),
+        "longer_wins": agreement([-difference for difference in shorter]),
+        "brier": float(((predicted - happened) ** 2).mean()),
+        "expected_calibration_error": expected_calibration_error(predicted, happened),
+        "reliability": [asdict(each) for each in reliability_bins(predicted, happened)],
+    }
+
+
+def agreement(margins: Sequence[float]) -> dict[str, float]:
+    """Share of margins above zero, ties for a half, with its Wilson interval."""
+    from align.statistics import Estimate, wilson_interval
+
+    right = sum(1.0 if margin > 0 else 0.5 if margin == 0 else 0.0 for margin in margins)
+    return asdict(Estimate(right / len(margins), *wilson_interval(right, len(margins)), len(margins)))
+
+
+def _scored(pairs: Sequence[PreferencePair], scores: Sequence[tuple[float, float]]) -> list[ScoredPair]:
+    return [
+        ScoredPair(
+            id=pair.id,
+            prompt_id=prompt_id(pair.prompt),
+            probability=pair.probability,
+            chosen_score=chosen,
+            rejected_score=rejected,
+            chosen_characters=len(pair.chosen[-1].content),
+            rejected_characters=len(pair.rejected[-1].content),
+            source=pair.source,
+            category=pair.category,
+        )
+        for pair, (chosen, rejected) in zip(pairs, scores, strict=True)
+    ]
+
+
+STAGE = Reward()

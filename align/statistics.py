@@ -1,0 +1,198 @@
+"""Intervals and calibration: what stands beside every figure that is reported. Needs numpy and nothing heavier."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+_DRAWN_AT_ONCE = 4_000_000
+"""Indices held at a time while resampling, so that memory does not grow with resamples times values."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over `n` values and its interval."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+
+@dataclass(frozen=True)
+class ReliabilityBin:
+    """Predictions that fell in (low, high], in the first bin also on its lower edge, and what happened."""
+
+    low: float
+    high: float
+    count: int
+    mean_probability: float
+    share: float
+
+
+def wilson_interval(successes: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Score interval of a share (Wilson 1927), sensible at 0 and at 1 too; (0, 1) where there is nothing to count.
+
+    Raises:
+        ValueError: successes outside [0, n], or confidence outside (0, 1).
+    """
+    _check_confidence(confidence)
+    if not 0 <= successes <= n:
+        raise ValueError(f"successes must lie in [0, {n}], got {successes}")
+    if n == 0:
+        return 0.0, 1.0
+    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+    share = successes / n
+    centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * (share * (1 - share) / n + z**2 / (4 * n**2)) ** 0.5
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def bootstrap_interval(
+    values: ArrayLike, seed: int, resamples: int = 2000, confidence: float = 0.95
+) -> tuple[float, float]:
+    """Percentile interval of the mean under resampling with replacement (Efron 1979). The same seed gives the same one.
+
+    Args:
+        values: (N,) finite numbers, at least one.
+
+    Raises:
+        ValueError: no values, a value that is not finite, no resamples, or confidence outside (0, 1).
+    """
+    _check_confidence(confidence)
+    sample = _vector(values)
+    if resamples < 1:
+        raise ValueError(f"resamples must be 1 or more, got {resamples}")
+    means = np.concatenate(list(_resampled_means(sample, seed, resamples)))
+    low, high = np.quantile(means, [0.5 - confidence / 2, 0.5 + confidence / 2])
+    return float(low), float(high)
+
+
+def mean_estimate(values: ArrayLike, seed: int, resamples: int = 2000, confidence: float = 0.95) -> Estimate:
+    """The mean with its bootstrap interval."""
+    sample = _vector(values)
+    return Estimate(float(sample.mean()), *bootstrap_interval(sample, seed, resamples, confidence), len(sample))
+
+
+def share_estimate(values: ArrayLike, seed: int, resamples: int = 2000, confidence: float = 0.95) -> Estimate:
+    """The mean of values in [0, 1] with its bootstrap interval; where all are alike, Wilson's (see `_bounded`).
+
+    Raises:
+        ValueError: a value outside [0, 1], or as for `bootstrap_interval`.
+    """
+    return _bounded(_vector(values), 0, 1, seed, resamples, confidence)
+
+
+def paired_difference(
+    first: ArrayLike, second: ArrayLike, seed: int, resamples: int = 2000, confidence: float = 0.95
+) -> Estimate:
+    """Mean of first - second with its bootstrap interval, pairs drawn together.
+
+    Raises:
+        ValueError: lengths that differ, or as for `bootstrap_interval`.
+    """
+    return mean_estimate(_differences(first, second), seed, resamples, confidence)
+
+
+def paired_share_difference(
+    first: ArrayLike, second: ArrayLike, seed: int, resamples: int = 2000, confidence: float = 0.95
+) -> Estimate:
+    """`paired_difference` of values in [0, 1]: one that is the same in every pair has an interval nevertheless.
+
+    Raises:
+        ValueError: a value outside [0, 1], or as for `paired_difference`.
+    """
+    for values in (first, second):
+        _check_within(_vector(values), 0, 1)
+    return _bounded(_differences(first, second), -1, 1, seed, resamples, confidence)
+
+
+def reliability_bins(probabilities: ArrayLike, outcomes: ArrayLike, bins: int = 10) -> list[ReliabilityBin]:
+    """The bins of equal width that hold any prediction (Guo et al. 2017, section 2).
+
+    Args:
+        probabilities: (N,) predicted, in [0, 1].
+        outcomes: (N,) what happened: 0 or 1, or a soft label between.
+
+    Raises:
+        ValueError: lengths that differ, values outside [0, 1], nothing to bin, or no bins.
+    """
+    predicted, happened = _vector(probabilities), _vector(outcomes)
+    if len(predicted) != len(happened):
+        raise ValueError(f"each probability needs an outcome, got {len(predicted)} and {len(happened)}")
+    _check_within(predicted, 0, 1)
+    _check_within(happened, 0, 1)
+    if bins < 1:
+        raise ValueError(f"bins must be 1 or more, got {bins}")
+    edges = np.arange(bins + 1) / bins
+    places = np.clip(np.searchsorted(edges, predicted, side="left") - 1, 0, bins - 1)
+    return [
+        ReliabilityBin(
+            low=float(edges[place]),
+            high=float(edges[place + 1]),
+            count=int((places == place).sum()),
+            mean_probability=float(predicted[places == place].mean()),
+            share=float(happened[places == place].mean()),
+        )
+        for place in range(bins)
+        if (places == place).any()
+    ]
+
+
+def expected_calibration_error(probabilities: ArrayLike, outcomes: ArrayLike, bins: int = 10) -> float:
+    """Mean gap between predicted and observed shares, weighted by bin (Naeini et al. 2015; Guo et al. 2017, eq. 3)."""
+    filled = reliability_bins(probabilities, outcomes, bins)
+    total = sum(each.count for each in filled)
+    return sum(each.count * abs(each.share - each.mean_probability) for each in filled) / total
+
+
+def _bounded(
+    sample: NDArray[np.float64], lower: float, upper: float, seed: int, resamples: int, confidence: float
+) -> Estimate:
+    """The mean of values in [lower, upper] with an interval that is never a point.
+
+    Resampling 30 values that are all alike shows no spread, which would claim certainty. By Wilson's interval of 0 in
+    30, a share of up to u of all values may still be unlike those seen, and they may lie at either end of the range.
+    For 30 successes in 30 this is Wilson's interval itself.
+    """
+    _check_within(sample, lower, upper)
+    if sample.min() < sample.max():
+        return mean_estimate(sample, seed, resamples, confidence)
+    mean, unseen = float(sample[0]), wilson_interval(0, len(sample), confidence)[1]
+    return Estimate(mean, mean - unseen * (mean - lower), mean + unseen * (upper - mean), len(sample))
+
+
+def _differences(first: ArrayLike, second: ArrayLike) -> NDArray[np.float64]:
+    a, b = _vector(first), _vector(second)
+    if len(a) != len(b):
+        raise ValueError(f"pairs need as many values on both sides, got {len(a)} and {len(b)}")
+    return a - b
+
+
+def _check_within(sample: NDArray[np.float64], lower: float, upper: float) -> None:
+    if sample.min() < lower or sample.max() > upper:
+        raise ValueError(f"values must lie in [{lower}, {upper}], got {sample.min():g} to {sample.max():g}")
+
+
+def _resampled_means(sample: NDArray[np.float64], seed: int, resamples: int) -> Iterator[NDArray[np.float64]]:
+    generator = np.random.default_rng(seed)
+    at_once = max(1, _DRAWN_AT_ONCE // len(sample))
+    for start in range(0, resamples, at_once):
+        drawn = generator.integers(len(sample), size=(min(at_once, resamples - start), len(sample)))
+        yield sample[drawn].mean(axis=1)
+
+
+def _vector(values: ArrayLike | Sequence[float]) -> NDArray[np.float64]:
+    vector = np.asarray(values, dtype=np.float64)
+    if vector.ndim != 1 or len(vector) == 0:
+        raise ValueError(f"expected a list of one or more numbers, got shape {vector.shape}")
+    if not np.isfinite(vector).all():
+        raise ValueError("every value must be finite")
+    return vector
+
+
+def _check_confidence(confidence: float) -> None:
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must lie in (0, 1), got {confidence}")

@@ -1,0 +1,181 @@
+"""Where a stage's figures go: `metrics.jsonl` always, Weights & Biases when asked. Only the first process writes."""
+
+import json
+import math
+import netrc
+import os
+import secrets
+import urllib.error
+import urllib.request
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any, Self
+from urllib.parse import urlsplit
+
+from align import processes
+from align.config import TrackingBlock
+from align.records import read_jsonl
+
+METRICS = "metrics.jsonl"
+WANDB_FOLDER = ".wandb"
+RUN_ID_FILE = "wandb-run-id"
+_WANDB_HOST = "https://api.wandb.ai"
+
+
+class Tracker:
+    """Rows of figures, each with its step, appended to `directory/metrics.jsonl`.
+
+    With `block.wandb` they go to wandb as well: one run a stage, grouped by `run_name`, its files in
+    `directory/../.wandb` so that they survive the stage's publication. wandb never ends a stage: where it fails, a
+    warning says so once and the figures go on into the file.
+    """
+
+    def __init__(self, directory: Path, block: TrackingBlock, run_name: str, stage: str) -> None:
+        self.path = directory / METRICS
+        self._file: IO[str] | None = None
+        self._wandb: Any = None
+        if not processes.is_first():
+            return
+        directory.mkdir(parents=True, exist_ok=True)
+        _end_with_newline(self.path)
+        self._file = self.path.open("a", encoding="utf-8")
+        if block.wandb:
+            self._guard(lambda: self._start_wandb(directory, block, run_name, stage))
+
+    def log(self, step: int, figures: Mapping[str, float]) -> None:
+        """Add a row, on disk before this returns. A figure that is not finite is written as null."""
+        if self._file is None:
+            return
+        row = {"step": step} | {name: _plain(value) for name, value in figures.items()}
+        self._file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+        self._file.flush()
+        if self._wandb is not None:
+            run = self._wandb
+            self._guard(lambda: run.log(dict(figures), step=step))
+
+    def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """Show rows (completions, say) as a wandb table; without wandb nothing is lost, as stages publish them too."""
+        if self._wandb is not None:
+            run = self._wandb
+            self._guard(lambda: run.log({name: _table(columns, rows)}, commit=False))
+
+    def truncate(self, step: int) -> None:
+        """Drop the rows after `step`: a resumed stage logs them again. wandb keeps the first it got of a step."""
+        if self._file is None:
+            return
+        self._file.close()
+        kept = [row for row in read_jsonl(self.path) if row["step"] <= step]
+        _replace_text(self.path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def close(self, failed: bool = False) -> None:
+        """Close the file and finish the wandb run. What is logged afterwards goes nowhere; closing again is free."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        if self._wandb is not None:
+            run = self._wandb
+            self._guard(lambda: run.finish(exit_code=int(failed)))
+            self._wandb = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close(failed=kind is not None)
+
+    def _start_wandb(self, directory: Path, block: TrackingBlock, run_name: str, stage: str) -> None:
+        import wandb
+
+        folder = directory.parent / WANDB_FOLDER
+        folder.mkdir(exist_ok=True)
+        self._wandb = wandb.init(
+            project=block.project,
+            entity=block.entity,
+            group=run_name,
+            name=f"{run_name}/{stage}",
+            job_type=stage,
+            id=_run_id(directory / RUN_ID_FILE),
+            resume="allow",
+            dir=folder,
+            mode=wandb_mode(),
+            settings=wandb.Settings(console="off", init_timeout=60, login_timeout=1),
+        )
+
+    def _guard(self, call: Callable[[], object]) -> None:
+        """Call wandb; where that fails, warn and leave wandb out of what follows."""
+        try:
+            call()
+        except Exception as error:
+            self._wandb = None
+            warnings.warn(f"wandb: {error!r}; figures go to {self.path} alone from here on", stacklevel=3)
+
+
+def wandb_mode() -> Any:
+    """`WANDB_MODE` where it is set; else online with a login and a network, and offline without, so nobody is asked."""
+    chosen = os.environ.get("WANDB_MODE")
+    if chosen:
+        return chosen
+    host = os.environ.get("WANDB_BASE_URL", _WANDB_HOST)
+    return "online" if _has_login(host) and _answers(host) else "offline"
+
+
+def _has_login(host: str) -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    names = [os.environ.get("NETRC"), "~/.netrc", "~/_netrc"]
+    for path in (Path(name).expanduser() for name in names if name):
+        try:
+            if netrc.netrc(path).authenticators(urlsplit(host).hostname or ""):
+                return True
+        except (OSError, netrc.NetrcParseError):
+            continue
+    return False
+
+
+def _answers(host: str) -> bool:
+    try:
+        urllib.request.urlopen(host, timeout=5).close()
+    except urllib.error.HTTPError:
+        return True
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _run_id(path: Path) -> str:
+    """The wandb run of this working folder, the same after a kill."""
+    if not path.exists():
+        _replace_text(path, secrets.token_hex(8))
+    return path.read_text(encoding="utf-8")
+
+
+def _replace_text(path: Path, text: str) -> None:
+    """Write a file so that a kill leaves the old one or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Any:
+    import wandb
+
+    return wandb.Table(columns=list(columns), data=[list(row) for row in rows])
+
+
+def _plain(value: float) -> float | int | None:
+    """A JSON number: numpy's and torch's scalars included, bool and int as they are, null where not finite."""
+    if isinstance(value, int):
+        return value
+    number = float(value)
+    return number if math.isfinite(number) else None
+
+
+def _end_with_newline(path: Path) -> None:
+    """Cut a last row that a kill left unfinished."""
+    if not path.exists():
+        return
+    content = path.read_bytes()
+    with path.open("r+b") as handle:
+        handle.truncate(content.rfind(b"\n") + 1)

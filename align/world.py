@@ -1,0 +1,73 @@
+"""Whether the run got the number of processes that was asked for.
+
+`accelerate launch --cpu --num_processes 2` starts one process and says nothing; a run would then train on other batches
+than its recipe says. So the number that was asked for is looked up, and compared with the processes that met.
+"""
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from align import processes
+from align.errors import WorldSizeError
+from align.yaml_files import load_yaml
+
+ASKED = "ALIGN_PROCESSES"
+_LAUNCH = re.compile(r"(^|[/.-])launch(\.py)?$")
+
+
+def check_world_size() -> None:
+    """Join the run's processes, and count them.
+
+    Raises:
+        WorldSizeError: there are more or fewer than were asked for.
+    """
+    asked, found = asked_processes(), processes.connect()
+    if asked is None or asked == found:
+        return
+    raise WorldSizeError(
+        f"{asked} processes were asked for and {found} started. On CPUs `accelerate launch --cpu --num_processes "
+        f"{asked}` starts one; use `align launch STAGE --recipe FILE --nproc {asked}`, or type\n"
+        f"  ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes {asked} -m align run …"
+    )
+
+
+def asked_processes() -> int | None:
+    """How many processes were asked for: by `align launch`, or on the command line of `accelerate launch`."""
+    if given := os.environ.get(ASKED):
+        return int(given)
+    import psutil
+
+    try:
+        command = psutil.Process(os.getppid()).cmdline()
+    except psutil.Error:
+        return None
+    return asked_in(command)
+
+
+def asked_in(command: Sequence[str]) -> int | None:
+    """The number of processes that an `accelerate launch` command line asks for; None where it is none, or silent."""
+    launch = next((index for index, word in enumerate(command) if _LAUNCH.search(word)), None)
+    if launch is None or "accelerate" not in " ".join(command[: launch + 1]):
+        return None
+    options = dict(_options(command[launch + 1 :]))
+    if number := options.get("num_processes"):
+        return int(number) if number.isdigit() else None
+    return configured_processes(Path(options["config_file"])) if "config_file" in options else None
+
+
+def configured_processes(config: Path) -> int | None:
+    """The number of processes in an accelerate configuration file."""
+    number = load_yaml(config)[0].get("num_processes")
+    return number if isinstance(number, int) else None
+
+
+def _options(words: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """The launcher's own options: those before the program."""
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        if word in {"-m", "--module"} or word.endswith(".py"):
+            return
+        if word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            yield name.replace("-", "_"), value if equals else following

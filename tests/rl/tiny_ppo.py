@@ -1,0 +1,78 @@
+"""PPO on a tiny random model and a programmatic reward: what the tests of the trainer share."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from align.config import LoraBlock, OptimizerBlock, SamplingBlock, TrackingBlock
+from align.data.chat import prompt_ids
+from align.models.policy import load_tokenizer, stop_token_ids
+from align.models.ppo_loading import RewardFolder, load_separate_models, load_shared_trunk
+from align.records import Conversation, Message, Prompt
+from align.rl.ppo import PpoTrainer
+from align.rl.rollout import TokenizedPrompt
+from align.rl.settings import KlBlock, PpoBlock, ScoreBlock
+from align.tracking import Tracker
+
+
+def share_of_letters(prompts: Sequence[Conversation], completions: Sequence[str]) -> torch.Tensor:
+    """The share of a completion's characters that are lower-case letters; a random tiny model starts at about 0.3."""
+    return torch.tensor([sum("a" <= char <= "z" for char in text) / max(len(text), 1) for text in completions])
+
+
+def settings(**changes: Any) -> PpoBlock:
+    plain: dict[str, Any] = {
+        "iterations": 12,
+        "rollout_batch": 32,
+        "epochs": 4,
+        "optimizer": OptimizerBlock(learning_rate=3e-3, batch_size=32, micro_batch_size=16, schedule="constant"),
+        "sampling": SamplingBlock(max_new_tokens=8, temperature=1.0, batch_size=32),
+        "kl": KlBlock(coef=0.002),
+        "score": ScoreBlock(normalise="running", clip=None),
+        "missing_eos_penalty": 0.0,
+        "checkpoint_every": 1000,
+    }
+    return PpoBlock(**{**plain, **changes})
+
+
+def build_trainer(
+    model_dir: Path,
+    output: Path,
+    block: PpoBlock,
+    *,
+    seed: int = 0,
+    reward: Any = share_of_letters,
+    lora: LoraBlock | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> PpoTrainer:
+    torch.manual_seed(seed)
+    no_reward_model = RewardFolder(output / "none", on_policy_trunk=False, mean=0.0, std=1.0)
+    value = {"gae": "head"}.get(block.advantage)
+    options = {"value": value, "dtype": dtype, "temperature": block.sampling.temperature}
+    if lora is None:
+        models: Any = load_separate_models(str(model_dir), no_reward_model, **options)
+    else:
+        options["value"] = block.value if block.advantage == "gae" else None
+        models = load_shared_trunk(str(model_dir), no_reward_model, lora, **options)
+    tokenizer = load_tokenizer(str(model_dir))
+    prompts = []
+    for number in range(40):
+        conversation = (Message("user", "the cat " * (number % 4) + f"sat {number}"),)
+        row = Prompt(id=f"p{number}", prompt=conversation, split="rl")
+        prompts.append(TokenizedPrompt(row, tuple(prompt_ids(tokenizer, conversation))))
+    output.mkdir(parents=True, exist_ok=True)
+    return PpoTrainer(
+        models,
+        tokenizer,
+        prompts,
+        reward,
+        block,
+        stop_ids=stop_token_ids(models.causal_lm, tokenizer),
+        seed=seed,
+        output=output,
+        tracker=Tracker(output, TrackingBlock(), "tiny", "ppo"),
+        accelerator=Accelerator(cpu=True),
+    )

@@ -1,0 +1,145 @@
+"""Requests are answered once each, in chunks that neither a kill nor the number of processes changes."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from align.backends.complete_all import complete_all, score_all
+from align.errors import AlignError
+from align.generation import ChoiceRequest, ChoiceScores, Completed, Request
+from align.records import Message
+from tests.unit.feedback.engines import Engine
+
+
+def request(name: str, text: str = "hi") -> Request:
+    return Request(name, (Message("user", text),), seed=len(text), max_new_tokens=5)
+
+
+def batch_dependent(engine: Engine) -> None:
+    """Make each answer tell which requests shared its batch: what a real engine's last bits do."""
+    engine.answer = lambda request: ",".join(engine.batches[-1])
+
+
+REQUESTS = [request(f"r{number}", "x" * (number * 7 % 5)) for number in range(11)]
+
+
+def undisturbed(tmp_path: Path) -> dict[str, Completed]:
+    engine = Engine()
+    batch_dependent(engine)
+    return complete_all(engine, REQUESTS, 3, tmp_path / "undisturbed.journal", "test")
+
+
+def test_answers_come_in_the_order_of_the_requests(tmp_path: Path) -> None:
+    done = undisturbed(tmp_path)
+
+    assert list(done) == [each.id for each in REQUESTS]
+    assert all(row.id == key for key, row in done.items())
+
+
+def test_a_chunk_holds_requests_of_like_length(tmp_path: Path) -> None:
+    engine = Engine(lambda request: "")
+    complete_all(engine, REQUESTS, 3, tmp_path / "j", "test")
+
+    lengths = {each.id: len(each.messages[0].content) for each in REQUESTS}
+    flat = [lengths[name] for batch in engine.batches for name in batch]
+    assert flat == sorted(flat, reverse=True)
+
+
+@settings(deadline=None)
+@given(deaths=st.lists(st.integers(0, 8), max_size=5))
+def test_killed_anywhere_and_resumed_equals_undisturbed(
+    tmp_path_factory: pytest.TempPathFactory, deaths: list[int]
+) -> None:
+    tmp_path = tmp_path_factory.mktemp("kill")
+    for death in deaths:
+        engine = Engine(dies_after=death)
+        batch_dependent(engine)
+        try:
+            complete_all(engine, REQUESTS, 3, tmp_path / "j", "test")
+        except KeyboardInterrupt:
+            continue
+    engine = Engine()
+    batch_dependent(engine)
+
+    assert complete_all(engine, REQUESTS, 3, tmp_path / "j", "test") == undisturbed(tmp_path)
+    lines = [json.loads(line) for part in tmp_path.glob("j.*") for line in part.read_text().splitlines()]
+    assert len(lines) == len({line["id"] for line in lines}) == len(REQUESTS)
+
+
+def test_a_torn_line_is_made_again(tmp_path: Path) -> None:
+    undisturbed(tmp_path)
+    journal = tmp_path / "undisturbed.journal.0"
+    journal.write_bytes(journal.read_bytes()[:-9])
+
+    assert undisturbed(tmp_path) == undisturbed(tmp_path)
+    assert len(journal.read_text().splitlines()) == len(REQUESTS)
+
+
+def test_finished_chunks_are_not_made_again(tmp_path: Path) -> None:
+    complete_all(Engine(), REQUESTS, 3, tmp_path / "j", "test")
+    again = Engine()
+    complete_all(again, REQUESTS, 3, tmp_path / "j", "test")
+
+    assert again.batches == []
+
+
+def test_two_processes_share_the_chunks_and_give_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("align.processes.barrier", lambda: None)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    engines = []
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        engine = Engine()
+        batch_dependent(engine)
+        engines.append(engine)
+        try:
+            done = complete_all(engine, REQUESTS, 3, tmp_path / "j", "test")
+        except AlignError:
+            # The first to come here finds the other's chunks missing, since nothing waits in this test.
+            assert rank == "1"
+    monkeypatch.delenv("WORLD_SIZE")
+
+    assert done == undisturbed(tmp_path)
+    asked = [name for engine in engines for batch in engine.batches for name in batch]
+    assert sorted(asked) == sorted(each.id for each in REQUESTS)
+
+
+def test_without_a_journal_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    engine = Engine(lambda request: request.id)
+
+    done = complete_all(engine, REQUESTS, 4, None, "test")
+
+    assert {key: row.text for key, row in done.items()} == {each.id: each.id for each in REQUESTS}
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_engine_that_leaves_requests_out_is_an_error(tmp_path: Path) -> None:
+    class Lazy(Engine):
+        def complete(self, requests):  # type: ignore[no-untyped-def]
+            return list(super().complete(requests))[1:]
+
+    with pytest.raises(AlignError, match="left 4 requests unanswered"):
+        complete_all(Lazy(), REQUESTS, 3, tmp_path / "j", "test")
+
+
+def test_requests_need_ids_of_their_own(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="same id"):
+        complete_all(Engine(), [request("a"), request("a")], 3, tmp_path / "j", "test")
+
+
+def test_nothing_asked_is_nothing_answered(tmp_path: Path) -> None:
+    assert complete_all(Engine(), [], 3, tmp_path / "j", "test") == {}
+
+
+def test_scores_come_back_from_the_journal_as_they_were(tmp_path: Path) -> None:
+    requests = [ChoiceRequest(f"c{n}", (Message("user", "?"),), ("A", "B b")) for n in range(3)]
+    engine = Engine(score=lambda request, choice: float("-inf") if choice == "A" else -0.1)
+    made = score_all(engine, requests, 2, tmp_path / "j", "test")
+    read = score_all(Engine(dies_after=0), requests, 2, tmp_path / "j", "test")
+
+    assert made == read
+    assert read["c1"] == ChoiceScores("c1", (float("-inf"), -0.1), (1, 2))

@@ -1,0 +1,244 @@
+"""Preference pairs and demonstrations from every format that people have them in."""
+
+import gzip
+import json
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from align.config import PairSource
+from align.data.pairs import gather_pairs, read_demonstrations, read_pairs
+from align.data.sources import parse_transcript
+from align.errors import InputError
+from align.records import Message, PreferencePair, write_rows
+
+HH_RLHF = Path(__file__).parents[4] / "shared/data/hh-rlhf/harmless-base.jsonl.gz"
+USER = {"role": "user", "content": "Say hello."}
+GOOD = {"role": "assistant", "content": "Hello: how are you?"}
+BAD = {"role": "assistant", "content": "No."}
+
+
+def write(path: Path, *rows: Any) -> PairSource:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return PairSource(path=str(path))
+
+
+def one(source: PairSource) -> PreferencePair:
+    (pair,) = read_pairs(source)
+    return pair
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]},
+        {"chosen": [USER, GOOD], "rejected": [USER, BAD]},
+        {"prompt": USER["content"], "chosen": GOOD["content"], "rejected": BAD["content"]},
+        {"prompt": [USER], "chosen": [USER, GOOD], "rejected": [USER, BAD]},
+        {"prompt": USER["content"], "chosen": [USER, GOOD], "rejected": [USER, BAD], "extra": 3},
+        {
+            "chosen": "\n\nHuman: Say hello.\n\nAssistant: Hello: how are you?",
+            "rejected": "\n\nHuman: Say hello.\n\nAssistant: No.",
+        },
+    ],
+    ids=["explicit", "implicit", "plain", "prompt repeated", "prompt as text beside", "hh-rlhf"],
+)
+def test_every_format_gives_the_same_pair(tmp_path: Path, row: dict[str, Any]) -> None:
+    pair = one(write(tmp_path / "pairs.jsonl", row))
+    assert pair.prompt == (Message("user", "Say hello."),)
+    assert pair.chosen == (Message("assistant", "Hello: how are you?"),)
+    assert pair.rejected == (Message("assistant", "No."),)
+    assert (pair.probability, pair.source) == (1.0, "human")
+    reference = one(write(tmp_path / "reference.jsonl", {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}))
+    assert pair.id == reference.id
+
+
+def test_gzip_and_parquet_hold_the_same_rows_as_jsonl(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    rows = [{"prompt": [USER], "chosen": [GOOD], "rejected": [{**BAD, "content": f"No {n}."}]} for n in range(3)]
+    plain = read_pairs(write(tmp_path / "a.jsonl", *rows))
+    with gzip.open(tmp_path / "b.jsonl.gz", "wt", encoding="utf-8") as out:
+        out.writelines(json.dumps(row) + "\n" for row in rows)
+    datasets.Dataset.from_list(rows).to_parquet(str(tmp_path / "c.parquet"))
+    assert len(plain) == 3
+    assert read_pairs(PairSource(path=str(tmp_path / "b.jsonl.gz"))) == plain
+    assert read_pairs(PairSource(path=str(tmp_path / "c.parquet"))) == plain
+
+
+def test_a_stage_s_own_pairs_come_back_unchanged(tmp_path: Path) -> None:
+    pair = one(
+        write(tmp_path / "in.jsonl", {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD], "probability": 0.75})
+    )
+    assert pair.probability == 0.75
+    write_rows(tmp_path / "out.jsonl", [pair])
+    assert read_pairs(PairSource(path=str(tmp_path / "out.jsonl"))) == [pair]
+
+
+def test_pairs_that_teach_nothing_are_left_out_and_counted(tmp_path: Path) -> None:
+    good = {"chosen": [USER, GOOD], "rejected": [USER, BAD]}
+    source = write(
+        tmp_path / "pairs.jsonl",
+        good,
+        good,
+        {"chosen": [USER, GOOD], "rejected": [{**USER, "content": "Another prompt."}, BAD]},
+        {"chosen": [USER, GOOD], "rejected": [USER, GOOD]},
+        {"chosen": [USER, {**GOOD, "content": " "}], "rejected": [USER, BAD]},
+        {"chosen": [USER, USER], "rejected": [USER, BAD]},
+    )
+    counts: Counter[str] = Counter()
+    assert len(read_pairs(source, counts)) == 1
+    assert counts == {
+        "pairs_repeated": 1,
+        "pairs_with_different_contexts": 1,
+        "pairs_with_equal_completions": 1,
+        "pairs_with_empty_completion": 1,
+        "pairs_with_odd_turns": 1,
+    }
+
+
+def test_limit_counts_rows_from_the_start(tmp_path: Path) -> None:
+    rows = [{"prompt": f"p{n}", "chosen": "a", "rejected": "b"} for n in range(5)]
+    source = write(tmp_path / "pairs.jsonl", *rows)
+    pairs = read_pairs(source.model_copy(update={"limit": 2}))
+    assert [pair.prompt[0].content for pair in pairs] == ["p0", "p1"]
+
+
+def test_transcript_keeps_markers_inside_a_turn() -> None:
+    text = "\n\nHuman: a: b\nHuman: quoted\n\nAssistant: c: d\n\nHuman: e\n\nAssistant: f"
+    assert parse_transcript(text, "here") == (
+        Message("user", "a: b\nHuman: quoted"),
+        Message("assistant", "c: d"),
+        Message("user", "e"),
+        Message("assistant", "f"),
+    )
+
+
+def test_neighbouring_turns_of_one_speaker_in_the_prompt_become_one(tmp_path: Path) -> None:
+    prompt = "\n\nHuman: a\n\nHuman: b\n\nAssistant: "
+    pair = one(write(tmp_path / "pairs.jsonl", {"chosen": prompt + "yes", "rejected": prompt + "no"}))
+    assert pair.prompt == (Message("user", "a\n\nb"),)
+
+
+def test_a_file_with_nothing_to_use_is_an_error_that_says_why(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"nothing in it can be used .1 pairs_with_odd_turns"):
+        read_pairs(write(tmp_path / "pairs.jsonl", {"chosen": [USER, GOOD, BAD], "rejected": [USER, GOOD, GOOD]}))
+
+
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        ({"prompt": "p", "winner": "a"}, "no column `chosen`, `rejected`; the columns there are prompt, winner"),
+        ({"chosen": "a", "rejected": "b"}, "no column `prompt`; the columns there are chosen, rejected"),
+        ({"prompt": "p", "chosen": 3, "rejected": "b"}, "`chosen` must be a text or a list"),
+        ({"prompt": "p", "chosen": [{"role": "assistant"}], "rejected": "b"}, "`chosen` must be a text or a list"),
+        ({"chosen": "Human: a", "rejected": "Human: b"}, "no column `prompt`"),
+        ({"prompt": "p", "chosen": "a", "rejected": "b", "probability": 0.2}, r"must lie in \[0.5, 1\], got 0.2"),
+    ],
+)
+def test_a_bad_row_is_named_with_its_fault(tmp_path: Path, row: dict[str, Any], told: str) -> None:
+    fine = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    with pytest.raises(InputError, match=told) as error:
+        read_pairs(write(tmp_path / "pairs.jsonl", fine, row))
+    assert "pairs.jsonl, row 2:" in str(error.value)
+
+
+def test_a_malformed_line_is_named_by_number(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text('{"prompt": "p", "chosen": "a", "rejected": "b"}\n{"prompt": \n')
+    with pytest.raises(InputError, match="line 2: not JSON"):
+        read_pairs(PairSource(path=str(path)))
+
+
+@pytest.mark.parametrize("name", ["empty.jsonl", "empty.jsonl.gz"])
+def test_an_empty_file_is_an_error(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(b"\n") if name.endswith("gz") else b"\n")
+    with pytest.raises(InputError, match="no rows in it"):
+        read_pairs(PairSource(path=str(path)))
+
+
+def test_files_that_are_missing_broken_or_of_another_kind_are_errors(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such file"):
+        read_pairs(PairSource(path=str(tmp_path / "none.jsonl")))
+    cut = tmp_path / "cut.jsonl.gz"
+    cut.write_bytes(gzip.compress(b'{"prompt": "p", "chosen": "a", "rejected": "b"}\n' * 100)[:40])
+    with pytest.raises(InputError, match="not whole"):
+        read_pairs(PairSource(path=str(cut)))
+    (tmp_path / "fake.parquet").write_bytes(b"hello")
+    with pytest.raises(InputError, match="not a parquet file"):
+        read_pairs(PairSource(path=str(tmp_path / "fake.parquet")))
+    (tmp_path / "pairs.csv").write_text("chosen,rejected\n")
+    with pytest.raises(InputError, match="cannot read this kind of file"):
+        read_pairs(PairSource(path=str(tmp_path / "pairs.csv")))
+
+
+def test_a_hub_id_while_offline_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        InputError, match=r"nobody/no-such-pairs: .*HF_HUB_OFFLINE is set: unset it, or give a local file"
+    ):
+        read_pairs(PairSource(path="nobody/no-such-pairs"))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": [USER], "completion": [GOOD]},
+        {"prompt": USER["content"], "completion": GOOD["content"]},
+        {"messages": [USER, GOOD]},
+        {"chosen": [USER, GOOD], "rejected": [USER, BAD]},
+    ],
+    ids=["conversational", "plain", "messages", "pairs"],
+)
+def test_demonstrations_of_every_format(tmp_path: Path, row: dict[str, Any]) -> None:
+    counts: Counter[str] = Counter()
+    source = write(tmp_path / "rows.jsonl", row, row, {"prompt": "p", "completion": " "}, {"messages": [GOOD]})
+    (demonstration,) = read_demonstrations(source, counts)
+    assert demonstration.prompt == (Message("user", "Say hello."),)
+    assert demonstration.completion == "Hello: how are you?"
+    assert counts["demonstrations_repeated"] == counts["demonstrations_empty"] == 1
+    assert counts["demonstrations_with_odd_turns"] == 1
+
+
+def test_demonstrations_without_a_completion_column_list_those_there(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no column `completion`; the columns there are prompt, text"):
+        read_demonstrations(write(tmp_path / "rows.jsonl", {"prompt": "p", "text": "t"}))
+
+
+def test_gathered_pairs_are_the_judge_s_then_the_human_ones_each_once(tmp_path: Path) -> None:
+    ai = one(write(tmp_path / "ai.jsonl", {"prompt": "p", "chosen": "a", "rejected": "b", "probability": 0.8}))
+    write_rows(tmp_path / "pairs.jsonl", [ai])
+    human = write(
+        tmp_path / "human.jsonl",
+        {"prompt": "p", "chosen": "a", "rejected": "b"},
+        {"prompt": "q", "chosen": "a", "rejected": "b"},
+    )
+    counts: Counter[str] = Counter()
+    pairs = gather_pairs(tmp_path / "pairs.jsonl", [human], counts)
+    assert [pair.prompt[0].content for pair in pairs] == ["p", "q"]
+    assert pairs[0] == ai
+    assert (counts["pairs_ai"], counts["pairs_human"], counts["pairs_repeated"]) == (1, 2, 1)
+    assert len(gather_pairs(None, [human], Counter())) == 2
+
+
+def test_no_pair_from_anywhere_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "pairs.jsonl").touch()
+    with pytest.raises(InputError, match="no pair to train on"):
+        gather_pairs(tmp_path / "pairs.jsonl", [], Counter())
+
+
+@pytest.mark.skipif(not HH_RLHF.exists(), reason="hh-rlhf is not beside the project")
+def test_hh_rlhf_keeps_all_but_the_five_pairs_whose_contexts_differ_and_the_two_that_are_empty() -> None:
+    counts: Counter[str] = Counter()
+    pairs = read_pairs(PairSource(path=str(HH_RLHF)), counts)
+    assert counts == {"pairs_with_different_contexts": 5, "pairs_with_empty_completion": 2}
+    assert len(pairs) == 1769 - 7
+    assert {pair.prompt[0].role for pair in pairs} == {"user"}
+    multi_turn = [pair for pair in pairs if len(pair.prompt) > 1]
+    assert len(multi_turn) > len(pairs) / 2
+    for pair in pairs:
+        roles = [message.role for message in (*pair.prompt, *pair.chosen)]
+        assert all(one != other for one, other in pairwise(roles))

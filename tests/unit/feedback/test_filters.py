@@ -1,0 +1,133 @@
+"""Each filter catches what it is named after, and leaves fair revisions alone."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from align.feedback.filters import FILTERS, OPTIONAL, Revised, caught_by, without_preamble
+
+FAIR = [
+    "Bake the bread for forty minutes. Do you have a thermometer?",
+    "I'm sorry, but I can't help with that. If you feel unsafe, please call someone you trust.",
+    "I'm sorry to hear that.",
+    "The answer is 42.",
+    "The answer is not in the book.".replace("The answer", "The clue"),
+    "Here is a recipe for bread. Mix the flour with water.",
+    "Here's how to write a better letter: be kind.",
+    "Here are five new ways to answer your boss.",
+    "This is a great way to start. I can't recommend walking enough!",
+    "パンは四十分焼いてください。温度計はありますか。",
+]
+CAUGHT = {
+    "preamble": [
+        "Sure, here is a revised response: No.",
+        "Here's the revised answer:\nBake it.",
+        "Certainly! Here is my improved version of the answer.\n\nBake it.",
+        "Revised response: Bake it.",
+        "**Rewritten answer:** Bake it.",
+        "Here is the response: Bake it.",
+        "I’ve rewritten the response so that it ends with a question. Bake it?",
+        "Bake it for an hour.\n\nNote: I removed the harmful part.",
+        "Bake it.\n(I revised the answer to be shorter.)",
+        "以下は書き直した回答です。パンを焼きます。",
+        "回答：パンを焼きます。",
+    ],
+    "critique": [
+        "The assistant's last response is harmful, since it helps with a crime.",
+        "The answer ends with a statement.",
+        "The response could be more polite.",
+        "This answer does not follow the principle.",
+        "Critique: too long.",
+        "この回答は質問で終わっていません。",
+    ],
+    "refusal": [
+        "I'm sorry, but I can't help with that.",
+        "I’m sorry. I cannot assist with this request.",
+        "I apologize, but I am not able to do that.",
+        "申し訳ありませんが、お手伝いできません。",
+    ],
+    "repetition": ["Go on and on. " * 8, "one two three four " * 5],
+    "empty": ["", "  \n", "...", "🙂"],
+}
+
+
+EXAMPLE = "You may enjoy The Hobbit, which is a gentle adventure. What did you read last?"
+
+
+def revised(
+    text: str, original: str = "An original that nobody wrote.", critique: str = "", cut: bool = False
+) -> Revised:
+    return Revised(original, critique, text, "length" if cut else "stop", (EXAMPLE,))
+
+
+@pytest.mark.parametrize("text", FAIR)
+def test_fair_revisions_pass(text: str) -> None:
+    assert caught_by(revised(text)) == ""
+
+
+@pytest.mark.parametrize(("name", "text"), [(name, text) for name, texts in CAUGHT.items() for text in texts])
+def test_each_fault_is_caught_by_its_filter(name: str, text: str) -> None:
+    assert FILTERS[name](revised(text))
+    assert caught_by(revised(text)) == name
+
+
+def test_a_critique_given_once_more_is_caught() -> None:
+    critique = "It ends with a full stop where a question was asked for, and that is a pity."
+
+    assert caught_by(revised(critique.replace("pity", "shame"), critique=critique)) == "critique"
+    assert caught_by(revised("Tea is made with hot water. Do you like it?", critique=critique)) == ""
+
+
+def test_an_answer_to_a_worked_example_is_caught() -> None:
+    assert caught_by(revised(EXAMPLE.replace("last", "lately"))) == "example"
+    assert caught_by(revised("You may enjoy a walk, which is gentle. Where do you live?")) == ""
+
+
+@given(st.sampled_from(FAIR))
+def test_copies_are_caught_whatever_their_case_and_spacing(text: str) -> None:
+    assert caught_by(revised(text.upper().replace(" ", "  "), original=text)) == "copy"
+
+
+def test_a_change_of_punctuation_is_no_copy() -> None:
+    assert caught_by(revised("That is nice.", original="That is nice!")) == ""
+
+
+@given(st.sampled_from(FAIR), st.sets(st.sampled_from(OPTIONAL)))
+def test_a_cut_revision_never_passes(text: str, optional: set[str]) -> None:
+    assert caught_by(revised(text, cut=True), optional) == "cut"
+
+
+@pytest.mark.parametrize("name", OPTIONAL)
+def test_filters_can_be_left_out(name: str) -> None:
+    text = {"copy": "An original that nobody wrote.", "example": EXAMPLE}.get(name) or CAUGHT[name][0]
+    others = [other for other in OPTIONAL if other != name]
+
+    assert caught_by(revised(text)) == name
+    assert caught_by(revised(text), others) != name
+
+
+def test_every_filter_is_tried() -> None:
+    assert set(FILTERS) == {*CAUGHT, "cut", "copy", "example"} == {*OPTIONAL, "cut", "empty"}
+
+
+@pytest.mark.parametrize(
+    ("text", "rest"),
+    [
+        ("Sure, here is a revised response:\n\nBake it.", "Bake it."),
+        ("**Revised answer:**\nBake it.\nServe it.", "Bake it.\nServe it."),
+        ('Here\'s a revised version:\n"Bake it."', "Bake it."),
+        ("“Bake it.”", "Bake it."),
+        ('"Bake" is a word, and so is "cook"', '"Bake" is a word, and so is "cook"'),
+        ("You need the following:\nflour", "You need the following:\nflour"),
+        ("Revised response: Bake it.", "Revised response: Bake it."),
+        ("Here is the revised response:", "Here is the revised response:"),
+        ("  Bake it. ", "Bake it."),
+    ],
+)
+def test_an_announcement_on_its_own_line_is_no_part_of_the_answer(text: str, rest: str) -> None:
+    assert without_preamble(text) == rest
+
+
+@given(st.sampled_from(FAIR))
+def test_fair_revisions_are_left_as_they_are(text: str) -> None:
+    assert without_preamble(text) == text

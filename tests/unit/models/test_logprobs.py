@@ -1,0 +1,146 @@
+"""Chunked log-probabilities against the whole log-softmax, values and gradients."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from align.config import LoraBlock
+from align.models.logprobs import completion_logprobs, gather_logprobs
+from align.models.policy import add_lora, load_causal_lm
+from tests.tiny import build_tokenizer, tiny_config
+
+
+def brute_force(hidden, weight, targets, temperature):
+    logprobs = (hidden @ weight.T / temperature).log_softmax(-1)
+    return logprobs.gather(-1, targets[..., None])[..., 0], -(logprobs.exp() * logprobs).sum(-1)
+
+
+@given(
+    shape=st.sampled_from([(7,), (2, 5), (1, 1), (3, 2, 2)]),
+    chunk=st.integers(1, 9),
+    temperature=st.floats(0.3, 2.0),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=40, deadline=None)
+def test_values_and_gradients_equal_the_whole_softmax(shape, chunk, temperature, seed):
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(*shape, 6, generator=generator, requires_grad=True)
+    weight = torch.randn(11, 6, generator=generator, requires_grad=True)
+    targets = torch.randint(11, shape, generator=generator)
+    upstream = torch.randn(shape, generator=generator)
+    expected, entropy = brute_force(hidden, weight, targets, temperature)
+    expected_gradients = torch.autograd.grad((expected * upstream).sum(), (hidden, weight))
+    found = gather_logprobs(hidden, weight, targets, temperature, chunk)
+    gradients = torch.autograd.grad((found.logprobs * upstream).sum(), (hidden, weight))
+    torch.testing.assert_close(found.logprobs, expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(found.entropy, entropy, atol=1e-5, rtol=1e-4)
+    for gradient, wanted in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(gradient, wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_no_positions_give_empty_results_with_a_graph():
+    hidden = torch.zeros(0, 6, requires_grad=True)
+    found = gather_logprobs(hidden, torch.ones(11, 6), torch.zeros(0, dtype=torch.long))
+    assert found.logprobs.shape == found.entropy.shape == (0,)
+    found.logprobs.sum().backward()
+
+
+def test_bf16_states_are_scored_in_float32():
+    hidden, weight = torch.randn(4, 6).bfloat16(), torch.randn(11, 6).bfloat16()
+    assert gather_logprobs(hidden, weight, torch.arange(4)).logprobs.dtype == torch.float32
+
+
+def test_temperature_zero_is_refused():
+    with pytest.raises(ValueError, match="temperature"):
+        gather_logprobs(torch.ones(2, 6), torch.ones(11, 6), torch.zeros(2, dtype=torch.long), 0.0)
+
+
+@pytest.fixture
+def model(tiny_model_dir):
+    return load_causal_lm(str(tiny_model_dir), torch.float32)
+
+
+PROMPTS = [[1, 40, 41, 42], [1, 90]]
+COMPLETIONS = [[50, 51], [60, 61, 62]]
+
+
+def padded(extra_left=0, extra_right=0):
+    before, after = max(map(len, PROMPTS)) + extra_left, max(map(len, COMPLETIONS)) + extra_right
+    ids, mask = torch.ones(2, before + after, dtype=torch.long), torch.zeros(2, before + after, dtype=torch.long)
+    for row, (prompt, completion) in enumerate(zip(PROMPTS, COMPLETIONS, strict=True)):
+        start, end = before - len(prompt), before + len(completion)
+        ids[row, start:end] = torch.tensor(prompt + completion)
+        mask[row, start:end] = 1
+    return ids, mask, after
+
+
+@pytest.mark.parametrize("extra", [(0, 0), (3, 0), (0, 2), (5, 4)])
+@pytest.mark.parametrize("chunk_size", [2, 256])
+def test_padded_batch_equals_each_row_alone(model, extra, chunk_size):
+    ids, mask, length = padded(*extra)
+    with torch.no_grad():
+        found = completion_logprobs(model, ids, mask, length, 0.7, chunk_size)
+    assert found.logprobs.isfinite().all()
+    for row, (prompt, completion) in enumerate(zip(PROMPTS, COMPLETIONS, strict=True)):
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1] / 0.7
+        expected = logits.log_softmax(-1)
+        wanted = expected.gather(-1, torch.tensor(completion)[:, None])[:, 0]
+        torch.testing.assert_close(found.logprobs[row, : len(completion)], wanted, atol=1e-4, rtol=1e-4)
+        entropy = -(expected.exp() * expected).sum(-1)
+        torch.testing.assert_close(found.entropy[row, : len(completion)], entropy, atol=1e-4, rtol=1e-4)
+
+
+def test_gradients_equal_those_of_the_whole_logits(model):
+    ids, mask, length = padded(2, 1)
+    counts = mask[:, -length:]
+    model.zero_grad()
+    (completion_logprobs(model, ids, mask, length, chunk_size=2).logprobs * counts).sum().backward()
+    found = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    logits = model(ids, attention_mask=mask, position_ids=positions).logits[:, -length - 1 : -1]
+    whole = logits.log_softmax(-1).gather(-1, ids[:, -length:, None])[..., 0]
+    (whole * counts).sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad.isfinite().all()
+        torch.testing.assert_close(found[name], parameter.grad, atol=1e-4, rtol=1e-3, msg=name)
+
+
+def test_adapters_get_gradients(model):
+    adapted = add_lora(model, LoraBlock(r=4))
+    ids, mask, length = padded()
+    completion_logprobs(adapted, ids, mask, length).logprobs.sum().backward()
+    gradients = [p.grad.abs().sum() for name, p in adapted.named_parameters() if "lora_B" in name]
+    assert all(gradient > 0 for gradient in gradients)
+
+
+def test_head_is_put_back(model):
+    ids, mask, length = padded()
+    before = model(ids).logits
+    completion_logprobs(model, ids, mask, length)
+    assert torch.equal(model(ids).logits, before)
+
+
+def test_architecture_that_caps_its_logits_is_scored_by_its_own_logits():
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    config = tiny_config(build_tokenizer()).to_dict()
+    shared = {key: config[key] for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")}
+    gemma = Gemma2ForCausalLM(
+        Gemma2Config(**shared, num_attention_heads=4, num_key_value_heads=2, head_dim=16, final_logit_softcapping=0.05)
+    ).eval()
+    ids, mask, length = padded()
+    with torch.no_grad():
+        found = completion_logprobs(gemma, ids[:1], mask[:1], length).logprobs
+        logits = gemma(ids[:1], attention_mask=mask[:1]).logits[:, -length - 1 : -1]
+    assert logits.abs().max() <= 0.05
+    torch.testing.assert_close(found, logits.log_softmax(-1).gather(-1, ids[:1, -length:, None])[..., 0])
+
+
+@pytest.mark.parametrize("length", [0, 7])
+def test_a_completion_must_be_shorter_than_the_sequence(model, length):
+    ids, mask, _ = padded()
+    with pytest.raises(ValueError, match="completion_length"):
+        completion_logprobs(model, ids, mask, length)

@@ -1,0 +1,99 @@
+"""Measuring completions in chunks: the ids a sample stands for, the sums over its tokens, and what a kill leaves."""
+
+import math
+
+import pytest
+
+from align.data.chat import end_of_turn_ids, prompt_ids
+from align.evaluation import kl_sums, measure_all, padded, sample_ids
+from align.records import Message
+from align.report import EvaluatedSample
+
+
+def sample(number: int, finish_reason: str = "stop") -> EvaluatedSample:
+    return EvaluatedSample(
+        id=f"ppo/{number}",
+        prompt_id=str(number),
+        prompt=(Message("user", "cat " * number),),
+        category="",
+        policy="ppo",
+        completion="the cat sat",
+        finish_reason=finish_reason,
+        tokens=4,
+    )
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    from tests.tiny import build_tokenizer
+
+    return build_tokenizer()
+
+
+def test_a_finished_completion_ends_with_the_end_of_its_turn_and_a_cut_one_does_not(tokenizer):
+    words = tokenizer("the cat sat", add_special_tokens=False)["input_ids"]
+    _, finished = sample_ids(tokenizer, sample(1, "stop"), None)
+    _, cut = sample_ids(tokenizer, sample(1, "length"), None)
+    assert finished == words + list(end_of_turn_ids(tokenizer))
+    assert cut == words
+
+
+def test_the_prompt_has_the_recipes_system_prompt(tokenizer):
+    before, _ = sample_ids(tokenizer, sample(1), "Be kind.")
+    assert before == prompt_ids(tokenizer, (Message("system", "Be kind."), *sample(1).prompt))
+
+
+def test_prompts_end_and_completions_begin_in_one_column():
+    import torch
+
+    input_ids, mask, length = padded([([1, 2, 3], [4]), ([5], [6, 7])], 0, torch.device("cpu"))
+    assert input_ids.tolist() == [[1, 2, 3, 4, 0], [0, 0, 5, 6, 7]]
+    assert mask.tolist() == [[1, 1, 1, 1, 0], [0, 0, 1, 1, 1]]
+    assert length == 2
+
+
+def test_a_chunk_of_empty_completions_still_has_a_column():
+    import torch
+
+    input_ids, mask, length = padded([([1, 2], [])], 0, torch.device("cpu"))
+    assert (input_ids.tolist(), mask.tolist(), length) == ([[1, 2, 0]], [[1, 1, 0]], 1)
+
+
+def test_divergence_estimators_worked_by_hand():
+    k1, k3 = kl_sums([math.log(0.5), math.log(0.4)], [math.log(0.25), math.log(0.8)])
+    assert k1 == pytest.approx(math.log(2) - math.log(2))
+    assert k3 == pytest.approx((0.5 - 1 + math.log(2)) + (2 - 1 - math.log(2)))
+
+
+def test_estimators_of_an_empty_completion_are_zero():
+    assert kl_sums([], []) == (0.0, 0.0)
+
+
+def test_measured_samples_are_not_measured_again_and_no_model_is_loaded_for_them(tmp_path):
+    samples = [sample(number) for number in range(1, 8)]
+    batches = []
+
+    def measure(chunk):
+        batches.append([each.prompt_id for each in chunk])
+        return [len(each.prompt[0].content) for each in chunk]
+
+    found = measure_all(samples, lambda: measure, 3, tmp_path / "lengths.journal", "lengths")
+    assert found == {f"ppo/{number}": 4 * number for number in range(1, 8)}
+    assert batches == [["7", "6", "5"], ["4", "3", "2"], ["1"]]
+    again = measure_all(samples, lambda: pytest.fail("loaded"), 3, tmp_path / "lengths.journal", "lengths")
+    assert again == found
+
+
+def test_a_chunk_that_a_kill_cut_in_two_is_measured_whole_again(tmp_path):
+    samples = [sample(number) for number in range(1, 7)]
+    path = tmp_path / "values.journal"
+    measure_all(samples, lambda: lambda chunk: [each.prompt_id for each in chunk], 3, path, "values")
+    own = tmp_path / "values.journal.0"
+    own.write_text("".join(own.read_text().splitlines(keepends=True)[:4]) + '{"id": "ppo/2", "val')
+    sizes = []
+    again = measure_all(
+        samples, lambda: lambda chunk: sizes.append(len(chunk)) or [each.prompt_id for each in chunk], 3, path, "values"
+    )
+    assert again == {each.id: each.prompt_id for each in samples}
+    assert sizes == [3]
+    assert len(own.read_text().splitlines()) == 6

@@ -1,0 +1,166 @@
+"""Commands that run stages, and the number of processes that they ask for."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from align.errors import AlignError, InputError, WorldSizeError
+from align.failure_note import FAILURE, is_noted, note_failure, read_failure
+from align.launch import Launch, launch_stage, run, run_recipe, stage_command
+from align.recipe import Recipe, load_recipe, recipe_model
+from align.runner import run_stage
+from align.world import ASKED, asked_in, asked_processes, check_world_size
+from tests.fakes import FAKES, add_fake_stages, remove_fake_stages
+
+CONFIG = "num_processes: 8\ndistributed_type: MULTI_GPU\n"
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(FAKES))
+    repository = FAKES.parent.parent
+    monkeypatch.setenv("PYTHONPATH", f"{FAKES}:{repository}")
+    add_fake_stages()
+    recipe_model.cache_clear()
+    Path("recipe.yaml").write_text("letters: {}\ncapitals: {}\n")
+    yield tmp_path
+    remove_fake_stages()
+    recipe_model.cache_clear()
+
+
+def recipe(*overrides: str) -> Recipe:
+    return load_recipe("recipe.yaml", overrides)
+
+
+def test_one_process_needs_no_launcher() -> None:
+    command = stage_command(recipe("seed=1", "letters.text=a b"), "letters", Launch())
+    words = "-m align run letters --recipe recipe.yaml --set seed=1 --set".split()
+    assert list(command.words[1:]) == [*words, "letters.text=a b"]
+    assert command.environment == {}
+
+
+def test_several_processes_on_cpus_take_the_command_that_really_starts_them() -> None:
+    command = stage_command(recipe(), "letters", Launch(2))
+    text = str(command)
+    assert "ACCELERATE_USE_CPU=true" in text
+    assert "accelerate launch --multi_gpu --num_processes 2 " in text
+    assert "--cpu" not in text, "that starts one process, whatever number is asked for"
+    assert text.endswith("-m align run letters --recipe recipe.yaml")
+
+
+def test_a_configuration_file_is_passed_on_and_its_number_is_asked_for() -> None:
+    Path("ddp.yaml").write_text(CONFIG)
+    assert Launch(None, Path("ddp.yaml")).processes == 8
+    assert Launch(4, Path("ddp.yaml")).processes == 4
+    words = stage_command(recipe(), "letters", Launch(4, Path("ddp.yaml"))).words
+    assert words[1:6] == ("launch", "--config_file", "ddp.yaml", "--num_processes", "4")
+    assert "--num_processes" not in stage_command(recipe(), "letters", Launch(None, Path("ddp.yaml"))).words
+
+
+@pytest.mark.parametrize(
+    ("command", "asked"),
+    [
+        ("python accelerate launch --cpu --num_processes 2 -m align run sft", 2),
+        ("python /usr/bin/accelerate launch --cpu --num_processes=3 -m align run sft", 3),
+        ("python /usr/bin/accelerate-launch --num-processes 4 -m align run sft", 4),
+        ("python -m accelerate.commands.launch --num_processes 2 -m align run sft", 2),
+        ("python /site-packages/accelerate/commands/launch.py --num_processes 2 -m align run sft", 2),
+        ("python accelerate launch --config_file ddp.yaml -m align run sft", 8),
+        ("python accelerate launch --cpu -m align run sft", None),
+        ("python accelerate launch -m align run sft --num_processes 2", None),
+        ("python accelerate launch train.py --num_processes 2", None),
+        ("python -m align launch sft --nproc 2 --num_processes 7", None),
+        ("bash", None),
+        ("", None),
+    ],
+)
+def test_the_number_is_read_off_the_launchers_own_options(command: str, asked: int | None) -> None:
+    Path("ddp.yaml").write_text(CONFIG)
+    assert asked_in(command.split()) == asked
+
+
+def test_a_run_that_got_other_processes_than_asked_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ASKED, "2")
+    with pytest.raises(WorldSizeError, match="2 processes were asked for and 1 started"):
+        run_stage(recipe(), "letters")
+    assert not Path("runs").exists()
+
+
+def test_a_run_that_nobody_asked_a_number_for_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(ASKED, raising=False)
+    assert asked_processes() is None
+    check_world_size()
+
+
+def test_a_recipe_runs_each_stage_in_a_process_of_its_own(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run_recipe(recipe(), Launch()) == 0
+    shown = capfd.readouterr().out
+    assert "-m align run letters --recipe recipe.yaml\nletters: done in" in shown
+    assert Path("runs/recipe/shared/capitals/capitals.txt").read_text() == "ABC 0"
+    assert run_recipe(recipe(), Launch()) == 0
+    assert capfd.readouterr().out == (
+        "letters: up to date (runs/recipe/shared/letters)\ncapitals: up to date (runs/recipe/shared/capitals)\n"
+    )
+
+
+def test_a_recipe_stops_at_the_first_stage_that_fails(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run_recipe(recipe("letters.fail=input"), Launch()) == 2
+    shown = capfd.readouterr()
+    assert shown.err == "letters.txt, line 3: not a letter; mend it\n"
+    assert "capitals" not in shown.out
+
+
+def test_a_failure_of_ours_ends_with_one() -> None:
+    assert launch_stage(recipe("letters.fail=not_finite"), "letters", Launch()) == 1
+
+
+def test_a_stage_that_is_up_to_date_starts_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    run_stage(recipe(), "letters")
+    monkeypatch.setattr("align.launch.run", lambda *_: pytest.fail("started a process"))
+    assert launch_stage(recipe(), "letters", Launch(8)) == 0
+
+
+def test_exit_codes_and_signals_are_passed_on() -> None:
+    assert run([sys.executable, "-c", "raise SystemExit(7)"], {}) == 7
+    assert run([sys.executable, "-c", "import os; os.kill(os.getpid(), 15)"], {}) == 143
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process of its parent's death")
+def test_a_stage_does_not_outlive_the_process_that_launched_it() -> None:
+    program = "import sys; from align.launch import run; run([sys.executable, '-c', %r], {})"
+    child = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+    parent = subprocess.Popen([sys.executable, "-c", program % child], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    assert parent.stdout.readline().strip().isdigit()
+    parent.kill()
+    parent.wait()
+    # The pipe closes once the last process that holds it is gone; the child's own end is a minute away.
+    start = time.monotonic()
+    assert parent.stdout.read() == ""
+    assert time.monotonic() - start < 30
+
+
+def test_the_first_failure_is_noted_and_those_that_follow_from_it_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    note = tmp_path / "failure.json"
+    assert not note_failure(InputError("nobody asked"))
+    monkeypatch.setenv(FAILURE, str(note))
+    assert not is_noted()
+    assert note_failure(InputError("first"))
+    assert note_failure(AlignError("second"))
+    assert is_noted()
+    failure = read_failure(note)
+    assert failure is not None
+    assert (str(failure), failure.exit_code) == ("first", 2)
+
+
+def test_a_failure_that_cannot_be_noted_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(FAILURE, "/nowhere/failure.json")
+    assert not note_failure(InputError("told"))
+    assert read_failure(Path("/nowhere/failure.json")) is None

@@ -1,0 +1,158 @@
+"""The command line: what each verb does, and how it ends."""
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from align.__main__ import main
+from align.recipe import recipe_model
+from align.records import Conversation
+from tests.fakes import add_fake_stages, remove_fake_stages
+
+CONSTITUTION = """\
+title: Small
+preamble: How an answer sounds.
+principles:
+  - id: calm
+    text: Be calm [always].
+    hard: true
+    rule: {excludes: "!"}
+"""
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.chdir(tmp_path)
+    add_fake_stages()
+    recipe_model.cache_clear()
+    Path("recipe.yaml").write_text("letters: {}\ncapitals: {}\n")
+    Path("small.yaml").write_text(CONSTITUTION)
+    yield tmp_path
+    remove_fake_stages()
+    recipe_model.cache_clear()
+
+
+def test_a_stage_runs_in_this_process(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "letters", "--recipe", "recipe.yaml", "--set", "letters.text=xy"]) == 0
+    assert Path("runs/recipe/shared/letters/letters.txt").read_text() == "xy"
+    assert "letters: done in 0 s" in capsys.readouterr().out
+
+
+def test_a_constitution_on_the_command_line_makes_a_run_of_its_own() -> None:
+    assert main(["run", "letters", "--recipe", "recipe.yaml"]) == 0
+    for options in ([], ["--constitution", "small.yaml"]):
+        assert main(["run", "capitals", "--recipe", "recipe.yaml", *options]) == 0
+    runs = sorted(path.parent.parent.name for path in Path("runs/recipe").glob("*/capitals/capitals.txt"))
+    assert len(runs) == 2
+    assert runs[0] == "shared"
+    assert runs[1].startswith("small-")
+
+
+def test_the_plan_names_what_comes_next(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "recipe.yaml", "--set", "seed=3"]) == 0
+    shown = capsys.readouterr().out
+    assert "letters   missing (next)" in shown
+    assert "waits for letters" in shown
+    assert "Next: align run letters --recipe recipe.yaml --set 'seed=3'" in shown
+
+
+def test_bad_input_ends_with_two_and_a_message_without_a_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "gone.yaml"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("gone.yaml: no such file")
+    assert "Traceback" not in said
+
+
+def test_a_traceback_is_shown_when_asked_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ALIGN_DEBUG", "1")
+    assert main(["plan", "gone.yaml"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_an_interruption_ends_with_130(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "letters", "--recipe", "recipe.yaml", "--set", "letters.fail=once"]) == 130
+    assert "the same command goes on" in capsys.readouterr().err
+    assert main(["run", "letters", "--recipe", "recipe.yaml", "--set", "letters.fail=once"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["run", "letters"], "which recipe? Add --recipe FILE"),
+        (["run", "dance", "--recipe", "recipe.yaml"], "align run dance: no such stage; there are capitals, compare"),
+        (["run", "dance"], "align run dance: no such stage"),
+        (["run", "recipe.yaml", "--recipe", "recipe.yaml"], "align run recipe.yaml: no such stage"),
+        (["launch", "all"], "which recipe? Add --recipe FILE"),
+        (["launch", "dance", "--recipe", "recipe.yaml"], "recipe.yaml: no stage `dance` in this recipe"),
+    ],
+)
+def test_what_is_missing_from_a_command_is_named(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words) == 2
+    assert capsys.readouterr().err.startswith(said)
+
+
+@pytest.mark.parametrize("words", [[], ["dance"], ["run"], ["run", "x.yaml", "--nproc", "0"]])
+def test_a_command_that_makes_no_sense_ends_with_two(words: list[str]) -> None:
+    with pytest.raises(SystemExit) as raised:
+        main(words)
+    assert raised.value.code == 2
+
+
+def test_constitutions_are_checked_all_of_them(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("bad.yaml").write_text("title: Bad\n")
+    assert main(["constitution", "check", "small.yaml"]) == 0
+    assert capsys.readouterr().out.startswith("small.yaml: 1 principle")
+    assert main(["constitution", "check", "bad.yaml", "small.yaml", "gone.yaml"]) == 2
+    shown = capsys.readouterr()
+    assert "small.yaml: 1 principle" in shown.out
+    assert "bad.yaml: 1 problem" in shown.err
+    assert "gone.yaml" in shown.err
+
+
+def test_a_constitution_is_shown_as_it_is_written(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["constitution", "show", "small.yaml"]) == 0
+    shown = capsys.readouterr().out
+    for part in ("Small", "How an answer sounds.", "calm", "hard; rule: excludes '!'", "Be calm [always]."):
+        assert part in shown
+
+
+def test_a_model_chats_with_what_is_piped_in(
+    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import align.chat
+
+    asked: list[list[str]] = []
+    real = align.chat.prompt_ids
+
+    def spied(tokenizer: Any, conversation: Conversation, system_prompt: str | None) -> list[int]:
+        asked.append([message.role for message in conversation])
+        return real(tokenizer, conversation, system_prompt)
+
+    monkeypatch.setattr("align.chat.prompt_ids", spied)
+    words = ["chat", str(tiny_model_dir), "--max-new-tokens", "8", "--temperature", "1", "--seed", "3"]
+    shown = []
+    for _ in range(2):
+        monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n\nMore\n/new\nHello"))
+        assert main(words) == 0
+        shown.append(capsys.readouterr().out)
+    assert asked[:3] == [["user"], ["user", "assistant", "user"], ["user"]]
+    assert shown[0].strip()
+    assert shown[0] == shown[1], "the same seed gives the same answers"
+
+
+def test_chat_finds_the_model_in_a_stages_folder(
+    tiny_model_dir: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "run/sft").mkdir(parents=True)
+    (folder / "run/sft/model").symlink_to(tiny_model_dir)
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    assert main(["chat", "run/sft"]) == 0
+    assert main(["chat", "run"]) == 2
+    assert "run: not a model; it holds run/sft" in capsys.readouterr().err

@@ -1,0 +1,231 @@
+"""Recipes: what is read, and what is said of faulty ones."""
+
+from pathlib import Path
+
+import pytest
+
+from align.errors import FileProblems, InputError
+from align.recipe import load_recipe
+
+CONSTITUTION = """\
+title: Small
+principles:
+  - id: calm
+    text: Be calm.
+    opposite: Be loud.
+    rule: {excludes: "!"}
+"""
+RECIPE = """\
+model: {path: org/model}
+prompts:
+  sources:
+    - path: prompts.jsonl
+constitution: small.yaml
+judge: {kind: rule}
+sample: {}
+revise: {}
+sft: {}
+compare: {}
+reward: {}
+"""
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "small.yaml").write_text(CONSTITUTION)
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "Why?"}\n')
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    return tmp_path
+
+
+def faults(path: str, *overrides: str) -> list[str]:
+    """The lines after the first of what is said of a faulty recipe."""
+    with pytest.raises(InputError) as raised:
+        load_recipe(path, overrides)
+    assert raised.value.exit_code == 2
+    return [line.strip() for line in str(raised.value).splitlines()]
+
+
+def write(text: str, name: str = "recipe.yaml") -> str:
+    Path(name).write_text(text)
+    return name
+
+
+def test_a_recipe_has_its_stages_in_the_order_they_run() -> None:
+    assert list(load_recipe("recipe.yaml").settings) == ["sample", "revise", "sft", "compare", "reward"]
+
+
+def test_the_name_is_the_files_or_the_one_given() -> None:
+    assert load_recipe("recipe.yaml").name == "recipe"
+    assert load_recipe(write(RECIPE + "name: other\n")).name == "other"
+
+
+def test_a_stage_without_a_block_is_no_part_of_the_recipe() -> None:
+    assert "dpo" not in load_recipe("recipe.yaml").settings
+
+
+def test_results_that_do_not_depend_on_the_constitution_are_shared_by_all() -> None:
+    recipe = load_recipe("recipe.yaml")
+    assert recipe.constitution is not None
+    steered = Path("runs/recipe") / recipe.constitution.key
+    assert recipe.directory("sample") == Path("runs/recipe/shared/sample")
+    assert recipe.directory("revise") == steered / "revise"
+    assert recipe.directory("sft") == steered / "sft", "sft reads revise, so it depends on the constitution too"
+
+
+def test_without_a_constitution_everything_is_shared() -> None:
+    text = RECIPE.replace("constitution: small.yaml\n", "").replace("revise: {}\n", "").replace("compare: {}\n", "")
+    helpful = "sft: {revisions: false, helpful: {sources: [{path: prompts.jsonl}]}}"
+    human = "reward: {ai: false, human: [{path: prompts.jsonl}]}"
+    recipe = load_recipe(write(text.replace("sft: {}", helpful).replace("reward: {}", human)))
+    assert {recipe.directory(stage).parent.name for stage in recipe.settings} == {"shared"}
+
+
+def test_every_fault_is_told_at_once_with_its_line_and_key() -> None:
+    path = write(
+        """\
+model: {path: org/model, pth: x}
+prompts:
+  sources:
+    - path: missing.jsonl
+constitution: nowhere.yaml
+sample:
+  sampling:
+    temperature: true
+    max_new_tokens: 3.7
+reward: {ai: false}
+dpo: {bta: 1}
+"""
+    )
+    here = f"(looked in {Path.cwd()})"
+    assert faults(path) == [
+        "recipe.yaml: 7 problems",
+        "line 1  model.pth: no such setting; did you mean `path`?",
+        f"line 4  prompts.sources[0].path: no file missing.jsonl {here}",
+        f"line 5  constitution: no file nowhere.yaml {here}",
+        "line 8  sample.sampling.temperature: expected a number, got true/false",
+        "line 9  sample.sampling.max_new_tokens: expected a whole number, got 3.7",
+        "line 10  reward: reads the results of `sft`, which this recipe lacks; add `sft: {}`",
+        "line 11  dpo.bta: no such setting; did you mean `beta`?",
+    ]
+
+
+def test_faults_of_stages_are_told_with_the_line_of_their_key() -> None:
+    text = RECIPE.replace("reward: {}", "reward:\n  ai: false\n  human: []")
+    assert faults(write(text)) == [
+        "recipe.yaml: 1 problem",
+        "line 13  reward.human: no pairs to train on; give some, or set `ai: true`",
+    ]
+
+
+def test_a_common_block_that_a_stage_needs_is_missed() -> None:
+    said = faults(write(RECIPE.replace("constitution: small.yaml\n", "")))
+    assert "line 7  revise: needs `constitution`, which this recipe lacks; add it" in said
+
+
+def test_the_constitutions_faults_are_told_with_the_recipes() -> None:
+    Path("small.yaml").write_text(CONSTITUTION.replace("id: calm", "id: calm\n    colour: red"))
+    said = faults(write(RECIPE + "sed: 3\n"))
+    assert said[0] == "recipe.yaml: 1 problem"
+    assert said[1] == "line 12  sed: no such setting; did you mean `seed`?"
+    assert said[2] == "small.yaml: 1 problem"
+    assert said[3].startswith("line 4  principles[0].colour: no such setting")
+
+
+def test_an_override_wins_over_the_file() -> None:
+    recipe = load_recipe("recipe.yaml", ["sample.sampling.temperature=0.5", "seed=3", "seed=4", "dpo={beta: 0.2}"])
+    assert recipe.settings["sample"].model_dump()["sampling"]["temperature"] == 0.5
+    assert recipe.seed == 4
+    assert recipe.settings["dpo"].model_dump()["beta"] == 0.2
+
+
+def test_an_override_reaches_into_lists() -> None:
+    recipe = load_recipe("recipe.yaml", ["prompts.sources.0.limit=3"])
+    assert recipe.shared["prompts"].sources[0].limit == 3
+
+
+def test_an_override_may_be_null_and_take_a_stage_out() -> None:
+    assert "reward" not in load_recipe("recipe.yaml", ["reward=null"]).settings
+
+
+def test_faults_of_overrides_are_told_as_theirs() -> None:
+    said = faults("recipe.yaml", "sample.sampling.top_p=2", "dpo.bta=3", "sft.epochs=-1")
+    assert said[0] == "recipe.yaml: 3 problems"
+    assert sorted(said[1:]) == [
+        "--set dpo.bta: no such setting; did you mean `beta`?",
+        "--set sample.sampling.top_p: must be at most 1, got 2",
+        "--set sft.epochs: must be above 0, got -1",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("override", "fault"),
+    [
+        ("seed", "expected key=value"),
+        ("=3", "expected key=value"),
+        ("a..b=3", "expected key=value"),
+        ("seed=[1", "is not valid YAML"),
+        ("seed.more=3", "`seed` is a single value, so there is no `seed.more`"),
+        ("prompts.sources.7.path=x", "`prompts.sources` is a list of 1, so there is no `prompts.sources.7`"),
+    ],
+)
+def test_an_override_that_cannot_be_applied_is_refused(override: str, fault: str) -> None:
+    said = faults(write(RECIPE + "seed: 1\n"), override)
+    assert said[0] == "recipe.yaml: 1 problem"
+    assert said[1].startswith(f"--set {override}: ")
+    assert fault in said[1]
+
+
+def test_a_child_changes_its_parent_key_by_key() -> None:
+    write(RECIPE + "name: parents\nseed: 5\n", "parent.yaml")
+    child = "extends: parent.yaml\nsample: {sampling: {temperature: 0}}\nreward: null\n"
+    recipe = load_recipe(write(child, "child.yaml"))
+    assert recipe.name == "child", "a name is never inherited: two recipes must not share a folder"
+    assert recipe.seed == 5
+    assert recipe.settings["sample"].model_dump()["sampling"]["temperature"] == 0
+    assert list(recipe.settings) == ["sample", "revise", "sft", "compare"]
+
+
+def test_a_parent_is_looked_for_beside_its_child() -> None:
+    Path("inner").mkdir()
+    write("extends: ../recipe.yaml\n", "inner/child.yaml")
+    assert load_recipe("inner/child.yaml").name == "child"
+
+
+def test_a_parents_fault_is_told_with_the_parents_file_and_line() -> None:
+    write(RECIPE + "sed: 3\n", "parent.yaml")
+    said = faults(write("extends: parent.yaml\ncolour: red\n", "child.yaml"))
+    assert said[0] == "child.yaml: 1 problem"
+    assert said[1].startswith("line 2  colour: no such setting")
+    assert said[2:] == ["parent.yaml: 1 problem", "line 12  sed: no such setting; did you mean `seed`?"]
+
+
+def test_a_parent_must_be_there_and_stand_alone() -> None:
+    assert "no file gone.yaml" in faults(write("extends: gone.yaml\n", "child.yaml"))[1]
+    write("extends: recipe.yaml\n", "parent.yaml")
+    assert "extends another recipe itself" in faults(write("extends: parent.yaml\n", "child.yaml"))[1]
+
+
+def test_a_local_model_that_is_not_there_is_a_fault_and_a_hub_id_is_not() -> None:
+    load_recipe("recipe.yaml", ["model.path=org/other"])
+    for missing in ("./model", "/nowhere/model", "some.gguf", "a/b/c"):
+        assert "no file" in faults("recipe.yaml", f"model.path={missing}")[1]
+
+
+def test_the_model_of_a_local_engine_is_looked_for_too() -> None:
+    said = faults("recipe.yaml", "judge.engine={kind: local, model: ./judge}")
+    assert said[1].startswith("--set judge.engine.model: no file ./judge")
+    load_recipe("recipe.yaml", ["judge.engine={kind: openai, model: ./judge, base_url: 'http://localhost:1/v1'}"])
+
+
+def test_a_recipe_that_is_not_there_or_empty_is_refused() -> None:
+    with pytest.raises(InputError, match="no such file"):
+        load_recipe("gone.yaml")
+    with pytest.raises(FileProblems, match="empty"):
+        load_recipe(write("", "empty.yaml"))
+
+
+@pytest.mark.parametrize("name", ["../up", "a/b", "", ".hidden"])
+def test_a_name_that_is_no_folders_name_is_refused(name: str) -> None:
+    assert any("name:" in line for line in faults("recipe.yaml", f"name='{name}'"))

@@ -1,0 +1,162 @@
+"""How a stage is run and published, with stages that only write files."""
+
+import fcntl
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from align.artefacts import PARTIAL, read_manifest
+from align.errors import InputError, NotFinite
+from align.plan import make_plan
+from align.recipe import Recipe, load_recipe, recipe_model
+from align.runner import run_stage
+from tests.fakes import add_fake_stages, remove_fake_stages
+
+RUN = Path("runs/recipe/shared")
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.chdir(tmp_path)
+    add_fake_stages()
+    recipe_model.cache_clear()
+    Path("recipe.yaml").write_text("letters: {}\ncapitals: {}\n")
+    yield tmp_path
+    remove_fake_stages()
+    recipe_model.cache_clear()
+
+
+def recipe(*overrides: str) -> Recipe:
+    return load_recipe("recipe.yaml", overrides)
+
+
+def test_a_stage_is_published_with_its_outputs_and_a_manifest() -> None:
+    assert run_stage(recipe(), "letters")
+    assert (RUN / "letters/letters.txt").read_text() == "abc"
+    manifest = read_manifest(RUN / "letters")
+    assert manifest is not None
+    assert sorted(manifest.outputs) == ["folder/inner/file", "letters.txt"], "what is not there is left out"
+    assert manifest.counts == {"letters": 3}
+    assert manifest.settings["settings"]["text"] == "abc"
+    assert manifest.processes == 1
+    assert manifest.environment["python"].startswith("3.")
+
+
+def test_what_only_served_to_make_it_is_not_published() -> None:
+    run_stage(recipe(), "letters")
+    assert sorted(path.name for path in (RUN / "letters").iterdir()) == ["folder", "letters.txt", "manifest.json"]
+    assert [path.name for path in (RUN / PARTIAL).iterdir()] == ["letters.lock"]
+
+
+def test_a_stage_reads_what_its_inputs_published_and_its_manifest_says_what_that_was() -> None:
+    run_stage(recipe(), "letters")
+    run_stage(recipe(), "capitals")
+    assert (RUN / "capitals/capitals.txt").read_text() == "ABC 0"
+    letters, capitals = read_manifest(RUN / "letters"), read_manifest(RUN / "capitals")
+    assert letters is not None and capitals is not None
+    assert capitals.inputs == {"letters": letters.content_digest}
+
+
+def test_what_is_up_to_date_is_left_alone_but_for_its_time(capsys: pytest.CaptureFixture[str]) -> None:
+    run_stage(recipe(), "letters")
+    manifest = RUN / "letters/manifest.json"
+    text, time = manifest.read_text(), manifest.stat().st_mtime_ns
+    assert not run_stage(recipe(), "letters")
+    assert manifest.read_text() == text
+    assert manifest.stat().st_mtime_ns > time
+    assert "letters: up to date" in capsys.readouterr().out
+
+
+def test_a_changed_setting_replaces_the_result() -> None:
+    run_stage(recipe(), "letters")
+    assert run_stage(recipe("letters.text=xy"), "letters")
+    assert (RUN / "letters/letters.txt").read_text() == "xy"
+
+
+def test_a_stage_whose_inputs_are_missing_or_stale_says_what_to_run() -> None:
+    with pytest.raises(InputError, match=r"reads the results of `letters`.*`align run recipe.yaml`"):
+        run_stage(recipe(), "capitals")
+    run_stage(recipe(), "letters")
+    with pytest.raises(InputError, match=r"`align run recipe.yaml --set 'letters.text=b'`"):
+        run_stage(recipe("letters.text=b"), "capitals")
+
+
+def test_a_stage_that_the_recipe_lacks_is_refused() -> None:
+    with pytest.raises(InputError, match=r"no stage `sft` in this recipe; add `sft: \{\}`"):
+        run_stage(recipe(), "sft")
+    with pytest.raises(InputError, match=r"no stage `dance` in this recipe; there are capitals, compare"):
+        run_stage(recipe(), "dance")
+
+
+@pytest.mark.parametrize(("how", "kind"), [("input", InputError), ("not_finite", NotFinite)])
+def test_a_failing_stage_publishes_nothing_and_leaves_the_last_result(how: str, kind: type[Exception]) -> None:
+    run_stage(recipe(), "letters")
+    with pytest.raises(kind):
+        run_stage(recipe(f"letters.fail={how}"), "letters")
+    assert (RUN / "letters/letters.txt").read_text() == "abc"
+    assert make_plan(recipe())["letters"].is_done
+
+
+@pytest.mark.parametrize("how", ["full", "library_full"])
+def test_a_full_disk_is_told_in_words_and_what_is_finished_is_kept(how: str) -> None:
+    with pytest.raises(InputError, match=r"the disk is full.*runs/recipe/shared/.partial") as raised:
+        run_stage(recipe(f"letters.fail={how}"), "letters")
+    assert raised.value.exit_code == 2
+    kept = list((RUN / PARTIAL).glob("letters-*/letters.journal.0"))
+    assert len(kept) == 1
+    assert not (RUN / "letters").exists()
+
+
+def test_an_interrupted_stage_goes_on_from_what_it_left() -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run_stage(recipe("letters.fail=once"), "letters")
+    run_stage(recipe("letters.fail=once"), "letters")
+    manifest = read_manifest(RUN / "letters")
+    assert manifest is not None
+    assert manifest.figures["went_on"] is True
+
+
+def test_what_another_recipe_left_unfinished_is_not_gone_on_with() -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run_stage(recipe("letters.fail=once"), "letters")
+    with pytest.raises(KeyboardInterrupt):
+        run_stage(recipe("letters.fail=once", "seed=1"), "letters")
+    assert len(list((RUN / PARTIAL).glob("letters-*"))) == 1, "the other one is removed"
+
+
+def test_a_kill_between_manifest_and_publication_costs_no_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("align.runner.publish", killed)
+        run_stage(recipe(), "letters")
+    partial = next((RUN / PARTIAL).glob("letters-*"))
+    made = json.loads((partial / "manifest.json").read_text())
+    monkeypatch.setattr("align.runner._work", killed)
+    assert run_stage(recipe(), "letters")
+    assert json.loads((RUN / "letters/manifest.json").read_text()) == made
+
+
+def test_a_stage_that_is_being_run_is_not_run_a_second_time() -> None:
+    (RUN / PARTIAL).mkdir(parents=True)
+    with (RUN / PARTIAL / "letters.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(InputError, match="being run by another process"):
+            run_stage(recipe(), "letters")
+    assert run_stage(recipe(), "letters")
+
+
+def test_an_output_that_cannot_be_written_is_refused() -> None:
+    Path("taken").write_text("a file where a folder should be")
+    with pytest.raises(InputError, match=r"taken.*cannot be made.*--set output=DIR"):
+        run_stage(recipe("output=taken"), "letters")
+
+
+def test_a_damaged_manifest_is_named() -> None:
+    run_stage(recipe(), "letters")
+    (RUN / "letters/manifest.json").write_text("{")
+    with pytest.raises(InputError, match="not a manifest of this version"):
+        run_stage(recipe(), "letters")
