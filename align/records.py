@@ -1,4 +1,4 @@
-"""The rows that stages write and read, one JSON object a line. Ids come from the content, so a row made twice is one row."""
+"""The rows that stages write and read, one JSON object a line. Ids come from the content: made twice, still one row."""
 
 import dataclasses
 import hashlib
@@ -215,6 +215,7 @@ def write_rows(path: Path, rows: Iterable[Row]) -> int:
     """Write records to a new JSONL file; returns how many."""
     count = 0
     with path.open("w", encoding="utf-8") as out:
-        for count, row in enumerate(rows, start=1):
+        for row in rows:
             out.write(json.dumps(row.to_json(), ensure_ascii=False) + "\n")
+            count += 1
     return count

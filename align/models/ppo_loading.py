@@ -16,14 +16,15 @@ from align.models.policy import add_lora, load_causal_lm
 from align.models.ppo_models import PpoModels, SeparateModels, SharedTrunk
 
 SCORE_HEAD = "score.weight"
+SHAPES_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 
 
 @dataclass(frozen=True)
 class RewardFolder:
     """A reward stage's results: `model/` always, `adapter/` where it was trained with LoRA.
 
-    `on_policy_trunk` says that the adapter belongs to the very weights that the policy starts from. `mean` and `std` are
-    those of its scores on held-out pairs.
+    `on_policy_trunk` says that the adapter belongs to the very weights that the policy starts from. `mean` and `std`
+    are those of its scores on held-out pairs.
     """
 
     path: Path
@@ -48,28 +49,25 @@ def load_shared_trunk(
 ) -> SharedTrunk:
     """Policy, value, reference and, where it was trained on this trunk, reward, as adapters of one model.
 
-    The value starts as the reward model (its adapter and head, in standardised scores), or from nothing where the reward
-    model has no adapter for this trunk.
+    The value starts as the reward model (its adapter and head, in standardised scores), or from nothing where the
+    reward model has no adapter for this trunk.
 
     Args:
         policy: the SFT model's folder: the trunk, and with adapters off the reference.
         value: 'adapter', 'head' (on the policy's hidden states), or None for methods without values.
         dtype: of the trunk, and of all computation; adapters and heads stay float32.
     """
-    model = add_lora(load_causal_lm(policy, dtype, trust_remote_code=trust_remote_code), lora, adapter_name="policy")
+    model = add_lora(_load_policy(policy, dtype, trust_remote_code), lora, adapter_name="policy")
     hidden = model.config.get_text_config().hidden_size
     reward_head = None
     if reward.shares_trunk:
         reward_head = _add_reward_adapter(model, reward.path / "adapter", "reward", hidden)
-    value_head: nn.Linear | None = None
-    if value is not None:
-        value_head = ValueHead(hidden)
-    if value == "adapter":
-        if reward_head is not None:
-            _add_reward_adapter(model, reward.path / "adapter", "value", hidden)
-            _start_from_reward(value_head, reward_head, reward)
-        else:
-            add_lora(model, lora, adapter_name="value")
+    value_head = ValueHead(hidden) if value is not None else None
+    if value == "adapter" and reward_head is None:
+        add_lora(model, lora, adapter_name="value")
+    if value == "adapter" and reward_head is not None and value_head is not None:
+        _add_reward_adapter(model, reward.path / "adapter", "value", hidden)
+        _start_from_reward(value_head, reward_head, reward)
     return SharedTrunk(
         model,
         value_head,
@@ -90,13 +88,12 @@ def load_separate_models(
     trust_remote_code: bool = False,
 ) -> SeparateModels:
     """Policy and value with every weight trained (fp32), and a frozen reference in the compute dtype."""
-    options = {"trust_remote_code": trust_remote_code}
-    trained = load_causal_lm(policy, torch.float32, **options)
+    trained = _load_policy(policy, torch.float32, trust_remote_code)
     hidden = trained.config.get_text_config().hidden_size
     backbone = None
     value_head = ValueHead(hidden) if value is not None else None
-    if value == "adapter":
-        classifier = load_classifier(reward.path / "model", torch.float32, **options)
+    if value == "adapter" and value_head is not None:
+        classifier = load_classifier(reward.path / "model", torch.float32, trust_remote_code=trust_remote_code)
         backbone = classifier.base_model
         if classifier.score.weight.shape == value_head.weight.shape:
             _start_from_reward(value_head, classifier.score, reward)
@@ -104,10 +101,25 @@ def load_separate_models(
         trained,
         backbone,
         value_head,
-        load_causal_lm(policy, dtype, **options),
+        _load_policy(policy, dtype, trust_remote_code),
         temperature=temperature,
         compute_dtype=dtype,
     )
+
+
+def _load_policy(path: str, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+    """A causal LM whose logits are its output embedding's products and nothing more, as the log-probs assume."""
+    model = load_causal_lm(path, dtype, trust_remote_code=trust_remote_code)
+    config = model.config.get_text_config()
+    for key in SHAPES_LOGITS:
+        if getattr(config, key, None) not in (None, 1, 1.0):
+            raise InputError(
+                f"{path}: its logits are scaled or capped ({key} in config.json), which ppo does not compute; "
+                "use dpo for this model, or another model"
+            )
+    if model.get_output_embeddings().bias is not None:
+        raise InputError(f"{path}: its output layer has a bias, which ppo does not compute; use dpo, or another model")
+    return model
 
 
 def load_classifier(path: Path, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Any:

@@ -1,7 +1,7 @@
 """The models of a PPO run behind one module: policy, value, reference and reward.
 
-With LoRA they are one frozen trunk: the policy, value and reward adapters take turns on it, and the reference is the trunk
-with its adapters off. With full fine-tuning they are separate models. Either way there is one module to hand to
+With LoRA they are one frozen trunk: the policy, value and reward adapters take turns on it, and the reference is the
+trunk with its adapters off. With full fine-tuning they are separate models. Either way there is one module to hand to
 accelerate, whose forward takes a role, so that DDP, FSDP2 and ZeRO-3 see every pass.
 
 Shapes: B completions, T completion tokens. Sequences are prompts padded on the left and completions padded on the right,
@@ -15,8 +15,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from align.models.heads import last_attended
 from align.models.logprobs import gather_logprobs
+from align.models.wrapped import inner_model
 
 Role = Literal["generate", "train", "reference", "score"]
 
@@ -50,12 +53,22 @@ class TrainPass:
 
 
 class PpoModels(nn.Module):
-    """Common part of both arrangements. Subclasses give the backbones and the heads."""
+    """Common part of both arrangements. Subclasses give the backbones and the heads.
+
+    `policy` is what is saved in the end: a `PeftModel` or a causal LM.
+    """
+
+    policy: Any
 
     def __init__(self, temperature: float, compute_dtype: torch.dtype) -> None:
         super().__init__()
         self.temperature = temperature
         self.compute_dtype = compute_dtype
+
+    @property
+    def causal_lm(self) -> PreTrainedModel:
+        """The transformers model that writes completions."""
+        return inner_model(self.policy)
 
     def forward(self, role: Role, **inputs: Any) -> Any:
         """One pass in a role: generate (a causal LM's forward), train, reference (no gradient) or score."""
@@ -170,10 +183,6 @@ class SharedTrunk(PpoModels):
             reward_head.requires_grad_(False)
 
     @property
-    def causal_lm(self) -> Any:
-        return self.policy.get_base_model()
-
-    @property
     def _no_split_modules(self) -> Any:
         return self.causal_lm._no_split_modules
 
@@ -272,10 +281,6 @@ class SeparateModels(PpoModels):
         self.reference = reference.requires_grad_(False)
 
     @property
-    def causal_lm(self) -> Any:
-        return self.policy
-
-    @property
     def _no_split_modules(self) -> Any:
         return self.policy._no_split_modules
 
@@ -300,13 +305,6 @@ class SeparateModels(PpoModels):
         if self.value_backbone is None:
             return _head(self.value_head, policy_hidden)
         return _head(self.value_head, completion_hidden(self.value_backbone, sequences))
-
-
-def last_attended(states: Tensor, attention_mask: Tensor) -> Tensor:
-    """(B, H) the hidden state at each row's last attended position, whichever side the padding is on."""
-    positions = torch.arange(attention_mask.shape[1], device=states.device)
-    last = (attention_mask * positions).argmax(dim=-1)
-    return states[torch.arange(states.shape[0], device=states.device), last]
 
 
 def _head(head: nn.Linear, states: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Rewards a token, advantages and returns: pure functions of tensors.
 
-Shapes: B completions in a batch, T completion tokens. `mask` is True on tokens the policy wrote, up to and including the
-first stop token. A completion's tokens are contiguous from position 0. Log-probabilities are in nats.
+Shapes: B completions in a batch, T completion tokens. `mask` is True on tokens the policy wrote, up to and including
+the first stop token. A completion's tokens are contiguous from position 0. Log-probabilities are in nats.
 """
 
 import torch

@@ -56,4 +56,5 @@ def restore(output: Path, model: torch.nn.Module, optimizer: Any) -> dict[str, A
 def whole_state(model: torch.nn.Module, prefix: str) -> dict[str, torch.Tensor]:
     """The full state of the submodule whose names start with `prefix`, on the CPU. Call in every process."""
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+    named = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+    return {name: tensor for name, tensor in named.items() if isinstance(tensor, torch.Tensor)}

@@ -1,10 +1,10 @@
 """Proximal policy optimisation of a language model (Schulman 2017; Ziegler 2019; Ouyang 2022), on accelerate.
 
-One iteration: sample completions, score them, recompute log-probs and values under the policy that sampled, penalise the KL
-to the reference, estimate advantages, and take `epochs` passes of clipped updates. What differs from common practice: every
-process holds the whole rollout, so whitening and normalisation are over all processes; losses are sums divided by the
-minibatch's tokens, so gradient accumulation equals one big batch; all randomness derives from the seed, the iteration and
-the prompt, so a run resumed or split over other processes repeats itself.
+One iteration: sample completions, score them, recompute log-probs and values under the policy that sampled, penalise
+the KL to the reference, estimate advantages, and take `epochs` passes of clipped updates. What differs from common
+practice: every process holds the whole rollout, so whitening and normalisation are over all processes; losses are sums
+divided by the minibatch's tokens, so gradient accumulation equals one big batch; all randomness derives from the seed,
+the iteration and the row, so a run resumed or split over other processes repeats itself.
 """
 
 import json
@@ -126,7 +126,7 @@ class PpoTrainer:
             trained, lr=options.learning_rate, eps=1e-5, weight_decay=options.weight_decay, betas=(0.9, 0.999)
         )
         self.wrapped, self.optimizer = self.accelerator.prepare(models, optimizer)
-        # Passes without gradient go around DDP, whose buffers' broadcasts would have to happen equally often everywhere.
+        # Passes without gradient go around DDP: it would broadcast buffers, and processes may differ in their passes.
         self.models = self.accelerator.unwrap_model(self.wrapped)
         self.trained = [parameter for parameter in self.wrapped.parameters() if parameter.requires_grad]
         self.device = self.accelerator.device
@@ -292,12 +292,12 @@ class PpoTrainer:
         seed = derive_seed(self.seed, "minibatches", self.iteration, epoch)
         ranks = processes.rank(), processes.world_size()
         for rows in minibatch_rows(len(completions), options.batch_size, seed, *ranks):
-            yield micro_batches(
-                completions, rows, options.micro_batch_size, self.tokenizer.pad_token_id, self.device
-            )
+            yield micro_batches(completions, rows, options.micro_batch_size, self.tokenizer.pad_token_id, self.device)
 
     def _optimizer_step(self, experience: Experience, batches: Sequence[MicroBatch]) -> dict[str, float]:
-        tokens = self._all_sum(torch.tensor(float(sum(int(batch.sequences.completion_mask.sum()) for batch in batches))))
+        tokens = self._all_sum(
+            torch.tensor(float(sum(int(batch.sequences.completion_mask.sum()) for batch in batches)))
+        )
         totals: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
         for index, batch in enumerate(batches):
             last = index == len(batches) - 1
@@ -308,7 +308,9 @@ class PpoTrainer:
                 # Gradients are averaged over processes; the loss is the whole minibatch's mean a token.
                 self.accelerator.backward(loss * processes.world_size() / tokens)
             for name, value in sums.items():
-                totals[name] = torch.maximum(totals[name], value) if name == "largest_log_ratio" else totals[name] + value
+                totals[name] = (
+                    torch.maximum(totals[name], value) if name == "largest_log_ratio" else totals[name] + value
+                )
         norm = float(self.accelerator.clip_grad_norm_(self.trained, self.settings.optimizer.max_grad_norm))
         if norm < float("inf"):
             self.optimizer.step()
@@ -327,7 +329,7 @@ class PpoTrainer:
             for name in ("old_logprobs", "advantages", "values", "returns")
         }
         policy = clipped_policy_loss(now.logprobs, old["old_logprobs"], old["advantages"], mask, settings.clip_range)
-        loss = policy.loss - settings.entropy_coef * now.entropy.sum()
+        loss = policy.loss
         sums = {
             "policy_loss": policy.loss.detach(),
             "ratio": policy.ratio,
@@ -371,9 +373,7 @@ class PpoTrainer:
             "score": float(experience.raw_scores.mean()),
             "score_std": float(experience.raw_scores.std(correction=0)),
             "reward": float(experience.rewards.sum(dim=1).mean()),
-            **{
-                f"kl_to_reference_{name}": float(_per_completion(term, mask).mean()) for name, term in terms.items()
-            },
+            **{f"kl_to_reference_{name}": float(_per_completion(term, mask).mean()) for name, term in terms.items()},
             "kl_coef": self.kl_coef,
             "entropy": float((experience.entropy * mask).sum() / tokens),
             "explained_variance": explained_variance(experience.values, experience.returns, mask),

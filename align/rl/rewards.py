@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from align.data.chat import closing_ids, conversation_ids
+from align.data.chat import conversation_ids
 from align.records import Conversation
 
 
@@ -19,7 +19,7 @@ class Reward(Protocol):
 
 
 class RewardModel:
-    """A sequence classifier's score of the whole conversation.
+    """A sequence classifier's score of a conversation, read at the token that ends the assistant's turn.
 
     Completions are taken as text and tokenized by the reward model's own tokenizer and template, exactly as in its
     training; so a reward model of another family works as well as one on the policy's trunk.
@@ -44,7 +44,6 @@ class RewardModel:
     ) -> None:
         self.scores = scores
         self.tokenizer = tokenizer
-        self.closing = closing_ids(tokenizer)
         self.pad_id = pad_id
         self.batch_size = batch_size
         self.device = device
@@ -61,7 +60,7 @@ class RewardModel:
 
     def _ids(self, prompt: Conversation, completion: str) -> list[int]:
         opening, words = conversation_ids(self.tokenizer, prompt, completion, self.system_prompt)
-        return [*opening, *words, *self.closing]
+        return [*opening, *words]
 
     def _score(self, rows: Sequence[Sequence[int]]) -> Tensor:
         width = max(map(len, rows))

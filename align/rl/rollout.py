@@ -1,7 +1,7 @@
 """What one PPO iteration samples, and how it is cut into micro-batches.
 
-Shapes: N completions an iteration over all processes, T tokens of the longest. Every process holds the whole rollout (it
-is small: ids and a few floats a token), so statistics are over all processes by construction.
+Shapes: N completions an iteration over all processes, T tokens of the longest. Every process holds the whole rollout
+(it is small: ids and a few floats a token), so statistics are over all processes by construction.
 """
 
 from collections.abc import Callable, Sequence
@@ -100,7 +100,7 @@ def sample_completions(
                 synced=synced,
             )
             for (prompt, _), tokens, reason, logprobs in zip(
-                chunk, drawn.tokens, drawn.finish_reasons, drawn.logprobs, strict=True
+                chunk, drawn.tokens, drawn.finish_reasons, drawn.logprobs or [], strict=True
             ):
                 stopped = reason == "stop"
                 text = to_text(tokens[:-1] if stopped else tokens)
@@ -137,9 +137,7 @@ def _micro_batch(
         start, end = prompt_width - len(completion.prompt.ids), prompt_width + len(completion.tokens)
         input_ids[index, start:end] = torch.tensor([*completion.prompt.ids, *completion.tokens])
         attention[index, start:end] = 1
-    sequences = Sequences(
-        input_ids.to(device), attention.to(device), completion_mask(completions, width).to(device)
-    )
+    sequences = Sequences(input_ids.to(device), attention.to(device), completion_mask(completions, width).to(device))
     return MicroBatch(torch.tensor(rows), sequences, int((attention == 0).sum()))
 
 

@@ -23,7 +23,7 @@ class KlBlock(Block):
 
     coef: NonNegative = 0.05
     estimator: Literal["k1", "k3"] = "k1"
-    target: Annotated[Number, Field(gt=0)] | None = Field(None, description="nats a completion; null: fixed coefficient")
+    target: Annotated[Number, Field(gt=0)] | None = Field(None, description="nats a completion; null fixes coef")
     horizon: Positive = Field(10_000, description="completions over which the coefficient adapts")
 
 
@@ -64,8 +64,8 @@ class PpoBlock(Block):
     def _consistent(self) -> "PpoBlock":
         if self.rows % self.optimizer.batch_size:
             raise ValueError(
-                f"optimizer.batch_size {self.optimizer.batch_size} must divide rollout_batch x completions_per_prompt = "
-                f"{self.rows}"
+                f"optimizer.batch_size {self.optimizer.batch_size} must divide the iteration's completions "
+                f"(rollout_batch x completions_per_prompt = {self.rows})"
             )
         if self.advantage != "gae" and self.completions_per_prompt < 2:
             raise ValueError(f"advantage {self.advantage} compares siblings: set completions_per_prompt to 2 or more")

@@ -1,7 +1,7 @@
 """The ppo stage: the SFT policy trained against the reward model on the rl prompts.
 
-    align run ppo --recipe recipes/quickstart.yaml
-    accelerate launch --num_processes 8 -m align run ppo --recipe recipes/hh-rlhf.yaml
+align run ppo --recipe recipes/quickstart.yaml
+accelerate launch --num_processes 8 -m align run ppo --recipe recipes/hh-rlhf.yaml
 """
 
 from typing import Any

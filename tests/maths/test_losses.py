@@ -35,7 +35,9 @@ def test_policy_loss_worked_by_hand(ratio, advantage, expected, clipped):
 def test_policy_gradient_at_ratio_one_is_minus_the_advantage():
     logprobs = torch.tensor([[-1.0, -2.0]], requires_grad=True)
     advantages = torch.tensor([[0.5, -3.0]])
-    clipped_policy_loss(logprobs, logprobs.detach(), advantages, torch.ones(1, 2, dtype=torch.bool), 0.2).loss.backward()
+    clipped_policy_loss(
+        logprobs, logprobs.detach(), advantages, torch.ones(1, 2, dtype=torch.bool), 0.2
+    ).loss.backward()
     assert torch.allclose(logprobs.grad, -advantages)
 
 
