@@ -130,7 +130,7 @@ def read_report(directory: Path) -> Report:
     """
     path = directory / REPORT
     try:
-        return Report.model_validate_json(path.read_text(encoding="utf-8"))
+        return _in_recipe_order(Report.model_validate_json(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; run `align run evaluate` with that run's recipe first") from None
     except ValidationError as error:
@@ -153,6 +153,13 @@ def rule_outcomes(checked: Iterable[CheckedPrinciple], sample: EvaluatedSample) 
         for principle in checked
         if principle.applies_to(sample.category)
     }
+
+
+def _in_recipe_order(report: Report) -> Report:
+    """The report with its policies as the recipe lists them; the file keeps them by name."""
+    asked = [name for name in report.settings.get("policies", ()) if name in report.policies]
+    names = [*asked, *(name for name in report.policies if name not in asked)]
+    return report.model_copy(update={"policies": {name: report.policies[name] for name in names}})
 
 
 def print_published_report(directory: Path, console: Console | None = None) -> None:

@@ -30,6 +30,7 @@ from align.recipe import Recipe
 from align.repro import environment
 from align.stage import Context, Outcome
 from align.stages import all_stages
+from align.tracking import TIMINGS
 from align.world import check_world_size
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
@@ -189,7 +190,7 @@ def _publish(partial: Path, step: Step) -> None:
     """Move the finished folder into place, without what only served to make it."""
     manifest = read_manifest(partial)
     assert manifest is not None
-    kept = {MANIFEST, *(name.split("/")[0] for name in manifest.outputs)}
+    kept = {MANIFEST, TIMINGS, *(name.split("/")[0] for name in manifest.outputs)}
     for path in partial.iterdir():
         if path.name not in kept:
             shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -18,6 +18,7 @@ from align.config import TrackingBlock
 from align.records import read_jsonl
 
 METRICS = "metrics.jsonl"
+TIMINGS = "timings.jsonl"
 WANDB_FOLDER = ".wandb"
 RUN_ID_FILE = "wandb-run-id"
 _WANDB_HOST = "https://api.wandb.ai"
@@ -43,16 +44,23 @@ class Tracker:
         if block.wandb:
             self._guard(lambda: self._start_wandb(directory, block, run_name, stage))
 
-    def log(self, step: int, figures: Mapping[str, float]) -> None:
-        """Add a row, on disk before this returns. A figure that is not finite is written as null."""
+    def log(self, step: int, figures: Mapping[str, float], timings: Mapping[str, float] | None = None) -> None:
+        """Add a row, on disk before this returns. A figure that is not finite is written as null.
+
+        `timings` go to a file of their own, which is no part of a stage's identity: two equal runs never take equally
+        long.
+        """
         if self._file is None:
             return
+        if timings:
+            with (self.path.parent / TIMINGS).open("a", encoding="utf-8") as out:
+                out.write(json.dumps({"step": step} | {name: _plain(value) for name, value in timings.items()}) + "\n")
         row = {"step": step} | {name: _plain(value) for name, value in figures.items()}
         self._file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
         self._file.flush()
         if self._wandb is not None:
             run = self._wandb
-            self._guard(lambda: run.log(dict(figures), step=step))
+            self._guard(lambda: run.log({**figures, **(timings or {})}, step=step))
 
     def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """Show rows (completions, say) as a wandb table; without wandb nothing is lost, as stages publish them too."""

@@ -104,7 +104,9 @@ def _gather(
 
     def score(states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         scores = logits_of(states).float() / temperature  # (chunk, V)
-        logprobs = scores.log_softmax(-1) if scores.requires_grad else scores.sub_(scores.logsumexp(-1, keepdim=True))
+        # The same subtraction with gradients and without, so that both passes give the same bits.
+        total = scores.logsumexp(-1, keepdim=True)
+        logprobs = scores - total if scores.requires_grad else scores.sub_(total)
         entropy = torch.special.entr(logprobs.detach().exp()).sum(-1)
         return logprobs.gather(-1, targets[:, None])[:, 0], entropy
 

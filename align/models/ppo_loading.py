@@ -163,7 +163,10 @@ def _add_reward_adapter(model: Any, folder: Path, name: str, hidden: int) -> nn.
     head = nn.Linear(hidden, 1, bias=False)
     head.weight.data.copy_(state.pop(heads[0]))
     model.add_adapter(name, config)
-    set_peft_model_state_dict(model, state, adapter_name=name)
+    loaded = set_peft_model_state_dict(model, state, adapter_name=name)
+    absent = [key for key in loaded.missing_keys if ".lora_" in key and f".{name}." in key]
+    if loaded.unexpected_keys or absent:
+        raise InputError(f"{folder}: does not fit the policy's layers ({(loaded.unexpected_keys or absent)[0]})")
     for parameter_name, parameter in model.named_parameters():
         if f".{name}." in parameter_name:
             parameter.data = parameter.data.float()
@@ -177,7 +180,7 @@ def _start_from_reward(value_head: nn.Linear, reward_head: nn.Linear, reward: Re
         value_head.bias.fill_(-reward.mean / reward.std)
 
 
-def reward_folder(path: Path, policy: Path) -> RewardFolder:
+def reward_folder(path: Path) -> RewardFolder:
     """What a reward stage published, from its manifest's figures."""
     figures = json.loads((path / "manifest.json").read_text(encoding="utf-8"))["figures"]
     return RewardFolder(

@@ -2,10 +2,10 @@
 
 With LoRA they are one frozen trunk: the policy, value and reward adapters take turns on it, and the reference is the
 trunk with its adapters off. With full fine-tuning they are separate models. Either way there is one module to hand to
-accelerate, whose forward takes a role, so that DDP, FSDP2 and ZeRO-3 see every pass.
+accelerate, whose forward takes a role, so that DDP and FSDP2 see every pass.
 
-Shapes: B completions, T completion tokens. Sequences are prompts padded on the left and completions padded on the right,
-so that the last T positions are the completion.
+Shapes: B completions, T completion tokens. Sequences are prompts padded on the left and completions padded on the
+right, so that the last T positions are the completion.
 """
 
 from collections.abc import Iterator
@@ -44,6 +44,16 @@ class Sequences:
 
 
 @dataclass(frozen=True)
+class FrozenPass:
+    """What a frozen role gives: log-probs (B, T) of the reference, or scores (B,) of the reward model.
+
+    Not a bare tensor, because FSDP2 rounds the tensors that a module's forward returns to its output dtype.
+    """
+
+    result: Tensor
+
+
+@dataclass(frozen=True)
 class TrainPass:
     """What the policy and value say of each completion token, each (B, T) float32 and zero where masked."""
 
@@ -78,8 +88,8 @@ class PpoModels(nn.Module):
             if role == "train":
                 return self._train_pass(**inputs)
             if role == "reference":
-                return self._reference_logprobs(**inputs)
-            return self.reward_scores(**inputs)
+                return FrozenPass(self._reference_logprobs(**inputs))
+            return FrozenPass(self.reward_scores(**inputs))
 
     def _autocast(self, inputs: dict[str, Any]) -> Any:
         if self.compute_dtype == torch.float32:
@@ -178,7 +188,7 @@ class SharedTrunk(PpoModels):
         self._layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
         self._use("policy")
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(".policy." in name or ".value." in name)
+            parameter.requires_grad_(".lora_" in name and (".policy." in name or ".value." in name))
         if reward_head is not None:
             reward_head.requires_grad_(False)
 
@@ -239,20 +249,19 @@ class SharedTrunk(PpoModels):
 
     @contextmanager
     def generation(self) -> Iterator[None]:
-        """The policy's adapter added into the trunk's weights, and the very same weights put back afterwards.
+        """The policy's adapter added into the trunk's fp32 weights, and the very same weights put back afterwards.
 
-        Subtracting what was added would leave rounding behind in bf16; the originals are kept aside instead, while
-        completions are drawn and no longer.
+        Subtracting what was added would leave rounding behind; the originals are kept aside instead, while completions
+        are drawn and no longer. A bf16 trunk stays as it is: rounding the sum would swallow a small adapter, and the
+        completions would come from another policy than the one trained. So does one that FSDP2 has sharded.
         """
         kept = [(layer, layer.get_base_layer().weight.data) for layer in self._layers if "policy" in layer.lora_A]
-        if any(weight.ndim != 2 or hasattr(weight, "full_tensor") or weight.numel() == 0 for _, weight in kept):
-            yield  # sharded by FSDP2 or ZeRO-3: the weights are not here to be merged
+        if any(weight.dtype != torch.float32 or hasattr(weight, "full_tensor") for _, weight in kept):
+            yield
             return
         try:
             for layer, weight in kept:
-                layer.get_base_layer().weight.data = (weight.float() + layer.get_delta_weight("policy").float()).to(
-                    weight.dtype
-                )
+                layer.get_base_layer().weight.data = weight + layer.get_delta_weight("policy")
             self._merged = True
             yield
         finally:
@@ -310,4 +319,5 @@ class SeparateModels(PpoModels):
 def _head(head: nn.Linear, states: Tensor) -> Tensor:
     """A head's single output in float32, whatever the autocast around it."""
     with torch.autocast(states.device.type, enabled=False):
-        return nn.functional.linear(states.float(), head.weight, head.bias).squeeze(-1)
+        bias = head.bias.float() if head.bias is not None else None  # FSDP2 may show parameters in another dtype
+        return nn.functional.linear(states.float(), head.weight.float(), bias).squeeze(-1)

@@ -8,6 +8,7 @@ the iteration and the row, so a run resumed or split over other processes repeat
 """
 
 import json
+import os
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -18,12 +19,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedType, gather_object
 from torch import Tensor
 from tqdm import tqdm
 
 from align import processes
-from align.errors import AlignError, NotFinite
+from align.errors import AlignError, InputError, NotFinite
 from align.metrics import repetition
 from align.records import as_dicts
 from align.repro import derive_seed, peak_resident_gb
@@ -51,6 +52,9 @@ from align.rl.rollout import (
 )
 from align.rl.settings import PpoBlock
 from align.tracking import Tracker
+
+SKIPS_ALLOWED = 5
+"""Optimizer steps in a row that may be left out because their gradient is not finite."""
 
 RATIO_TOLERANCE = 1e-4
 """How far the ratio of the first minibatch may be from 1 in float32; both passes are the same computation."""
@@ -116,10 +120,17 @@ class PpoTrainer:
         self.kl_coef = settings.kl.coef
         self.moments = RunningMoments()
         self.iteration = 0
+        self.skipped = 0
+        self.last_figures: dict[str, float] = {}
         self.seconds: dict[str, float] = defaultdict(float)
         self._prepare(models)
 
     def _prepare(self, models: Any) -> None:
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            raise InputError(
+                "ppo: does not run under DeepSpeed; use recipes/accelerate/fsdp2.yaml to shard the models, or "
+                "recipes/accelerate/ddp.yaml where they fit on each GPU"
+            )
         trained = [parameter for parameter in models.parameters() if parameter.requires_grad]
         options = self.settings.optimizer
         optimizer = torch.optim.AdamW(
@@ -130,21 +141,21 @@ class PpoTrainer:
         self.models = self.accelerator.unwrap_model(self.wrapped)
         self.trained = [parameter for parameter in self.wrapped.parameters() if parameter.requires_grad]
         self.device = self.accelerator.device
+        self.sharded = self.accelerator.distributed_type == DistributedType.FSDP
 
     def train(self) -> dict[str, float]:
         """Run the iterations that remain; the last iteration's figures."""
         self._resume()
-        figures: dict[str, float] = {}
         total = self.settings.iterations
         progress = tqdm(total=total, initial=self.iteration, desc="ppo", disable=not processes.is_first())
         with progress, (self.output / "rollouts.jsonl").open("a", encoding="utf-8") as rollouts:
             while self.iteration < total:
-                figures = self._iterate(rollouts)
+                figures = self.last_figures = self._iterate(rollouts)
                 progress.update()
                 progress.set_postfix({name: f"{figures[name]:.3g}" for name in ("score", "kl_to_reference_k1")})
                 if self.iteration % self.settings.checkpoint_every == 0 or self.iteration == total:
                     self._save()
-        return figures
+        return self.last_figures
 
     def policy_state(self) -> dict[str, Tensor]:
         """The policy's whole state on the first process, gathered from all where it is sharded."""
@@ -153,18 +164,18 @@ class PpoTrainer:
     def _iterate(self, rollouts: Any) -> dict[str, float]:
         self.seconds.clear()
         experience = self.collect()
-        updates = self.update(experience)
+        updates = self.update(experience) | {"kl_coef": self.kl_coef}
         if self.settings.kl.target is not None:
             kl = _per_completion(kl_terms(experience.old_logprobs, experience.ref_logprobs)["k1"], experience.mask)
             self.kl_coef = adapted_kl_coef(
                 self.kl_coef, float(kl.mean()), self.settings.kl.target, self.settings.rows, self.settings.kl.horizon
             )
-        self.iteration += 1
         figures = self._figures(experience, updates)
+        self.iteration += 1
         if processes.is_first():
             rollouts.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in self._rows(experience))
             rollouts.flush()
-        self.tracker.log(self.iteration, figures)
+        self.tracker.log(self.iteration, figures, timings=self._timings(int(experience.mask.sum())))
         return figures
 
     def collect(self) -> Experience:
@@ -201,18 +212,19 @@ class PpoTrainer:
         ]
         size = min(settings.sampling.batch_size, -(-len(rows) // processes.world_size()))
         chunks = [range(start, min(start + size, len(rows))) for start in range(0, len(rows), size)]
-        mine = [row for chunk in processes.share(chunks) for row in chunk]
+        mine = processes.share(chunks)
+        turns = -(-len(chunks) // processes.world_size())
         drawn = sample_completions(
             self.models,
-            [rows[row] for row in mine],
+            [[rows[row] for row in chunk] for chunk in mine] + [[]] * (turns - len(mine)),
             max_new_tokens=settings.sampling.max_new_tokens,
-            batch_size=size,
             stop_ids=self.stop_ids,
             pad_id=self.tokenizer.pad_token_id,
             to_text=lambda tokens: self.tokenizer.decode(tokens, skip_special_tokens=True),
-            synced=processes.world_size() > 1,
+            synced=self.sharded,
         )
-        return [completion for _, completion in sorted(_gathered(list(zip(mine, drawn, strict=True))))]
+        order = [row for chunk in mine for row in chunk]
+        return [completion for _, completion in sorted(_gathered(list(zip(order, drawn, strict=True))))]
 
     def _score(self, completions: Sequence[Completion]) -> Tensor:
         """(N,) raw scores, each made by one process."""
@@ -240,7 +252,7 @@ class PpoTrainer:
             for batch in batches:
                 with torch.no_grad():
                     now = self.models("train", sequences=batch.sequences)
-                    reference = self.models("reference", sequences=batch.sequences)
+                    reference = self.models("reference", sequences=batch.sequences).result
                 results = dict(zip(names, (now.logprobs, reference, now.entropy, now.values), strict=True))
                 rows = {name: result.float().cpu() for name, result in results.items()}
                 mine += [(row, {name: rows[name][i] for name in names}) for i, row in enumerate(batch.rows.tolist())]
@@ -303,8 +315,6 @@ class PpoTrainer:
             last = index == len(batches) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
                 loss, sums = self._losses(experience, batch)
-                if not loss.isfinite():
-                    raise self._not_finite(f"loss is {loss.item()}", experience.completions[int(batch.rows[0])])
                 # Gradients are averaged over processes; the loss is the whole minibatch's mean a token.
                 self.accelerator.backward(loss * processes.world_size() / tokens)
             for name, value in sums.items():
@@ -312,18 +322,26 @@ class PpoTrainer:
                     torch.maximum(totals[name], value) if name == "largest_log_ratio" else totals[name] + value
                 )
         norm = float(self.accelerator.clip_grad_norm_(self.trained, self.settings.optimizer.max_grad_norm))
-        if norm < float("inf"):
+        finite = norm < float("inf")
+        self.skipped = 0 if finite else self.skipped + 1
+        if self.skipped > SKIPS_ALLOWED:
+            raise self._not_finite(f"gradient was not finite {self.skipped} times in a row", experience.completions[0])
+        if finite:
             self.optimizer.step()
         self.optimizer.zero_grad()
+        largest = totals.pop("largest_log_ratio")
         figures = {name: float(self._all_sum(total) / tokens) for name, total in totals.items()}
-        figures["largest_log_ratio"] = float(totals["largest_log_ratio"])
-        return figures | {"gradient_norm": norm, "skipped_steps": float(not norm < float("inf"))}
+        figures["largest_log_ratio"] = float(self.accelerator.gather(largest).max())
+        return figures | {"gradient_norm": norm, "skipped_steps": float(not finite)}
 
     def _losses(self, experience: Experience, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Summed loss of a micro-batch, and sums of its figures."""
         settings = self.settings
         now = self.wrapped("train", sequences=batch.sequences)
         mask = batch.sequences.completion_mask
+        for row, logprobs, values in zip(batch.rows.tolist(), now.logprobs, now.values, strict=True):
+            if not (logprobs.isfinite().all() and values.isfinite().all()):
+                raise self._not_finite("loss is not finite (NaN or infinity)", experience.completions[row])
         old = {
             name: getattr(experience, name)[batch.rows, : mask.shape[1]].to(self.device)
             for name in ("old_logprobs", "advantages", "values", "returns")
@@ -374,7 +392,6 @@ class PpoTrainer:
             "score_std": float(experience.raw_scores.std(correction=0)),
             "reward": float(experience.rewards.sum(dim=1).mean()),
             **{f"kl_to_reference_{name}": float(_per_completion(term, mask).mean()) for name, term in terms.items()},
-            "kl_coef": self.kl_coef,
             "entropy": float((experience.entropy * mask).sum() / tokens),
             "explained_variance": explained_variance(experience.values, experience.returns, mask),
             "advantage_std": float(experience.advantages[mask].std(correction=0)),
@@ -385,16 +402,20 @@ class PpoTrainer:
             "first_log_ratio": self.first_log_ratio,
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "padding_share": self._padding_share(completions),
-            "peak_memory_gb": self._peak_memory(),
         }
+        return figures | updates
+
+    def _timings(self, tokens: int) -> dict[str, float]:
+        """Seconds of each phase, completion tokens a second over all phases, and the most memory held so far."""
         seconds = {f"seconds_{phase}": value for phase, value in self.seconds.items()}
-        rate = {"tokens_per_second": tokens / max(sum(self.seconds.values()), 1e-9)}
-        return figures | updates | seconds | rate
+        rate = tokens / max(sum(self.seconds.values()), 1e-9)
+        return seconds | {"tokens_per_second": rate, "peak_memory_gb": self._peak_memory()}
 
     def _padding_share(self, completions: Sequence[Completion]) -> float:
-        """Share of this process's positions in a training epoch that is padding."""
+        """Share of the first training epoch's positions that is padding, over all processes."""
         batches = [batch for minibatch in self._epoch(completions, 0) for batch in minibatch]
-        return sum(batch.padding for batch in batches) / sum(batch.sequences.input_ids.numel() for batch in batches)
+        padding = self._all_sum(torch.tensor(float(sum(batch.padding for batch in batches))))
+        return float(padding / self._all_sum(torch.tensor(float(sum(batch.positions for batch in batches)))))
 
     def _peak_memory(self) -> float:
         if self.device.type == "cuda":
@@ -417,13 +438,13 @@ class PpoTrainer:
 
     def _not_finite(self, fault: str, completion: Completion) -> NotFinite:
         return NotFinite(
-            f"ppo: {fault} at iteration {self.iteration + 1}, prompt '{completion.prompt.prompt.id}'. The run stopped; "
-            f"the last checkpoint is kept, and the same command goes on from it. A lower ppo.optimizer.learning_rate, "
-            "or model.precision fp32, often helps."
+            f"ppo: {fault} at step {self.iteration + 1}, prompt '{completion.prompt.prompt.id}'. The run stopped; the "
+            f"last checkpoint is kept in {self.output}. If the reward is at fault, mend it and run the same command, "
+            "which goes on from there; a lower ppo.optimizer.learning_rate or model.precision fp32 starts ppo anew."
         )
 
     def _save(self) -> None:
-        numbers = {"kl_coef": self.kl_coef, "moments": self.moments.__dict__}
+        numbers = {"kl_coef": self.kl_coef, "moments": self.moments.__dict__, "figures": self.last_figures}
         checkpoint.save(self.output, self.iteration, self.models, self.optimizer.optimizer, numbers)
 
     def _resume(self) -> None:
@@ -432,6 +453,7 @@ class PpoTrainer:
             self.iteration = numbers["iteration"]
             self.kl_coef = numbers["kl_coef"]
             self.moments = RunningMoments(**numbers["moments"])
+            self.last_figures = numbers["figures"]
         self.tracker.truncate(self.iteration)
         if processes.is_first():
             _truncate_rollouts(self.output / "rollouts.jsonl", self.iteration)
@@ -481,4 +503,6 @@ def _truncate_rollouts(path: Path, iteration: int) -> None:
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
         if line.endswith("\n") and json.loads(line)["iteration"] <= iteration:
             kept.append(line)
-    path.write_text("".join(kept), encoding="utf-8")
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    os.replace(temporary, path)

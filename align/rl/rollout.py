@@ -72,21 +72,22 @@ def _permutation(count: int, seed: int) -> list[int]:
 
 def sample_completions(
     models: PpoModels,
-    rows: Sequence[tuple[TokenizedPrompt, int]],
+    chunks: Sequence[Sequence[tuple[TokenizedPrompt, int]]],
     *,
     max_new_tokens: int,
-    batch_size: int,
     stop_ids: Sequence[int],
     pad_id: int,
     to_text: Callable[[Sequence[int]], str],
     synced: bool,
 ) -> list[Completion]:
-    """Complete each (prompt, seed) once with the policy. Rows are taken `batch_size` at a time, in their order."""
+    """Complete each (prompt, seed) once with the policy, a chunk at a time.
+
+    Where the weights are sharded every process brings equally many chunks, some perhaps empty, and `synced` is set.
+    """
     completions: list[Completion] = []
     view = GenerationView(models)
     with torch.no_grad(), models.generation():
-        for start in range(0, len(rows), batch_size):
-            chunk = rows[start : start + batch_size]
+        for chunk in chunks:
             drawn = decode(
                 view,
                 [list(prompt.ids) for prompt, _ in chunk],
@@ -115,6 +116,10 @@ class MicroBatch:
     rows: Tensor
     sequences: Sequences
     padding: int
+
+    @property
+    def positions(self) -> int:
+        return self.sequences.input_ids.numel()
 
 
 def micro_batches(

@@ -6,6 +6,8 @@ from pydantic import Field, model_validator
 
 from align.config import Block, Fraction, NonNegative, Number, OptimizerBlock, Positive, SamplingBlock
 
+VALUE_SETTINGS = frozenset({"value", "value_coef", "value_clip_range", "gamma", "lam"})
+
 
 class ScoreBlock(Block):
     """What happens to the reward model's score before it becomes a reward.
@@ -69,6 +71,9 @@ class PpoBlock(Block):
             )
         if self.advantage != "gae" and self.completions_per_prompt < 2:
             raise ValueError(f"advantage {self.advantage} compares siblings: set completions_per_prompt to 2 or more")
+        unused = sorted(VALUE_SETTINGS & self.model_fields_set) if self.advantage != "gae" else []
+        if unused:
+            raise ValueError(f"advantage {self.advantage} has no value model: remove {', '.join(unused)}")
         if self.sampling.temperature == 0:
             raise ValueError("sampling.temperature must be above 0: a greedy policy explores nothing")
         if self.sampling.top_p < 1:

@@ -220,13 +220,19 @@ def figures(comparisons: Sequence[Comparison]) -> dict[str, float]:
     if not decided:
         return {}
     a_wins = [row.p_a is not None and row.p_a > 0.5 for row in decided]
-    longer_a = [len(row.completion_a) > len(row.completion_b) for row in decided]
+    longer = [_longer_won(row, won) for row, won in zip(decided, a_wins, strict=True)]
     return {
         "a_chosen": sum(a_wins) / len(decided),
-        "longer_chosen": sum(won == longer for won, longer in zip(a_wins, longer_a, strict=True)) / len(decided),
+        "longer_chosen": sum(longer) / len(decided),
         "position_bias": sum(row.position_bias for row in decided) / len(decided),
         "mean_probability": sum(max(row.p_a or 0.0, 1 - (row.p_a or 0.0)) for row in decided) / len(decided),
     }
+
+
+def _longer_won(row: Comparison, a_won: bool) -> float:
+    """1 where the longer completion was preferred, one half where both are as long."""
+    difference = len(row.completion_a) - len(row.completion_b)
+    return 0.5 if difference == 0 else float((difference > 0) == a_won)
 
 
 def _request(prompt: Prompt, number: int, sampling: SamplingBlock, seed: int) -> Request:

@@ -4,6 +4,7 @@ align run ppo --recipe recipes/quickstart.yaml
 accelerate launch --num_processes 8 -m align run ppo --recipe recipes/hh-rlhf.yaml
 """
 
+from dataclasses import replace
 from typing import Any
 
 from align import processes
@@ -25,7 +26,7 @@ class Ppo(Stage):
 
     def run(self, context: Context) -> Outcome:
         import torch
-        from accelerate import Accelerator
+        from accelerate import Accelerator, DistributedType
 
         from align.models.policy import compute_dtype, load_tokenizer, save_model, stop_token_ids
         from align.models.ppo_loading import initial_models, reward_folder
@@ -38,10 +39,12 @@ class Ppo(Stage):
         torch.manual_seed(context.seed)
         accelerator = Accelerator()
         policy = context.inputs["sft"] / "model"
-        tokenizer = load_tokenizer(str(policy))
+        tokenizer = load_tokenizer(str(policy), trust_remote_code=model_block.trust_remote_code)
         prompts, too_long = _prompts(context, tokenizer)
         dtype = compute_dtype(model_block.precision)
-        reward = reward_folder(context.inputs["reward"], policy)
+        reward = reward_folder(context.inputs["reward"])
+        if settings.score.normalise != "held_out":
+            reward = replace(reward, mean=0.0, std=1.0)
         models = initial_models(
             policy,
             reward,
@@ -51,7 +54,8 @@ class Ppo(Stage):
             temperature=settings.sampling.temperature,
             trust_remote_code=model_block.trust_remote_code,
         )
-        models.to(accelerator.device)
+        if accelerator.distributed_type != DistributedType.FSDP:
+            models.to(accelerator.device)  # FSDP2 moves each process's shard by itself; the whole may not fit
         with Tracker(context.output, context.tracking, context.run_name, self.name) as tracker:
             trainer = PpoTrainer(
                 models,
@@ -99,16 +103,14 @@ def _prompts(context: Context, tokenizer: Any) -> tuple[list[Any], int]:
 
 def _reward(models: Any, reward: Any, model_block: Any, dtype: Any, settings: PpoBlock, device: Any) -> Any:
     """Scores by the trunk's reward adapter, or by the reward stage's model loaded on its own."""
-    from functools import partial
-
     from align.models.policy import load_tokenizer
     from align.models.ppo_loading import classifier_scores, load_classifier
     from align.rl.rewards import RewardModel
 
     folder = reward.path / "model"
-    tokenizer = load_tokenizer(str(folder))
+    tokenizer = load_tokenizer(str(folder), trust_remote_code=model_block.trust_remote_code)
     if reward.shares_trunk and model_block.lora is not None:
-        scores: Any = partial(models, "score")
+        scores: Any = lambda **inputs: models("score", **inputs).result  # noqa: E731
     else:
         classifier = load_classifier(folder, dtype, trust_remote_code=model_block.trust_remote_code)
         scores = classifier_scores(classifier.to(device), dtype)

@@ -1,0 +1,58 @@
+"""kill -9 at any moment, and the same command again: the results are those of an undisturbed run."""
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.launch.pipeline import Run
+
+
+def lines(run: Path, pattern: str) -> int:
+    """Rows in the files of this pattern."""
+    return sum(path.read_bytes().count(b"\n") for path in run.glob(pattern))
+
+
+def newest(run: Path, pattern: str) -> int:
+    """The step of the newest checkpoint that is whole."""
+    return max((int(path.parent.name.rpartition("-")[2]) for path in run.glob(pattern)), default=0)
+
+
+PROGRESS: dict[str, tuple[Callable[[Path, str], int], str]] = {
+    "sample": (lines, ".partial/sample-*/samples.journal.*"),
+    "revise": (lines, ".partial/revise-*/steps.journal.*"),
+    "compare": (lines, ".partial/compare-*/completions.journal.*"),
+    "sft": (newest, ".partial/sft-*/checkpoint/checkpoint-*/complete"),
+    "reward": (newest, ".partial/reward-*/checkpoint/checkpoint-*/complete"),
+}
+
+
+def total(run: Run, stage: str) -> int:
+    """What a stage's progress ends at; every prompt is completed three times, every sample takes two rounds."""
+    counts = run.manifest(stage)["counts"]
+    if stage == "sample":
+        return int(counts["samples"])
+    if stage == "revise":
+        return 4 * int(counts["samples"])
+    return int(counts["comparisons"] if stage == "compare" else counts["steps"])
+
+
+@pytest.mark.parametrize("stage", PROGRESS)
+def test_a_stage_killed_at_random_moments_ends_with_the_same_bytes(finished: Run, tmp_path: Path, stage: str) -> None:
+    run = finished.copy(tmp_path / "copy", without=[stage])
+    folder = run.stage(stage).parent
+    measure, pattern = PROGRESS[stage]
+    whole, draw = total(finished, stage), random.Random(stage)
+    command = ("run", stage, "--recipe", "tiny.yaml")
+    for low, high in ((0.0, 0.4), (0.4, 0.7)):
+        moment = max(1, round(draw.uniform(low, high) * whole))
+        assert run.kill_when(lambda least=moment: measure(folder, pattern) >= least, *command), "ended before the kill"
+        assert measure(folder, pattern) >= moment, "what was finished is kept"
+        assert not run.stage(stage).exists()
+    run.make(*command)
+
+    assert run.manifest(stage)["outputs"] == finished.manifest(stage)["outputs"]
+    assert run.manifest(stage)["counts"] == finished.manifest(stage)["counts"]
+    assert {path.name for path in run.stage(stage).iterdir()} == {path.name for path in finished.stage(stage).iterdir()}
+    assert not list((folder / ".partial").glob(f"{stage}-*"))

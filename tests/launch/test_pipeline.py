@@ -1,0 +1,196 @@
+"""The whole pipeline by the real command: run twice, in two processes, by another constitution, and given nonsense."""
+
+import json
+import shutil
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.launch.pipeline import CONSTITUTION, Run, in_process
+from tests.tiny import build_tiny_model
+
+STAGES = ("sample", "revise", "sft", "compare", "reward", "ppo", "evaluate")
+
+
+@pytest.fixture
+def run(finished: Run, tmp_path: Path) -> Run:
+    return finished.copy(tmp_path / "copy")
+
+
+def ran(printed: str) -> list[str]:
+    """The stages that a command ran, by what it printed."""
+    return [line.split(":")[0] for line in printed.splitlines() if ": done in" in line]
+
+
+def test_a_recipe_runs_from_prompts_to_a_report(finished: Run) -> None:
+    for stage in STAGES:
+        manifest = finished.manifest(stage)
+        assert manifest["outputs"] and manifest["processes"] == 1
+        assert all((finished.stage(stage) / name).exists() for name in manifest["outputs"])
+    prompts = finished.rows("sample/prompts.jsonl")
+    assert len(prompts) == 96 and len({row["id"] for row in prompts}) == 96
+    report = json.loads((finished.stage("evaluate") / "report.json").read_text())
+    evaluated = {row["id"] for row in prompts if row["split"] == "eval"}
+    assert Counter(row["policy"] for row in finished.rows("evaluate/samples.jsonl")) == {
+        policy: len(evaluated) for policy in ("base", "sft", "ppo")
+    }
+    assert {row["prompt_id"] for row in finished.rows("evaluate/samples.jsonl")} == evaluated
+    assert report
+
+
+def test_what_one_stage_learns_from_is_what_the_one_before_made(finished: Run) -> None:
+    split = {row["id"]: row["split"] for row in finished.rows("sample/prompts.jsonl")}
+    samples = finished.rows("sample/samples.jsonl")
+    assert {split[row["prompt_id"]] for row in samples} == {"sft"}
+    judged = finished.rows("revise/revisions.jsonl") + finished.rows("revise/rejected.jsonl")
+    assert sorted(row["prompt_id"] for row in judged) == sorted(row["prompt_id"] for row in samples)
+    assert all(
+        "e" in row["completion"] and "e" not in row["original"] for row in finished.rows("revise/revisions.jsonl")
+    )
+    assert {split[row["prompt_id"]] for row in finished.rows("compare/comparisons.jsonl")} == {"preference"}
+    pairs = finished.rows("compare/pairs.jsonl")
+    assert pairs
+    for row in pairs:
+        assert "e" in row["chosen"][-1]["content"].casefold() and "e" not in row["rejected"][-1]["content"].casefold()
+    assert {split[row["prompt_id"]] for row in finished.rows("ppo/rollouts.jsonl")} == {"rl"}
+
+
+def test_a_second_run_does_nothing(run: Run) -> None:
+    before = {stage: run.manifest(stage) for stage in STAGES}
+    start = time.monotonic()
+    printed = run.make("run", "tiny.yaml")
+    assert ran(printed) == []
+    assert all(f"{stage}: up to date" in printed for stage in STAGES)
+    assert time.monotonic() - start < 20
+    assert {stage: run.manifest(stage) for stage in STAGES} == before
+
+
+def test_two_processes_make_the_same_bytes_as_one(finished: Run, tmp_path: Path) -> None:
+    """The training stages between them stay up to date, which they would not after an input that differs."""
+    made = ("revise", "compare", "evaluate")
+    run = finished.copy(tmp_path / "copy", without=made)
+    printed = run.make("run", "tiny.yaml", "--nproc", "2")
+    assert ran(printed) == list(made)
+    for stage in made:
+        assert run.manifest(stage)["processes"] == 2
+    for stage in ("revise", "compare"):
+        assert run.manifest(stage)["outputs"] == finished.manifest(stage)["outputs"]
+    one, two = (each.rows("evaluate/samples.jsonl") for each in (finished, run))
+    assert [texts(row) for row in one] == [texts(row) for row in two]
+
+
+def texts(row: dict[str, Any]) -> dict[str, Any]:
+    """An evaluated sample without the figures that a model's pass over another batch rounds otherwise."""
+    return {name: value for name, value in row.items() if not isinstance(value, float)}
+
+
+def test_another_constitution_shares_the_samples_and_lives_beside(finished: Run, run: Run) -> None:
+    (run.root / "other.yaml").write_text(CONSTITUTION.format(letter="o"))
+    before = {stage: finished.manifest(stage) for stage in STAGES}
+    printed = run.make("run", "revise", "--recipe", "tiny.yaml", "--constitution", "other.yaml")
+    assert ran(printed) == ["revise"]
+    assert {stage: run.manifest(stage) for stage in STAGES} == before
+    [other] = (run.root / "runs/tiny").glob("other-*")
+    made = json.loads((other / "revise/manifest.json").read_text())
+    assert made["inputs"] == before["revise"]["inputs"]
+    assert made["outputs"] != before["revise"]["outputs"]
+    assert sorted(path.name.partition("-")[0] for path in (run.root / "runs/tiny").iterdir()) == [
+        "letter",
+        "other",
+        "shared",
+    ]
+
+
+def test_a_process_that_is_killed_ends_the_run_at_once(finished: Run, tmp_path: Path) -> None:
+    run = finished.copy(tmp_path / "copy", without=["ppo"])
+    process = run.start("launch", "ppo", "--recipe", "tiny.yaml", "--nproc", "2", "--set", "ppo.iterations=100000")
+    try:
+        wait_until(lambda: any(path.stat().st_size for path in run.own.glob(".partial/ppo-*/rollouts.jsonl")))
+        family = psutil.Process(process.pid).children(recursive=True)
+        [victim] = (each for each in family if each.environ().get("RANK") == "1")
+        victim.kill()
+        start = time.monotonic()
+        process.communicate(timeout=60)
+        assert time.monotonic() - start < 30
+        assert process.returncode not in (0, None)
+        assert psutil.wait_procs(family, timeout=10)[1] == [], "none outlives the run"
+        assert not run.stage("ppo").exists()
+    finally:
+        process.kill()
+
+
+def wait_until(moment: Any, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not moment():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def told(run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """What the command says of an input that is wrong. It leaves no result, whole or half."""
+    capsys.readouterr()
+    options = ("--set", "output=out", *words)
+    assert in_process(run.root, monkeypatch, "run", "sample", "--recipe", "tiny.yaml", *options) == 2
+    assert not list((run.root / "out").glob("**/manifest.json"))
+    assert not list((run.root / "out").glob("**/*.jsonl"))
+    assert not list((run.root / "out").glob("tiny/*/sample"))
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "told_of"),
+    [
+        ("", ["bad.jsonl: no rows in it"]),
+        ('{"prompt": "One?"}\n{"prompt": "Two?"}\n{"prompt": "Thr\n', ["bad.jsonl", "line 3"]),
+        ('{"text": "One?", "topic": "numbers"}\n', ["bad.jsonl, row 1: no column with a prompt", "text, topic"]),
+        ('{"prompt": "One?"}\n{"prompt": "  "}\n', ["bad.jsonl, row 2: the prompt is empty"]),
+    ],
+)
+def test_prompts_that_cannot_be_used_are_told(
+    run: Run,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    content: str,
+    told_of: list[str],
+) -> None:
+    (run.root / "bad.jsonl").write_text(content)
+    error = told(run, monkeypatch, capsys, "--set", "prompts.sources=[{path: bad.jsonl}]")
+    assert all(text in error for text in told_of), error
+
+
+def test_a_model_that_cannot_be_used_is_told(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weightless = run.root / "models/weightless"
+    shutil.copytree(run.root / "models/tiny", weightless, ignore=shutil.ignore_patterns("*.safetensors"))
+    error = told(run, monkeypatch, capsys, "--set", "model.path=models/weightless")
+    assert "model models/weightless: the folder has no weights (*.safetensors)" in error
+
+    wordless = build_tiny_model(run.root / "models/wordless")
+    (wordless / "chat_template.jinja").unlink()
+    error = told(run, monkeypatch, capsys, "--set", "model.path=models/wordless")
+    assert "models/wordless: its tokenizer has no chat template" in error
+
+    error = told(run, monkeypatch, capsys, "--set", "model.path=nobody/nothing")
+    assert "model nobody/nothing: no such folder" in error and "HF_HUB_OFFLINE is set" in error
+
+
+def test_the_real_command_ends_with_2_and_one_message(run: Run) -> None:
+    (run.root / "bad.jsonl").write_text("")
+    done = run.align("run", "tiny.yaml", "--set", "output=out", "--set", "prompts.sources=[{path: bad.jsonl}]")
+    assert done.returncode == 2
+    assert "bad.jsonl: no rows in it" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list((run.root / "out").glob("**/manifest.json"))
+
+
+def test_an_output_that_cannot_be_written_is_told_before_anything_runs(run: Run) -> None:
+    """A folder below a file: even root cannot make it."""
+    done = run.align("run", "sample", "--recipe", "tiny.yaml", "--set", "output=prompts.jsonl/runs")
+    assert done.returncode == 2
+    assert "prompts.jsonl/runs" in done.stderr and "choose another place" in done.stderr
+    assert "Traceback" not in done.stderr

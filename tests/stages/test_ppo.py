@@ -1,0 +1,160 @@
+"""The ppo stage and its trainer on a tiny model: scores, prompts left out, and what stops a run."""
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from align.config import OptimizerBlock
+from align.errors import InputError, NotFinite
+from align.records import Conversation, Message, Prompt, write_rows
+from align.stages.ppo import STAGE as PPO
+from tests.rl.tiny_ppo import build_trainer, settings, share_of_letters
+from tests.stages.training import SMALL_LORA, run, same
+from tests.tiny import build_tiny_reward
+
+SETTINGS = {
+    "iterations": 2,
+    "rollout_batch": 6,
+    "epochs": 2,
+    "optimizer": {"learning_rate": 1e-3, "batch_size": 6, "micro_batch_size": 3},
+    "sampling": {"max_new_tokens": 6, "batch_size": 6},
+    "score": {"normalise": "none", "clip": None},
+}
+LONG = 60
+"""Words of the one prompt that is too long."""
+
+
+@pytest.fixture
+def inputs(tmp_path: Path, tiny_model_dir: Path) -> dict[str, Path]:
+    """What sample, sft and a reward stage that started from another model leave."""
+    prompts = [Prompt(f"p{number}", (Message("user", f"Where is cat {number}?"),), "rl") for number in range(5)]
+    prompts.append(Prompt("long", (Message("user", "cat " * LONG),), "rl"))
+    prompts.append(Prompt("other", (Message("user", "Not for training."),), "eval"))
+    folders = {name: tmp_path / "run" / name for name in ("sample", "sft", "reward")}
+    for folder in folders.values():
+        folder.mkdir(parents=True)
+    write_rows(folders["sample"] / "prompts.jsonl", prompts)
+    (folders["sft"] / "model").symlink_to(tiny_model_dir)
+    build_tiny_reward(folders["reward"] / "model")
+    figures = {"base": "model", "score_mean": 0.0, "score_std": 1.0}
+    (folders["reward"] / "manifest.json").write_text(json.dumps({"figures": figures}))
+    return folders
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("lora", [SMALL_LORA, None], ids=["adapters", "every weight"])
+def test_scores_are_those_of_the_reward_model_opened_by_itself(
+    inputs: dict[str, Path], tmp_path: Path, tiny_model_dir: Path, lora: Any
+) -> None:
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    run(PPO, SETTINGS, tiny_model_dir, tmp_path / "out", inputs, lora=lora)
+
+    folder = inputs["reward"] / "model"
+    model, tokenizer = AutoModelForSequenceClassification.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    written = rows(tmp_path / "out/rollouts.jsonl")
+    assert len(written) == 12
+    for row in written:
+        talk = [*row["prompt"], {"role": "assistant", "content": row["completion"]}]
+        text = tokenizer.apply_chat_template(talk, tokenize=False).removesuffix("\n")
+        ids = tokenizer(text, return_tensors="pt")
+        with torch.no_grad():
+            score = model.score(model.model(**ids).last_hidden_state[0, -1])
+        assert row["score"] == pytest.approx(float(score), rel=1e-4, abs=1e-5)
+
+
+def test_prompts_too_long_are_left_out_and_counted(
+    inputs: dict[str, Path], tmp_path: Path, tiny_model_dir: Path
+) -> None:
+    outcome = run(
+        PPO, {**SETTINGS, "max_prompt_tokens": LONG}, tiny_model_dir, tmp_path / "out", inputs, lora=SMALL_LORA
+    )
+    assert outcome.counts == {"prompts": 5, "prompts_too_long": 1}
+    used = {row["prompt_id"] for row in rows(tmp_path / "out/rollouts.jsonl")}
+    assert used == {f"p{number}" for number in range(5)}
+
+
+def test_without_a_prompt_that_fits_it_says_which_setting_to_raise(
+    inputs: dict[str, Path], tmp_path: Path, tiny_model_dir: Path
+) -> None:
+    with pytest.raises(InputError, match=r"6 in the rl split, 6 longer than ppo\.max_prompt_tokens"):
+        run(PPO, {**SETTINGS, "max_prompt_tokens": 3}, tiny_model_dir, tmp_path / "out", inputs)
+
+
+def test_a_batch_that_the_processes_cannot_share_is_refused(
+    inputs: dict[str, Path], tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("align.processes.world_size", lambda: 4)
+    with pytest.raises(InputError, match=r"ppo\.rollout_batch: 6 rows cannot be shared equally by 4 processes"):
+        run(PPO, SETTINGS, tiny_model_dir, tmp_path / "out", inputs)
+
+
+def test_siblings_take_the_place_of_a_value(inputs: dict[str, Path], tmp_path: Path, tiny_model_dir: Path) -> None:
+    block = {**SETTINGS, "advantage": "leave_one_out", "rollout_batch": 3, "completions_per_prompt": 2}
+    run(PPO, block, tiny_model_dir, tmp_path / "out", inputs, lora=SMALL_LORA)
+    written = rows(tmp_path / "out/rollouts.jsonl")
+    asked = [row["prompt_id"] for row in written]
+    assert asked[::2] == asked[1::2]
+    assert all(one["completion"] != two["completion"] for one, two in zip(written[::2], written[1::2], strict=True))
+    assert all("value_loss" not in row for row in rows(tmp_path / "out/metrics.jsonl"))
+
+
+class Spoiled:
+    """A reward that is not a number for one of the prompts, from the second iteration on."""
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+        self.calls = 0
+        self.spoiled = ""
+
+    def __call__(self, prompts: Sequence[Conversation], completions: Sequence[str]) -> torch.Tensor:
+        self.calls += 1
+        scores = share_of_letters(prompts, completions)
+        if self.calls == 2:
+            scores[5] = self.value
+            self.spoiled = prompts[5][-1].content.rpartition(" ")[2]
+        return scores
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_reward_that_is_not_finite_stops_the_run_and_the_checkpoint_goes_on(
+    tmp_path: Path, tiny_model_dir: Path, value: float
+) -> None:
+    block = settings(iterations=3, checkpoint_every=1, rollout_batch=8, optimizer=OptimizerBlock(batch_size=8))
+    reward = Spoiled(value)
+    with pytest.raises(NotFinite) as stop:
+        build_trainer(tiny_model_dir, tmp_path / "run", block, reward=reward).train()
+    assert re.search(rf"reward is {value} at \w+ 2, prompt 'p{reward.spoiled}'", str(stop.value))
+    assert stop.value.exit_code == 1
+    assert [path.name for path in (tmp_path / "run/checkpoint").iterdir()] == ["iteration-000001"]
+    assert [row["step"] for row in rows(tmp_path / "run/metrics.jsonl")] == [1]
+
+    mended = build_trainer(tiny_model_dir, tmp_path / "run", block)
+    undisturbed = build_trainer(tiny_model_dir, tmp_path / "undisturbed", block)
+    mended.train()
+    undisturbed.train()
+    assert same(mended.policy_state(), undisturbed.policy_state())
+    assert (tmp_path / "run/rollouts.jsonl").read_bytes() == (tmp_path / "undisturbed/rollouts.jsonl").read_bytes()
+    assert [row["step"] for row in rows(tmp_path / "run/metrics.jsonl")] == [1, 2, 3]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights_take_it(
+    tmp_path: Path, tiny_model_dir: Path
+) -> None:
+    block = settings(iterations=2, rollout_batch=8, optimizer=OptimizerBlock(batch_size=8))
+    trainer = build_trainer(tiny_model_dir, tmp_path / "run", block)
+    before = {name: tensor.clone() for name, tensor in trainer.policy_state().items()}
+    with torch.no_grad():
+        trainer.models.value_head.bias.fill_(math.nan)
+    with pytest.raises(NotFinite, match=r"loss is .*NaN.* at \w+ 1, prompt 'p\d+'"):
+        trainer.train()
+    assert same(before, trainer.policy_state())
