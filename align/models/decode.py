@@ -9,6 +9,7 @@ Shapes: B rows that are still being written, S cached positions, V vocabulary.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -116,7 +117,8 @@ def decode(
     logprobs: list[list[float]] = [[] for _ in prompts]
     unfinished = set(range(len(prompts)))
     with torch.no_grad(), _evaluating(model):
-        batch = _Batch(model, list(prompts) or [[pad_id]], max_new_tokens, pad_id)
+        openings = Openings.none(len(prompts)) if synced else shared_openings(prompts)
+        batch = _Batch(model, list(prompts) or [[pad_id]], openings, max_new_tokens, pad_id)
         uniforms = np.stack([np.random.default_rng(seed).random(max_new_tokens) for seed in seeds or [0]])
         for step in range(max_new_tokens):
             drawn, drawn_logprobs = draw(batch.logits(), uniforms[batch.rows, step], temperature, top_p)
@@ -184,21 +186,99 @@ def _nucleus(weights: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:
     return top.where(before < mass[:, None], 0.0), ids
 
 
-class _Batch:
-    """The rows in the model's batch: prompts padded on the left, their cache, and what goes in next."""
+@dataclass(frozen=True)
+class Openings:
+    """Beginnings that several prompts have in common (a system prompt, worked examples), and which each prompt has."""
 
-    def __init__(self, model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, pad_id: int) -> None:
+    ids: list[list[int]]
+    of_row: list[int]
+
+    @classmethod
+    def none(cls, rows: int) -> "Openings":
+        """Nothing in common."""
+        return cls([[]], [0] * max(rows, 1))
+
+
+def shared_openings(prompts: Sequence[Sequence[int]]) -> Openings:
+    """Group prompts by their longest common beginnings, at least one token short of each prompt.
+
+    In sorted order prompts with a common beginning are neighbours; a group ends where two neighbours have less than
+    half as much in common as is usual.
+    """
+    order = sorted(range(len(prompts)), key=lambda row: list(prompts[row]))
+    common = [_common(prompts[a], prompts[b]) for a, b in pairwise(order)]
+    if not common:
+        return Openings.none(len(prompts))
+    usual = sorted(common)[len(common) // 2]
+    groups = [[order[0]]]
+    for row, length in zip(order[1:], common, strict=True):
+        if 2 * length < usual:
+            groups.append([])
+        groups[-1].append(row)
+    ids: list[list[int]] = []
+    of_row = [0] * len(prompts)
+    for number, group in enumerate(groups):
+        length = min(_common(prompts[group[0]], prompts[group[-1]]), min(len(prompts[row]) for row in group) - 1)
+        ids.append(list(prompts[group[0]][:length]))
+        for row in group:
+            of_row[row] = number
+    return Openings(ids, of_row) if all(ids) and len(ids) < len(prompts) else Openings.none(len(prompts))
+
+
+def _common(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens two prompts have in common at their beginnings."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((position for position, (a, b) in pairs if a != b), min(len(first), len(second)))
+
+
+class _Batch:
+    """The rows in the model's batch, their cache, and what goes in next.
+
+    A row's positions are [padding, its opening, padding, the rest of its prompt, what is drawn]; each opening goes
+    through the model once, however many rows have it.
+    """
+
+    def __init__(
+        self, model: Any, prompts: Sequence[Sequence[int]], openings: Openings, max_new_tokens: int, pad_id: int
+    ) -> None:
         self.model = without_ddp(model)
         self.rows = list(range(len(prompts)))
-        self.length = max(map(len, prompts))
+        self.pad_id = pad_id
         inner = inner_model(model)
-        device = inner.device
-        self.ids = torch.tensor([[pad_id] * (self.length - len(row)) + list(row) for row in prompts], device=device)
-        self.mask = torch.ones(len(prompts), self.length + max_new_tokens, dtype=torch.long, device=device)
-        for row, prompt in enumerate(prompts):
-            self.mask[row, : self.length - len(prompt)] = 0
-        self.positions = (self.mask[:, : self.length].cumsum(-1) - 1).clamp(min=0)
+        self.device = inner.device
+        if not all(isinstance(layer, ReservedLayer) for layer in reserved_cache(inner.config, 1).layers):
+            openings = Openings.none(len(prompts))
+        of_row = torch.tensor(openings.of_row, device=self.device)
+        opening_ids, opening_mask = self._padded(openings.ids)
+        rests = [prompt[len(openings.ids[group]) :] for prompt, group in zip(prompts, openings.of_row, strict=True)]
+        self.ids, mask = self._padded(rests)
+        drawn = torch.ones(len(prompts), max_new_tokens, dtype=torch.long, device=self.device)
+        self.mask = torch.cat([opening_mask[of_row], mask, drawn], dim=1)
+        self.length = self.mask.shape[1] - max_new_tokens
+        self.positions = _positions(self.mask[:, : self.length])[:, opening_ids.shape[1] :]
         self.cache = reserved_cache(inner.config, self.mask.shape[1])
+        if opening_ids.shape[1]:
+            self._open(opening_ids, opening_mask, of_row, reserved_cache(inner.config, opening_ids.shape[1]))
+
+    def _padded(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Rows padded on the left, and the mask that tells the padding."""
+        width = max(map(len, rows))
+        ids = torch.tensor([[self.pad_id] * (width - len(row)) + list(row) for row in rows], device=self.device)
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=self.device)
+        return ids.long(), mask.long()
+
+    def _open(self, ids: Tensor, mask: Tensor, of_row: Tensor, opened: Cache) -> None:
+        """Put the openings through the model, and each row's into its part of the cache."""
+        self.model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=_positions(mask),
+            past_key_values=opened,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        for layer, source in zip(self.cache.layers, opened.layers, strict=True):
+            layer.update(source.keys.index_select(0, of_row), source.values.index_select(0, of_row))
 
     def logits(self) -> Tensor:
         """(B, V) of each row's next token."""
@@ -226,6 +306,11 @@ class _Batch:
         self.rows = [self.rows[slot] for slot in kept]
         self.ids, self.positions, self.mask = self.ids[indices], self.positions[indices], self.mask[indices]
         self.cache.batch_select_indices(indices)
+
+
+def _positions(mask: Tensor) -> Tensor:
+    """(B, L) count from 0 at the first position that is not padding."""
+    return (mask.cumsum(-1) - 1).clamp(min=0)
 
 
 def reserved_cache(config: PreTrainedConfig, capacity: int) -> Cache:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from align.config import LoraBlock
 from align.errors import NotFinite
 from align.models import decode as module
-from align.models.decode import ReservedLayer, decode, draw, reserved_cache
+from align.models.decode import Openings, ReservedLayer, decode, draw, reserved_cache, shared_openings
 from align.models.policy import add_lora, load_causal_lm
 
 PROMPTS = [[1, 40, 41, 42, 43, 44, 45], [1, 90], [1, 17, 18, 19], [1, 77, 78, 79, 80]]
@@ -43,6 +43,43 @@ def generated(model, prompt, count):
 def test_greedy_decoding_of_a_padded_batch_equals_generate_of_each_row(model):
     decoded = run(model, temperature=0.0, max_new_tokens=20)
     assert decoded.tokens == [generated(model, prompt, 20) for prompt in PROMPTS]
+
+
+SHARED = [[1, *range(20, 60), 90], [1, *range(20, 60), 91, 92, 93], [1, *range(60, 110), 7], [1, *range(60, 110), 8, 9]]
+
+
+def test_common_openings_are_found_by_group_and_leave_a_token_of_each_prompt():
+    openings = shared_openings(SHARED)
+    assert [openings.ids[group] for group in openings.of_row] == [SHARED[0][:41]] * 2 + [SHARED[2][:51]] * 2
+    assert shared_openings([[1, 2, 3], [1, 2, 3]]) == Openings([[1, 2]], [0, 0])
+    assert shared_openings([[5, 6], [7, 8]]) == Openings.none(2)
+    assert shared_openings([[5, 6]]) == Openings.none(1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=8), min_size=1, max_size=8))
+def test_every_opening_begins_its_prompt_and_is_shorter(prompts):
+    openings = shared_openings(prompts)
+    for prompt, group in zip(prompts, openings.of_row, strict=True):
+        opening = openings.ids[group]
+        assert prompt[: len(opening)] == opening and len(opening) < len(prompt)
+
+
+def test_openings_that_rows_share_change_no_token_and_are_read_once(model, monkeypatch):
+    positions = []
+    forward = type(model).forward
+
+    def counting(self, input_ids, **options):
+        positions.append(input_ids.numel())
+        return forward(self, input_ids=input_ids, **options)
+
+    monkeypatch.setattr(type(model), "forward", counting)
+    shared = run(model, SHARED, keep_logprobs=True)
+    assert positions[:2] == [2 * 51, 4 * 3]
+    alone = [run(model, [prompt], seeds=[seed], keep_logprobs=True) for seed, prompt in enumerate(SHARED)]
+    assert shared.tokens == [each.tokens[0] for each in alone]
+    for together, each in zip(shared.logprobs, alone, strict=True):
+        assert together == pytest.approx(each.logprobs[0], abs=1e-4)
 
 
 def test_rows_end_with_their_first_stop_token(model):
