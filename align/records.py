@@ -138,6 +138,16 @@ class Revision(Row):
 
 
 @dataclass(frozen=True)
+class Demonstration(Row):
+    """A prompt and the completion to imitate; `source` is 'revision', 'own' or the path it was read from."""
+
+    id: str
+    prompt: Conversation
+    completion: str
+    source: str
+
+
+@dataclass(frozen=True)
 class Comparison(Row):
     """Two completions of a prompt and the judge's verdict.
 

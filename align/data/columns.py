@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from align.data.chat import ChatTokenizer, conversation_ids
-from align.data.pairs import Demonstration
-from align.records import PreferencePair
+from align.records import Demonstration, PreferencePair
 
 IGNORED = -100
 """The label of a token that no loss counts."""

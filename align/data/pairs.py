@@ -12,26 +12,15 @@ From a hub id, or a JSONL(.gz) or parquet file. Formats, told apart row by row:
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 from align.config import PairSource
 from align.data.sources import Row, merge_neighbours, parse_messages, parse_transcript, source_rows
 from align.errors import InputError
-from align.records import Conversation, Message, PreferencePair, as_dicts, digest, read_rows
+from align.records import Conversation, Demonstration, Message, PreferencePair, as_dicts, digest, read_rows
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Demonstration:
-    """A prompt and the completion to imitate; `source` is 'revision', 'own' or the path it was read from."""
-
-    id: str
-    prompt: Conversation
-    completion: str
-    source: str
 
 
 def read_pairs(source: PairSource, counts: Counter[str] | None = None) -> list[PreferencePair]:

@@ -21,7 +21,7 @@ from align.models.heads import last_attended
 from align.models.logprobs import gather_logprobs
 from align.models.wrapped import inner_model
 
-Role = Literal["generate", "train", "reference", "score"]
+Role = Literal["generate", "train", "imitate", "reference", "score"]
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ class Sequences:
 
 
 @dataclass(frozen=True)
-class FrozenPass:
-    """What a frozen role gives: log-probs (B, T) of the reference, or scores (B,) of the reward model.
+class SinglePass:
+    """What a role with one result gives: log-probs (B, T) of the reference or of demonstrations, or scores (B,).
 
     Not a bare tensor, because FSDP2 rounds the tensors that a module's forward returns to its output dtype.
     """
@@ -81,15 +81,17 @@ class PpoModels(nn.Module):
         return inner_model(self.policy)
 
     def forward(self, role: Role, **inputs: Any) -> Any:
-        """One pass in a role: generate (a causal LM's forward), train, reference (no gradient) or score."""
+        """One pass in a role: generate (a causal LM's forward), train, imitate, reference (no gradient) or score."""
         with self._autocast(inputs):
             if role == "generate":
                 return self.policy_forward(**inputs)
             if role == "train":
                 return self._train_pass(**inputs)
+            if role == "imitate":
+                return SinglePass(self._imitated_logprobs(**inputs))
             if role == "reference":
-                return FrozenPass(self._reference_logprobs(**inputs))
-            return FrozenPass(self.reward_scores(**inputs))
+                return SinglePass(self._reference_logprobs(**inputs))
+            return SinglePass(self.reward_scores(**inputs))
 
     def _autocast(self, inputs: dict[str, Any]) -> Any:
         if self.compute_dtype == torch.float32:
@@ -104,15 +106,25 @@ class PpoModels(nn.Module):
         values = self.values(sequences, policy_hidden)
         return TrainPass(logprobs, entropy, values * sequences.completion_mask)
 
+    def _imitated_logprobs(self, sequences: Sequences) -> Tensor:
+        """(B, T) the policy's log-probs of demonstrations, at temperature 1 as in supervised fine-tuning."""
+        hidden = self.policy_hidden(sequences)
+        return self._completion_logprobs(hidden, sequences, self.policy_output_weight(), temperature=1.0)[0]
+
     @torch.no_grad()
     def _reference_logprobs(self, sequences: Sequences) -> Tensor:
         hidden = self.reference_hidden(sequences)
         return self._completion_logprobs(hidden, sequences, self.reference_output_weight())[0]
 
-    def _completion_logprobs(self, hidden: Tensor, sequences: Sequences, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-prob and entropy of the completion tokens that count, (B, T) each; no vocabulary logits elsewhere."""
+    def _completion_logprobs(
+        self, hidden: Tensor, sequences: Sequences, weight: Tensor, temperature: float | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Log-prob and entropy of the completion tokens that count, (B, T) each; no vocabulary logits elsewhere.
+
+        The temperature is that of sampling unless another is given.
+        """
         mask = sequences.completion_mask
-        picked = gather_logprobs(hidden[mask], weight, sequences.targets[mask], self.temperature)
+        picked = gather_logprobs(hidden[mask], weight, sequences.targets[mask], temperature or self.temperature)
         empty = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
         return empty.masked_scatter(mask, picked.logprobs), empty.masked_scatter(mask, picked.entropy)
 

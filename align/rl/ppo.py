@@ -87,6 +87,7 @@ class PpoTrainer:
         reward: scores completions as text.
         settings: the recipe's `ppo` block.
         score_moments: mean and standard deviation of the reward's scores on its held-out pairs.
+        demonstrations: what the SFT policy was trained on; needed where `ptx_coef` is above 0.
         stop_ids: tokens that end a completion.
         output: folder for metrics, rollouts and checkpoints; an interrupted run there is gone on with.
     """
@@ -104,6 +105,7 @@ class PpoTrainer:
         output: Path,
         tracker: Tracker,
         score_moments: tuple[float, float] = (0.0, 1.0),
+        demonstrations: Sequence[Completion] = (),
         accelerator: Accelerator | None = None,
     ) -> None:
         self.accelerator = accelerator or Accelerator()
@@ -116,6 +118,7 @@ class PpoTrainer:
         self.output = output
         self.tracker = tracker
         self.score_moments = score_moments
+        self.demonstrations = demonstrations
         self.uses_value = settings.advantage == "gae"
         self.kl_coef = settings.kl.coef
         self.moments = RunningMoments()
@@ -289,8 +292,9 @@ class PpoTrainer:
         steps: list[dict[str, float]] = []
         with self._clock("train"):
             for epoch in range(self.settings.epochs):
-                for batches in self._epoch(experience.completions, epoch):
-                    steps.append(self._optimizer_step(experience, batches))
+                for number, batches in enumerate(self._epoch(experience.completions, epoch)):
+                    imitated = self._demonstration_batches(epoch, number)
+                    steps.append(self._optimizer_step(experience, batches, imitated))
                     if len(steps) == 1:
                         self._check_first_ratio(steps[0])
                     limit = self.settings.kl_to_old_limit
@@ -306,10 +310,43 @@ class PpoTrainer:
         for rows in minibatch_rows(len(completions), options.batch_size, seed, *ranks):
             yield micro_batches(completions, rows, options.micro_batch_size, self.tokenizer.pad_token_id, self.device)
 
-    def _optimizer_step(self, experience: Experience, batches: Sequence[MicroBatch]) -> dict[str, float]:
-        tokens = self._all_sum(
-            torch.tensor(float(sum(int(batch.sequences.completion_mask.sum()) for batch in batches)))
+    def _demonstration_batches(self, epoch: int, number: int) -> list[MicroBatch]:
+        """This process's micro-batches of the demonstrations that an optimizer step mixes in (PPO-ptx)."""
+        if not self.settings.ptx_coef:
+            return []
+        options = self.settings.optimizer
+        seed = derive_seed(self.seed, "demonstrations", self.iteration, epoch, number)
+        drawn = torch.randint(
+            len(self.demonstrations), (options.batch_size,), generator=torch.Generator().manual_seed(seed)
         )
+        rows = list(processes.share(drawn.tolist()))
+        return micro_batches(
+            self.demonstrations, rows, options.micro_batch_size, self.tokenizer.pad_token_id, self.device
+        )
+
+    def _imitate(self, batches: Sequence[MicroBatch]) -> dict[str, float]:
+        """Add the gradient of ptx_coef times the demonstrations' mean negative log-likelihood a token."""
+        if not batches:
+            return {}
+        tokens = self._tokens(batches)
+        total = torch.zeros((), device=self.device)
+        for batch in batches:
+            with self.accelerator.no_sync(self.wrapped):
+                loss = -self.wrapped("imitate", sequences=batch.sequences).result.sum()
+                self.accelerator.backward(self.settings.ptx_coef * loss * processes.world_size() / tokens)
+            total += loss.detach()
+        return {"ptx_loss": float(self._all_sum(total) / tokens)}
+
+    def _tokens(self, batches: Sequence[MicroBatch]) -> Tensor:
+        """Completion tokens of a minibatch over all processes."""
+        return self._all_sum(torch.tensor(float(sum(int(batch.sequences.completion_mask.sum()) for batch in batches))))
+
+    def _optimizer_step(
+        self, experience: Experience, batches: Sequence[MicroBatch], imitated: Sequence[MicroBatch]
+    ) -> dict[str, float]:
+        # First, because DDP adds up the processes' gradients in the last pass, which must use every trained parameter.
+        imitation = self._imitate(imitated)
+        tokens = self._tokens(batches)
         totals: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
         for index, batch in enumerate(batches):
             last = index == len(batches) - 1
@@ -332,7 +369,7 @@ class PpoTrainer:
         largest = totals.pop("largest_log_ratio")
         figures = {name: float(self._all_sum(total) / tokens) for name, total in totals.items()}
         figures["largest_log_ratio"] = float(self.accelerator.gather(largest).max())
-        return figures | {"gradient_norm": norm, "skipped_steps": float(not finite)}
+        return figures | imitation | {"gradient_norm": norm, "skipped_steps": float(not finite)}
 
     def _losses(self, experience: Experience, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Summed loss of a micro-batch, and sums of its figures."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from align import processes
 from align.errors import InputError
-from align.records import Prompt, read_rows
+from align.records import Demonstration, Prompt, read_rows
 from align.rl.settings import PpoBlock
 from align.stage import Context, Outcome, Stage
 
@@ -68,6 +68,7 @@ class Ppo(Stage):
                 output=context.output,
                 tracker=tracker,
                 score_moments=(reward.mean, reward.std),
+                demonstrations=_demonstrations(context, tokenizer) if settings.ptx_coef else (),
                 accelerator=accelerator,
             )
             figures = trainer.train()
@@ -99,6 +100,23 @@ def _prompts(context: Context, tokenizer: Any) -> tuple[list[Any], int]:
             "ppo.max_prompt_tokens; raise prompts.split.rl or ppo.max_prompt_tokens"
         )
     return kept, len(rows) - len(kept)
+
+
+def _demonstrations(context: Context, tokenizer: Any) -> list[Any]:
+    """What the SFT policy was trained on, tokenized, without what is longer than PPO's own rows may be."""
+    from align.data.chat import conversation_ids
+    from align.rl.rollout import Completion, TokenizedPrompt
+
+    settings: PpoBlock = context.settings
+    kept = []
+    for row in read_rows(context.inputs["sft"] / "demonstrations.jsonl", Demonstration):
+        opening, words = conversation_ids(tokenizer, row.prompt, row.completion, context.shared["model"].system_prompt)
+        if len(opening) + len(words) <= settings.max_prompt_tokens + settings.sampling.max_new_tokens:
+            prompt = TokenizedPrompt(Prompt(id=row.id, prompt=row.prompt, split="sft"), tuple(opening))
+            kept.append(Completion(prompt, tuple(words), row.completion, True, ()))
+    if not kept:
+        raise InputError("ppo.ptx_coef: no demonstration is short enough; raise ppo.max_prompt_tokens, or set it to 0")
+    return kept
 
 
 def _reward(models: Any, reward: Any, model_block: Any, dtype: Any, settings: PpoBlock, device: Any) -> Any:

@@ -11,11 +11,12 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from align import processes
 from align.config import Block, Fraction, ModelBlock, Number, OptimizerBlock, PairSource, Positive
 from align.data.columns import demonstration_columns
-from align.data.pairs import Demonstration, read_demonstrations
+from align.data.pairs import read_demonstrations
 from align.errors import InputError
-from align.records import Prompt, Revision, Sample, read_rows
+from align.records import Demonstration, Prompt, Revision, Sample, read_rows, write_rows
 from align.repro import derive_seed
 from align.stage import Context, Outcome, Stage
 
@@ -51,7 +52,7 @@ class Sft(Stage):
     help = "fine-tune the base model on accepted revisions and helpful demonstrations"
     settings = SftBlock
     shares = ("model",)
-    outputs = ("model", "adapter", "metrics.jsonl")
+    outputs = ("model", "adapter", "demonstrations.jsonl", "metrics.jsonl")
 
     def inputs(self, settings: SftBlock) -> tuple[str, ...]:
         if not settings.revisions:
@@ -100,6 +101,10 @@ class Sft(Stage):
 
         model = load_trainable(block.path, block, dtype, config.seed, block.revision)
         _, trained = fit(DemonstrationTrainer, context, model, tokenizer, config, columns.rows, dtype)
+        if processes.is_first():
+            too_long = set(columns.too_long)
+            kept = (demonstration for demonstration in demonstrations if demonstration.id not in too_long)
+            write_rows(context.output / "demonstrations.jsonl", kept)
         counts.update(demonstrations=len(columns), too_long=len(columns.too_long), steps=trained.steps)
         return Outcome(counts, {"too_long": list(columns.too_long), "last_step": dict(trained.figures)})
 

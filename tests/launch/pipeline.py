@@ -77,6 +77,7 @@ def recipe(model: Path, prompts: Path, constitution: Path) -> dict[str, Any]:
             "trl": {"save_steps": 2},
         },
         "ppo": {
+            "ptx_coef": 0.1,
             "iterations": 4,
             "rollout_batch": 16,
             "epochs": 2,

@@ -20,6 +20,7 @@ FIGURES = (
     "ratio",
     "clip_fraction",
     "explained_variance",
+    "ptx_loss",
 )
 NOT_REPEATED = ("seconds_", "tokens_per_second", "peak_memory_gb")
 DRAWN = ("iteration", "prompt_id", "completion", "tokens", "finish_reason")

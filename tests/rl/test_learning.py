@@ -1,9 +1,12 @@
 """PPO learns: a tiny random model reaches a stated reward, from several seeds, and not when its sign is wrong."""
 
 import pytest
+import torch
 
 from align.config import LoraBlock, OptimizerBlock
 from align.rl.ppo import PpoTrainer
+from align.rl.rollout import Completion, micro_batches
+from align.rl.settings import KlBlock
 from tests.rl.tiny_ppo import build_trainer, settings
 from tests.tiny import build_tiny_model
 
@@ -44,3 +47,18 @@ def test_methods_without_a_value_learn_on_the_same_loop(tiny_model_dir, tmp_path
     block = settings(advantage=advantage, completions_per_prompt=4, rollout_batch=8, iterations=24)
     figures = build_trainer(tiny_model_dir, tmp_path / "run", block).train()
     assert figures["score"] > REACHED
+
+
+def test_demonstrations_mixed_in_become_likelier(tiny_model_dir, tmp_path):
+    def imitated(coefficient):
+        block = settings(iterations=4, ptx_coef=coefficient, kl=KlBlock(coef=0.0))
+        trainer = build_trainer(tiny_model_dir, tmp_path / f"run{coefficient}", block)
+        prompt = trainer.prompts[0]
+        words = tuple(trainer.tokenizer("Zebra 123", add_special_tokens=False)["input_ids"])
+        trainer.demonstrations = [Completion(prompt, words, "Zebra 123", True, ())]
+        trainer.train()
+        batch = micro_batches(trainer.demonstrations, [0], 1, trainer.tokenizer.pad_token_id, trainer.device)[0]
+        with torch.no_grad():
+            return float(trainer.models("imitate", sequences=batch.sequences).result.mean())
+
+    assert imitated(1.0) > imitated(0.0) + 1.0

@@ -5,8 +5,7 @@ from typing import Any
 import pytest
 
 from align.data.columns import IGNORED, demonstration_columns, pair_columns, whole_conversations
-from align.data.pairs import Demonstration
-from align.records import Message, PreferencePair, as_dicts
+from align.records import Demonstration, Message, PreferencePair, as_dicts
 
 PROMPT = (Message("user", "Where is the cat?"),)
 
