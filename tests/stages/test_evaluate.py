@@ -146,7 +146,7 @@ def test_samples_of_another_policy_diverge_from_the_reference(evaluated):
     assert figures.kl_to_reference_k1.low < figures.kl_to_reference_k1.mean < figures.kl_to_reference_k1.high
 
 
-def test_scores_are_the_reward_models_at_the_conversations_last_token(evaluated, upstream):
+def test_scores_are_the_reward_models_at_the_end_of_the_assistants_turn(evaluated, upstream):
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -158,7 +158,9 @@ def test_scores_are_the_reward_models_at_the_conversations_last_token(evaluated,
         {"role": "user", "content": sample.prompt[0].content},
         {"role": "assistant", "content": sample.completion},
     ]
-    ids = tokenizer(tokenizer.apply_chat_template(messages, tokenize=False), add_special_tokens=False)["input_ids"]
+    text = tokenizer.apply_chat_template(messages, tokenize=False).removesuffix("\n")
+    assert text.endswith("<|im_end|>"), "the template writes a newline after the turn, which no score reads"
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     with torch.no_grad():
         last = model.model(torch.tensor([ids])).last_hidden_state[0, -1]
         expected = model.score(last).item()
