@@ -1,0 +1,58 @@
+"""Standardised scores, the adaptive KL coefficient and the learning-rate schedule, against worked figures."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from align.rl.ppo import schedule_factor
+from align.rl.rewards import RunningMoments, adapted_kl_coef, standardise
+
+batches = st.lists(st.lists(st.floats(-100, 100), min_size=1, max_size=6), min_size=1, max_size=5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(batches)
+def test_running_moments_are_those_of_everything_seen(values):
+    moments = RunningMoments()
+    for batch in values:
+        moments.update(torch.tensor(batch, dtype=torch.float64))
+    whole = torch.tensor([value for batch in values for value in batch], dtype=torch.float64)
+    assert moments.mean == pytest.approx(float(whole.mean()), abs=1e-9)
+    spread = float(whole.std(correction=0))
+    if spread > 1e-6:
+        assert moments.std == pytest.approx(spread, rel=1e-6)
+
+
+def test_scores_without_spread_are_not_blown_up():
+    moments = RunningMoments()
+    moments.update(torch.full((4,), 2.0))
+    assert standardise(torch.full((4,), 2.0), moments.mean, moments.std, 5.0).tolist() == [0.0] * 4
+
+
+def test_standardised_scores_are_clipped():
+    assert standardise(torch.tensor([1.0, 3.0, 99.0]), 1.0, 2.0, 5.0).tolist() == [0.0, 1.0, 5.0]
+    assert standardise(torch.tensor([99.0]), 1.0, 2.0, None).tolist() == [49.0]
+
+
+@pytest.mark.parametrize(
+    ("kl", "expected"),
+    [
+        (6.0, 0.1),  # on target
+        (6.6, 0.1 * (1 + 0.1 * 64 / 1000)),  # 10% above
+        (60.0, 0.1 * (1 + 0.2 * 64 / 1000)),  # the error is held at 0.2
+        (0.0, 0.1 * (1 - 0.2 * 64 / 1000)),
+    ],
+)
+def test_kl_coefficient_follows_its_target(kl, expected):
+    assert adapted_kl_coef(0.1, kl, target=6.0, completions=64, horizon=1000) == pytest.approx(expected)
+
+
+def test_learning_rate_schedules():
+    assert [schedule_factor(i, 4, "linear", 0.0) for i in range(4)] == [1.0, 0.75, 0.5, 0.25]
+    assert [schedule_factor(i, 4, "constant", 0.0) for i in range(4)] == [1.0] * 4
+    assert schedule_factor(2, 4, "cosine", 0.0) == pytest.approx(0.5 * (1 + math.cos(math.pi / 2)), abs=1e-6)
+    warm = [schedule_factor(i, 10, "constant", 0.3) for i in range(4)]
+    assert warm == pytest.approx([0.25, 0.5, 0.75, 1.0])

@@ -1,0 +1,73 @@
+"""How prompts are scheduled and rows cut into minibatches and micro-batches."""
+
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from align.records import Message, Prompt
+from align.rl.rollout import Completion, TokenizedPrompt, micro_batches, minibatch_rows, schedule
+
+PAD = 9
+
+
+def prompt(number: int, length: int = 3) -> TokenizedPrompt:
+    return TokenizedPrompt(Prompt(f"p{number}", (Message("user", str(number)),), "rl"), tuple(range(1, length + 1)))
+
+
+def completion(number: int, prompt_length: int, length: int) -> Completion:
+    # The padding id is also the last token of each completion, as where the pad token is the stop token.
+    return Completion(prompt(number, prompt_length), (*([7] * (length - 1)), PAD), "text", True, (0.0,) * length)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 9), st.integers(1, 7), st.integers(0, 1000))
+def test_every_prompt_is_used_once_before_any_is_used_again(count, batch, seed):
+    prompts = [prompt(number) for number in range(count)]
+    iterations = range(4 * count // batch + 1)
+    drawn = [row for iteration in iterations for row in schedule(prompts, batch, iteration, seed)]
+    for turn in range(len(drawn) // count):
+        assert Counter(row.prompt.id for row in drawn[turn * count : (turn + 1) * count]) == Counter(
+            row.prompt.id for row in prompts
+        )
+
+
+def test_another_seed_is_another_order():
+    prompts = [prompt(number) for number in range(50)]
+    assert schedule(prompts, 50, 0, 1) != schedule(prompts, 50, 0, 2)
+    assert schedule(prompts, 50, 0, 1) != schedule(prompts, 50, 1, 1), "the next time round is shuffled anew"
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_processes_share_each_minibatch_without_overlap(world):
+    alone = minibatch_rows(16, 8, 3, 0, 1)
+    shares = [minibatch_rows(16, 8, 3, rank, world) for rank in range(world)]
+    for number, whole in enumerate(alone):
+        parts = [share[number] for share in shares]
+        assert sorted(row for part in parts for row in part) == sorted(whole)
+        assert {len(part) for part in parts} == {8 // world}
+
+
+def test_micro_batches_pad_prompts_on_the_left_and_completions_on_the_right():
+    completions = [completion(0, 2, 3), completion(1, 4, 1)]
+    (batch,) = micro_batches(completions, [0, 1], 2, PAD, torch.device("cpu"))
+    rows = dict(zip(batch.rows.tolist(), range(2), strict=True))
+    first, second = rows[0], rows[1]
+    assert batch.sequences.input_ids[first].tolist() == [PAD, PAD, 1, 2, 7, 7, PAD]
+    assert batch.sequences.attention_mask[first].tolist() == [0, 0, 1, 1, 1, 1, 1]
+    assert batch.sequences.completion_mask[first].tolist() == [True, True, True], (
+        "the stop token counts, though it pads"
+    )
+    assert batch.sequences.input_ids[second].tolist() == [1, 2, 3, 4, PAD, PAD, PAD]
+    assert batch.sequences.attention_mask[second].tolist() == [1, 1, 1, 1, 1, 0, 0]
+    assert batch.sequences.completion_mask[second].tolist() == [True, False, False]
+    assert batch.sequences.position_ids[first].tolist() == [0, 0, 0, 1, 2, 3, 4]
+    assert (batch.padding, batch.positions) == (4, 14)
+
+
+def test_rows_of_like_length_share_a_micro_batch():
+    completions = [completion(number, 2, length) for number, length in enumerate((9, 1, 8, 2))]
+    batches = micro_batches(completions, range(4), 2, PAD, torch.device("cpu"))
+    assert [sorted(batch.rows.tolist()) for batch in batches] == [[1, 3], [0, 2]]
