@@ -4,7 +4,7 @@ One iteration: sample completions, score them, recompute log-probs and values un
 the KL to the reference, estimate advantages, and take `epochs` passes of clipped updates. What differs from common
 practice: every process holds the whole rollout, so whitening and normalisation are over all processes; losses are sums
 divided by the minibatch's tokens, so gradient accumulation equals one big batch; all randomness derives from the seed,
-the iteration and the row, so a run resumed or split over other processes repeats itself.
+the iteration and the row, so a resumed run repeats itself, and one split over other processes does up to rounding.
 """
 
 import json
