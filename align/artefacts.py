@@ -18,6 +18,8 @@ from align.records import digest
 
 MANIFEST = "manifest.json"
 PARTIAL = ".partial"
+SHARED_RUN = "shared"
+"""The folder, beside the runs of a recipe, of stages that do not depend on the constitution."""
 
 
 @dataclass(frozen=True)

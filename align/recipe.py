@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, ValidationError, create_model
 
+from align.artefacts import SHARED_RUN
 from align.config import (
     Block,
     EngineBlock,
@@ -32,7 +33,6 @@ from align.recipe_files import Written, read_written
 from align.stages import all_stages
 from align.yaml_files import KeyPath, problems_from
 
-SHARED_RUN = "shared"
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 FolderName = Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
 Named = ModelBlock | EngineBlock | PromptSource | PairSource

@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import ConfigDict, Field, ValidationError
 from rich.console import Console
 
+from align.artefacts import SHARED_RUN
 from align.config import Block
 from align.errors import FileProblems, InputError, Problem
 from align.metrics import TextFigures
@@ -19,7 +20,6 @@ from align.statistics import Estimate
 REPORT = "report.json"
 SAMPLES = "samples.jsonl"
 BASE = "base"
-SHARED_RUN = "shared"
 _TEXT_ROWS = (
     ("length (tokens)", "mean_tokens", "{:.0f}"),
     ("distinct-1", "distinct_1", "{:.2f}"),

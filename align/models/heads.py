@@ -26,8 +26,14 @@ class ValueHead(nn.Linear):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(…, H) hidden states of any float dtype to (…) float32 values, under autocast too."""
-        with torch.autocast(hidden.device.type, enabled=False):
-            return super().forward(hidden.float()).squeeze(-1)
+        return head_output(self, hidden)
+
+
+def head_output(head: nn.Linear, hidden: Tensor) -> Tensor:
+    """A head's single output for (..., H) hidden states, in float32 whatever the autocast around it."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        bias = head.bias.float() if head.bias is not None else None  # FSDP2 may show parameters in another dtype
+        return nn.functional.linear(hidden.float(), head.weight.float(), bias).squeeze(-1)
 
 
 def pooled_scores(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from align.models.heads import last_attended
+from align.models.heads import head_output, last_attended
 from align.models.logprobs import gather_logprobs
 from align.models.wrapped import inner_model
 
@@ -243,9 +243,9 @@ class SharedTrunk(PpoModels):
         if self.value_head is None:
             return torch.zeros(sequences.completion_mask.shape, device=policy_hidden.device)
         if not self.value_adapter:
-            return _head(self.value_head, policy_hidden)
+            return head_output(self.value_head, policy_hidden)
         with self._adapter("value"):
-            return _head(self.value_head, completion_hidden(self.causal_lm.base_model, sequences))
+            return head_output(self.value_head, completion_hidden(self.causal_lm.base_model, sequences))
 
     def reward_scores(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         if self.reward_head is None:
@@ -255,7 +255,7 @@ class SharedTrunk(PpoModels):
             states = self.causal_lm.base_model(
                 input_ids=input_ids, attention_mask=attention_mask, position_ids=whole.position_ids, use_cache=False
             ).last_hidden_state
-            return _head(self.reward_head, last_attended(states, attention_mask))
+            return head_output(self.reward_head, last_attended(states, attention_mask))
 
     _merged = False
 
@@ -324,12 +324,5 @@ class SeparateModels(PpoModels):
         if self.value_head is None:
             return torch.zeros(sequences.completion_mask.shape, device=policy_hidden.device)
         if self.value_backbone is None:
-            return _head(self.value_head, policy_hidden)
-        return _head(self.value_head, completion_hidden(self.value_backbone, sequences))
-
-
-def _head(head: nn.Linear, states: Tensor) -> Tensor:
-    """A head's single output in float32, whatever the autocast around it."""
-    with torch.autocast(states.device.type, enabled=False):
-        bias = head.bias.float() if head.bias is not None else None  # FSDP2 may show parameters in another dtype
-        return nn.functional.linear(states.float(), head.weight.float(), bias).squeeze(-1)
+            return head_output(self.value_head, policy_hidden)
+        return head_output(self.value_head, completion_hidden(self.value_backbone, sequences))
