@@ -46,7 +46,8 @@ def restore(output: Path, model: torch.nn.Module, optimizer: Any) -> dict[str, A
     saved = sorted((output / FOLDER).glob("iteration-*"))
     if not saved:
         return None
-    state = torch.load(saved[-1] / "state.pt", map_location="cpu", weights_only=True)
+    # Mapped, so that the processes of one machine share the pages that they read.
+    state = torch.load(saved[-1] / "state.pt", map_location="cpu", weights_only=True, mmap=True)
     set_model_state_dict(model, state["parameters"], options=_TRAINED)
     set_optimizer_state_dict(model, optimizer, state["optimizer"], options=_TRAINED)
     numbers: dict[str, Any] = json.loads((saved[-1] / "numbers.json").read_text())

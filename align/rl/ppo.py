@@ -7,6 +7,7 @@ divided by the minibatch's tokens, so gradient accumulation equals one big batch
 the iteration and the row, so a resumed run repeats itself, and one split over other processes does up to rounding.
 """
 
+import itertools
 import json
 import os
 import time
@@ -62,9 +63,14 @@ RATIO_TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class Experience:
-    """A rollout with all that the updates need. N completions, T tokens; `scores` and `raw_scores` are (N,)."""
+    """A rollout with all that the updates need. N completions, T tokens; `scores` and `raw_scores` are (N,).
+
+    `first_epoch` is this process's micro-batches of each minibatch of the first epoch. They were passed through once
+    already, for the old log-probs, so that there the ratio to these is exactly 1.
+    """
 
     completions: Sequence[Completion]
+    first_epoch: Sequence[Sequence[MicroBatch]]
     mask: Tensor
     old_logprobs: Tensor
     ref_logprobs: Tensor
@@ -188,7 +194,8 @@ class PpoTrainer:
         with self._clock("reward"):
             raw_scores = self._score(completions)
         with self._clock("forward"):
-            passes = self._passes(completions)
+            first_epoch = list(self._epoch(completions, 0))
+            passes = self._passes(completions, first_epoch)
         scores = self._shaped_scores(completions, raw_scores)
         mask = passes["mask"]
         kl = kl_terms(passes["old_logprobs"], passes["ref_logprobs"])[self.settings.kl.estimator]
@@ -196,6 +203,7 @@ class PpoTrainer:
         advantages, returns = self._advantages(rewards, passes["values"], mask)
         return Experience(
             completions=completions,
+            first_epoch=first_epoch,
             raw_scores=raw_scores,
             scores=scores,
             rewards=rewards,
@@ -243,22 +251,20 @@ class PpoTrainer:
             raise self._not_finite(f"reward is {raw[row].item()}", completions[row])
         return raw
 
-    def _passes(self, completions: Sequence[Completion]) -> dict[str, Tensor]:
-        """Log-probs, entropy and values of the policy that sampled, and the reference's log-probs: (N, T) each.
-
-        The micro-batches are those of the first epoch, so that there the ratio to these log-probs is exactly 1.
-        """
+    def _passes(
+        self, completions: Sequence[Completion], minibatches: Sequence[Sequence[MicroBatch]]
+    ) -> dict[str, Tensor]:
+        """Log-probs, entropy and values of the policy that sampled, and the reference's log-probs: (N, T) each."""
         width = max(len(completion.tokens) for completion in completions)
         names = ("old_logprobs", "ref_logprobs", "entropy", "values")
         mine: list[tuple[int, dict[str, Tensor]]] = []
-        for batches in self._epoch(completions, 0):
-            for batch in batches:
-                with torch.no_grad():
-                    now = self.models("train", sequences=batch.sequences)
-                    reference = self.models("reference", sequences=batch.sequences).result
-                results = dict(zip(names, (now.logprobs, reference, now.entropy, now.values), strict=True))
-                rows = {name: result.float().cpu() for name, result in results.items()}
-                mine += [(row, {name: rows[name][i] for name in names}) for i, row in enumerate(batch.rows.tolist())]
+        for batch in itertools.chain.from_iterable(minibatches):
+            with torch.no_grad():
+                now = self.models("train", sequences=batch.sequences)
+                reference = self.models("reference", sequences=batch.sequences).result
+            results = dict(zip(names, (now.logprobs, reference, now.entropy, now.values), strict=True))
+            rows = {name: result.float().cpu() for name, result in results.items()}
+            mine += [(row, {name: rows[name][i] for name in names}) for i, row in enumerate(batch.rows.tolist())]
         passes = {name: torch.zeros(len(completions), width) for name in names}
         for row, results in _gathered(mine):
             for name, result in results.items():
@@ -292,7 +298,8 @@ class PpoTrainer:
         steps: list[dict[str, float]] = []
         with self._clock("train"):
             for epoch in range(self.settings.epochs):
-                for number, batches in enumerate(self._epoch(experience.completions, epoch)):
+                minibatches = self._epoch(experience.completions, epoch) if epoch else experience.first_epoch
+                for number, batches in enumerate(minibatches):
                     imitated = self._demonstration_batches(epoch, number)
                     steps.append(self._optimizer_step(experience, batches, imitated))
                     if len(steps) == 1:
@@ -302,7 +309,7 @@ class PpoTrainer:
                         return _means(steps)
         return _means(steps)
 
-    def _epoch(self, completions: Sequence[Completion], epoch: int) -> Iterator[list[MicroBatch]]:
+    def _epoch(self, completions: Sequence[Completion], epoch: int) -> Iterator[Sequence[MicroBatch]]:
         """This process's micro-batches of each minibatch of an epoch; reshuffled each epoch."""
         options = self.settings.optimizer
         seed = derive_seed(self.seed, "minibatches", self.iteration, epoch)
@@ -438,7 +445,7 @@ class PpoTrainer:
             "sampling_gap": float((sampled - experience.old_logprobs[mask]).abs().mean()),
             "first_log_ratio": self.first_log_ratio,
             "learning_rate": self.optimizer.param_groups[0]["lr"],
-            "padding_share": self._padding_share(completions),
+            "padding_share": self._padding_share(experience.first_epoch),
         }
         return figures | updates
 
@@ -448,9 +455,9 @@ class PpoTrainer:
         rate = tokens / max(sum(self.seconds.values()), 1e-9)
         return seconds | {"tokens_per_second": rate, "peak_memory_gb": self._peak_memory()}
 
-    def _padding_share(self, completions: Sequence[Completion]) -> float:
-        """Share of the first training epoch's positions that is padding, over all processes."""
-        batches = [batch for minibatch in self._epoch(completions, 0) for batch in minibatch]
+    def _padding_share(self, minibatches: Sequence[Sequence[MicroBatch]]) -> float:
+        """Share of the minibatches' positions that is padding, over all processes."""
+        batches = [batch for minibatch in minibatches for batch in minibatch]
         padding = self._all_sum(torch.tensor(float(sum(batch.padding for batch in batches))))
         return float(padding / self._all_sum(torch.tensor(float(sum(batch.positions for batch in batches)))))
 
@@ -481,7 +488,12 @@ class PpoTrainer:
         )
 
     def _save(self) -> None:
-        numbers = {"kl_coef": self.kl_coef, "moments": self.moments.__dict__, "figures": self.last_figures}
+        numbers = {
+            "kl_coef": self.kl_coef,
+            "moments": self.moments.__dict__,
+            "skipped": self.skipped,
+            "figures": self.last_figures,
+        }
         checkpoint.save(self.output, self.iteration, self.models, self.optimizer.optimizer, numbers)
 
     def _resume(self) -> None:
@@ -490,6 +502,7 @@ class PpoTrainer:
             self.iteration = numbers["iteration"]
             self.kl_coef = numbers["kl_coef"]
             self.moments = RunningMoments(**numbers["moments"])
+            self.skipped = numbers["skipped"]
             self.last_figures = numbers["figures"]
         self.tracker.truncate(self.iteration)
         if processes.is_first():

@@ -47,6 +47,7 @@ def build_trainer(
     reward: Any = share_of_letters,
     lora: LoraBlock | None = None,
     dtype: torch.dtype = torch.float32,
+    accelerator: Accelerator | None = None,
 ) -> PpoTrainer:
     torch.manual_seed(seed)
     no_reward_model = RewardFolder(output / "none", on_policy_trunk=False, mean=0.0, std=1.0)
@@ -74,5 +75,5 @@ def build_trainer(
         seed=seed,
         output=output,
         tracker=Tracker(output, TrackingBlock(), "tiny", "ppo"),
-        accelerator=Accelerator(cpu=True),
+        accelerator=accelerator or Accelerator(cpu=True),
     )
