@@ -11,7 +11,7 @@ right, so that the last T positions are the completion.
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from align.models.heads import head_output, last_attended
 from align.models.logprobs import gather_logprobs
-from align.models.wrapped import inner_model
+from align.models.wrapped import inner_model, is_sharded
 
 Role = Literal["generate", "train", "imitate", "reference", "score"]
 
@@ -43,19 +43,17 @@ class Sequences:
         return self.input_ids[:, -self.completion_mask.shape[1] :]
 
 
-@dataclass(frozen=True)
-class SinglePass:
-    """What a role with one result gives: log-probs (B, T) of the reference or of demonstrations, or scores (B,).
-
-    Not a bare tensor, because FSDP2 rounds the tensors that a module's forward returns to its output dtype.
-    """
+class SinglePass(NamedTuple):
+    """What a role with one result gives: log-probs (B, T) of the reference or of demonstrations, or scores (B,)."""
 
     result: Tensor
 
 
-@dataclass(frozen=True)
-class TrainPass:
-    """What the policy and value say of each completion token, each (B, T) float32 and zero where masked."""
+class TrainPass(NamedTuple):
+    """What the policy and value say of each completion token, each (B, T) float32 and zero where masked.
+
+    A named tuple, because DeepSpeed finds a module's output tensors in tuples and not in dataclasses.
+    """
 
     logprobs: Tensor
     entropy: Tensor
@@ -265,21 +263,23 @@ class SharedTrunk(PpoModels):
 
         Subtracting what was added would leave rounding behind; the originals are kept aside instead, while completions
         are drawn and no longer. A bf16 trunk stays as it is: rounding the sum would swallow a small adapter, and the
-        completions would come from another policy than the one trained. So does one that FSDP2 has sharded.
+        completions would come from another policy than the one trained. So does a sharded one.
         """
-        kept = [(layer, layer.get_base_layer().weight.data) for layer in self._layers if "policy" in layer.lora_A]
-        if any(weight.dtype != torch.float32 or hasattr(weight, "full_tensor") for _, weight in kept):
+        layers = [layer for layer in self._layers if "policy" in layer.lora_A]
+        weights = [layer.get_base_layer().weight for layer in layers]
+        if any(weight.dtype != torch.float32 or is_sharded(weight) for weight in weights):
             yield
             return
+        kept = [weight.data for weight in weights]
         try:
-            for layer, weight in kept:
-                layer.get_base_layer().weight.data = weight + layer.get_delta_weight("policy")
+            for layer, weight in zip(layers, weights, strict=True):
+                weight.data = weight.data + layer.get_delta_weight("policy")
             self._merged = True
             yield
         finally:
             self._merged = False
-            for layer, weight in kept:
-                layer.get_base_layer().weight.data = weight
+            for weight, original in zip(weights, kept, strict=True):
+                weight.data = original
 
 
 class SeparateModels(PpoModels):

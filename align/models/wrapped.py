@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from peft import PeftModel
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -19,6 +20,11 @@ def inner_model(model: Any) -> PreTrainedModel:
     """The transformers model inside DDP and PEFT; adapters stay injected in it. FSDP2 wraps nothing."""
     model = without_ddp(model)
     return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def is_sharded(parameter: torch.Tensor) -> bool:
+    """Whether processes hold parts of the tensor: FSDP2's DTensor, or a parameter that DeepSpeed's ZeRO-3 manages."""
+    return hasattr(parameter, "full_tensor") or hasattr(parameter, "ds_id")
 
 
 @contextmanager

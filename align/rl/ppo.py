@@ -13,19 +13,19 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
 
 from align import processes
-from align.errors import AlignError, InputError, NotFinite
+from align.errors import AlignError, NotFinite
 from align.metrics import repetition
 from align.records import as_dicts
 from align.repro import derive_seed, peak_resident_gb
@@ -52,10 +52,8 @@ from align.rl.rollout import (
     schedule,
 )
 from align.rl.settings import PpoBlock
+from align.rl.updates import open_updates
 from align.tracking import Tracker
-
-SKIPS_ALLOWED = 5
-"""Optimizer steps in a row that may be left out because their gradient is not finite."""
 
 RATIO_TOLERANCE = 1e-4
 """How far the ratio of the first minibatch may be from 1 in float32; both passes are the same computation."""
@@ -132,25 +130,9 @@ class PpoTrainer:
         self.skipped = 0
         self.last_figures: dict[str, float] = {}
         self.seconds: dict[str, float] = defaultdict(float)
-        self._prepare(models)
-
-    def _prepare(self, models: Any) -> None:
-        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
-            raise InputError(
-                "ppo: does not run under DeepSpeed; use recipes/accelerate/fsdp2.yaml to shard the models, or "
-                "recipes/accelerate/ddp.yaml where they fit on each GPU"
-            )
-        trained = [parameter for parameter in models.parameters() if parameter.requires_grad]
-        options = self.settings.optimizer
-        optimizer = torch.optim.AdamW(
-            trained, lr=options.learning_rate, eps=1e-5, weight_decay=options.weight_decay, betas=(0.9, 0.999)
-        )
-        self.wrapped, self.optimizer = self.accelerator.prepare(models, optimizer)
-        # Passes without gradient go around DDP: it would broadcast buffers, and processes may differ in their passes.
-        self.models = self.accelerator.unwrap_model(self.wrapped)
-        self.trained = [parameter for parameter in self.wrapped.parameters() if parameter.requires_grad]
+        self.updates = open_updates(self.accelerator, models, settings.optimizer)
+        self.models = self.updates.models
         self.device = self.accelerator.device
-        self.sharded = self.accelerator.distributed_type == DistributedType.FSDP
 
     def train(self) -> dict[str, float]:
         """Run the iterations that remain; the last iteration's figures."""
@@ -168,7 +150,7 @@ class PpoTrainer:
 
     def policy_state(self) -> dict[str, Tensor]:
         """The policy's whole state on the first process, gathered from all where it is sharded."""
-        return checkpoint.whole_state(self.models, "policy.")
+        return self.updates.whole_state("policy.")
 
     def _iterate(self, rollouts: Any) -> dict[str, float]:
         self.seconds.clear()
@@ -232,7 +214,7 @@ class PpoTrainer:
             stop_ids=self.stop_ids,
             pad_id=self.tokenizer.pad_token_id,
             to_text=lambda tokens: self.tokenizer.decode(tokens, skip_special_tokens=True),
-            synced=self.sharded,
+            synced=self.updates.sharded,
         )
         order = [row for chunk in mine for row in chunk]
         return [completion for _, completion in sorted(_gathered(list(zip(order, drawn, strict=True))))]
@@ -338,9 +320,9 @@ class PpoTrainer:
         tokens = self._tokens(batches)
         total = torch.zeros((), device=self.device)
         for batch in batches:
-            with self.accelerator.no_sync(self.wrapped):
-                loss = -self.wrapped("imitate", sequences=batch.sequences).result.sum()
-                self.accelerator.backward(self.settings.ptx_coef * loss * processes.world_size() / tokens)
+            with self.updates.accumulate(last=False):
+                loss = -self.updates.wrapped("imitate", sequences=batch.sequences).result.sum()
+                self.updates.backward(self.settings.ptx_coef * loss * processes.world_size() / tokens)
             total += loss.detach()
         return {"ptx_loss": float(self._all_sum(total) / tokens)}
 
@@ -356,23 +338,19 @@ class PpoTrainer:
         tokens = self._tokens(batches)
         totals: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
         for index, batch in enumerate(batches):
-            last = index == len(batches) - 1
-            with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
+            with self.updates.accumulate(last=index == len(batches) - 1):
                 loss, sums = self._losses(experience, batch)
                 # Gradients are averaged over processes; the loss is the whole minibatch's mean a token.
-                self.accelerator.backward(loss * processes.world_size() / tokens)
+                self.updates.backward(loss * processes.world_size() / tokens)
             for name, value in sums.items():
                 totals[name] = (
                     torch.maximum(totals[name], value) if name == "largest_log_ratio" else totals[name] + value
                 )
-        norm = float(self.accelerator.clip_grad_norm_(self.trained, self.settings.optimizer.max_grad_norm))
+        norm = self.updates.step()
         finite = norm < float("inf")
         self.skipped = 0 if finite else self.skipped + 1
-        if self.skipped > SKIPS_ALLOWED:
+        if self.skipped > self.updates.skips_allowed:
             raise self._not_finite(f"gradient was not finite {self.skipped} times in a row", experience.completions[0])
-        if finite:
-            self.optimizer.step()
-        self.optimizer.zero_grad()
         largest = totals.pop("largest_log_ratio")
         figures = {name: float(self._all_sum(total) / tokens) for name, total in totals.items()}
         figures["largest_log_ratio"] = float(self.accelerator.gather(largest).max())
@@ -381,7 +359,7 @@ class PpoTrainer:
     def _losses(self, experience: Experience, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Summed loss of a micro-batch, and sums of its figures."""
         settings = self.settings
-        now = self.wrapped("train", sequences=batch.sequences)
+        now = self.updates.wrapped("train", sequences=batch.sequences)
         mask = batch.sequences.completion_mask
         for row, logprobs, values in zip(batch.rows.tolist(), now.logprobs, now.values, strict=True):
             if not (logprobs.isfinite().all() and values.isfinite().all()):
@@ -422,8 +400,7 @@ class PpoTrainer:
         rate = options.learning_rate * schedule_factor(
             self.iteration, self.settings.iterations, options.schedule, options.warmup_ratio
         )
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        self.updates.learning_rate = rate
 
     def _figures(self, experience: Experience, updates: dict[str, float]) -> dict[str, float]:
         mask, completions = experience.mask, experience.completions
@@ -444,7 +421,7 @@ class PpoTrainer:
             "repetition": sum(map(repetition, texts)) / len(texts),
             "sampling_gap": float((sampled - experience.old_logprobs[mask]).abs().mean()),
             "first_log_ratio": self.first_log_ratio,
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "learning_rate": self.updates.learning_rate,
             "padding_share": self._padding_share(experience.first_epoch),
         }
         return figures | updates
@@ -494,11 +471,13 @@ class PpoTrainer:
             "skipped": self.skipped,
             "figures": self.last_figures,
         }
-        checkpoint.save(self.output, self.iteration, self.models, self.optimizer.optimizer, numbers)
+        checkpoint.save(self.output, self.iteration, numbers, self.updates.write)
 
     def _resume(self) -> None:
-        numbers = checkpoint.restore(self.output, self.models, self.optimizer.optimizer)
-        if numbers is not None:
+        saved = checkpoint.newest(self.output)
+        if saved is not None:
+            folder, numbers = saved
+            self.updates.read(folder)
             self.iteration = numbers["iteration"]
             self.kl_coef = numbers["kl_coef"]
             self.moments = RunningMoments(**numbers["moments"])

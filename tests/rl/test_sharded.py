@@ -1,5 +1,6 @@
 """PPO with its weights sharded over processes makes what one process makes."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -11,13 +12,18 @@ import torch
 from safetensors.torch import load_file
 
 FIGURES = ("score", "kl_to_reference_k1", "policy_loss", "value_loss", "gradient_norm", "entropy", "explained_variance")
+needs_deepspeed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed: pip install -e '.[deepspeed]'"
+)
+SHARDINGS = ["fsdp2", pytest.param("zero3", marks=needs_deepspeed)]
 
 
-def train(model_dir: Path, output: Path, arrangement: str, count: int, iterations: int = 2) -> None:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)] if count > 1 else []
-    words = [str(model_dir), str(output), arrangement, str(iterations)]
+def train(model_dir: Path, output: Path, arrangement: str, sharding: str = "", iterations: int = 2) -> None:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if sharding else []
+    words = [str(model_dir), str(output), arrangement, sharding, str(iterations)]
     command = [sys.executable, *launcher, "-m", "tests.rl.sharded", *words]
-    done = subprocess.run(command, env=dict(os.environ), capture_output=True, text=True, timeout=240)
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -25,29 +31,36 @@ def metrics(output: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.parametrize("sharding", SHARDINGS)
 @pytest.mark.parametrize("arrangement", ["lora", "full"])
-def test_fsdp2_interrupted_trains_as_one_process_undisturbed_does(
-    tiny_model_dir: Path, tmp_path: Path, arrangement: str
+def test_sharded_and_interrupted_trains_as_one_undisturbed_process_does(
+    tiny_model_dir: Path, tmp_path: Path, arrangement: str, sharding: str
 ) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
-    train(tiny_model_dir, one, arrangement, count=1)
-    train(tiny_model_dir, two, arrangement, count=2, iterations=1)
-    train(tiny_model_dir, two, arrangement, count=2)
+    train(tiny_model_dir, one, arrangement)
+    train(tiny_model_dir, two, arrangement, sharding, iterations=1)
+    train(tiny_model_dir, two, arrangement, sharding)
     assert [row["step"] for row in metrics(two)] == [1, 2]
     for alone, together in zip(metrics(one), metrics(two), strict=True):
         assert together["first_log_ratio"] == 0
+        assert together["sampling_gap"] < 1e-5, "what is sampled from is what is trained"
         for name in FIGURES:
             assert together[name] == pytest.approx(alone[name], rel=1e-3, abs=1e-5), name
-    alone, together = (load_file(folder / "policy.safetensors") for folder in (one, two))
+    alone, together = (load_file(folder / "model/model.safetensors") for folder in (one, two))
     assert alone.keys() == together.keys()
     for name, tensor in alone.items():
         assert torch.allclose(together[name], tensor, atol=1e-5), name
 
 
-def test_fsdp2_in_bf16_gives_figures_in_full_precision(tiny_model_dir: Path, tmp_path: Path) -> None:
-    train(tiny_model_dir, tmp_path, "lora-bf16", count=2)
+@pytest.mark.parametrize("sharding", SHARDINGS)
+def test_sharded_in_bf16_gives_figures_and_adapters_in_full_precision(
+    tiny_model_dir: Path, tmp_path: Path, sharding: str
+) -> None:
+    train(tiny_model_dir, tmp_path, "lora-bf16", sharding)
     first, second = metrics(tmp_path)
     assert first["kl_to_reference_k3"] < 1e-4 < second["kl_to_reference_k3"]
-    assert first["first_log_ratio"] < 0.05
-    trained = load_file(tmp_path / "policy.safetensors")
-    assert all(tensor.dtype == torch.float32 for name, tensor in trained.items() if ".lora_" in name)
+    assert first["first_log_ratio"] == 0
+    assert any(value != torch.tensor(value).bfloat16().item() for value in (first["entropy"], first["value_loss"]))
+    adapter = load_file(tmp_path / "adapter/adapter_model.safetensors")
+    assert {tensor.dtype for tensor in adapter.values()} == {torch.float32}
+    assert any(tensor.ne(tensor.bfloat16()).any() for tensor in adapter.values()), "bf16 copies of the parameters"
