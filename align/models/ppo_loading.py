@@ -87,16 +87,21 @@ def load_separate_models(
     temperature: float,
     trust_remote_code: bool = False,
 ) -> SeparateModels:
-    """Policy and value with every weight trained (fp32), and a frozen reference in the compute dtype."""
+    """Policy and value with every weight trained (fp32), and a frozen reference in the compute dtype.
+
+    The value starts as the reward model where that was trained from the policy's own weights, so that it reads the same
+    tokens, and as a copy of the policy with a new head otherwise.
+    """
     trained = _load_policy(policy, torch.float32, trust_remote_code)
     hidden = trained.config.get_text_config().hidden_size
     backbone = None
     value_head = ValueHead(hidden) if value is not None else None
-    if value == "adapter" and value_head is not None:
+    if value == "adapter" and not reward.on_policy_trunk:
+        backbone = _load_policy(policy, torch.float32, trust_remote_code).base_model
+    if value == "adapter" and reward.on_policy_trunk and value_head is not None:
         classifier = load_classifier(reward.path / "model", torch.float32, trust_remote_code=trust_remote_code)
         backbone = classifier.base_model
-        if classifier.score.weight.shape == value_head.weight.shape:
-            _start_from_reward(value_head, classifier.score, reward)
+        _start_from_reward(value_head, classifier.score, reward)
     return SeparateModels(
         trained,
         backbone,

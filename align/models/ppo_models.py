@@ -74,6 +74,11 @@ class PpoModels(nn.Module):
         self.compute_dtype = compute_dtype
 
     @property
+    def config(self) -> Any:
+        """The policy's, which DeepSpeed's automatic bucket sizes are read from."""
+        return self.causal_lm.config
+
+    @property
     def causal_lm(self) -> PreTrainedModel:
         """The transformers model that writes completions."""
         return inner_model(self.policy)

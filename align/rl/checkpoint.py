@@ -32,10 +32,19 @@ def save(output: Path, iteration: int, numbers: dict[str, Any], write: Callable[
     processes.barrier()
     if processes.is_first():
         (temporary / NUMBERS).write_text(json.dumps({"iteration": iteration, **numbers}))
+        for file in temporary.rglob("*"):
+            _flush(file)
         os.replace(temporary, final)
         for earlier in sorted(final.parent.glob("iteration-*"))[:-1]:
             shutil.rmtree(earlier)
     processes.barrier()
+
+
+def _flush(path: Path) -> None:
+    """Have the file on disk before the checkpoint before it is removed: a machine may lose its power."""
+    if path.is_file():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
 
 
 def newest(output: Path) -> tuple[Path, dict[str, Any]] | None:

@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from align import processes
-from align.errors import AlignError, NotFinite
+from align.errors import AlignError, InputError, NotFinite
 from align.metrics import repetition
 from align.records import as_dicts
 from align.repro import derive_seed, peak_resident_gb
@@ -54,6 +54,9 @@ from align.rl.rollout import (
 from align.rl.settings import PpoBlock
 from align.rl.updates import open_updates
 from align.tracking import Tracker
+
+SKIPS_ALLOWED = 5
+"""Optimizer steps in a row that may be left out because their gradient is not finite."""
 
 RATIO_TOLERANCE = 1e-4
 """How far the ratio of the first minibatch may be from 1 in float32; both passes are the same computation."""
@@ -349,7 +352,7 @@ class PpoTrainer:
         norm = self.updates.step()
         finite = norm < float("inf")
         self.skipped = 0 if finite else self.skipped + 1
-        if self.skipped > self.updates.skips_allowed:
+        if self.skipped > SKIPS_ALLOWED:
             raise self._not_finite(f"gradient was not finite {self.skipped} times in a row", experience.completions[0])
         largest = totals.pop("largest_log_ratio")
         figures = {name: float(self._all_sum(total) / tokens) for name, total in totals.items()}
@@ -469,6 +472,7 @@ class PpoTrainer:
             "kl_coef": self.kl_coef,
             "moments": self.moments.__dict__,
             "skipped": self.skipped,
+            "kind": self.updates.kind,
             "figures": self.last_figures,
         }
         checkpoint.save(self.output, self.iteration, numbers, self.updates.write)
@@ -477,6 +481,11 @@ class PpoTrainer:
         saved = checkpoint.newest(self.output)
         if saved is not None:
             folder, numbers = saved
+            if numbers["kind"] != self.updates.kind:
+                raise InputError(
+                    f"{folder}: this checkpoint's state is of the kind '{numbers['kind']}', and the run's is "
+                    f"'{self.updates.kind}'; launch it as before, or remove {folder.parent} to start ppo anew"
+                )
             self.updates.read(folder)
             self.iteration = numbers["iteration"]
             self.kl_coef = numbers["kl_coef"]

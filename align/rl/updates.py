@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from align import processes
 from align.config import OptimizerBlock
+from align.errors import InputError
 
 ADAM_BETAS, ADAM_EPS = (0.9, 0.999), 1e-5
 """As in Ouyang et al.'s code; the larger epsilon keeps early steps small (Huang et al. 2024)."""
@@ -38,8 +39,8 @@ class Updates:
     and processes may differ in their passes.
     """
 
-    skips_allowed = 5
-    """Steps in a row that may be left out because their gradient is not finite."""
+    kind = "whole"
+    """Who can read what `write` wrote: checkpoints are interchangeable among updates of one kind."""
 
     def __init__(self, accelerator: Accelerator, models: Any, options: OptimizerBlock) -> None:
         self.accelerator = accelerator
@@ -48,7 +49,7 @@ class Updates:
             _keep_results_unrounded(accelerator.state.fsdp_plugin)
         self.wrapped, self.optimizer = accelerator.prepare(models, adamw(models, options))
         self.models = accelerator.unwrap_model(self.wrapped)
-        self.sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+        self.sharded = is_sharding(accelerator)
 
     @property
     def learning_rate(self) -> float:
@@ -99,20 +100,34 @@ class Updates:
 
 
 class DeepSpeedUpdates(Updates):
-    """The same under a DeepSpeed engine. Its checkpoints are read by as many processes as wrote them."""
+    """The same under a DeepSpeed engine (ZeRO stage 3). Its checkpoints are read by as many processes as wrote them.
 
-    skips_allowed = 0  # the engine says what the norm was when the step is done
+    Raises:
+        InputError: another stage is configured.
+    """
 
     def __init__(self, accelerator: Accelerator, models: Any, options: OptimizerBlock) -> None:
-        config = accelerator.state.deepspeed_plugin.deepspeed_config
-        config["train_micro_batch_size_per_gpu"] = options.micro_batch_size
-        config["gradient_accumulation_steps"] = 1  # which divides losses; ours are shares of the minibatch's already
-        config["gradient_clipping"] = options.max_grad_norm
+        plugin = accelerator.state.deepspeed_plugin
+        if plugin.zero_stage != 3:
+            raise InputError(
+                f"ppo: DeepSpeed is configured for ZeRO stage {plugin.zero_stage}, and ppo runs under stage 3 alone; "
+                "use recipes/accelerate/zero3.yaml, or recipes/accelerate/ddp.yaml where the models fit on each GPU"
+            )
+        plugin.deepspeed_config |= {
+            "train_micro_batch_size_per_gpu": options.micro_batch_size,
+            "gradient_accumulation_steps": 1,  # losses are divided by it, and ours are shares of a minibatch's already
+            "gradient_clipping": options.max_grad_norm,
+            "bf16": {"enabled": models.compute_dtype == torch.bfloat16},
+            "fp16": {"enabled": False},
+            "data_types": {"grad_accum_dtype": "fp32"},
+            "communication_data_type": "fp32",
+        }
+        self.kind = f"DeepSpeed in {processes.world_size()} processes"
         super().__init__(accelerator, models, options)
 
     @contextmanager
     def accumulate(self, *, last: bool) -> Iterator[None]:
-        """See `Updates`. ZeRO spreads gradients out in every pass, and adds up what it keeps of them."""
+        """See `Updates`. ZeRO-3 reduces gradients in every pass, and adds up each process's part of them."""
         self.wrapped.set_gradient_accumulation_boundary(last)
         yield
 
@@ -121,8 +136,11 @@ class DeepSpeedUpdates(Updates):
         self.wrapped.backward(loss)
 
     def step(self) -> float:
-        """See `Updates`; no step is left out."""
+        """See `Updates`."""
         self.wrapped.step()
+        # A minibatch's first pass overwrites the parts of the gradients it has, and the others would keep the last
+        # step's: imitation has none for the value.
+        self.wrapped.optimizer.grad_partitions_flat_buffer.zero_()
         return float(self.wrapped.get_global_grad_norm())
 
     def write(self, folder: Path) -> None:
@@ -131,22 +149,26 @@ class DeepSpeedUpdates(Updates):
 
     def read(self, folder: Path) -> None:
         """Go on from what `write` put there. Call in every process."""
-        self.wrapped.load_checkpoint(str(folder), tag="shards", load_module_strict=False)
+        loaded, _ = self.wrapped.load_checkpoint(str(folder), tag="shards", load_module_strict=False)
+        if loaded is None:
+            raise InputError(f"{folder}: DeepSpeed finds no state there; remove the folder to start ppo anew")
 
     def whole_state(self, prefix: str) -> dict[str, Tensor]:
-        """See `Updates`; the trained parameters in float32, one parameter gathered at a time."""
+        """See `Updates`; the trained parameters in float32, one gathered at a time."""
         from deepspeed.runtime.zero import GatheredParameters
         from deepspeed.utils import safe_get_full_fp32_param
 
         buffers = dict(self.models.named_buffers())
-        persistent = {name: tensor.cpu() for name, tensor in self.models.state_dict().items() if name in buffers}
-        state = {name.removeprefix(prefix): tensor for name, tensor in persistent.items() if name.startswith(prefix)}
+        state = {name: tensor.cpu() for name, tensor in self.models.state_dict().items() if name in buffers}
+        gathered: dict[int, Tensor] = {}  # tied parameters have several names
         for name, parameter in self.models.named_parameters(remove_duplicate=False):
-            if name.startswith(prefix):
-                with GatheredParameters([parameter]):
+            if name.startswith(prefix) and id(parameter) not in gathered:
+                with GatheredParameters([parameter], enabled=not parameter.requires_grad):
                     whole = safe_get_full_fp32_param(parameter) if parameter.requires_grad else parameter.data
-                    state[name.removeprefix(prefix)] = whole.cpu().clone()
-        return state
+                    gathered[id(parameter)] = whole.cpu().clone() if processes.is_first() else torch.empty(0)
+            if id(parameter) in gathered:
+                state[name] = gathered[id(parameter)]
+        return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
 def adamw(models: torch.nn.Module, options: OptimizerBlock) -> torch.optim.AdamW:
@@ -165,7 +187,24 @@ def _keep_results_unrounded(plugin: Any) -> None:
         )
 
 
+def is_sharding(accelerator: Accelerator) -> bool:
+    """Whether each process is to hold a part of the weights."""
+    return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+
+
+def open_accelerator() -> Accelerator:
+    """The run's accelerator. Models loaded after it are whole in every process: `open_updates` shards them."""
+    accelerator = Accelerator()
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        from transformers.integrations import unset_hf_deepspeed_config
+
+        # Else transformers would load models in shards that only an engine can run: reward models have none.
+        unset_hf_deepspeed_config()
+    return accelerator
+
+
 def open_updates(accelerator: Accelerator, models: Any, options: OptimizerBlock) -> Updates:
     """Updates of the kind that the accelerator was configured for."""
-    kind = DeepSpeedUpdates if accelerator.distributed_type == DistributedType.DEEPSPEED else Updates
-    return kind(accelerator, models, options)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return DeepSpeedUpdates(accelerator, models, options)
+    return Updates(accelerator, models, options)

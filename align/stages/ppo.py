@@ -26,18 +26,18 @@ class Ppo(Stage):
 
     def run(self, context: Context) -> Outcome:
         import torch
-        from accelerate import Accelerator, DistributedType
 
         from align.models.policy import compute_dtype, load_tokenizer, save_model, stop_token_ids
         from align.models.ppo_loading import initial_models, reward_folder
         from align.rl.ppo import PpoTrainer
+        from align.rl.updates import is_sharding, open_accelerator
         from align.tracking import Tracker
 
         settings: PpoBlock = context.settings
         model_block = context.shared["model"]
         _check_divisible(settings)
         torch.manual_seed(context.seed)
-        accelerator = Accelerator()
+        accelerator = open_accelerator()
         policy = context.inputs["sft"] / "model"
         tokenizer = load_tokenizer(str(policy), trust_remote_code=model_block.trust_remote_code)
         prompts, too_long = _prompts(context, tokenizer)
@@ -54,8 +54,8 @@ class Ppo(Stage):
             temperature=settings.sampling.temperature,
             trust_remote_code=model_block.trust_remote_code,
         )
-        if accelerator.distributed_type != DistributedType.FSDP:
-            models.to(accelerator.device)  # FSDP2 moves each process's shard by itself; the whole may not fit
+        if not is_sharding(accelerator):
+            models.to(accelerator.device)  # sharding moves each process's part by itself; the whole may not fit
         with Tracker(context.output, context.tracking, context.run_name, self.name) as tracker:
             trainer = PpoTrainer(
                 models,

@@ -1,54 +1,66 @@
-"""PPO on the tiny model with its weights sharded over CPU processes; run by test_sharded.py under torchrun.
+"""PPO on the tiny models with their weights sharded over CPU processes; run by test_sharded.py under torchrun.
 
 accelerate turns FSDP2 and DeepSpeed on for GPUs only, so its state is told here what a GPU would have made it say.
-Everything after that (wrapping, passes, clipping, checkpoints) is the libraries' own path, over gloo.
+Everything after that (loading, wrapping, passes, clipping, checkpoints) is the libraries' own path, over gloo.
 """
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
+from torch import Tensor
 
 from align import processes
 from align.config import LoraBlock, OptimizerBlock
-from align.models.policy import save_model
+from align.models.policy import load_tokenizer, save_model
+from align.models.ppo_loading import RewardFolder, classifier_scores, load_classifier
 from align.models.wrapped import is_sharded
+from align.rl import updates
+from align.rl.ppo import PpoTrainer
+from align.rl.rewards import RewardModel
+from align.rl.rollout import Completion
 from tests.rl.tiny_ppo import build_trainer, settings
 
 BLOCK = settings(
     rollout_batch=8,
     epochs=2,
+    value="adapter",
+    ptx_coef=0.5,
     checkpoint_every=1,
     optimizer=OptimizerBlock(learning_rate=3e-3, batch_size=8, micro_batch_size=2, schedule="constant"),
 )
 ADAPTERS = LoraBlock(r=4, alpha=8)
+BACKWARDS_AN_ITERATION = 8
+"""Of each of two processes: two epochs of two micro-batches, and of two of demonstrations."""
 
 
-def fsdp2_accelerator(dtype: torch.dtype) -> Accelerator:
-    """An accelerator that shards by FSDP2, and computes in `dtype`."""
+def fsdp2_accelerator(arrangement: str) -> Accelerator:
+    """An accelerator that shards by FSDP2."""
     accelerator = Accelerator(cpu=True)
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2, auto_wrap_policy="transformer_based_wrap", reshard_after_forward=True
     )
-    if dtype == torch.bfloat16:
+    if "bf16" in arrangement:
         plugin.set_mixed_precision("bf16")
     AcceleratorState._shared_state |= {"distributed_type": DistributedType.FSDP, "fsdp_plugin": plugin}
     return accelerator
 
 
-def zero3_accelerator(dtype: torch.dtype) -> Accelerator:
-    """An accelerator that shards by DeepSpeed's ZeRO stage 3, down to the smallest parameter."""
+def zero3_accelerator(arrangement: str) -> Accelerator:
+    """An accelerator that shards by DeepSpeed's ZeRO stage 3: with 'full', down to the smallest parameter."""
     from deepspeed import comm
 
     accelerator = Accelerator(cpu=True)
     accelerator.deepspeed_engine_wrapped = None
     comm.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
     plugin = DeepSpeedPlugin(zero_stage=3)
-    plugin.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-    plugin.deepspeed_config["bf16"] = {"enabled": dtype == torch.bfloat16}
+    if arrangement == "full":
+        plugin.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    plugin.deepspeed_config["bf16"] = {"enabled": True}  # as in recipes/accelerate/zero3.yaml, whatever the recipe says
     plugin.select(_from_accelerator_state=True)
     PartialState._shared_state["distributed_type"] = DistributedType.DEEPSPEED
     AcceleratorState._shared_state |= {
@@ -58,25 +70,67 @@ def zero3_accelerator(dtype: torch.dtype) -> Accelerator:
     return accelerator
 
 
-SHARDING = {"fsdp2": fsdp2_accelerator, "zero3": zero3_accelerator}
+SHARDING: dict[str, Callable[[str], Accelerator]] = {"fsdp2": fsdp2_accelerator, "zero3": zero3_accelerator}
 
 
-def main(model_dir: Path, output: Path, arrangement: str, sharding: str, iterations: int) -> None:
+def build(model_dir: Path, reward_dir: Path, output: Path, arrangement: str, sharding: str) -> PpoTrainer:
+    """A trainer with a reward model of its own, a value model, and demonstrations."""
+    accelerator = None
+    if sharding:
+        updates.Accelerator = lambda: SHARDING[sharding](arrangement)  # type: ignore[misc, assignment]
+        accelerator = updates.open_accelerator()
+    dtype = torch.bfloat16 if "bf16" in arrangement else torch.float32
+    tokenizer = load_tokenizer(str(reward_dir))
+    reward = RewardModel(
+        classifier_scores(load_classifier(reward_dir, dtype), dtype),
+        tokenizer,
+        pad_id=tokenizer.pad_token_id,
+        batch_size=4,
+        device=torch.device("cpu"),
+    )
+    trainer = build_trainer(
+        model_dir,
+        output,
+        BLOCK,
+        lora=ADAPTERS if arrangement.startswith("lora") else None,
+        dtype=dtype,
+        reward=lambda prompts, completions: reward(prompts, completions).float(),
+        reward_folder=RewardFolder(reward_dir.parent, on_policy_trunk=True, mean=0.0, std=1.0),
+        accelerator=accelerator,
+    )
+    words = tuple(tokenizer("the cat sat").input_ids)
+    trainer.demonstrations = [Completion(prompt, words, "the cat sat", True, ()) for prompt in trainer.prompts[:8]]
+    assert all(is_sharded(parameter) == bool(sharding) for parameter in trainer.models.parameters())
+    return trainer
+
+
+def spoil_one_gradient(trainer: PpoTrainer) -> None:
+    """Make the first gradient of the second iteration NaN."""
+    calls = iter(range(10**6))
+    backward = trainer.updates.backward
+
+    def spoilt(loss: Tensor) -> None:
+        backward(loss * float("nan") if next(calls) == BACKWARDS_AN_ITERATION else loss)
+
+    trainer.updates.backward = spoilt  # type: ignore[method-assign]
+
+
+def main(model_dir: Path, reward_dir: Path, output: Path, arrangement: str, sharding: str, iterations: int) -> None:
     """Train up to so many iterations, and save the policy in `output`."""
     processes.connect()
-    dtype = torch.bfloat16 if arrangement.endswith("bf16") else torch.float32
-    accelerator = SHARDING[sharding](dtype) if sharding in SHARDING else None
-    lora = ADAPTERS if arrangement.startswith("lora") else None
-    block = BLOCK.model_copy(update={"iterations": iterations})
-    trainer = build_trainer(model_dir, output, block, lora=lora, dtype=dtype, accelerator=accelerator)
-    assert all(is_sharded(parameter) == (sharding in SHARDING) for parameter in trainer.models.parameters())
+    trainer = build(model_dir, reward_dir, output, arrangement, sharding)
+    trainer.settings = BLOCK.model_copy(update={"iterations": iterations})
+    if arrangement.endswith("spoilt"):
+        spoil_one_gradient(trainer)
     trainer.train()
     state = trainer.policy_state()
     if processes.is_first():
-        save_model(trainer.models.policy, trainer.tokenizer, output, dtype, adapter_name="policy", state_dict=state)
+        model, dtype = trainer.models.policy, trainer.models.compute_dtype
+        save_model(model, trainer.tokenizer, output, dtype, adapter_name="policy", state_dict=state)
     processes.barrier()
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4], int(sys.argv[5]))
+    folders = [Path(word) for word in sys.argv[1:4]]
+    main(*folders, *sys.argv[4:6], int(sys.argv[6]))

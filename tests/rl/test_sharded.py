@@ -11,16 +11,27 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-FIGURES = ("score", "kl_to_reference_k1", "policy_loss", "value_loss", "gradient_norm", "entropy", "explained_variance")
+from tests.tiny import build_tiny_reward
+
+FIGURES = (
+    "score",
+    "kl_to_reference_k1",
+    "policy_loss",
+    "value_loss",
+    "gradient_norm",
+    "entropy",
+    "explained_variance",
+    "ptx_loss",
+)
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed: pip install -e '.[deepspeed]'"
 )
 SHARDINGS = ["fsdp2", pytest.param("zero3", marks=needs_deepspeed)]
 
 
-def train(model_dir: Path, output: Path, arrangement: str, sharding: str = "", iterations: int = 2) -> None:
+def train(folders: list[Path], output: Path, arrangement: str, sharding: str = "", iterations: int = 2) -> None:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if sharding else []
-    words = [str(model_dir), str(output), arrangement, sharding, str(iterations)]
+    words = [*map(str, folders), str(output), arrangement, sharding, str(iterations)]
     command = [sys.executable, *launcher, "-m", "tests.rl.sharded", *words]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
@@ -31,15 +42,21 @@ def metrics(output: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.fixture
+def folders(tiny_model_dir: Path, tmp_path: Path) -> list[Path]:
+    """The tiny policy, and a tiny reward model where a reward stage would have put it."""
+    return [tiny_model_dir, build_tiny_reward(tmp_path / "reward/model")]
+
+
 @pytest.mark.parametrize("sharding", SHARDINGS)
 @pytest.mark.parametrize("arrangement", ["lora", "full"])
 def test_sharded_and_interrupted_trains_as_one_undisturbed_process_does(
-    tiny_model_dir: Path, tmp_path: Path, arrangement: str, sharding: str
+    folders: list[Path], tmp_path: Path, arrangement: str, sharding: str
 ) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
-    train(tiny_model_dir, one, arrangement)
-    train(tiny_model_dir, two, arrangement, sharding, iterations=1)
-    train(tiny_model_dir, two, arrangement, sharding)
+    train(folders, one, arrangement)
+    train(folders, two, arrangement, sharding, iterations=1)
+    train(folders, two, arrangement, sharding)
     assert [row["step"] for row in metrics(two)] == [1, 2]
     for alone, together in zip(metrics(one), metrics(two), strict=True):
         assert together["first_log_ratio"] == 0
@@ -53,14 +70,16 @@ def test_sharded_and_interrupted_trains_as_one_undisturbed_process_does(
 
 
 @pytest.mark.parametrize("sharding", SHARDINGS)
-def test_sharded_in_bf16_gives_figures_and_adapters_in_full_precision(
-    tiny_model_dir: Path, tmp_path: Path, sharding: str
+def test_sharded_in_bf16_keeps_full_precision_and_leaves_out_a_step_whose_gradient_is_not_finite(
+    folders: list[Path], tmp_path: Path, sharding: str
 ) -> None:
-    train(tiny_model_dir, tmp_path, "lora-bf16", sharding)
+    train(folders, tmp_path, "lora-bf16-spoilt", sharding)
     first, second = metrics(tmp_path)
     assert first["kl_to_reference_k3"] < 1e-4 < second["kl_to_reference_k3"]
     assert first["first_log_ratio"] == 0
     assert any(value != torch.tensor(value).bfloat16().item() for value in (first["entropy"], first["value_loss"]))
     adapter = load_file(tmp_path / "adapter/adapter_model.safetensors")
     assert {tensor.dtype for tensor in adapter.values()} == {torch.float32}
+    assert (first["skipped_steps"], second["skipped_steps"]) == (0.0, 0.5)
+    assert all(tensor.isfinite().all() for tensor in adapter.values())
     assert any(tensor.ne(tensor.bfloat16()).any() for tensor in adapter.values()), "bf16 copies of the parameters"

@@ -48,16 +48,17 @@ def build_trainer(
     lora: LoraBlock | None = None,
     dtype: torch.dtype = torch.float32,
     accelerator: Accelerator | None = None,
+    reward_folder: RewardFolder | None = None,
 ) -> PpoTrainer:
     torch.manual_seed(seed)
-    no_reward_model = RewardFolder(output / "none", on_policy_trunk=False, mean=0.0, std=1.0)
-    value = {"gae": "head"}.get(block.advantage)
-    options = {"value": value, "dtype": dtype, "temperature": block.sampling.temperature}
+    folder = reward_folder or RewardFolder(output / "none", on_policy_trunk=False, mean=0.0, std=1.0)
+    value = "head" if lora is None and reward_folder is None else block.value
+    options: dict[str, Any] = {"dtype": dtype, "temperature": block.sampling.temperature}
+    options["value"] = value if block.advantage == "gae" else None
     if lora is None:
-        models: Any = load_separate_models(str(model_dir), no_reward_model, **options)
+        models: Any = load_separate_models(str(model_dir), folder, **options)
     else:
-        options["value"] = block.value if block.advantage == "gae" else None
-        models = load_shared_trunk(str(model_dir), no_reward_model, lora, **options)
+        models = load_shared_trunk(str(model_dir), folder, lora, **options)
     tokenizer = load_tokenizer(str(model_dir))
     prompts = []
     for number in range(40):
