@@ -48,7 +48,6 @@ class PpoBlock(Block):
     clip_range: Annotated[Number, Field(gt=0)] = 0.2
     value_clip_range: Annotated[Number, Field(gt=0)] | None = 0.2
     value_coef: NonNegative = 0.1
-    entropy_coef: NonNegative = 0.0
     ptx_coef: NonNegative = Field(
         0.0, description="weight of the SFT loss on the sft stage's demonstrations (PPO-ptx, Ouyang 2022, eq. 2)"
     )
