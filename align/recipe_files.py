@@ -62,6 +62,8 @@ class Written:
             for lines in self.files:
                 if part in lines:
                     return lines
+            if any([str(name) for name in key[:length]] == part for key in self.overridden):
+                return None
         return self.files[0]
 
 
@@ -123,7 +125,7 @@ def _apply(content: dict[str, Any], override: str) -> KeyPath:
     key, equals, text = override.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):
-        raise ValueError("expected key=value, such as ppo.kl.coef=0.1")
+        raise ValueError("expected key=value, such as ppo.kl_coef=0.1")
     try:
         value = YAML(typ="safe", pure=True).load(text)
     except YAMLError:

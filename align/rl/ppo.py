@@ -127,7 +127,7 @@ class PpoTrainer:
         self.score_moments = score_moments
         self.demonstrations = demonstrations
         self.uses_value = settings.advantage == "gae"
-        self.kl_coef = settings.kl.coef
+        self.kl_coef = settings.kl_coef
         self.moments = RunningMoments()
         self.iteration = 0
         self.skipped = 0
@@ -159,10 +159,10 @@ class PpoTrainer:
         self.seconds.clear()
         experience = self.collect()
         updates = self.update(experience) | {"kl_coef": self.kl_coef}
-        if self.settings.kl.target is not None:
+        if self.settings.kl_target is not None:
             kl = _per_completion(kl_terms(experience.old_logprobs, experience.ref_logprobs)["k1"], experience.mask)
             self.kl_coef = adapted_kl_coef(
-                self.kl_coef, float(kl.mean()), self.settings.kl.target, self.settings.rows, self.settings.kl.horizon
+                self.kl_coef, float(kl.mean()), self.settings.kl_target, self.settings.rows, self.settings.kl_horizon
             )
         figures = self._figures(experience, updates)
         self.iteration += 1
@@ -183,7 +183,7 @@ class PpoTrainer:
             passes = self._passes(completions, first_epoch)
         scores = self._shaped_scores(completions, raw_scores)
         mask = passes["mask"]
-        kl = kl_terms(passes["old_logprobs"], passes["ref_logprobs"])[self.settings.kl.estimator]
+        kl = kl_terms(passes["old_logprobs"], passes["ref_logprobs"])[self.settings.kl_estimator]
         rewards = penalised_rewards(scores, kl, mask, self.kl_coef)
         advantages, returns = self._advantages(rewards, passes["values"], mask)
         return Experience(

@@ -20,15 +20,6 @@ class ScoreBlock(Block):
     clip: Annotated[Number, Field(gt=0)] | None = Field(5.0, description="scores stay in [-clip, clip]; null: no limit")
 
 
-class KlBlock(Block):
-    """The penalty for leaving the reference (Ziegler 2019, section 2.2). `target` null keeps the coefficient fixed."""
-
-    coef: NonNegative = 0.05
-    estimator: Literal["k1", "k3"] = "k1"
-    target: Annotated[Number, Field(gt=0)] | None = Field(None, description="nats a completion; null fixes coef")
-    horizon: Positive = Field(10_000, description="completions over which the coefficient adapts")
-
-
 class PpoBlock(Block):
     """Proximal policy optimisation. One iteration draws `rollout_batch` prompts and trains on what it wrote."""
 
@@ -51,7 +42,14 @@ class PpoBlock(Block):
     ptx_coef: NonNegative = Field(
         0.0, description="weight of the SFT loss on the sft stage's demonstrations (PPO-ptx, Ouyang 2022, eq. 2)"
     )
-    kl: KlBlock = KlBlock()
+    kl_coef: NonNegative = Field(
+        0.05, description="weight of the penalty for leaving the reference (Ziegler 2019, section 2.2)"
+    )
+    kl_estimator: Literal["k1", "k3"] = "k1"
+    kl_target: Annotated[Number, Field(gt=0)] | None = Field(
+        None, description="nats a completion that kl_coef is adapted to; null keeps it fixed"
+    )
+    kl_horizon: Positive = Field(10_000, description="completions over which kl_coef adapts")
     score: ScoreBlock = ScoreBlock()
     missing_eos_penalty: NonNegative = Field(1.0, description="taken from the score of a completion cut by the limit")
     kl_to_old_limit: Annotated[Number, Field(gt=0)] | None = Field(

@@ -6,7 +6,6 @@ import torch
 from align.config import LoraBlock, OptimizerBlock
 from align.rl.ppo import PpoTrainer
 from align.rl.rollout import Completion, micro_batches
-from align.rl.settings import KlBlock
 from tests.rl.tiny_ppo import build_trainer, settings
 from tests.tiny import build_tiny_model
 
@@ -51,7 +50,7 @@ def test_methods_without_a_value_learn_on_the_same_loop(tiny_model_dir, tmp_path
 
 def test_demonstrations_mixed_in_become_likelier(tiny_model_dir, tmp_path):
     def imitated(coefficient):
-        block = settings(iterations=4, ptx_coef=coefficient, kl=KlBlock(coef=0.0))
+        block = settings(iterations=4, ptx_coef=coefficient, kl_coef=0.0)
         trainer = build_trainer(tiny_model_dir, tmp_path / f"run{coefficient}", block)
         prompt = trainer.prompts[0]
         words = tuple(trainer.tokenizer("Zebra 123", add_special_tokens=False)["input_ids"])

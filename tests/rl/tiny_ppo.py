@@ -14,7 +14,7 @@ from align.models.ppo_loading import RewardFolder, load_separate_models, load_sh
 from align.records import Conversation, Message, Prompt
 from align.rl.ppo import PpoTrainer
 from align.rl.rollout import TokenizedPrompt
-from align.rl.settings import KlBlock, PpoBlock, ScoreBlock
+from align.rl.settings import PpoBlock, ScoreBlock
 from align.tracking import Tracker
 
 
@@ -30,7 +30,7 @@ def settings(**changes: Any) -> PpoBlock:
         "epochs": 4,
         "optimizer": OptimizerBlock(learning_rate=3e-3, batch_size=32, micro_batch_size=16, schedule="constant"),
         "sampling": SamplingBlock(max_new_tokens=8, temperature=1.0, batch_size=32),
-        "kl": KlBlock(coef=0.002),
+        "kl_coef": 0.002,
         "score": ScoreBlock(normalise="running", clip=None),
         "missing_eos_penalty": 0.0,
         "checkpoint_every": 1000,

@@ -150,8 +150,10 @@ def test_an_override_may_be_null_and_take_a_stage_out() -> None:
 
 
 def test_faults_of_overrides_are_told_as_theirs() -> None:
-    said = faults("recipe.yaml", "sample.sampling.top_p=2", "dpo.bta=3", "sft.epochs=-1")
-    assert said[0] == "recipe.yaml: 3 problems"
+    said = faults("recipe.yaml", "sample.sampling.top_p=2", "dpo.bta=3", "sft.epochs=-1", "dpo.kl.coef=1")
+    assert said[0] == "recipe.yaml: 4 problems"
+    above = said.pop(next(place for place, line in enumerate(said) if line.startswith("--set dpo.kl: ")))
+    assert above.startswith("--set dpo.kl: no such setting; there are: "), "the fault is of a block above the key"
     assert sorted(said[1:]) == [
         "--set dpo.bta: no such setting; did you mean `beta`?",
         "--set sample.sampling.top_p: must be at most 1, got 2",
