@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 
 def _not_bool(value: Any) -> Any:
@@ -139,3 +139,39 @@ class TrackingBlock(Block):
     wandb: bool = False
     project: str = "align"
     entity: str | None = None
+
+
+class RewardSourceBlock(Block):
+    """One source of scores: the reward stage, a sequence classifier, or a Python function. Exactly one is named."""
+
+    stage: Literal["reward"] | None = Field(None, description="the recipe's reward stage")
+    model: str | None = Field(None, description="a sequence classifier: hub id or local folder")
+    revision: str | None = None
+    label: str | None = Field(None, description="the classifier's output, by name or number, if it has several")
+    reads: Literal["conversation", "completion"] | None = Field(
+        None, description="what a classifier is shown; the conversation unless said otherwise"
+    )
+    function: str | None = Field(
+        None, description="module:function of (prompts, completions), one number a completion; found from here first"
+    )
+    name: str | None = Field(None, description="in figures; the stage's, folder's or function's own otherwise")
+    weight: Annotated[Number, Field(gt=0)] = 1.0
+    gold: bool = Field(False, description="held out: scored and logged beside the others, never trained against")
+
+    @property
+    def key(self) -> str:
+        """The source's name in figures."""
+        folder = (self.model or "").rstrip("/").removesuffix("/model").rpartition("/")[2]
+        return self.name or self.stage or folder or (self.function or "").rpartition(":")[2]
+
+    @model_validator(mode="after")
+    def _one_of_three(self) -> "RewardSourceBlock":
+        named = [key for key in ("stage", "model", "function") if getattr(self, key) is not None]
+        if len(named) != 1:
+            raise ValueError(f"name one of stage, model and function; named: {', '.join(named) or 'none'}")
+        if self.model is None and (of_model := {"revision", "label", "reads"} & self.model_fields_set):
+            raise ValueError(f"{', '.join(sorted(of_model))}: for a `model` alone; remove it")
+        module, colon, function = (self.function or "module:function").partition(":")
+        if not (colon and function.isidentifier() and all(part.isidentifier() for part in module.split("."))):
+            raise ValueError(f"function is module:function, such as my_rewards:brevity; got '{self.function}'")
+        return self

@@ -85,11 +85,9 @@ def reward_scores(path: Path, block: ModelBlock, batch_size: int) -> Measure:
     tokenizer = load_tokenizer(str(path), trust_remote_code=block.trust_remote_code)
     classifier = load_classifier(path, dtype, trust_remote_code=block.trust_remote_code).to(device)
     reward = RewardModel(
-        classifier_scores(classifier, dtype),
+        classifier_scores(classifier, dtype, tokenizer.pad_token_id),
         tokenizer,
-        pad_id=tokenizer.pad_token_id,
         batch_size=batch_size,
-        device=device,
         system_prompt=block.system_prompt,
     )
     return lambda samples: reward(

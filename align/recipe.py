@@ -24,6 +24,7 @@ from align.config import (
     PairSource,
     PromptsBlock,
     PromptSource,
+    RewardSourceBlock,
     TrackingBlock,
 )
 from align.constitution import Constitution, load_constitution
@@ -35,7 +36,7 @@ from align.yaml_files import KeyPath, problems_from
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 FolderName = Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
-Named = ModelBlock | EngineBlock | PromptSource | PairSource
+Named = ModelBlock | EngineBlock | PromptSource | PairSource | RewardSourceBlock
 
 
 class RecipeBlocks(Block):
@@ -96,9 +97,8 @@ class Recipe:
 
     def models(self, stage: str) -> list[str]:
         """The models that the stage's blocks name, those of servers left out."""
-        engines = [_local_model(block) for block in self._read_by(stage) if isinstance(block, EngineBlock)]
-        named = [block.path for block in self._read_by(stage) if isinstance(block, ModelBlock)]
-        return [*named, *(model for model in engines if model)]
+        named = [_model_key(block) for block in self._read_by(stage)]
+        return [model for _, model in named if model]
 
     def _read_by(self, stage: str) -> list[Named]:
         blocks = [self.settings[stage], *self.shared_with(stage).values()]
@@ -161,16 +161,22 @@ def _missing_files(blocks: RecipeBlocks, written: Written) -> list[Problem]:
         if isinstance(block, PromptSource | PairSource):
             if is_file(block.path) and not Path(block.path).exists():
                 missing.append(((*path, "path"), block.path))
-        elif (model := block.path if isinstance(block, ModelBlock) else _local_model(block)) and _is_missing(model):
-            missing.append(((*path, "path" if isinstance(block, ModelBlock) else "model"), model))
+            continue
+        key, model = _model_key(block)
+        if model and _is_missing(model):
+            missing.append(((*path, key), model))
     if blocks.constitution and not Path(blocks.constitution).exists():
         missing.append((("constitution",), blocks.constitution))
     return [written.problem(path, f"no file {name} (looked in {Path.cwd()})") for path, name in missing]
 
 
-def _local_model(engine: EngineBlock) -> str | None:
-    """The model that an engine loads here, where it isn't the recipe's own."""
-    return engine.model if engine.kind == "local" else None
+def _model_key(block: Named) -> tuple[str, str | None]:
+    """The key of a block that names a model to be loaded here, and the model; None where there is none."""
+    if isinstance(block, ModelBlock):
+        return "path", block.path
+    if isinstance(block, EngineBlock):
+        return "model", block.model if block.kind == "local" else None
+    return "model", block.model if isinstance(block, RewardSourceBlock) else None
 
 
 def _is_missing(model: str) -> bool:

@@ -36,7 +36,7 @@ PEERS: dict[str, dict[str, Any]] = {
 }
 
 
-def measure(settings: dict[str, Any], steps: int) -> dict[str, Any]:
+def measure(settings: dict[str, Any], steps: int, reward_folder: Path) -> dict[str, Any]:
     """Run our trainer in this process; the timings and figures of the steps after the first."""
     from accelerate import Accelerator
 
@@ -44,11 +44,11 @@ def measure(settings: dict[str, Any], steps: int) -> dict[str, Any]:
     from align.data.chat import prompt_ids
     from align.data.prompts import read_prompts
     from align.models.policy import compute_dtype, load_tokenizer, stop_token_ids
-    from align.models.ppo_loading import RewardFolder, load_shared_trunk
+    from align.models.ppo_loading import RewardFolder, load_shared_trunk, trunk_scores
     from align.models.sources import resolve_model
     from align.repro import peak_resident_gb
     from align.rl.ppo import PpoTrainer
-    from align.rl.rewards import RewardModel
+    from align.rl.rewards import RewardModel, Rewards, RewardSource
     from align.rl.rollout import TokenizedPrompt
     from align.rl.settings import PpoBlock
     from align.tracking import Tracker
@@ -68,7 +68,7 @@ def measure(settings: dict[str, Any], steps: int) -> dict[str, Any]:
     tokenizer = load_tokenizer(str(folder))
     prompts = [TokenizedPrompt(row, tuple(prompt_ids(tokenizer, row.prompt))) for row in read_prompts(source)]
     with tempfile.TemporaryDirectory() as made:
-        reward = RewardFolder(untrained_reward_adapter(folder, Path(made)), on_policy_trunk=True, mean=0.0, std=1.0)
+        reward = RewardFolder(reward_folder, on_policy_trunk=True, mean=0.0, std=1.0)
         models = load_shared_trunk(
             str(folder),
             reward,
@@ -78,11 +78,9 @@ def measure(settings: dict[str, Any], steps: int) -> dict[str, Any]:
             temperature=TEMPERATURE,
         )
         scores = RewardModel(
-            lambda ids, mask: models("score", input_ids=ids, attention_mask=mask).result,
+            trunk_scores(models, tokenizer.pad_token_id),
             tokenizer,
-            pad_id=tokenizer.pad_token_id,
             batch_size=MICRO_BATCH,
-            device=models.causal_lm.device,
         )
         output = Path(made) / "ppo"
         output.mkdir()
@@ -91,7 +89,7 @@ def measure(settings: dict[str, Any], steps: int) -> dict[str, Any]:
                 models,
                 tokenizer,
                 prompts,
-                scores,
+                Rewards([RewardSource("reward", scores)], block.score),
                 block,
                 stop_ids=stop_token_ids(models.causal_lm, tokenizer),
                 seed=0,
@@ -105,7 +103,7 @@ def measure(settings: dict[str, Any], steps: int) -> dict[str, Any]:
         )
     phases = [name for name in timings[0] if name.startswith("seconds_")]
     return {
-        "seconds": [sum(row[name] for name in phases) for row in timings],
+        "seconds": [row["seconds"] for row in timings],
         "phases": {name: statistics.median(row[name] for row in timings) for name in phases},
         "peak_gb": peak_resident_gb(),
         "padding_share": statistics.mean(row["padding_share"] for row in metrics),
@@ -114,18 +112,32 @@ def measure(settings: dict[str, Any], steps: int) -> dict[str, Any]:
     }
 
 
-def untrained_reward_adapter(model: Path, made: Path) -> Path:
-    """A reward stage's folder with an adapter for the policy's own trunk."""
+def make_reward(made: Path) -> None:
+    """Write a reward stage's folder with an untrained adapter for the policy's own trunk."""
     import torch
     from transformers import AutoModelForSequenceClassification
 
     from align.config import LoraBlock
     from align.models.policy import add_lora, load_tokenizer, save_model
+    from align.models.sources import resolve_model
 
-    classifier = AutoModelForSequenceClassification.from_pretrained(str(model), num_labels=1, dtype=torch.float32)
-    tokenizer = load_tokenizer(str(model))
-    save_model(add_lora(classifier, LoraBlock(), task_type="SEQ_CLS"), tokenizer, made, torch.bfloat16)
-    return made
+    model = resolve_model(MODEL)
+    classifier = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1, dtype=torch.float32)
+    save_model(add_lora(classifier, LoraBlock(), task_type="SEQ_CLS"), load_tokenizer(model), made, torch.bfloat16)
+
+
+def common() -> dict[str, Any]:
+    """What the peer shares with ours."""
+    from align.models.sources import resolve_model
+
+    return {
+        "model": resolve_model(MODEL),
+        "prompts": str(PROMPTS),
+        "rollout": ROLLOUT,
+        "micro_batch": MICRO_BATCH,
+        "new_tokens": NEW_TOKENS,
+        "temperature": TEMPERATURE,
+    }
 
 
 def run_apart(command: list[str]) -> dict[str, Any]:
@@ -153,18 +165,29 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="steps that count")
     parser.add_argument("--only", help="settings whose name has this in it")
     parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--reward", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
-        print(json.dumps(measure(json.loads(arguments.one), arguments.steps)))
-        return
-    chosen = [name for name in (*OURS, *PEERS) if not arguments.only or arguments.only in name]
+        print(json.dumps(measure(json.loads(arguments.one), arguments.steps, arguments.reward)))
+    elif arguments.reward:
+        make_reward(arguments.reward)
+    else:
+        with tempfile.TemporaryDirectory() as reward:
+            compare(arguments, reward)
+
+
+def compare(arguments: argparse.Namespace, reward: str) -> None:
+    """Measure each setting in a process of its own, in turn, and print the table."""
+    ours = [sys.executable, __file__, "--reward", reward]
+    subprocess.run(ours, cwd=ROOT, check=True)
     rows = {}
-    for name in chosen:
+    for name in (name for name in (*OURS, *PEERS) if not arguments.only or arguments.only in name):
         steps = str(arguments.steps)
         if name in OURS:
-            command = [sys.executable, __file__, "--one", json.dumps(OURS[name]), "--steps", steps]
+            command = [*ours, "--one", json.dumps(OURS[name]), "--steps", steps]
         elif arguments.peer:
-            command = [arguments.peer, str(Path(__file__).with_name("peer_trl.py")), json.dumps(PEERS[name]), steps]
+            setting = json.dumps(PEERS[name] | common())
+            command = [arguments.peer, str(Path(__file__).with_name("peer_trl.py")), setting, steps]
         else:
             continue
         rows[name] = run_apart(command)

@@ -9,7 +9,6 @@ Shapes: B rows that are still being written, S cached positions, V vocabulary.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,15 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from align.errors import NotFinite
+from align.models.openings import (
+    OpeningBatch,
+    Openings,
+    can_share,
+    left_padded,
+    opening_batch,
+    positions,
+    shared_openings,
+)
 from align.models.wrapped import inner_model, without_ddp
 from align.records import FinishReason
 
@@ -34,12 +42,14 @@ class Decoded:
     """One entry a prompt, in the prompts' order.
 
     `tokens` include the stop token; `finish_reasons` say whether one was drawn ('stop') or the limit reached
-    ('length'); `logprobs` are the drawn tokens' in nats, under the temperature but before `top_p`, when kept.
+    ('length'); `logprobs` are the drawn tokens' in nats, under the temperature but before `top_p`, when kept; `values`
+    are the value before each drawn token, of a model that gives them.
     """
 
     tokens: list[list[int]]
     finish_reasons: list[FinishReason]
     logprobs: list[list[float]] | None
+    values: list[list[float]] | None = None
 
 
 class ReservedLayer(DynamicLayer):
@@ -90,6 +100,7 @@ def decode(
     stop_ids: Sequence[int],
     pad_id: int,
     keep_logprobs: bool = False,
+    keep_values: bool = False,
     synced: bool = False,
 ) -> Decoded:
     """Complete each prompt until a stop token or `max_new_tokens`.
@@ -101,6 +112,7 @@ def decode(
         seeds: one a prompt.
         temperature: 0 takes the likeliest token each time (log-probabilities are then at temperature 1).
         top_p: keep the smallest set of likeliest tokens that has this much probability (Holtzman et al. 2020).
+        keep_values: the model's output has `values` (B, 1) beside its logits, which are to be kept.
         synced: every process calls the model equally often, as weights that are sharded need. Then every process must
             call this function together, if need be with no prompts.
 
@@ -111,21 +123,26 @@ def decode(
     if len(prompts) != len(seeds) or not all(prompts):
         raise ValueError("decode takes one seed a prompt, and no empty prompt")
     if not prompts and not synced:
-        return Decoded([], [], [] if keep_logprobs else None)
+        return Decoded([], [], [] if keep_logprobs else None, [] if keep_values else None)
     stops = frozenset(stop_ids)
     tokens: list[list[int]] = [[] for _ in prompts]
     logprobs: list[list[float]] = [[] for _ in prompts]
+    values: list[list[float]] = [[] for _ in prompts]
     unfinished = set(range(len(prompts)))
     with torch.no_grad(), _evaluating(model):
         openings = Openings.none(len(prompts)) if synced else shared_openings(prompts)
         batch = _Batch(model, list(prompts) or [[pad_id]], openings, max_new_tokens, pad_id)
         uniforms = np.stack([np.random.default_rng(seed).random(max_new_tokens) for seed in seeds or [0]])
         for step in range(max_new_tokens):
-            drawn, drawn_logprobs = draw(batch.logits(), uniforms[batch.rows, step], temperature, top_p)
-            for row, token, logprob in zip(batch.rows, drawn.tolist(), drawn_logprobs.tolist(), strict=True):
+            given = batch.next()
+            drawn, drawn_logprobs = draw(given.logits[:, -1], uniforms[batch.rows, step], temperature, top_p)
+            drawn_values = given.values[:, -1] if keep_values else torch.zeros_like(drawn_logprobs)
+            each = zip(drawn.tolist(), drawn_logprobs.tolist(), drawn_values.tolist(), strict=True)
+            for row, (token, logprob, value) in zip(batch.rows, each, strict=True):
                 if row in unfinished:
                     tokens[row].append(token)
                     logprobs[row].append(logprob)
+                    values[row].append(value)
                     if token in stops:
                         unfinished.remove(row)
             if not _anywhere(bool(unfinished), synced, drawn.device):
@@ -133,7 +150,7 @@ def decode(
             batch.extend(drawn)
             batch.drop_ended(unfinished)
     reasons: list[FinishReason] = ["stop" if row[-1] in stops else "length" for row in tokens]
-    return Decoded(tokens, reasons, logprobs if keep_logprobs else None)
+    return Decoded(tokens, reasons, logprobs if keep_logprobs else None, values if keep_values else None)
 
 
 def draw(logits: Tensor, uniforms: np.ndarray, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
@@ -186,51 +203,6 @@ def _nucleus(weights: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:
     return top.where(before < mass[:, None], 0.0), ids
 
 
-@dataclass(frozen=True)
-class Openings:
-    """Beginnings that several prompts have in common (a system prompt, worked examples), and which each prompt has."""
-
-    ids: list[list[int]]
-    of_row: list[int]
-
-    @classmethod
-    def none(cls, rows: int) -> "Openings":
-        """Nothing in common."""
-        return cls([[]], [0] * max(rows, 1))
-
-
-def shared_openings(prompts: Sequence[Sequence[int]]) -> Openings:
-    """Group prompts by their longest common beginnings, at least one token short of each prompt.
-
-    In sorted order prompts with a common beginning are neighbours; a group ends where two neighbours have less than
-    half as much in common as is usual.
-    """
-    order = sorted(range(len(prompts)), key=lambda row: list(prompts[row]))
-    common = [_common(prompts[a], prompts[b]) for a, b in pairwise(order)]
-    if not common:
-        return Openings.none(len(prompts))
-    usual = sorted(common)[len(common) // 2]
-    groups = [[order[0]]]
-    for row, length in zip(order[1:], common, strict=True):
-        if 2 * length < usual:
-            groups.append([])
-        groups[-1].append(row)
-    ids: list[list[int]] = []
-    of_row = [0] * len(prompts)
-    for number, group in enumerate(groups):
-        length = min(_common(prompts[group[0]], prompts[group[-1]]), min(len(prompts[row]) for row in group) - 1)
-        ids.append(list(prompts[group[0]][:length]))
-        for row in group:
-            of_row[row] = number
-    return Openings(ids, of_row) if all(ids) and len(ids) < len(prompts) else Openings.none(len(prompts))
-
-
-def _common(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many tokens two prompts have in common at their beginnings."""
-    pairs = enumerate(zip(first, second, strict=False))
-    return next((position for position, (a, b) in pairs if a != b), min(len(first), len(second)))
-
-
 class _Batch:
     """The rows in the model's batch, their cache, and what goes in next.
 
@@ -243,45 +215,30 @@ class _Batch:
     ) -> None:
         self.model = without_ddp(model)
         self.rows = list(range(len(prompts)))
-        self.pad_id = pad_id
         inner = inner_model(model)
         self.device = inner.device
-        if not all(isinstance(layer, ReservedLayer) for layer in reserved_cache(inner.config, 1).layers):
+        if not can_share(inner.config):
             openings = Openings.none(len(prompts))
-        of_row = torch.tensor(openings.of_row, device=self.device)
-        opening_ids, opening_mask = self._padded(openings.ids)
+        opened = opening_batch(openings, pad_id, self.device)
         rests = [prompt[len(openings.ids[group]) :] for prompt, group in zip(prompts, openings.of_row, strict=True)]
-        self.ids, mask = self._padded(rests)
+        self.ids, mask = left_padded(rests, pad_id, self.device)
         drawn = torch.ones(len(prompts), max_new_tokens, dtype=torch.long, device=self.device)
-        self.mask = torch.cat([opening_mask[of_row], mask, drawn], dim=1)
+        self.mask = opened.before(torch.cat([mask, drawn], dim=1))
         self.length = self.mask.shape[1] - max_new_tokens
-        self.positions = _positions(self.mask[:, : self.length])[:, opening_ids.shape[1] :]
+        self.positions = positions(self.mask[:, : self.length])[:, opened.width :]
         self.cache = reserved_cache(inner.config, self.mask.shape[1])
-        if opening_ids.shape[1]:
-            self._open(opening_ids, opening_mask, of_row, reserved_cache(inner.config, opening_ids.shape[1]))
+        if opened.width:
+            self._open(opened, reserved_cache(inner.config, opened.width))
 
-    def _padded(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        """Rows padded on the left, and the mask that tells the padding."""
-        width = max(map(len, rows))
-        ids = torch.tensor([[self.pad_id] * (width - len(row)) + list(row) for row in rows], device=self.device)
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=self.device)
-        return ids.long(), mask.long()
-
-    def _open(self, ids: Tensor, mask: Tensor, of_row: Tensor, opened: Cache) -> None:
+    def _open(self, openings: OpeningBatch, opened: Cache) -> None:
         """Put the openings through the model, and each row's into its part of the cache."""
-        self.model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=_positions(mask),
-            past_key_values=opened,
-            use_cache=True,
-            logits_to_keep=1,
-        )
+        openings.run(self.model, opened, logits_to_keep=1)
         for layer, source in zip(self.cache.layers, opened.layers, strict=True):
-            layer.update(source.keys.index_select(0, of_row), source.values.index_select(0, of_row))
+            each = (states.index_select(0, openings.of_row) for states in (source.keys, source.values))
+            layer.update(*each)
 
-    def logits(self) -> Tensor:
-        """(B, V) of each row's next token."""
+    def next(self) -> Any:
+        """What the model gives for each row's next token: (B, 1, V) logits, perhaps more."""
         return self.model(
             input_ids=self.ids,
             attention_mask=self.mask[:, : self.length],
@@ -289,7 +246,7 @@ class _Batch:
             past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=1,
-        ).logits[:, -1]
+        )
 
     def extend(self, tokens: Tensor) -> None:
         """Give each row its next token, (B,)."""
@@ -306,11 +263,6 @@ class _Batch:
         self.rows = [self.rows[slot] for slot in kept]
         self.ids, self.positions, self.mask = self.ids[indices], self.positions[indices], self.mask[indices]
         self.cache.batch_select_indices(indices)
-
-
-def _positions(mask: Tensor) -> Tensor:
-    """(B, L) count from 0 at the first position that is not padding."""
-    return (mask.cumsum(-1) - 1).clamp(min=0)
 
 
 def reserved_cache(config: PreTrainedConfig, capacity: int) -> Cache:

@@ -4,10 +4,12 @@ Shapes: B rows, L positions, T completion positions (the last T of L), H hidden 
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from align.models.wrapped import inner_model, replaced_forward
@@ -24,22 +26,63 @@ class LogprobsOut(NamedTuple):
 
 
 def gather_logprobs(
-    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0, chunk_size: int = CHUNK
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    temperature: float = 1.0,
+    *,
+    with_entropy: bool = True,
+    chunk_size: int = CHUNK,
 ) -> LogprobsOut:
     """log softmax(hidden weightᵀ / temperature) at the targets, and the distributions' entropy.
 
-    With gradients on, each chunk's logits are computed again in the backward pass instead of being kept.
+    With gradients on, logits are not kept: those of a frozen weight give the log-probs' slopes in the states at once,
+    and those of a trained one are computed again in the backward pass.
 
     Args:
         hidden: (..., H) states at the positions that predict the targets.
         weight: (V, H) output embedding.
         targets: (...) token ids.
         temperature: above 0.
+        with_entropy: without gradients, entropies may be left out, which are 0 then.
 
     Returns:
         (...) log-probabilities and entropies.
     """
-    return _gather(lambda states: nn.functional.linear(states, weight), hidden, targets, temperature, chunk_size)
+    if torch.is_grad_enabled() and hidden.requires_grad and not weight.requires_grad:
+        return LogprobsOut(*_FrozenHead.apply(hidden, weight, targets, temperature, chunk_size))
+    head = partial(nn.functional.linear, weight=weight)
+    return _gather(head, hidden, targets, temperature, chunk_size, with_entropy)
+
+
+class _FrozenHead(torch.autograd.Function):
+    """Keeps d log p(target) / d state = (weight[target] - sum over v of p(v) weight[v]) / temperature, not logits."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, chunk_size: int
+    ) -> tuple[Tensor, Tensor]:
+        states, flat_targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+        logprobs, entropies = states.new_empty(2, len(states), dtype=torch.float32)
+        slopes = torch.empty_like(states)
+        for start in range(0, len(states), chunk_size):
+            chunk = slice(start, start + chunk_size)
+            wanted = flat_targets[chunk]
+            scores = _log_softmax_(nn.functional.linear(states[chunk], weight), temperature)
+            logprobs[chunk] = scores.gather(-1, wanted[:, None])[:, 0]
+            probabilities = scores.exp_()
+            expected = probabilities.to(weight.dtype) @ weight
+            slopes[chunk] = (weight[wanted] - expected) / temperature
+            entropies[chunk] = torch.special.entr(probabilities).sum(-1)
+        ctx.save_for_backward(slopes.reshape(hidden.shape))
+        ctx.mark_non_differentiable(entropies)
+        return logprobs.reshape(targets.shape), entropies.reshape(targets.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, logprobs: Tensor, _: Tensor) -> tuple[Tensor, None, None, None, None]:
+        (slopes,) = ctx.saved_tensors
+        return (logprobs[..., None] * slopes).to(slopes.dtype), None, None, None, None
 
 
 def completion_logprobs(
@@ -97,17 +140,17 @@ def completion_logprobs(
 
 
 def _gather(
-    logits_of: Callable[[Tensor], Tensor], states: Tensor, targets: Tensor, temperature: float, chunk_size: int
+    logits_of: Callable[[Tensor], Tensor],
+    states: Tensor,
+    targets: Tensor,
+    temperature: float,
+    chunk_size: int,
+    with_entropy: bool = True,
 ) -> LogprobsOut:
-    if temperature <= 0:
-        raise ValueError(f"temperature must be above 0, got {temperature}")
-
     def score(states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        scores = logits_of(states).float() / temperature  # (chunk, V)
-        # The same subtraction with gradients and without, so that both passes give the same bits.
-        total = scores.logsumexp(-1, keepdim=True)
-        logprobs = scores - total if scores.requires_grad else scores.sub_(total)
-        entropy = torch.special.entr(logprobs.detach().exp()).sum(-1)
+        logprobs = _log_softmax_(logits_of(states), temperature)  # (chunk, V)
+        distribution = logprobs.detach().exp() if with_entropy else logprobs.new_zeros(len(targets), 1)
+        entropy = torch.special.entr(distribution).sum(-1)
         return logprobs.gather(-1, targets[:, None])[:, 0], entropy
 
     flat_states, flat_targets = states.reshape(-1, states.shape[-1]), targets.reshape(-1)
@@ -121,3 +164,13 @@ def _gather(
             found.append(score(*chunk))
     logprobs, entropies = (torch.cat(parts).reshape(targets.shape) for parts in zip(*found, strict=True))
     return LogprobsOut(logprobs, entropies)
+
+
+def _log_softmax_(logits: Tensor, temperature: float) -> Tensor:
+    """log softmax(logits / temperature) in float32, in place where no gradient needs the logits."""
+    if temperature <= 0:
+        raise ValueError(f"temperature must be above 0, got {temperature}")
+    scores = logits.float() / temperature
+    # The same subtraction with gradients and without, so that both passes give the same bits.
+    total = scores.logsumexp(-1, keepdim=True)
+    return scores - total if scores.requires_grad else scores.sub_(total)

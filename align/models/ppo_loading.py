@@ -1,7 +1,7 @@
 """Builds the models of a PPO run from the SFT policy and the reward model."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from align.config import LoraBlock
 from align.errors import InputError
 from align.models.heads import ValueHead, pooled_scores
+from align.models.openings import right_padded
 from align.models.policy import add_lora, load_causal_lm
 from align.models.ppo_models import PpoModels, SeparateModels, SharedTrunk
+from align.models.sequences import lay_out_rows
 
 SCORE_HEAD = "score.weight"
 SHAPES_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
@@ -39,7 +41,7 @@ class RewardFolder:
 
 def load_shared_trunk(
     policy: str,
-    reward: RewardFolder,
+    reward: RewardFolder | None,
     lora: LoraBlock,
     *,
     value: str | None,
@@ -60,12 +62,12 @@ def load_shared_trunk(
     model = add_lora(_load_policy(policy, dtype, trust_remote_code), lora, adapter_name="policy")
     hidden = model.config.get_text_config().hidden_size
     reward_head = None
-    if reward.shares_trunk:
+    if reward is not None and reward.shares_trunk:
         reward_head = _add_reward_adapter(model, reward.path / "adapter", "reward", hidden)
     value_head = ValueHead(hidden) if value is not None else None
     if value == "adapter" and reward_head is None:
         add_lora(model, lora, adapter_name="value")
-    if value == "adapter" and reward_head is not None and value_head is not None:
+    if value == "adapter" and reward is not None and reward_head is not None and value_head is not None:
         _add_reward_adapter(model, reward.path / "adapter", "value", hidden)
         _start_from_reward(value_head, reward_head, reward)
     return SharedTrunk(
@@ -80,7 +82,7 @@ def load_shared_trunk(
 
 def load_separate_models(
     policy: str,
-    reward: RewardFolder,
+    reward: RewardFolder | None,
     *,
     value: str | None,
     dtype: torch.dtype,
@@ -96,12 +98,13 @@ def load_separate_models(
     hidden = trained.config.get_text_config().hidden_size
     backbone = None
     value_head = ValueHead(hidden) if value is not None else None
-    if value == "adapter" and not reward.on_policy_trunk:
+    own = reward if reward is not None and reward.on_policy_trunk else None
+    if value == "adapter" and own is None:
         backbone = _load_policy(policy, torch.float32, trust_remote_code).base_model
-    if value == "adapter" and reward.on_policy_trunk and value_head is not None:
-        classifier = load_classifier(reward.path / "model", torch.float32, trust_remote_code=trust_remote_code)
+    if value == "adapter" and own is not None and value_head is not None:
+        classifier = load_classifier(own.path / "model", torch.float32, trust_remote_code=trust_remote_code)
         backbone = classifier.base_model
-        _start_from_reward(value_head, classifier.score, reward)
+        _start_from_reward(value_head, classifier.score, own)
     return SeparateModels(
         trained,
         backbone,
@@ -143,12 +146,28 @@ def load_classifier(path: Path, dtype: torch.dtype, *, trust_remote_code: bool =
     return model.eval().requires_grad_(False)
 
 
-def classifier_scores(model: Any, dtype: torch.dtype) -> Callable[[Tensor, Tensor], Tensor]:
-    """A separate reward model's scores, as (input_ids, attention_mask) → (B,)."""
+Scores = Callable[[Sequence[Sequence[int]]], Tensor]
+"""Scores (B,) of B whole conversations, each as token ids."""
 
-    def scores(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        with torch.autocast(input_ids.device.type, dtype=dtype, enabled=dtype != torch.float32):
-            return pooled_scores(model, input_ids, attention_mask)
+
+def classifier_scores(model: Any, dtype: torch.dtype, pad_id: int) -> Scores:
+    """A separate reward model's scores; conversations are padded on the right, as in its training."""
+
+    def scores(rows: Sequence[Sequence[int]]) -> Tensor:
+        ids, mask = right_padded(rows, pad_id, model.device)
+        with torch.no_grad(), torch.autocast(model.device.type, dtype=dtype, enabled=dtype != torch.float32):
+            return pooled_scores(model, ids, mask)
+
+    return scores
+
+
+def trunk_scores(models: PpoModels, pad_id: int) -> Scores:
+    """The scores of the reward adapter on the policy's own trunk."""
+
+    def scores(rows: Sequence[Sequence[int]]) -> Tensor:
+        laid_out = lay_out_rows(rows, pad_id, models.causal_lm.device, share=models.shares_openings)
+        result: Tensor = models("score", sequences=laid_out).result
+        return result
 
     return scores
 
@@ -198,7 +217,7 @@ def reward_folder(path: Path) -> RewardFolder:
 
 def initial_models(
     policy: Path,
-    reward: RewardFolder,
+    reward: RewardFolder | None,
     lora: LoraBlock | None,
     *,
     value: str | None,

@@ -4,13 +4,11 @@ With LoRA they are one frozen trunk: the policy, value and reward adapters take 
 trunk with its adapters off. With full fine-tuning they are separate models. Either way there is one module to hand to
 accelerate, whose forward takes a role, so that DDP and FSDP2 see every pass.
 
-Shapes: B completions, T completion tokens. Sequences are prompts padded on the left and completions padded on the
-right, so that the last T positions are the completion.
+Shapes: B completions, T completion tokens, V vocabulary, H hidden size.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -19,39 +17,30 @@ from transformers import PreTrainedModel
 
 from align.models.heads import head_output, last_attended
 from align.models.logprobs import gather_logprobs
+from align.models.openings import can_share
+from align.models.sequences import Rows, Sequences, completion_hidden, hidden_states
 from align.models.wrapped import inner_model, is_sharded
 
-Role = Literal["generate", "train", "imitate", "reference", "score"]
-
-
-@dataclass(frozen=True)
-class Sequences:
-    """Token ids and masks of a micro-batch: `input_ids` and `attention_mask` (B, L), `completion_mask` (B, T)."""
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    completion_mask: Tensor
-
-    @property
-    def position_ids(self) -> Tensor:
-        """(B, L) count from 0 at the first token that is not padding."""
-        return (self.attention_mask.cumsum(dim=-1) - 1).clamp(min=0)
-
-    @property
-    def targets(self) -> Tensor:
-        """(B, T) the completion's tokens."""
-        return self.input_ids[:, -self.completion_mask.shape[1] :]
+Role = Literal["generate", "train", "logprobs", "values", "imitate", "reference", "score"]
 
 
 class SinglePass(NamedTuple):
-    """What a role with one result gives: log-probs (B, T) of the reference or of demonstrations, or scores (B,)."""
+    """What a role with one result gives: log-probs or values (B, T), or scores (B,)."""
 
     result: Tensor
+
+
+class GeneratePass(NamedTuple):
+    """Logits (B, kept, V), and values (B, kept) of the same states where a head on the policy gives them."""
+
+    logits: Tensor
+    values: Tensor | None
 
 
 class TrainPass(NamedTuple):
     """What the policy and value say of each completion token, each (B, T) float32 and zero where masked.
 
+    Entropy is for reports, and computed in passes with a gradient alone.
     A named tuple, because DeepSpeed finds a module's output tensors in tuples and not in dataclasses.
     """
 
@@ -67,11 +56,28 @@ class PpoModels(nn.Module):
     """
 
     policy: Any
+    value_head: nn.Linear | None
 
     def __init__(self, temperature: float, compute_dtype: torch.dtype) -> None:
         super().__init__()
         self.temperature = temperature
         self.compute_dtype = compute_dtype
+        self.sharded = False
+
+    @property
+    def shares_openings(self) -> bool:
+        """Whether rows may share a pass over what they begin with; sharded weights want each layer called once."""
+        return not self.sharded and can_share(self.config)
+
+    @property
+    def keeps_sampled(self) -> bool:
+        """Whether the log-probs of sampling are those of a training pass but for float32's rounding."""
+        return self.compute_dtype == torch.float32
+
+    @property
+    def value_on_policy(self) -> bool:
+        """Whether values come from a head on the policy's own hidden states."""
+        raise NotImplementedError
 
     @property
     def config(self) -> Any:
@@ -84,30 +90,48 @@ class PpoModels(nn.Module):
         return inner_model(self.policy)
 
     def forward(self, role: Role, **inputs: Any) -> Any:
-        """One pass in a role: generate (a causal LM's forward), train, imitate, reference (no gradient) or score."""
-        with self._autocast(inputs):
+        """One pass in a role: generate (called as a causal LM), train, logprobs, values, imitate, reference or score.
+
+        The last two have no gradient.
+        """
+        with self._autocast():
             if role == "generate":
-                return self.policy_forward(**inputs)
+                return self._generate_pass(**inputs)
             if role == "train":
                 return self._train_pass(**inputs)
-            if role == "imitate":
-                return SinglePass(self._imitated_logprobs(**inputs))
-            if role == "reference":
-                return SinglePass(self._reference_logprobs(**inputs))
-            return SinglePass(self.reward_scores(**inputs))
+            passes = {
+                "logprobs": self._policy_logprobs,
+                "values": self._value_pass,
+                "imitate": self._imitated_logprobs,
+                "reference": self._reference_logprobs,
+                "score": self.reward_scores,
+            }
+            return SinglePass(passes[role](**inputs))
 
-    def _autocast(self, inputs: dict[str, Any]) -> Any:
+    def _autocast(self) -> Any:
         if self.compute_dtype == torch.float32:
             return nullcontext()
-        sequences = inputs.get("sequences")
-        tensor = sequences.input_ids if sequences is not None else inputs["input_ids"]
-        return torch.autocast(tensor.device.type, dtype=self.compute_dtype)
+        return torch.autocast(self.causal_lm.device.type, dtype=self.compute_dtype)
+
+    def _generate_pass(self, logits_to_keep: int = 0, **inputs: Any) -> GeneratePass:
+        states = self.generation_states(**inputs)[:, -logits_to_keep:]
+        logits = nn.functional.linear(states, self.policy_output_weight())
+        on_policy = self.value_head if self.value_on_policy else None
+        return GeneratePass(logits, None if on_policy is None else head_output(on_policy, states))
 
     def _train_pass(self, sequences: Sequences) -> TrainPass:
         policy_hidden = self.policy_hidden(sequences)
         logprobs, entropy = self._completion_logprobs(policy_hidden, sequences, self.policy_output_weight())
         values = self.values(sequences, policy_hidden)
         return TrainPass(logprobs, entropy, values * sequences.completion_mask)
+
+    def _value_pass(self, sequences: Sequences) -> Tensor:
+        """(B, T) values without log-probs."""
+        return self.values(sequences) * sequences.completion_mask
+
+    def _policy_logprobs(self, sequences: Sequences) -> Tensor:
+        """(B, T) the policy's log-probs without values."""
+        return self._completion_logprobs(self.policy_hidden(sequences), sequences, self.policy_output_weight())[0]
 
     def _imitated_logprobs(self, sequences: Sequences) -> Tensor:
         """(B, T) the policy's log-probs of demonstrations, at temperature 1 as in supervised fine-tuning."""
@@ -127,12 +151,18 @@ class PpoModels(nn.Module):
         The temperature is that of sampling unless another is given.
         """
         mask = sequences.completion_mask
-        picked = gather_logprobs(hidden[mask], weight, sequences.targets[mask], temperature or self.temperature)
+        picked = gather_logprobs(
+            hidden[mask],
+            weight,
+            sequences.targets[mask],
+            temperature or self.temperature,
+            with_entropy=torch.is_grad_enabled(),
+        )
         empty = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
         return empty.masked_scatter(mask, picked.logprobs), empty.masked_scatter(mask, picked.entropy)
 
-    def policy_forward(self, **inputs: Any) -> Any:
-        """The policy's own forward, for generation."""
+    def generation_states(self, **inputs: Any) -> Tensor:
+        """(B, L, H) the policy's last hidden states, for the inputs of a forward with a cache."""
         raise NotImplementedError
 
     def policy_hidden(self, sequences: Sequences) -> Tensor:
@@ -151,11 +181,14 @@ class PpoModels(nn.Module):
         """(V, H) the reference's output embedding."""
         raise NotImplementedError
 
-    def values(self, sequences: Sequences, policy_hidden: Tensor) -> Tensor:
-        """(B, T) V(s_t), the value before each completion token; zeros where nothing estimates values."""
+    def values(self, sequences: Sequences, policy_hidden: Tensor | None = None) -> Tensor:
+        """(B, T) V(s_t), the value before each completion token; zeros where nothing estimates values.
+
+        The policy's hidden states (B, T, H), where given, spare a pass if the value's head is on them.
+        """
         raise NotImplementedError
 
-    def reward_scores(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def reward_scores(self, sequences: Rows) -> Tensor:
         """(B,) the reward model's score of whole conversations."""
         raise NotImplementedError
 
@@ -163,17 +196,6 @@ class PpoModels(nn.Module):
     def generation(self) -> Iterator[None]:
         """Surrounds the sampling of completions; a place to make the policy's forward cheaper."""
         yield
-
-
-def completion_hidden(backbone: nn.Module, sequences: Sequences) -> Tensor:
-    """(B, T, H) a backbone's last hidden states at the positions that predict the completion's tokens."""
-    states = backbone(
-        input_ids=sequences.input_ids,
-        attention_mask=sequences.attention_mask,
-        position_ids=sequences.position_ids,
-        use_cache=False,
-    ).last_hidden_state
-    return states[:, -sequences.completion_mask.shape[1] - 1 : -1]
 
 
 class SharedTrunk(PpoModels):
@@ -225,9 +247,14 @@ class SharedTrunk(PpoModels):
         finally:
             self._use("policy")
 
-    def policy_forward(self, **inputs: Any) -> Any:
+    @property
+    def value_on_policy(self) -> bool:
+        return self.value_head is not None and not self.value_adapter
+
+    def generation_states(self, **inputs: Any) -> Tensor:
         with self._adapter(None if self._merged else "policy"):
-            return self.causal_lm(**inputs)
+            states: Tensor = self.causal_lm.base_model(**inputs).last_hidden_state
+            return states
 
     def policy_hidden(self, sequences: Sequences) -> Tensor:
         with self._adapter("policy"):
@@ -242,23 +269,21 @@ class SharedTrunk(PpoModels):
 
     reference_output_weight = policy_output_weight
 
-    def values(self, sequences: Sequences, policy_hidden: Tensor) -> Tensor:
+    def values(self, sequences: Sequences, policy_hidden: Tensor | None = None) -> Tensor:
         if self.value_head is None:
-            return torch.zeros(sequences.completion_mask.shape, device=policy_hidden.device)
+            return torch.zeros(sequences.completion_mask.shape, device=sequences.input_ids.device)
         if not self.value_adapter:
-            return head_output(self.value_head, policy_hidden)
+            hidden = self.policy_hidden(sequences) if policy_hidden is None else policy_hidden
+            return head_output(self.value_head, hidden)
         with self._adapter("value"):
             return head_output(self.value_head, completion_hidden(self.causal_lm.base_model, sequences))
 
-    def reward_scores(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def reward_scores(self, sequences: Rows) -> Tensor:
         if self.reward_head is None:
             raise ValueError("this trunk carries no reward adapter")
-        whole = Sequences(input_ids, attention_mask, attention_mask.bool())
         with torch.no_grad(), self._adapter("reward"):
-            states = self.causal_lm.base_model(
-                input_ids=input_ids, attention_mask=attention_mask, position_ids=whole.position_ids, use_cache=False
-            ).last_hidden_state
-            return head_output(self.reward_head, last_attended(states, attention_mask))
+            states = hidden_states(self.causal_lm.base_model, sequences)
+            return head_output(self.reward_head, last_attended(states, sequences.attention_mask))
 
     _merged = False
 
@@ -310,8 +335,13 @@ class SeparateModels(PpoModels):
     def _no_split_modules(self) -> Any:
         return self.policy._no_split_modules
 
-    def policy_forward(self, **inputs: Any) -> Any:
-        return self.policy(**inputs)
+    @property
+    def value_on_policy(self) -> bool:
+        return self.value_head is not None and self.value_backbone is None
+
+    def generation_states(self, **inputs: Any) -> Tensor:
+        states: Tensor = self.policy.base_model(**inputs).last_hidden_state
+        return states
 
     def policy_hidden(self, sequences: Sequences) -> Tensor:
         return completion_hidden(self.policy.base_model, sequences)
@@ -325,9 +355,10 @@ class SeparateModels(PpoModels):
     def reference_output_weight(self) -> Tensor:
         return self.reference.get_output_embeddings().weight
 
-    def values(self, sequences: Sequences, policy_hidden: Tensor) -> Tensor:
+    def values(self, sequences: Sequences, policy_hidden: Tensor | None = None) -> Tensor:
         if self.value_head is None:
-            return torch.zeros(sequences.completion_mask.shape, device=policy_hidden.device)
+            return torch.zeros(sequences.completion_mask.shape, device=sequences.input_ids.device)
         if self.value_backbone is None:
-            return head_output(self.value_head, policy_hidden)
+            hidden = self.policy_hidden(sequences) if policy_hidden is None else policy_hidden
+            return head_output(self.value_head, hidden)
         return head_output(self.value_head, completion_hidden(self.value_backbone, sequences))

@@ -1,7 +1,10 @@
-"""Scores of completions, and their standardisation."""
+"""Scores of completions, their standardisation, and how several sources become one score.
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+Shapes: N completions, S sources.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -9,6 +12,7 @@ from torch import Tensor
 
 from align.data.chat import conversation_ids
 from align.records import Conversation
+from align.rl.settings import ScoreBlock
 
 
 class Reward(Protocol):
@@ -25,28 +29,23 @@ class RewardModel:
     training; so a reward model of another family works as well as one on the policy's trunk.
 
     Args:
-        scores: (input_ids, attention_mask) → (B,).
+        scores: of conversations as token ids, (B,).
         tokenizer: the reward model's.
-        pad_id: fills rows on the right.
         batch_size: conversations a pass.
         system_prompt: put before conversations that have none, as in the reward model's training.
     """
 
     def __init__(
         self,
-        scores: Callable[..., Tensor],
+        scores: Callable[[Sequence[Sequence[int]]], Tensor],
         tokenizer: Any,
         *,
-        pad_id: int,
         batch_size: int,
-        device: torch.device,
         system_prompt: str | None = None,
     ) -> None:
         self.scores = scores
         self.tokenizer = tokenizer
-        self.pad_id = pad_id
         self.batch_size = batch_size
-        self.device = device
         self.system_prompt = system_prompt
 
     def __call__(self, prompts: Sequence[Conversation], completions: Sequence[str]) -> Tensor:
@@ -55,22 +54,12 @@ class RewardModel:
         result = torch.zeros(len(rows))
         for start in range(0, len(order), self.batch_size):
             group = order[start : start + self.batch_size]
-            result[group] = self._score([rows[row] for row in group])
+            result[group] = self.scores([rows[row] for row in group]).float().cpu()
         return result
 
     def _ids(self, prompt: Conversation, completion: str) -> list[int]:
         opening, words = conversation_ids(self.tokenizer, prompt, completion, self.system_prompt)
         return [*opening, *words]
-
-    def _score(self, rows: Sequence[Sequence[int]]) -> Tensor:
-        width = max(map(len, rows))
-        input_ids = torch.full((len(rows), width), self.pad_id)
-        attention_mask = torch.zeros_like(input_ids)
-        for index, ids in enumerate(rows):
-            input_ids[index, : len(ids)] = torch.tensor(ids)
-            attention_mask[index, : len(ids)] = 1
-        with torch.no_grad():
-            return self.scores(input_ids.to(self.device), attention_mask.to(self.device)).float().cpu()
 
 
 @dataclass
@@ -101,6 +90,76 @@ def standardise(scores: Tensor, mean: float, std: float, clip: float | None) -> 
     """(score − mean) / std, kept within ±clip."""
     standard = (scores - mean) / std
     return standard if clip is None else standard.clamp(-clip, clip)
+
+
+@dataclass
+class RewardSource:
+    """A source of scores: its weight among several, and its scores' moments where these are known beforehand.
+
+    A gold source's scores are for reports: nothing is trained against them.
+    """
+
+    name: str
+    reward: Reward
+    weight: float = 1.0
+    moments: tuple[float, float] | None = None
+    gold: bool = False
+    seen: RunningMoments = field(default_factory=RunningMoments)
+
+
+class Rewards:
+    """All sources of scores, and what becomes of these. The gold ones come last among the columns of scores."""
+
+    def __init__(self, sources: Sequence[RewardSource], block: ScoreBlock) -> None:
+        self.sources = sorted(sources, key=lambda source: source.gold)
+        self.block = block
+        self.trained = sum(not source.gold for source in sources)
+        self.weights = torch.tensor([source.weight for source in self.sources[: self.trained]])
+
+    @property
+    def names(self) -> list[str]:
+        """The sources', in the order of the columns of scores."""
+        return [source.name for source in self.sources]
+
+    def scores(self, prompts: Sequence[Conversation], completions: Sequence[str]) -> Tensor:
+        """(N, S) scores as the sources give them."""
+        return torch.stack([source.reward(prompts, completions).float() for source in self.sources], dim=1)
+
+    def standardised(self, scores: Tensor) -> Tensor:
+        """(N, trained) scores on one scale. Pass those of all processes: running moments take them in."""
+        columns = []
+        for source, column in zip(self.sources[: self.trained], scores.unbind(1), strict=False):
+            mean, std = 0.0, 1.0
+            if self.block.normalise == "held_out" and source.moments is not None:
+                mean, std = source.moments
+            elif self.block.normalise != "none":
+                source.seen.update(column)
+                mean, std = source.seen.mean, source.seen.std
+            columns.append(standardise(column, mean, std, self.block.clip))
+        return torch.stack(columns, dim=1)
+
+    def combined(self, standardised: Tensor) -> Tensor:
+        """(N,) one score a completion."""
+        if self.block.combine == "minimum":
+            return standardised.amin(dim=1)
+        mean, spread = weighted_moments(standardised, self.weights)
+        return mean - self.block.disagreement_coef * spread
+
+    def state(self) -> dict[str, Any]:
+        """What has to be kept to go on: JSON-able."""
+        return {source.name: source.seen.__dict__ for source in self.sources}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state` gave."""
+        for source in self.sources:
+            source.seen = RunningMoments(**state[source.name])
+
+
+def weighted_moments(scores: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """(N,) means and standard deviations over the sources of (N, S) scores; weights (S,) are shares of their sum."""
+    shares = weights / weights.sum()
+    mean = scores @ shares
+    return mean, ((scores - mean[:, None]).square() @ shares).sqrt()
 
 
 def adapted_kl_coef(kl_coef: float, kl: float, target: float, completions: int, horizon: int) -> float:

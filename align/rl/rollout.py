@@ -1,4 +1,4 @@
-"""What one PPO iteration samples, and how it is cut into micro-batches.
+"""What one PPO iteration samples.
 
 Shapes: N completions an iteration over all processes, T tokens of the longest. Every process holds the whole rollout
 (it is small: ids and a few floats a token), so statistics are over all processes by construction.
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from align.models.decode import decode
-from align.models.ppo_models import PpoModels, Sequences
+from align.models.ppo_models import PpoModels
 from align.records import Prompt
 from align.repro import derive_seed
 
@@ -28,7 +28,8 @@ class TokenizedPrompt:
 class Completion:
     """One sampled completion: its tokens (stop token included), what it says, and whether it stopped by itself.
 
-    `sampled_logprobs` are those of the pass that sampled it; they are compared with the training pass's, never used.
+    `sampled_logprobs` are those of the pass that sampled it, and `sampled_values` the values before each token, empty
+    where that pass gives none.
     """
 
     prompt: TokenizedPrompt
@@ -36,6 +37,7 @@ class Completion:
     text: str
     stopped: bool
     sampled_logprobs: tuple[float, ...]
+    sampled_values: tuple[float, ...] = ()
 
     @property
     def length(self) -> int:
@@ -62,11 +64,12 @@ def schedule(prompts: Sequence[TokenizedPrompt], count: int, iteration: int, see
     """
     positions = range(iteration * count, (iteration + 1) * count)
     orders = {position // len(prompts): None for position in positions}
-    shuffles = {turn: _permutation(len(prompts), derive_seed(seed, "prompts", turn)) for turn in orders}
+    shuffles = {turn: permutation(len(prompts), derive_seed(seed, "prompts", turn)) for turn in orders}
     return [prompts[shuffles[position // len(prompts)][position % len(prompts)]] for position in positions]
 
 
-def _permutation(count: int, seed: int) -> list[int]:
+def permutation(count: int, seed: int) -> list[int]:
+    """The numbers below `count` in an order that the seed alone decides."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
 
 
@@ -98,62 +101,20 @@ def sample_completions(
                 stop_ids=tuple(stop_ids),
                 pad_id=pad_id,
                 keep_logprobs=True,
+                keep_values=models.value_on_policy,
                 synced=synced,
             )
-            for (prompt, _), tokens, reason, logprobs in zip(
-                chunk, drawn.tokens, drawn.finish_reasons, drawn.logprobs or [], strict=True
+            values = drawn.values or [[]] * len(chunk)
+            for (prompt, _), tokens, reason, logprobs, each in zip(
+                chunk, drawn.tokens, drawn.finish_reasons, drawn.logprobs or [], values, strict=True
             ):
                 stopped = reason == "stop"
                 text = to_text(tokens[:-1] if stopped else tokens)
-                completions.append(Completion(prompt, tuple(tokens), text, stopped, tuple(logprobs)))
+                completions.append(Completion(prompt, tuple(tokens), text, stopped, tuple(logprobs), tuple(each)))
     return completions
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """Rows of the rollout that one pass takes, and the share of its positions that is padding."""
-
-    rows: Tensor
-    sequences: Sequences
-    padding: int
-
-    @property
-    def positions(self) -> int:
-        return self.sequences.input_ids.numel()
-
-
-def micro_batches(
-    completions: Sequence[Completion], rows: Sequence[int], size: int, pad_id: int, device: torch.device
-) -> list[MicroBatch]:
-    """Cut rows into passes of at most `size`, sorted by length so that little of them is padding."""
-    ordered = sorted(rows, key=lambda row: (completions[row].length, row))
-    groups = [ordered[start : start + size] for start in range(0, len(ordered), size)]
-    return [_micro_batch([completions[row] for row in group], group, pad_id, device) for group in groups]
-
-
-def _micro_batch(
-    completions: Sequence[Completion], rows: Sequence[int], pad_id: int, device: torch.device
-) -> MicroBatch:
-    prompt_width = max(len(completion.prompt.ids) for completion in completions)
-    width = max(len(completion.tokens) for completion in completions)
-    input_ids = torch.full((len(rows), prompt_width + width), pad_id)
-    attention = torch.zeros_like(input_ids)
-    for index, completion in enumerate(completions):
-        start, end = prompt_width - len(completion.prompt.ids), prompt_width + len(completion.tokens)
-        input_ids[index, start:end] = torch.tensor([*completion.prompt.ids, *completion.tokens])
-        attention[index, start:end] = 1
-    sequences = Sequences(input_ids.to(device), attention.to(device), completion_mask(completions, width).to(device))
-    return MicroBatch(torch.tensor(rows), sequences, int((attention == 0).sum()))
 
 
 def completion_mask(completions: Sequence[Completion], width: int) -> Tensor:
     """(N, width) True on each completion's tokens. From lengths, never from ids: padding may be the stop token."""
     lengths = torch.tensor([len(completion.tokens) for completion in completions])
     return torch.arange(width)[None, :] < lengths[:, None]
-
-
-def minibatch_rows(count: int, batch_size: int, seed: int, rank: int, world_size: int) -> list[list[int]]:
-    """This process's rows of each minibatch of one epoch: the same minibatches whatever the number of processes."""
-    order = _permutation(count, seed)
-    minibatches = [order[start : start + batch_size] for start in range(0, count, batch_size)]
-    return [minibatch[rank::world_size] for minibatch in minibatches]

@@ -4,20 +4,33 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from align.config import Block, Fraction, NonNegative, Number, OptimizerBlock, Positive, SamplingBlock
+from align.config import (
+    Block,
+    Fraction,
+    NonNegative,
+    Number,
+    OptimizerBlock,
+    Positive,
+    RewardSourceBlock,
+    SamplingBlock,
+)
 
 VALUE_SETTINGS = frozenset({"value", "value_coef", "value_clip_range", "gamma", "lam"})
 
 
 class ScoreBlock(Block):
-    """What happens to the reward model's score before it becomes a reward.
+    """What happens to the sources' scores before they become one reward.
 
-    `held_out` standardises by mean and standard deviation of the reward model's scores on its held-out pairs; `running`
-    by those of all scores seen so far, over all processes; `none` leaves it.
+    `held_out` standardises by mean and standard deviation of the reward stage's scores on its held-out pairs, and those
+    of another source as `running` does: by those of all its scores seen so far, over all processes; `none` leaves them.
     """
 
     normalise: Literal["held_out", "running", "none"] = "held_out"
     clip: Annotated[Number, Field(gt=0)] | None = Field(5.0, description="scores stay in [-clip, clip]; null: no limit")
+    combine: Literal["mean", "minimum"] = Field("mean", description="of several sources: mean by weight, or the least")
+    disagreement_coef: NonNegative = Field(
+        0.0, description="times the sources' standard deviation, taken from their mean (against over-optimisation)"
+    )
 
 
 class PpoBlock(Block):
@@ -50,12 +63,19 @@ class PpoBlock(Block):
         None, description="nats a completion that kl_coef is adapted to; null keeps it fixed"
     )
     kl_horizon: Positive = Field(10_000, description="completions over which kl_coef adapts")
+    rewards: Annotated[tuple[RewardSourceBlock, ...], Field(min_length=1)] = (RewardSourceBlock(stage="reward"),)
     score: ScoreBlock = ScoreBlock()
+    length_penalty: NonNegative = Field(0.0, description="taken from the score for each token of a completion")
     missing_eos_penalty: NonNegative = Field(1.0, description="taken from the score of a completion cut by the limit")
     kl_to_old_limit: Annotated[Number, Field(gt=0)] | None = Field(
         None, description="stop an iteration's updates once the approximate KL to the sampling policy exceeds this"
     )
     checkpoint_every: Positive = Field(5, description="iterations between resumable checkpoints")
+
+    @property
+    def reads_reward_stage(self) -> bool:
+        """Whether the recipe's reward stage is among the sources."""
+        return any(source.stage is not None for source in self.rewards)
 
     @property
     def rows(self) -> int:
@@ -74,6 +94,15 @@ class PpoBlock(Block):
         unused = sorted(VALUE_SETTINGS & self.model_fields_set) if self.advantage != "gae" else []
         if unused:
             raise ValueError(f"advantage {self.advantage} has no value model: remove {', '.join(unused)}")
+        names = [source.key for source in self.rewards]
+        if len(set(names)) < len(names):
+            raise ValueError(f"rewards: two sources are called the same ({', '.join(names)}); give them a `name` each")
+        if all(source.gold for source in self.rewards):
+            raise ValueError("rewards: every source is gold, so there is nothing to train against; name another one")
+        if self.score.combine == "minimum" and any(source.weight != 1 for source in self.rewards):
+            raise ValueError("rewards: the minimum knows no weights; remove them, or set score.combine to mean")
+        if self.score.combine == "minimum" and self.score.disagreement_coef:
+            raise ValueError("score.disagreement_coef goes with the mean; remove it, or set score.combine to mean")
         if self.sampling.temperature == 0:
             raise ValueError("sampling.temperature must be above 0: a greedy policy explores nothing")
         if self.sampling.top_p < 1:

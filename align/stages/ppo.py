@@ -1,10 +1,11 @@
-"""The ppo stage: the SFT policy trained against the reward model on the rl prompts.
+"""The ppo stage: the SFT policy trained against the reward model, or other rewards, on the rl prompts.
 
 align run ppo --recipe recipes/quickstart.yaml
 accelerate launch --num_processes 8 -m align run ppo --recipe recipes/hh-rlhf.yaml
 """
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from align import processes
@@ -16,13 +17,18 @@ from align.stage import Context, Outcome, Stage
 
 class Ppo(Stage):
     name = "ppo"
-    help = "train the SFT policy against the reward model (PPO)"
+    help = "train the SFT policy against rewards (PPO)"
     settings = PpoBlock
     shares = ("model",)
     outputs = ("model", "adapter", "rollouts.jsonl", "metrics.jsonl")
 
     def inputs(self, settings: PpoBlock) -> tuple[str, ...]:
-        return ("sample", "sft", "reward")
+        return ("sample", "sft", *(["reward"] if settings.reads_reward_stage else []))
+
+    def files(self, settings: PpoBlock) -> tuple[str, ...]:
+        modules = {source.function.partition(":")[0] for source in settings.rewards if source.function}
+        files = (f"{module.replace('.', '/')}.py" for module in sorted(modules))
+        return tuple(file for file in files if Path(file).is_file())
 
     def run(self, context: Context) -> Outcome:
         import torch
@@ -30,6 +36,7 @@ class Ppo(Stage):
         from align.models.policy import compute_dtype, load_tokenizer, save_model, stop_token_ids
         from align.models.ppo_loading import initial_models, reward_folder
         from align.rl.ppo import PpoTrainer
+        from align.rl.rewards import Rewards
         from align.rl.updates import is_sharding, open_accelerator
         from align.tracking import Tracker
 
@@ -42,8 +49,8 @@ class Ppo(Stage):
         tokenizer = load_tokenizer(str(policy), trust_remote_code=model_block.trust_remote_code)
         prompts, too_long = _prompts(context, tokenizer)
         dtype = compute_dtype(model_block.precision)
-        reward = reward_folder(context.inputs["reward"])
-        if settings.score.normalise != "held_out":
+        reward = reward_folder(context.inputs["reward"]) if settings.reads_reward_stage else None
+        if reward is not None and settings.score.normalise != "held_out":
             reward = replace(reward, mean=0.0, std=1.0)
         models = initial_models(
             policy,
@@ -61,13 +68,12 @@ class Ppo(Stage):
                 models,
                 tokenizer,
                 prompts,
-                _reward(models, reward, model_block, dtype, settings, accelerator.device),
+                Rewards(_sources(context, models, reward, dtype, accelerator.device), settings.score),
                 settings,
                 stop_ids=stop_token_ids(models.causal_lm, tokenizer),
                 seed=context.seed,
                 output=context.output,
                 tracker=tracker,
-                score_moments=(reward.mean, reward.std),
                 demonstrations=_demonstrations(context, tokenizer) if settings.ptx_coef else (),
                 accelerator=accelerator,
             )
@@ -119,27 +125,50 @@ def _demonstrations(context: Context, tokenizer: Any) -> list[Any]:
     return kept
 
 
-def _reward(models: Any, reward: Any, model_block: Any, dtype: Any, settings: PpoBlock, device: Any) -> Any:
+def _sources(context: Context, models: Any, reward: Any, dtype: Any, device: Any) -> list[Any]:
+    """Where scores come from, as the recipe names it."""
+    from align.rl.reward_sources import load_classifier_reward, load_function_reward
+    from align.rl.rewards import RewardSource
+
+    settings, model_block = context.settings, context.shared["model"]
+    sources = []
+    for source in settings.rewards:
+        moments = None
+        if source.function is not None:
+            scores: Any = load_function_reward(source.function)
+        elif source.model is not None:
+            scores = load_classifier_reward(
+                source.model,
+                revision=source.revision,
+                label=source.label,
+                completion_alone=source.reads == "completion",
+                system_prompt=model_block.system_prompt,
+                batch_size=settings.optimizer.micro_batch_size,
+                dtype=dtype,
+                device=device,
+                trust_remote_code=model_block.trust_remote_code,
+            )
+        else:
+            moments = (reward.mean, reward.std)
+            scores = _reward_stage(models, reward, model_block, dtype, settings.optimizer.micro_batch_size, device)
+        sources.append(RewardSource(source.key, scores, source.weight, moments, source.gold))
+    return sources
+
+
+def _reward_stage(models: Any, reward: Any, model_block: Any, dtype: Any, batch_size: int, device: Any) -> Any:
     """Scores by the trunk's reward adapter, or by the reward stage's model loaded on its own."""
     from align.models.policy import load_tokenizer
-    from align.models.ppo_loading import classifier_scores, load_classifier
+    from align.models.ppo_loading import classifier_scores, load_classifier, trunk_scores
     from align.rl.rewards import RewardModel
 
     folder = reward.path / "model"
     tokenizer = load_tokenizer(str(folder), trust_remote_code=model_block.trust_remote_code)
     if reward.shares_trunk and model_block.lora is not None:
-        scores: Any = lambda **inputs: models("score", **inputs).result  # noqa: E731
+        scores = trunk_scores(models, tokenizer.pad_token_id)
     else:
         classifier = load_classifier(folder, dtype, trust_remote_code=model_block.trust_remote_code)
-        scores = classifier_scores(classifier.to(device), dtype)
-    return RewardModel(
-        lambda input_ids, attention_mask: scores(input_ids=input_ids, attention_mask=attention_mask),
-        tokenizer,
-        pad_id=tokenizer.pad_token_id,
-        batch_size=settings.optimizer.micro_batch_size,
-        device=device,
-        system_prompt=model_block.system_prompt,
-    )
+        scores = classifier_scores(classifier.to(device), dtype, tokenizer.pad_token_id)
+    return RewardModel(scores, tokenizer, batch_size=batch_size, system_prompt=model_block.system_prompt)
 
 
 STAGE = Ppo()

@@ -64,13 +64,14 @@ def test_training_moves_the_policy_and_measures_itself(finished: Run) -> None:
     assert [row["step"] for row in metrics] == [1, 2, 3, 4]
     assert moved(finished) > 1e-3
     assert all(row["gradient_norm"] > 0 and math.isfinite(row["value_loss"]) for row in metrics)
-    assert all(row["first_log_ratio"] == 0 for row in metrics), "the scoring pass is the training pass"
-    assert all(row["sampling_gap"] < 1e-4 for row in metrics), "the log-probs of sampling with a cache are the same"
+    assert all(row["first_log_ratio"] < 1e-4 for row in metrics), "sampling with a cache is the training pass, rounded"
+    assert all(0 < row["sampling_gap"] < 1e-5 for row in metrics), "log-probs are kept from sampling"
 
 
 def test_the_reference_is_the_policy_at_first_and_stays_as_it_was(finished: Run) -> None:
     first, *later = finished.rows("ppo/metrics.jsonl")
-    assert first["kl_to_reference_k1"] == first["kl_to_reference_k3"] == 0
+    assert abs(first["kl_to_reference_k1"]) < 1e-5
+    assert abs(first["kl_to_reference_k3"]) < 1e-5
     assert all(row["kl_to_reference_k3"] > 0 for row in later)
     adapted = {name for name, tensor in weights(finished.stage("ppo") / "model").items() if is_moved(finished, name)}
     assert adapted and not any("embed" in name or "norm" in name or "lm_head" in name for name in adapted)
@@ -157,7 +158,7 @@ def test_a_value_head_on_the_policy_works_too(finished: Run, run: Run) -> None:
     one, two = run.rows("ppo/metrics.jsonl"), finished.rows("ppo/metrics.jsonl")
     assert one[0]["score"] == two[0]["score"], "what the untrained policy samples does not depend on the value"
     assert one[-1]["value_loss"] != two[-1]["value_loss"]
-    assert all(row["first_log_ratio"] == 0 for row in one)
+    assert all(row["first_log_ratio"] < 1e-4 for row in one)
     assert moved(run) > 1e-3
 
 
@@ -180,8 +181,8 @@ def test_every_weight_can_be_trained(run: Run, monkeypatch: pytest.MonkeyPatch) 
     ppo = run.root / "runs/full/shared/ppo"
     metrics = rows(ppo / "metrics.jsonl")
     assert [row["step"] for row in metrics] == [1, 2, 3, 4]
-    assert all(row["first_log_ratio"] == 0 for row in metrics)
-    assert metrics[0]["kl_to_reference_k1"] == 0 < metrics[-1]["kl_to_reference_k3"]
+    assert all(row["first_log_ratio"] < 1e-4 for row in metrics)
+    assert abs(metrics[0]["kl_to_reference_k1"]) < 1e-5 < metrics[-1]["kl_to_reference_k3"]
     before, after = weights(run.root / "runs/full/shared/sft/model"), weights(ppo / "model")
     assert before.keys() == after.keys()
     still = [name for name in before if bool((before[name] == after[name]).all())]

@@ -82,11 +82,9 @@ def build(model_dir: Path, reward_dir: Path, output: Path, arrangement: str, sha
     dtype = torch.bfloat16 if "bf16" in arrangement else torch.float32
     tokenizer = load_tokenizer(str(reward_dir))
     reward = RewardModel(
-        classifier_scores(load_classifier(reward_dir, dtype), dtype),
+        classifier_scores(load_classifier(reward_dir, dtype), dtype, tokenizer.pad_token_id),
         tokenizer,
-        pad_id=tokenizer.pad_token_id,
         batch_size=4,
-        device=torch.device("cpu"),
     )
     trainer = build_trainer(
         model_dir,

@@ -1,11 +1,15 @@
 """PPO learns: a tiny random model reaches a stated reward, from several seeds, and not when its sign is wrong."""
 
+import json
+
 import pytest
 import torch
 
 from align.config import LoraBlock, OptimizerBlock
-from align.rl.ppo import PpoTrainer
-from align.rl.rollout import Completion, micro_batches
+from align.errors import AlignError
+from align.rl.batches import micro_batches
+from align.rl.experience import Collector
+from align.rl.rollout import Completion
 from tests.rl.tiny_ppo import build_trainer, settings
 from tests.tiny import build_tiny_model
 
@@ -19,13 +23,13 @@ def test_ppo_reaches_the_stated_reward(tiny_model_dir, tmp_path, seed):
 
 
 def test_with_the_advantages_sign_flipped_it_fails(tiny_model_dir, tmp_path, monkeypatch):
-    estimate = PpoTrainer._advantages
+    estimate = Collector._advantages
 
     def flipped(self, *arguments):
         advantages, returns = estimate(self, *arguments)
         return -advantages, returns
 
-    monkeypatch.setattr(PpoTrainer, "_advantages", flipped)
+    monkeypatch.setattr(Collector, "_advantages", flipped)
     figures = build_trainer(tiny_model_dir, tmp_path / "run", settings()).train()
     assert figures["score"] < 0.3
 
@@ -56,8 +60,50 @@ def test_demonstrations_mixed_in_become_likelier(tiny_model_dir, tmp_path):
         words = tuple(trainer.tokenizer("Zebra 123", add_special_tokens=False)["input_ids"])
         trainer.demonstrations = [Completion(prompt, words, "Zebra 123", True, ())]
         trainer.train()
-        batch = micro_batches(trainer.demonstrations, [0], 1, trainer.tokenizer.pad_token_id, trainer.device)[0]
+        pad_id = trainer.tokenizer.pad_token_id
+        batch = micro_batches(trainer.demonstrations, [0], 1, pad_id, trainer.device, share=False)[0]
         with torch.no_grad():
             return float(trainer.models("imitate", sequences=batch.sequences).result.mean())
 
     assert imitated(1.0) > imitated(0.0) + 1.0
+
+
+@pytest.mark.parametrize("value", ["adapter", "head"])
+def test_log_probs_kept_from_sampling_train_as_recomputed_ones_do(tiny_model_dir, tmp_path, monkeypatch, value):
+    def trained(kept: bool) -> list[dict[str, float]]:
+        block = settings(iterations=3, value=value, optimizer=OptimizerBlock(batch_size=16, micro_batch_size=8))
+        trainer = build_trainer(tiny_model_dir, tmp_path / f"{kept}", block, lora=LoraBlock(r=4))
+        assert trainer.models.keeps_sampled
+        if not kept:
+            monkeypatch.setattr(type(trainer.models), "keeps_sampled", False)
+        trainer.train()
+        return [json.loads(line) for line in (tmp_path / f"{kept}/metrics.jsonl").read_text().splitlines()]
+
+    for kept, recomputed in zip(trained(True), trained(False), strict=True):
+        assert 0 < kept["first_log_ratio"] < 1e-4
+        for name, figure in recomputed.items():
+            assert kept[name] == pytest.approx(figure, rel=1e-3, abs=1e-4), name
+
+
+def test_the_first_minibatch_meets_its_own_log_probs(tiny_model_dir, tmp_path):
+    """One minibatch and one epoch: no ratio is ever anything but 1, however sampling rounded."""
+    trainer = build_trainer(tiny_model_dir, tmp_path, settings(iterations=1, epochs=1), lora=LoraBlock(r=4))
+    figures = trainer.train()
+    assert (figures["largest_log_ratio"], figures["ratio"], figures["kl_to_old_k3"]) == (0, 1, 0)
+    assert figures["first_log_ratio"] > 0
+
+
+def test_training_that_is_not_what_sampled_stops_the_run(tiny_model_dir, tmp_path, monkeypatch):
+    trainer = build_trainer(tiny_model_dir, tmp_path, settings(iterations=2), lora=LoraBlock(r=4))
+    trainer.models.temperature = 0.9
+    sample = type(trainer.collector)._sample
+
+    def sample_warmer(collector, iteration):
+        trainer.models.temperature = 1.1
+        completions = sample(collector, iteration)
+        trainer.models.temperature = 0.9
+        return completions
+
+    monkeypatch.setattr(type(trainer.collector), "_sample", sample_warmer)
+    with pytest.raises(AlignError, match=r"iteration 1's first minibatch differ by 0\.\d+ from those of sampling"):
+        trainer.train()

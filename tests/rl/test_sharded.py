@@ -59,7 +59,7 @@ def test_sharded_and_interrupted_trains_as_one_undisturbed_process_does(
     train(folders, two, arrangement, sharding)
     assert [row["step"] for row in metrics(two)] == [1, 2]
     for alone, together in zip(metrics(one), metrics(two), strict=True):
-        assert together["first_log_ratio"] == 0
+        assert together["first_log_ratio"] < 1e-4
         assert together["sampling_gap"] < 1e-5, "what is sampled from is what is trained"
         for name in FIGURES:
             assert together[name] == pytest.approx(alone[name], rel=1e-3, abs=1e-5), name
@@ -76,7 +76,7 @@ def test_sharded_in_bf16_keeps_full_precision_and_leaves_out_a_step_whose_gradie
     train(folders, tmp_path, "lora-bf16-spoilt", sharding)
     first, second = metrics(tmp_path)
     assert first["kl_to_reference_k3"] < 1e-4 < second["kl_to_reference_k3"]
-    assert first["first_log_ratio"] == 0
+    assert 0 < first["first_log_ratio"] < 0.1, "sampling rounds otherwise than training"
     assert any(value != torch.tensor(value).bfloat16().item() for value in (first["entropy"], first["value_loss"]))
     adapter = load_file(tmp_path / "adapter/adapter_model.safetensors")
     assert {tensor.dtype for tensor in adapter.values()} == {torch.float32}

@@ -13,6 +13,7 @@ from align.models.policy import load_tokenizer, stop_token_ids
 from align.models.ppo_loading import RewardFolder, load_separate_models, load_shared_trunk
 from align.records import Conversation, Message, Prompt
 from align.rl.ppo import PpoTrainer
+from align.rl.rewards import Rewards, RewardSource
 from align.rl.rollout import TokenizedPrompt
 from align.rl.settings import PpoBlock, ScoreBlock
 from align.tracking import Tracker
@@ -70,7 +71,7 @@ def build_trainer(
         models,
         tokenizer,
         prompts,
-        reward,
+        Rewards([RewardSource("letters", reward)], block.score),
         block,
         stop_ids=stop_token_ids(models.causal_lm, tokenizer),
         seed=seed,

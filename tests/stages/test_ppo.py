@@ -108,6 +108,34 @@ def test_siblings_take_the_place_of_a_value(inputs: dict[str, Path], tmp_path: P
     assert all("value_loss" not in row for row in rows(tmp_path / "out/metrics.jsonl"))
 
 
+def test_rewards_come_from_what_the_recipe_names(
+    inputs: dict[str, Path], tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A function and a classifier of a folder are trained against; a gold one is scored beside them."""
+    (tmp_path / "lengths.py").write_text(
+        "def short(prompts, completions):\n    return [-len(completion) for completion in completions]\n"
+        "def long(prompts, completions):\n    return [len(completion) for completion in completions]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    rewards = [
+        {"function": "lengths:long", "gold": True},
+        {"function": "lengths:short", "weight": 3},
+        {"model": str(inputs["reward"] / "model"), "name": "tiny"},
+    ]
+    block = {**SETTINGS, "rewards": rewards}
+    del inputs["reward"]
+    assert PPO.inputs(PPO.settings(**block)) == ("sample", "sft")
+    assert PPO.files(PPO.settings(**block)) == ("lengths.py",)
+    run(PPO, block, tiny_model_dir, tmp_path / "out", inputs, lora=SMALL_LORA)
+    for row in rows(tmp_path / "out/rollouts.jsonl"):
+        scores = row["scores"]
+        assert scores["short"] == -scores["long"] == -len(row["completion"])
+        assert row["score"] == pytest.approx((3 * scores["short"] + scores["tiny"]) / 4, rel=1e-5)
+    metrics = rows(tmp_path / "out/metrics.jsonl")[-1]
+    assert metrics["score/long"] == -metrics["score/short"]
+    assert metrics["score_disagreement"] > 0
+
+
 class Spoiled:
     """A reward that is not a number for one of the prompts, from the second iteration on."""
 
@@ -133,7 +161,7 @@ def test_a_reward_that_is_not_finite_stops_the_run_and_the_checkpoint_goes_on(
     reward = Spoiled(value)
     with pytest.raises(NotFinite) as stop:
         build_trainer(tiny_model_dir, tmp_path / "run", block, reward=reward).train()
-    assert re.search(rf"reward is {value} at \w+ 2, prompt 'p{reward.spoiled}'", str(stop.value))
+    assert re.search(rf"reward of source 'letters' is {value} at \w+ 2, prompt 'p{reward.spoiled}'", str(stop.value))
     assert stop.value.exit_code == 1
     assert [path.name for path in (tmp_path / "run/checkpoint").iterdir()] == ["iteration-000001"]
     assert [row["step"] for row in rows(tmp_path / "run/metrics.jsonl")] == [1]

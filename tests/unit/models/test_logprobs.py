@@ -21,18 +21,20 @@ def brute_force(hidden, weight, targets, temperature):
     chunk=st.integers(1, 9),
     temperature=st.floats(0.3, 2.0),
     seed=st.integers(0, 1000),
+    frozen=st.booleans(),
 )
-@settings(max_examples=40, deadline=None)
-def test_values_and_gradients_equal_the_whole_softmax(shape, chunk, temperature, seed):
+@settings(max_examples=60, deadline=None)
+def test_values_and_gradients_equal_the_whole_softmax(shape, chunk, temperature, seed, frozen):
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(*shape, 6, generator=generator, requires_grad=True)
-    weight = torch.randn(11, 6, generator=generator, requires_grad=True)
+    weight = torch.randn(11, 6, generator=generator, requires_grad=not frozen)
+    trained = (hidden,) if frozen else (hidden, weight)
     targets = torch.randint(11, shape, generator=generator)
     upstream = torch.randn(shape, generator=generator)
     expected, entropy = brute_force(hidden, weight, targets, temperature)
-    expected_gradients = torch.autograd.grad((expected * upstream).sum(), (hidden, weight))
-    found = gather_logprobs(hidden, weight, targets, temperature, chunk)
-    gradients = torch.autograd.grad((found.logprobs * upstream).sum(), (hidden, weight))
+    expected_gradients = torch.autograd.grad((expected * upstream).sum(), trained)
+    found = gather_logprobs(hidden, weight, targets, temperature, chunk_size=chunk)
+    gradients = torch.autograd.grad((found.logprobs * upstream).sum(), trained)
     torch.testing.assert_close(found.logprobs, expected, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(found.entropy, entropy, atol=1e-5, rtol=1e-4)
     for gradient, wanted in zip(gradients, expected_gradients, strict=True):
@@ -51,9 +53,25 @@ def test_bf16_states_are_scored_in_float32():
     assert gather_logprobs(hidden, weight, torch.arange(4)).logprobs.dtype == torch.float32
 
 
-def test_temperature_zero_is_refused():
+def test_passes_with_and_without_gradients_give_the_same_bits():
+    hidden, weight, targets = torch.randn(9, 6), torch.randn(11, 6), torch.arange(9)
+    with torch.no_grad():
+        without = gather_logprobs(hidden, weight, targets, 0.7, chunk_size=4).logprobs
+    for trained in (False, True):
+        states, head = hidden.clone().requires_grad_(), weight.clone().requires_grad_(trained)
+        assert torch.equal(gather_logprobs(states, head, targets, 0.7, chunk_size=4).logprobs, without)
+
+
+def test_entropy_is_left_out_when_nobody_asks():
+    found = gather_logprobs(torch.randn(3, 6), torch.randn(11, 6), torch.arange(3), with_entropy=False)
+    assert found.entropy.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_temperature_zero_is_refused(gradient):
+    states = torch.ones(2, 6, requires_grad=gradient)
     with pytest.raises(ValueError, match="temperature"):
-        gather_logprobs(torch.ones(2, 6), torch.ones(11, 6), torch.zeros(2, dtype=torch.long), 0.0)
+        gather_logprobs(states, torch.ones(11, 6), torch.zeros(2, dtype=torch.long), 0.0)
 
 
 @pytest.fixture

@@ -9,13 +9,11 @@ from align.config import LoraBlock
 from align.errors import InputError
 from align.models.policy import load_causal_lm
 from align.models.ppo_loading import RewardFolder, load_shared_trunk
-from align.models.ppo_models import Sequences
+from align.models.sequences import lay_out, lay_out_rows
 
 
-def sequences() -> Sequences:
-    ids = torch.tensor([[3, 5, 6, 7, 8, 9], [1, 20, 21, 22, 23, 1]])
-    mask = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 1, 1, 1, 1, 0]])
-    return Sequences(ids, mask, torch.tensor([[True, True, True], [True, True, False]]))
+def sequences():
+    return lay_out([[3, 5, 6], [20, 21]], [[7, 8, 9], [22, 23]], 1, torch.device("cpu"), share=False)
 
 
 @pytest.fixture
@@ -92,3 +90,59 @@ def test_models_that_scale_their_logits_are_refused(tiny_model_dir, tmp_path, mo
     reward = RewardFolder(tmp_path, on_policy_trunk=False, mean=0.0, std=1.0)
     with pytest.raises(InputError, match="final_logit_softcapping"):
         load_shared_trunk(str(tiny_model_dir), reward, LoraBlock(), value=None, dtype=torch.float32, temperature=1.0)
+
+
+def rows_with_a_common_opening():
+    """Two system prompts of 40 and 50 tokens, each before several prompts."""
+    openings = [list(range(20, 60)), list(range(60, 110))]
+    prompts = [[*opening, *range(5, 5 + length)] for opening in openings for length in (1, 4, 2)]
+    return prompts, [[7] * length for length in (3, 1, 5, 2, 4, 4)]
+
+
+def gradients(models):
+    found = {name: parameter.grad.clone() for name, parameter in models.named_parameters() if parameter.requires_grad}
+    models.zero_grad()
+    return found
+
+
+def test_rows_that_share_an_opening_get_what_they_would_alone(trunk):
+    prompts, completions = rows_with_a_common_opening()
+    passes, slopes = [], []
+    for share in (False, True):
+        batch = lay_out(prompts, completions, 1, torch.device("cpu"), share=share)
+        passes.append(trunk("train", sequences=batch))
+        (passes[-1].logprobs * passes[-1].values.detach() + passes[-1].values).sum().backward()
+        slopes.append(gradients(trunk))
+        with torch.no_grad():
+            assert torch.allclose(trunk("reference", sequences=batch).result, reference(trunk, prompts, completions))
+            assert torch.equal(trunk("values", sequences=batch).result, passes[-1].values)
+    assert batch.computed == 2 * 50 + 6 * (4 + 5) and batch.openings.width == 50
+    assert torch.allclose(passes[0].logprobs, passes[1].logprobs, atol=1e-5)
+    assert torch.allclose(passes[0].values, passes[1].values, atol=1e-5)
+    for name, slope in slopes[0].items():
+        assert torch.allclose(slope, slopes[1][name], atol=1e-4, rtol=1e-3), name
+
+
+def reference(models, prompts, completions):
+    """(B, T) the reference's log-probs, row by row without padding."""
+    width = max(map(len, completions))
+    rows = []
+    for prompt, completion in zip(prompts, completions, strict=True):
+        batch = lay_out([prompt], [completion], 1, torch.device("cpu"), share=False)
+        rows.append(
+            torch.nn.functional.pad(models("reference", sequences=batch).result[0], (0, width - len(completion)))
+        )
+    return torch.stack(rows)
+
+
+def test_an_opening_too_short_to_pay_for_a_pass_is_not_shared():
+    batch = lay_out([[1, 2, 3, 4], [1, 2, 3, 5]], [[7], [8]], 1, torch.device("cpu"), share=True)
+    assert batch.openings.width == 0 and batch.computed == 10
+
+
+def test_rows_to_score_end_together():
+    rows = lay_out_rows([[3, 4, 5], [6]], 1, torch.device("cpu"), share=False)
+    assert rows.input_ids.tolist() == [[3, 4, 5], [1, 1, 6]]
+    assert rows.attention_mask.tolist() == [[1, 1, 1], [0, 0, 1]]
+    assert rows.position_ids.tolist() == [[0, 1, 2], [0, 0, 0]]
+    assert rows.padding == 2

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from align.records import Message, Prompt
-from align.rl.rollout import Completion, TokenizedPrompt, micro_batches, minibatch_rows, schedule
+from align.rl.batches import micro_batches, minibatch_rows
+from align.rl.rollout import Completion, TokenizedPrompt, schedule
 
 PAD = 9
 
@@ -52,7 +53,7 @@ def test_processes_share_each_minibatch_without_overlap(world):
 
 def test_micro_batches_pad_prompts_on_the_left_and_completions_on_the_right():
     completions = [completion(0, 2, 3), completion(1, 4, 1)]
-    (batch,) = micro_batches(completions, [0, 1], 2, PAD, torch.device("cpu"))
+    (batch,) = micro_batches(completions, [0, 1], 2, PAD, torch.device("cpu"), share=False)
     rows = dict(zip(batch.rows.tolist(), range(2), strict=True))
     first, second = rows[0], rows[1]
     assert batch.sequences.input_ids[first].tolist() == [PAD, PAD, 1, 2, 7, 7, PAD]
@@ -64,10 +65,10 @@ def test_micro_batches_pad_prompts_on_the_left_and_completions_on_the_right():
     assert batch.sequences.attention_mask[second].tolist() == [1, 1, 1, 1, 1, 0, 0]
     assert batch.sequences.completion_mask[second].tolist() == [True, False, False]
     assert batch.sequences.position_ids[first].tolist() == [0, 0, 0, 1, 2, 3, 4]
-    assert (batch.padding, batch.positions) == (4, 14)
+    assert (batch.sequences.padding, batch.sequences.computed) == (4, 14)
 
 
 def test_rows_of_like_length_share_a_micro_batch():
     completions = [completion(number, 2, length) for number, length in enumerate((9, 1, 8, 2))]
-    batches = micro_batches(completions, range(4), 2, PAD, torch.device("cpu"))
+    batches = micro_batches(completions, range(4), 2, PAD, torch.device("cpu"), share=True)
     assert [sorted(batch.rows.tolist()) for batch in batches] == [[1, 3], [0, 2]]

@@ -1,0 +1,88 @@
+"""How the rows of a rollout, or of demonstrations, are cut into minibatches and micro-batches."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from align import processes
+from align.config import OptimizerBlock
+from align.models.sequences import Sequences, lay_out
+from align.repro import derive_seed
+from align.rl.rollout import Completion, permutation
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Rows of the rollout that one pass takes."""
+
+    rows: Tensor
+    sequences: Sequences
+
+
+def micro_batches(
+    completions: Sequence[Completion],
+    rows: Sequence[int],
+    size: int,
+    pad_id: int,
+    device: torch.device,
+    *,
+    share: bool,
+) -> list[MicroBatch]:
+    """Cut rows into passes of at most `size`, sorted by length so that little of them is padding.
+
+    With `share`, what prompts of a pass begin with goes through it once.
+    """
+    ordered = sorted(rows, key=lambda row: (completions[row].length, row))
+    groups = [ordered[start : start + size] for start in range(0, len(ordered), size)]
+    return [_micro_batch(completions, group, pad_id, device, share) for group in groups]
+
+
+def _micro_batch(
+    completions: Sequence[Completion], rows: Sequence[int], pad_id: int, device: torch.device, share: bool
+) -> MicroBatch:
+    prompts = [completions[row].prompt.ids for row in rows]
+    tokens = [completions[row].tokens for row in rows]
+    return MicroBatch(torch.tensor(rows), lay_out(prompts, tokens, pad_id, device, share=share))
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Draws and cuts this process's rows; the same minibatches whatever the number of processes.
+
+    `share` lets prompts of a pass go through it once for what they begin with.
+    """
+
+    options: OptimizerBlock
+    seed: int
+    pad_id: int
+    device: torch.device
+    share: bool
+
+    def epoch(self, completions: Sequence[Completion], iteration: int, epoch: int) -> Iterator[list[MicroBatch]]:
+        """This process's micro-batches of each minibatch of an epoch; reshuffled each epoch."""
+        seed = derive_seed(self.seed, "minibatches", iteration, epoch)
+        ranks = processes.rank(), processes.world_size()
+        for rows in minibatch_rows(len(completions), self.options.batch_size, seed, *ranks):
+            yield self.cut(completions, rows)
+
+    def drawn(self, rows: Sequence[Completion], iteration: int, epoch: int, number: int) -> list[MicroBatch]:
+        """This process's micro-batches of as many rows as a minibatch has, drawn at random for one optimizer step."""
+        seed = derive_seed(self.seed, "demonstrations", iteration, epoch, number)
+        generator = torch.Generator().manual_seed(seed)
+        chosen = torch.randint(len(rows), (self.options.batch_size,), generator=generator).tolist()
+        return self.cut(rows, list(processes.share(chosen)))
+
+    def cut(self, completions: Sequence[Completion], rows: Sequence[int]) -> list[MicroBatch]:
+        """Micro-batches of some rows."""
+        return micro_batches(
+            completions, rows, self.options.micro_batch_size, self.pad_id, self.device, share=self.share
+        )
+
+
+def minibatch_rows(count: int, batch_size: int, seed: int, rank: int, world_size: int) -> list[list[int]]:
+    """This process's rows of each minibatch of one epoch: the same minibatches whatever the number of processes."""
+    order = permutation(count, seed)
+    minibatches = [order[start : start + batch_size] for start in range(0, count, batch_size)]
+    return [minibatch[rank::world_size] for minibatch in minibatches]

@@ -1,0 +1,213 @@
+"""What an iteration of PPO learns from: completions, and all that the updates need to know of them.
+
+Shapes: N completions of an iteration over all processes, T tokens of the longest, S reward sources.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from align import processes
+from align.errors import NotFinite
+from align.repro import derive_seed
+from align.rl.advantages import (
+    generalised_advantages,
+    group_relative_advantages,
+    kl_terms,
+    leave_one_out_advantages,
+    penalised_rewards,
+    whiten,
+)
+from align.rl.batches import Batches, MicroBatch
+from align.rl.clock import Clock
+from align.rl.rewards import Rewards
+from align.rl.rollout import Completion, TokenizedPrompt, completion_mask, sample_completions, schedule
+from align.rl.settings import PpoBlock
+
+
+@dataclass(frozen=True)
+class Experience:
+    """A rollout with all that the updates need; the same in every process but for `first_epoch`.
+
+    `first_epoch` is this process's micro-batches of each minibatch of the first epoch. `old_logprobs` of its first
+    minibatch are sampling's until the training pass replaces them. `kl` is nats a completion, (N,) for each of the
+    estimators 'k1', 'k2' and 'k3'. `raw_scores` (N, S) are as the sources gave them, `standardised` on one scale and
+    without the gold sources, `scores` (N,) one of each completion.
+    """
+
+    completions: Sequence[Completion]
+    first_epoch: Sequence[Sequence[MicroBatch]]
+    mask: Tensor
+    sampled_logprobs: Tensor
+    old_logprobs: Tensor
+    ref_logprobs: Tensor
+    values: Tensor
+    kl: Mapping[str, Tensor]
+    raw_scores: Tensor
+    standardised: Tensor
+    scores: Tensor
+    rewards: Tensor
+    advantages: Tensor
+    returns: Tensor
+
+
+@dataclass(frozen=True)
+class Collector:
+    """Samples, scores and prepares the rollout of each iteration; `models` are a `PpoModels`."""
+
+    models: Any
+    tokenizer: Any
+    prompts: Sequence[TokenizedPrompt]
+    rewards: Rewards
+    settings: PpoBlock
+    batches: Batches
+    clock: Clock
+    output: Path
+    stop_ids: tuple[int, ...]
+    seed: int
+
+    def collect(self, iteration: int, kl_coef: float) -> Experience:
+        """One iteration's rollout. Call in every process."""
+        with self.clock.phase("generate"):
+            completions = self._sample(iteration)
+        with self.clock.phase("reward"):
+            raw_scores = self._score(completions, iteration)
+        with self.clock.phase("forward"):
+            first_epoch = list(self.batches.epoch(completions, iteration, 0))
+            passes = self._passes(completions, first_epoch)
+        mask = completion_mask(completions, passes["values"].shape[1])
+        kl = kl_terms(passes["old_logprobs"], passes["ref_logprobs"])
+        standardised = self.rewards.standardised(raw_scores)
+        scores = self._shaped(completions, self.rewards.combined(standardised))
+        rewards = penalised_rewards(scores, kl[self.settings.kl_estimator], mask, kl_coef)
+        advantages, returns = self._advantages(rewards, passes["values"], mask)
+        return Experience(
+            completions=completions,
+            first_epoch=first_epoch,
+            mask=mask,
+            kl={name: (term * mask).sum(dim=1) for name, term in kl.items()},
+            raw_scores=raw_scores,
+            standardised=standardised,
+            scores=scores,
+            rewards=rewards,
+            advantages=advantages,
+            returns=returns,
+            **passes,
+        )
+
+    def _sample(self, iteration: int) -> list[Completion]:
+        """All processes' completions of the iteration, in the schedule's order."""
+        settings = self.settings
+        scheduled = schedule(self.prompts, settings.rollout_batch, iteration, self.seed)
+        rows = [
+            (prompt, derive_seed(self.seed, "ppo", iteration, position, sibling))
+            for position, prompt in enumerate(scheduled)
+            for sibling in range(settings.completions_per_prompt)
+        ]
+        size = min(settings.sampling.batch_size, -(-len(rows) // processes.world_size()))
+        chunks = [range(start, min(start + size, len(rows))) for start in range(0, len(rows), size)]
+        mine = processes.share(chunks)
+        turns = -(-len(chunks) // processes.world_size())
+        drawn = sample_completions(
+            self.models,
+            [[rows[row] for row in chunk] for chunk in mine] + [[]] * (turns - len(mine)),
+            max_new_tokens=settings.sampling.max_new_tokens,
+            stop_ids=self.stop_ids,
+            pad_id=self.tokenizer.pad_token_id,
+            to_text=lambda tokens: self.tokenizer.decode(tokens, skip_special_tokens=True),
+            synced=self.models.sharded,
+        )
+        order = [row for chunk in mine for row in chunk]
+        return [completion for _, completion in sorted(gathered(list(zip(order, drawn, strict=True))))]
+
+    def _score(self, completions: Sequence[Completion], iteration: int) -> Tensor:
+        """(N, S) raw scores, each made by one process."""
+        mine = list(processes.share(range(len(completions))))
+        scores = self.rewards.scores(
+            [completions[row].prompt.prompt.prompt for row in mine], [completions[row].text for row in mine]
+        )
+        raw = torch.zeros(len(completions), len(self.rewards.names))
+        for row, each in gathered(list(zip(mine, scores.tolist(), strict=True))):
+            raw[row] = torch.tensor(each)
+        if not raw.isfinite().all():
+            row, source = (~raw.isfinite()).nonzero()[0].tolist()
+            fault = f"reward of source '{self.rewards.names[source]}' is {raw[row, source].item()}"
+            raise not_finite(fault, iteration, completions[row], self.output)
+        return raw
+
+    def _passes(
+        self, completions: Sequence[Completion], minibatches: Sequence[Sequence[MicroBatch]]
+    ) -> dict[str, Tensor]:
+        """Log-probs and values of the policy that sampled, and the reference's log-probs, (N, T) each."""
+        width = max(len(completion.tokens) for completion in completions)
+        mine: list[tuple[int, dict[str, Tensor]]] = []
+        for number, minibatch in enumerate(minibatches):
+            for batch in minibatch:
+                with torch.no_grad():
+                    results = {name: result.cpu() for name, result in self._computed(batch, number).items()}
+                mine += [
+                    (row, {name: result[i] for name, result in results.items()})
+                    for i, row in enumerate(batch.rows.tolist())
+                ]
+        sampled = _table([completion.sampled_logprobs for completion in completions], width)
+        passes = {
+            "sampled_logprobs": sampled,
+            "old_logprobs": sampled.clone(),
+            "ref_logprobs": torch.zeros_like(sampled),
+            "values": _table([completion.sampled_values for completion in completions], width),
+        }
+        for row, results in gathered(mine):
+            for name, result in results.items():
+                passes[name][row, : len(result)] = result
+        return passes
+
+    def _computed(self, batch: MicroBatch, minibatch: int) -> dict[str, Tensor]:
+        """What sampling did not give of a micro-batch, (B, T) each.
+
+        The first minibatch's old log-probs come from its own training pass.
+        """
+        found = {"ref_logprobs": self.models("reference", sequences=batch.sequences).result}
+        if minibatch and not self.models.keeps_sampled:
+            found["old_logprobs"] = self.models("logprobs", sequences=batch.sequences).result
+        if self.settings.advantage == "gae" and not self.models.value_on_policy:
+            found["values"] = self.models("values", sequences=batch.sequences).result
+        return found
+
+    def _shaped(self, completions: Sequence[Completion], scores: Tensor) -> Tensor:
+        """(N,) scores less the penalties for length and for a completion that the limit cut."""
+        cut = torch.tensor([not completion.stopped for completion in completions])
+        tokens = torch.tensor([len(completion.tokens) for completion in completions])
+        return scores - self.settings.missing_eos_penalty * cut - self.settings.length_penalty * tokens
+
+    def _advantages(self, rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        settings = self.settings
+        if settings.advantage == "gae":
+            advantages, returns = generalised_advantages(rewards, values, mask, settings.gamma, settings.lam)
+            return whiten(advantages, mask), returns
+        estimate = leave_one_out_advantages if settings.advantage == "leave_one_out" else group_relative_advantages
+        each = estimate(rewards.sum(dim=1), settings.rollout_batch)
+        return each[:, None] * mask, torch.zeros_like(rewards)
+
+
+def not_finite(fault: str, iteration: int, completion: Completion, output: Path) -> NotFinite:
+    """The error that stops a run, with the place, what is kept, and what to do."""
+    return NotFinite(
+        f"ppo: {fault} at step {iteration + 1}, prompt '{completion.prompt.prompt.id}'. The run stopped; the "
+        f"last checkpoint is kept in {output}. If the reward is at fault, mend it and run the same command, "
+        "which goes on from there; a lower ppo.optimizer.learning_rate or model.precision fp32 starts ppo anew."
+    )
+
+
+def gathered(items: list[Any]) -> list[Any]:
+    """All processes' items, in every process."""
+    return gather_object(items) if processes.world_size() > 1 else items
+
+
+def _table(rows: Sequence[Sequence[float]], width: int) -> Tensor:
+    """(N, width) rows of numbers, 0 behind each."""
+    return torch.tensor([[*row, *[0.0] * (width - len(row))] for row in rows])
