@@ -47,6 +47,7 @@ def measure(settings: dict[str, Any], steps: int, reward_folder: Path) -> dict[s
     from align.models.ppo_loading import RewardFolder, load_shared_trunk, trunk_scores
     from align.models.sources import resolve_model
     from align.repro import peak_resident_gb
+    from align.rl.batches import ROWS_WITHOUT_GRADIENT
     from align.rl.ppo import PpoTrainer
     from align.rl.rewards import RewardModel, Rewards, RewardSource
     from align.rl.rollout import TokenizedPrompt
@@ -80,7 +81,7 @@ def measure(settings: dict[str, Any], steps: int, reward_folder: Path) -> dict[s
         scores = RewardModel(
             trunk_scores(models, tokenizer.pad_token_id),
             tokenizer,
-            batch_size=MICRO_BATCH,
+            batch_size=MICRO_BATCH * ROWS_WITHOUT_GRADIENT,
         )
         output = Path(made) / "ppo"
         output.mkdir()

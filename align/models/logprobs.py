@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from align.models.wrapped import inner_model, replaced_forward
 
-CHUNK = 256
-"""Positions whose logits exist at a time: 50 MB in float32 with SmolLM2's 49,152 tokens."""
+CHUNK = 128
+"""Positions whose logits exist at a time: 25 MB in float32 with SmolLM2's 49,152 tokens, which glibc hands out again."""
 
 
 class LogprobsOut(NamedTuple):
@@ -70,10 +70,9 @@ class _FrozenHead(torch.autograd.Function):
             wanted = flat_targets[chunk]
             scores = _log_softmax_(nn.functional.linear(states[chunk], weight), temperature)
             logprobs[chunk] = scores.gather(-1, wanted[:, None])[:, 0]
-            probabilities = scores.exp_()
-            expected = probabilities.to(weight.dtype) @ weight
-            slopes[chunk] = (weight[wanted] - expected) / temperature
-            entropies[chunk] = torch.special.entr(probabilities).sum(-1)
+            probabilities = scores.exp()
+            entropies[chunk] = -torch.linalg.vecdot(probabilities, scores)
+            slopes[chunk] = (weight[wanted] - probabilities.to(weight.dtype) @ weight) / temperature
         ctx.save_for_backward(slopes.reshape(hidden.shape))
         ctx.mark_non_differentiable(entropies)
         return logprobs.reshape(targets.shape), entropies.reshape(targets.shape)
@@ -170,7 +169,9 @@ def _log_softmax_(logits: Tensor, temperature: float) -> Tensor:
     """log softmax(logits / temperature) in float32, in place where no gradient needs the logits."""
     if temperature <= 0:
         raise ValueError(f"temperature must be above 0, got {temperature}")
-    scores = logits.float() / temperature
-    # The same subtraction with gradients and without, so that both passes give the same bits.
-    total = scores.logsumexp(-1, keepdim=True)
-    return scores - total if scores.requires_grad else scores.sub_(total)
+    if logits.requires_grad:
+        scores = logits.float() / temperature
+        return scores - scores.logsumexp(-1, keepdim=True)
+    # The same operations, so that passes with gradients and without give the same bits.
+    scores = (logits.float() if logits.dtype != torch.float32 else logits.clone()).div_(temperature)
+    return scores.sub_(scores.logsumexp(-1, keepdim=True))

@@ -17,8 +17,9 @@ from transformers import PreTrainedModel
 
 from align.models.heads import head_output, last_attended
 from align.models.logprobs import gather_logprobs
+from align.models.lora import fuse_adapters, merged_weight
 from align.models.openings import can_share
-from align.models.sequences import Rows, Sequences, completion_hidden, hidden_states
+from align.models.sequences import Rows, Sequences, completion_hidden, hidden_states, quick_attention
 from align.models.wrapped import inner_model, is_sharded
 
 Role = Literal["generate", "train", "logprobs", "values", "imitate", "reference", "score"]
@@ -114,15 +115,17 @@ class PpoModels(nn.Module):
         return torch.autocast(self.causal_lm.device.type, dtype=self.compute_dtype)
 
     def _generate_pass(self, logits_to_keep: int = 0, **inputs: Any) -> GeneratePass:
-        states = self.generation_states(**inputs)[:, -logits_to_keep:]
+        # Contiguous: a view would have the output embedding copied for every row.
+        states = self.generation_states(**inputs)[:, -logits_to_keep:].contiguous()
         logits = nn.functional.linear(states, self.policy_output_weight())
         on_policy = self.value_head if self.value_on_policy else None
         return GeneratePass(logits, None if on_policy is None else head_output(on_policy, states))
 
     def _train_pass(self, sequences: Sequences) -> TrainPass:
-        policy_hidden = self.policy_hidden(sequences)
+        with quick_attention(sequences):
+            policy_hidden = self.policy_hidden(sequences)
+            values = self.values(sequences, policy_hidden)
         logprobs, entropy = self._completion_logprobs(policy_hidden, sequences, self.policy_output_weight())
-        values = self.values(sequences, policy_hidden)
         return TrainPass(logprobs, entropy, values * sequences.completion_mask)
 
     def _value_pass(self, sequences: Sequences) -> Tensor:
@@ -223,6 +226,7 @@ class SharedTrunk(PpoModels):
         self.reward_head = reward_head
         self.value_adapter = value_adapter
         self._layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+        self._fused = fuse_adapters(model)
         self._use("policy")
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(".lora_" in name and (".policy." in name or ".value." in name))
@@ -232,6 +236,10 @@ class SharedTrunk(PpoModels):
     @property
     def _no_split_modules(self) -> Any:
         return self.causal_lm._no_split_modules
+
+    def _autocast(self) -> Any:
+        # All is in the trunk's dtype already; looking every operation up would cost as much as small ones take.
+        return nullcontext() if self._fused and not self.sharded else super()._autocast()
 
     def _use(self, adapter: str | None) -> None:
         # peft's set_adapter also switches gradients on and off, which would freeze the other adapter's before backward.
@@ -289,21 +297,20 @@ class SharedTrunk(PpoModels):
 
     @contextmanager
     def generation(self) -> Iterator[None]:
-        """The policy's adapter added into the trunk's fp32 weights, and the very same weights put back afterwards.
+        """The policy's adapter added into the trunk's weights, and the very same weights put back afterwards.
 
         Subtracting what was added would leave rounding behind; the originals are kept aside instead, while completions
-        are drawn and no longer. A bf16 trunk stays as it is: rounding the sum would swallow a small adapter, and the
-        completions would come from another policy than the one trained. So does a sharded one.
+        are drawn and no longer. Sums in bf16 are dithered (`align.models.lora`). A sharded trunk stays as it is.
         """
         layers = [layer for layer in self._layers if "policy" in layer.lora_A]
         weights = [layer.get_base_layer().weight for layer in layers]
-        if any(weight.dtype != torch.float32 or is_sharded(weight) for weight in weights):
+        if not self._fused or any(is_sharded(weight) for weight in weights):
             yield
             return
         kept = [weight.data for weight in weights]
         try:
             for layer, weight in zip(layers, weights, strict=True):
-                weight.data = weight.data + layer.get_delta_weight("policy")
+                weight.data = merged_weight(layer, "policy")
             self._merged = True
             yield
         finally:

@@ -12,6 +12,9 @@ from align.models.sequences import Sequences, lay_out
 from align.repro import derive_seed
 from align.rl.rollout import Completion, permutation
 
+ROWS_WITHOUT_GRADIENT = 4
+"""Times a micro-batch's rows that a pass without a gradient takes: it keeps no activations."""
+
 
 @dataclass(frozen=True)
 class MicroBatch:
@@ -62,8 +65,8 @@ class Batches:
 
     def epoch(self, completions: Sequence[Completion], iteration: int, epoch: int) -> Iterator[list[MicroBatch]]:
         """This process's micro-batches of each minibatch of an epoch; reshuffled each epoch."""
-        seed = derive_seed(self.seed, "minibatches", iteration, epoch)
         ranks = processes.rank(), processes.world_size()
+        seed = self._epoch_seed(iteration, epoch)
         for rows in minibatch_rows(len(completions), self.options.batch_size, seed, *ranks):
             yield self.cut(completions, rows)
 
@@ -74,11 +77,20 @@ class Batches:
         chosen = torch.randint(len(rows), (self.options.batch_size,), generator=generator).tolist()
         return self.cut(rows, list(processes.share(chosen)))
 
-    def cut(self, completions: Sequence[Completion], rows: Sequence[int]) -> list[MicroBatch]:
+    def cut(
+        self, completions: Sequence[Completion], rows: Sequence[int], *, with_gradient: bool = True
+    ) -> list[MicroBatch]:
         """Micro-batches of some rows."""
-        return micro_batches(
-            completions, rows, self.options.micro_batch_size, self.pad_id, self.device, share=self.share
-        )
+        size = self.options.micro_batch_size * (1 if with_gradient else ROWS_WITHOUT_GRADIENT)
+        return micro_batches(completions, rows, size, self.pad_id, self.device, share=self.share)
+
+    def later_rows(self, count: int, iteration: int) -> list[int]:
+        """All processes' rows that are not in the first minibatch of an iteration's first epoch, in ascending order."""
+        first, *_ = minibatch_rows(count, self.options.batch_size, self._epoch_seed(iteration, 0), 0, 1)
+        return sorted(set(range(count)) - set(first))
+
+    def _epoch_seed(self, iteration: int, epoch: int) -> int:
+        return derive_seed(self.seed, "minibatches", iteration, epoch)
 
 
 def minibatch_rows(count: int, batch_size: int, seed: int, rank: int, world_size: int) -> list[list[int]]:

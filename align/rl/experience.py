@@ -23,7 +23,7 @@ from align.rl.advantages import (
     penalised_rewards,
     whiten,
 )
-from align.rl.batches import Batches, MicroBatch
+from align.rl.batches import Batches
 from align.rl.clock import Clock
 from align.rl.rewards import Rewards
 from align.rl.rollout import Completion, TokenizedPrompt, completion_mask, sample_completions, schedule
@@ -32,16 +32,14 @@ from align.rl.settings import PpoBlock
 
 @dataclass(frozen=True)
 class Experience:
-    """A rollout with all that the updates need; the same in every process but for `first_epoch`.
+    """A rollout with all that the updates need, the same in every process.
 
-    `first_epoch` is this process's micro-batches of each minibatch of the first epoch. `old_logprobs` of its first
-    minibatch are sampling's until the training pass replaces them. `kl` is nats a completion, (N,) for each of the
-    estimators 'k1', 'k2' and 'k3'. `raw_scores` (N, S) are as the sources gave them, `standardised` on one scale and
-    without the gold sources, `scores` (N,) one of each completion.
+    `old_logprobs` of the first minibatch are sampling's until its training pass replaces them. `kl` is nats a
+    completion, (N,) for each of the estimators 'k1', 'k2' and 'k3'. `raw_scores` (N, S) are as the sources gave them,
+    `standardised` on one scale and without the gold sources, `scores` (N,) one of each completion.
     """
 
     completions: Sequence[Completion]
-    first_epoch: Sequence[Sequence[MicroBatch]]
     mask: Tensor
     sampled_logprobs: Tensor
     old_logprobs: Tensor
@@ -78,8 +76,7 @@ class Collector:
         with self.clock.phase("reward"):
             raw_scores = self._score(completions, iteration)
         with self.clock.phase("forward"):
-            first_epoch = list(self.batches.epoch(completions, iteration, 0))
-            passes = self._passes(completions, first_epoch)
+            passes = self._passes(completions, iteration)
         mask = completion_mask(completions, passes["values"].shape[1])
         kl = kl_terms(passes["old_logprobs"], passes["ref_logprobs"])
         standardised = self.rewards.standardised(raw_scores)
@@ -88,7 +85,6 @@ class Collector:
         advantages, returns = self._advantages(rewards, passes["values"], mask)
         return Experience(
             completions=completions,
-            first_epoch=first_epoch,
             mask=mask,
             kl={name: (term * mask).sum(dim=1) for name, term in kl.items()},
             raw_scores=raw_scores,
@@ -140,20 +136,10 @@ class Collector:
             raise not_finite(fault, iteration, completions[row], self.output)
         return raw
 
-    def _passes(
-        self, completions: Sequence[Completion], minibatches: Sequence[Sequence[MicroBatch]]
-    ) -> dict[str, Tensor]:
+    @torch.no_grad()
+    def _passes(self, completions: Sequence[Completion], iteration: int) -> dict[str, Tensor]:
         """Log-probs and values of the policy that sampled, and the reference's log-probs, (N, T) each."""
         width = max(len(completion.tokens) for completion in completions)
-        mine: list[tuple[int, dict[str, Tensor]]] = []
-        for number, minibatch in enumerate(minibatches):
-            for batch in minibatch:
-                with torch.no_grad():
-                    results = {name: result.cpu() for name, result in self._computed(batch, number).items()}
-                mine += [
-                    (row, {name: result[i] for name, result in results.items()})
-                    for i, row in enumerate(batch.rows.tolist())
-                ]
         sampled = _table([completion.sampled_logprobs for completion in completions], width)
         passes = {
             "sampled_logprobs": sampled,
@@ -161,21 +147,25 @@ class Collector:
             "ref_logprobs": torch.zeros_like(sampled),
             "values": _table([completion.sampled_values for completion in completions], width),
         }
-        for row, results in gathered(mine):
-            for name, result in results.items():
-                passes[name][row, : len(result)] = result
+        every = range(len(completions))
+        mine = self._passed(completions, every, "reference", "ref_logprobs")
+        if self.settings.advantage == "gae" and not self.models.value_on_policy:
+            mine += self._passed(completions, every, "values", "values")
+        if not self.models.keeps_sampled:
+            later = self.batches.later_rows(len(completions), iteration)
+            mine += self._passed(completions, later, "logprobs", "old_logprobs")
+        for row, name, result in gathered(mine):
+            passes[name][row, : len(result)] = result
         return passes
 
-    def _computed(self, batch: MicroBatch, minibatch: int) -> dict[str, Tensor]:
-        """What sampling did not give of a micro-batch, (B, T) each.
-
-        The first minibatch's old log-probs come from its own training pass.
-        """
-        found = {"ref_logprobs": self.models("reference", sequences=batch.sequences).result}
-        if minibatch and not self.models.keeps_sampled:
-            found["old_logprobs"] = self.models("logprobs", sequences=batch.sequences).result
-        if self.settings.advantage == "gae" and not self.models.value_on_policy:
-            found["values"] = self.models("values", sequences=batch.sequences).result
+    def _passed(
+        self, completions: Sequence[Completion], rows: Sequence[int], role: str, name: str
+    ) -> list[tuple[int, str, Tensor]]:
+        """What a role says of this process's share of rows: each row, the name, and (T,) numbers."""
+        found = []
+        for batch in self.batches.cut(completions, processes.share(rows), with_gradient=False):
+            results = self.models(role, sequences=batch.sequences).result.cpu()
+            found += [(row, name, result) for row, result in zip(batch.rows.tolist(), results, strict=True)]
         return found
 
     def _shaped(self, completions: Sequence[Completion], scores: Tensor) -> Tensor:

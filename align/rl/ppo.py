@@ -130,8 +130,7 @@ class PpoTrainer:
         self.clock.reset()
         experience = self.collector.collect(self.iteration, self.kl_coef)
         figures = rollout_figures(experience, self.rewards)
-        figures |= {"kl_coef": self.kl_coef, "padding_share": self._padding_share(experience.first_epoch)}
-        figures |= self.update(experience)
+        figures |= {"kl_coef": self.kl_coef, **self.update(experience)}
         figures["learning_rate"] = self.updates.learning_rate
         self._adapt_kl_coef(experience)
         self.iteration += 1
@@ -155,10 +154,7 @@ class PpoTrainer:
         steps: list[dict[str, float]] = []
         with self.clock.phase("train"):
             for epoch in range(self.settings.epochs):
-                minibatches = experience.first_epoch
-                if epoch:
-                    minibatches = list(self.batches.epoch(experience.completions, self.iteration, epoch))
-                for number, batches in enumerate(minibatches):
+                for number, batches in enumerate(self.batches.epoch(experience.completions, self.iteration, epoch)):
                     imitated = self._demonstration_batches(epoch, number)
                     steps.append(self._optimizer_step(experience, batches, imitated, first=not steps))
                     if len(steps) == 1:
@@ -220,6 +216,7 @@ class PpoTrainer:
         largest = {name: totals.pop(name) for name in list(totals) if name in LARGEST}
         figures = {name: float(self._all_sum(total) / tokens) for name, total in totals.items()}
         figures |= {name: float(self.accelerator.gather(value).max()) for name, value in largest.items()}
+        figures["padding_share"] = self._padding_share(batches)
         return figures | imitation | {"gradient_norm": norm, "skipped_steps": float(not finite)}
 
     def _train_pass(self, experience: Experience, batch: MicroBatch) -> TrainPass:
@@ -286,11 +283,10 @@ class PpoTrainer:
         )
         self.updates.learning_rate = rate
 
-    def _padding_share(self, minibatches: Sequence[Sequence[MicroBatch]]) -> float:
-        """Share of the minibatches' positions that is padding, over all processes."""
-        batches = [batch.sequences for minibatch in minibatches for batch in minibatch]
-        padding = self._all_sum(torch.tensor(float(sum(batch.padding for batch in batches))))
-        return float(padding / self._all_sum(torch.tensor(float(sum(batch.computed for batch in batches)))))
+    def _padding_share(self, batches: Sequence[MicroBatch]) -> float:
+        """Share of a minibatch's positions that is padding, over all processes."""
+        padding = self._all_sum(torch.tensor(float(sum(batch.sequences.padding for batch in batches))))
+        return float(padding / self._all_sum(torch.tensor(float(sum(batch.sequences.computed for batch in batches)))))
 
     def _peak_memory(self) -> float:
         if self.device.type == "cuda":

@@ -115,7 +115,7 @@ def test_rows_that_share_an_opening_get_what_they_would_alone(trunk):
         slopes.append(gradients(trunk))
         with torch.no_grad():
             assert torch.allclose(trunk("reference", sequences=batch).result, reference(trunk, prompts, completions))
-            assert torch.equal(trunk("values", sequences=batch).result, passes[-1].values)
+            assert torch.allclose(trunk("values", sequences=batch).result, passes[-1].values, atol=1e-6)
     assert batch.computed == 2 * 50 + 6 * (4 + 5) and batch.openings.width == 50
     assert torch.allclose(passes[0].logprobs, passes[1].logprobs, atol=1e-5)
     assert torch.allclose(passes[0].values, passes[1].values, atol=1e-5)
