@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from align.models.wrapped import inner_model, replaced_forward
 
 CHUNK = 128
-"""Positions whose logits exist at a time: 25 MB in float32 with SmolLM2's 49,152 tokens, which glibc hands out again."""
+"""Positions whose logits exist at a time. In float32 25 MB with SmolLM2's 49,152 tokens: glibc reuses up to 32."""
 
 
 class LogprobsOut(NamedTuple):

@@ -8,6 +8,7 @@ backward pass and nothing else. Factors are computed in the trunk's dtype; the p
 float32.
 """
 
+from collections.abc import Sequence
 from types import MethodType
 from typing import Any
 
@@ -48,25 +49,36 @@ class _AdaptedLinear(torch.autograd.Function):
         return of_inputs, None, None, (narrow_slope.T @ flat).float(), of_up, None
 
 
-def merged_weight(layer: Any, adapter: str) -> Tensor:
-    """(O, I) W + s B A of a fused layer in W's dtype, bf16 dithered."""
-    weight = layer.get_base_layer().weight.data
-    up, down = layer.lora_B[adapter].weight.data, layer.lora_A[adapter].weight.data
-    merged = torch.addmm(weight.float(), up.float(), down.float(), alpha=layer.scaling[adapter])
-    return dithered(merged) if weight.dtype == torch.bfloat16 else merged.to(weight.dtype)
+def merged_weights(layers: Sequence[Any], adapter: str) -> list[Tensor]:
+    """(O, I) W + s B A of each fused layer in W's dtype; bf16 is dithered."""
+    weights = [layer.get_base_layer().weight.data for layer in layers]
+    noise = _dither(max(weight.numel() for weight in weights), weights[0].device)
+    merged = []
+    for layer, weight in zip(layers, weights, strict=True):
+        up, down = layer.lora_B[adapter].weight.data, layer.lora_A[adapter].weight.data
+        whole = torch.addmm(weight.float(), up.float(), down.float(), alpha=layer.scaling[adapter])
+        dithers = weight.dtype == torch.bfloat16
+        merged.append(dithered(whole, noise[: whole.numel()]) if dithers else whole.to(weight.dtype))
+    return merged
 
 
-def dithered(values: Tensor) -> Tensor:
-    """(O, I) float32 to bf16, each number rounded up as often as it is near the upper neighbour.
+def dithered(values: Tensor, noise: Tensor) -> Tensor:
+    """float32 to bf16, each number rounded up as often as it is near the upper neighbour.
 
     Rounding to the nearest would give a bf16 weight back as it was whenever what is added is less than half a step of
-    bf16, so that a small adapter would vanish whole; dithered, it is there on average. The dither is the same each time
-    and for each shape: a merge is a function of its weights.
+    bf16, so that a small adapter would vanish whole; dithered, it is there on average.
+
+    Args:
+        noise: as many int32 numbers from 0 to 2^16 - 1.
     """
-    generator = torch.Generator(device=values.device).manual_seed(0)
-    noise = torch.randint(1 << 16, values.shape, dtype=torch.int32, device=values.device, generator=generator)
     bits = values.contiguous().view(torch.int32)
-    return ((bits + noise) & ~0xFFFF).view(torch.float32).to(torch.bfloat16)
+    return (bits + noise.view(values.shape)).bitwise_and_(~0xFFFF).view(torch.float32).to(torch.bfloat16)
+
+
+def _dither(count: int, device: torch.device) -> Tensor:
+    """The same noise each time, so that a merge is a function of its weights."""
+    generator = torch.Generator(device).manual_seed(0)
+    return torch.randint(1 << 16, (count,), dtype=torch.int32, device=device, generator=generator)
 
 
 def fuse_adapters(model: nn.Module) -> bool:

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from align.models.attention import train_short_rows_plainly
 from align.models.heads import head_output, last_attended
 from align.models.logprobs import gather_logprobs
-from align.models.lora import fuse_adapters, merged_weight
+from align.models.lora import fuse_adapters, merged_weights
 from align.models.openings import can_share
-from align.models.sequences import Rows, Sequences, completion_hidden, hidden_states, quick_attention
+from align.models.sequences import Rows, Sequences, completion_hidden, hidden_states
 from align.models.wrapped import inner_model, is_sharded
 
 Role = Literal["generate", "train", "logprobs", "values", "imitate", "reference", "score"]
@@ -39,15 +40,15 @@ class GeneratePass(NamedTuple):
 
 
 class TrainPass(NamedTuple):
-    """What the policy and value say of each completion token, each (B, T) float32 and zero where masked.
+    """What the policy says of each completion token, each (B, T) float32 and zero where masked.
 
-    Entropy is for reports, and computed in passes with a gradient alone.
+    Entropy is for reports, and computed in passes with a gradient alone. Values are those of a head on the policy.
     A named tuple, because DeepSpeed finds a module's output tensors in tuples and not in dataclasses.
     """
 
     logprobs: Tensor
     entropy: Tensor
-    values: Tensor
+    values: Tensor | None
 
 
 class PpoModels(nn.Module):
@@ -115,18 +116,19 @@ class PpoModels(nn.Module):
         return torch.autocast(self.causal_lm.device.type, dtype=self.compute_dtype)
 
     def _generate_pass(self, logits_to_keep: int = 0, **inputs: Any) -> GeneratePass:
-        # Contiguous: a view would have the output embedding copied for every row.
-        states = self.generation_states(**inputs)[:, -logits_to_keep:].contiguous()
-        logits = nn.functional.linear(states, self.policy_output_weight())
+        states = self.generation_states(**inputs)[:, -logits_to_keep:]
+        # As one matrix: a product of three axes may have the output embedding copied for every row.
+        logits = nn.functional.linear(states.flatten(0, 1), self.policy_output_weight())
+        logits = logits.unflatten(0, states.shape[:2])
         on_policy = self.value_head if self.value_on_policy else None
         return GeneratePass(logits, None if on_policy is None else head_output(on_policy, states))
 
     def _train_pass(self, sequences: Sequences) -> TrainPass:
-        with quick_attention(sequences):
-            policy_hidden = self.policy_hidden(sequences)
-            values = self.values(sequences, policy_hidden)
+        policy_hidden = self.policy_hidden(sequences)
         logprobs, entropy = self._completion_logprobs(policy_hidden, sequences, self.policy_output_weight())
-        return TrainPass(logprobs, entropy, values * sequences.completion_mask)
+        on_policy = self.value_head if self.value_on_policy else None
+        values = None if on_policy is None else head_output(on_policy, policy_hidden) * sequences.completion_mask
+        return TrainPass(logprobs, entropy, values)
 
     def _value_pass(self, sequences: Sequences) -> Tensor:
         """(B, T) values without log-probs."""
@@ -184,11 +186,8 @@ class PpoModels(nn.Module):
         """(V, H) the reference's output embedding."""
         raise NotImplementedError
 
-    def values(self, sequences: Sequences, policy_hidden: Tensor | None = None) -> Tensor:
-        """(B, T) V(s_t), the value before each completion token; zeros where nothing estimates values.
-
-        The policy's hidden states (B, T, H), where given, spare a pass if the value's head is on them.
-        """
+    def values(self, sequences: Sequences) -> Tensor:
+        """(B, T) V(s_t), the value before each completion token, by a pass of its own."""
         raise NotImplementedError
 
     def reward_scores(self, sequences: Rows) -> Tensor:
@@ -227,6 +226,7 @@ class SharedTrunk(PpoModels):
         self.value_adapter = value_adapter
         self._layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
         self._fused = fuse_adapters(model)
+        train_short_rows_plainly(self.causal_lm)
         self._use("policy")
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(".lora_" in name and (".policy." in name or ".value." in name))
@@ -277,13 +277,10 @@ class SharedTrunk(PpoModels):
 
     reference_output_weight = policy_output_weight
 
-    def values(self, sequences: Sequences, policy_hidden: Tensor | None = None) -> Tensor:
+    def values(self, sequences: Sequences) -> Tensor:
         if self.value_head is None:
-            return torch.zeros(sequences.completion_mask.shape, device=sequences.input_ids.device)
-        if not self.value_adapter:
-            hidden = self.policy_hidden(sequences) if policy_hidden is None else policy_hidden
-            return head_output(self.value_head, hidden)
-        with self._adapter("value"):
+            raise ValueError("these models have no value")
+        with self._adapter("value" if self.value_adapter else "policy"):
             return head_output(self.value_head, completion_hidden(self.causal_lm.base_model, sequences))
 
     def reward_scores(self, sequences: Rows) -> Tensor:
@@ -309,8 +306,8 @@ class SharedTrunk(PpoModels):
             return
         kept = [weight.data for weight in weights]
         try:
-            for layer, weight in zip(layers, weights, strict=True):
-                weight.data = merged_weight(layer, "policy")
+            for weight, merged in zip(weights, merged_weights(layers, "policy"), strict=True):
+                weight.data = merged
             self._merged = True
             yield
         finally:
@@ -362,10 +359,7 @@ class SeparateModels(PpoModels):
     def reference_output_weight(self) -> Tensor:
         return self.reference.get_output_embeddings().weight
 
-    def values(self, sequences: Sequences, policy_hidden: Tensor | None = None) -> Tensor:
+    def values(self, sequences: Sequences) -> Tensor:
         if self.value_head is None:
-            return torch.zeros(sequences.completion_mask.shape, device=sequences.input_ids.device)
-        if self.value_backbone is None:
-            hidden = self.policy_hidden(sequences) if policy_hidden is None else policy_hidden
-            return head_output(self.value_head, hidden)
-        return head_output(self.value_head, completion_hidden(self.value_backbone, sequences))
+            raise ValueError("these models have no value")
+        return head_output(self.value_head, completion_hidden(self.value_backbone or self.policy.base_model, sequences))

@@ -4,12 +4,10 @@ Shapes: B rows, T completion tokens, L positions of the longest row without its 
 """
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from align.models.openings import (
     OpeningBatch,
@@ -20,9 +18,6 @@ from align.models.openings import (
     right_padded,
     shared_openings,
 )
-
-SHORT = 192
-"""Positions up to which a CPU trains with attention by plain products."""
 
 WORTH_SHARING = 64
 """Positions that an opening must spare: a pass of its own reads all weights once, whatever its length."""
@@ -101,17 +96,6 @@ def _worthwhile(rows: Sequence[Sequence[int]], share: bool) -> Openings:
 
 def _rests(rows: Sequence[Sequence[int]], openings: Openings) -> list[Sequence[int]]:
     return [row[len(openings.ids[group]) :] for row, group in zip(rows, openings.of_row, strict=True)]
-
-
-def quick_attention(rows: Rows) -> AbstractContextManager[None]:
-    """For passes with a gradient: plain products where a CPU's flash attention takes longer in its backward pass.
-
-    In bf16 that is three times as long at 66 positions, and as long at 256 (`benchmarks/attention.py`).
-    """
-    length = rows.openings.width + rows.input_ids.shape[1]
-    if rows.input_ids.device.type == "cpu" and length <= SHORT:
-        return sdpa_kernel(SDPBackend.MATH)
-    return nullcontext()
 
 
 def hidden_states(backbone: nn.Module, rows: Rows) -> Tensor:

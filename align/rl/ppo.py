@@ -11,7 +11,7 @@ so a resumed run repeats itself, and one split over other processes does up to r
 import json
 import os
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -190,24 +190,18 @@ class PpoTrainer:
     def _optimizer_step(
         self, experience: Experience, batches: Sequence[MicroBatch], imitated: Sequence[MicroBatch], *, first: bool
     ) -> dict[str, float]:
-        # First, because DDP adds up the processes' gradients in the last pass, which must use every trained parameter.
         imitation = self._imitate(imitated)
         tokens = self._tokens(batches)
         totals: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
-        met: list[tuple[int, Tensor]] = []
         for index, batch in enumerate(batches):
             with self.updates.accumulate(last=index == len(batches) - 1):
-                now = self._train_pass(experience, batch)
-                apart = self._apart_from_sampling(experience, batch, now.logprobs.detach()) if first else {}
-                old_logprobs = now.logprobs.detach() if first else self._of(experience.old_logprobs, batch)
-                loss, sums = self._losses(experience, batch, now, old_logprobs)
-                # Gradients are averaged over processes; the loss is the whole minibatch's mean a token.
-                self.updates.backward(loss * processes.world_size() / tokens)
-            met += list(zip(batch.rows.tolist(), old_logprobs.cpu(), strict=True)) if first else []
-            for name, value in (sums | apart).items():
-                totals[name] = torch.maximum(totals[name], value) if name in LARGEST else totals[name] + value
+                for loss, sums in self._losses(experience, batch, first=first):
+                    # Gradients are averaged over processes; the loss is the whole minibatch's mean a token.
+                    self.updates.backward(loss * processes.world_size() / tokens)
+                    for name, value in sums.items():
+                        totals[name] = torch.maximum(totals[name], value) if name in LARGEST else totals[name] + value
         if first:
-            _take_for_old(experience, met)
+            _share_old_logprobs(experience, batches)
         norm = self.updates.step()
         finite = norm < float("inf")
         self.skipped = 0 if finite else self.skipped + 1
@@ -219,35 +213,39 @@ class PpoTrainer:
         figures["padding_share"] = self._padding_share(batches)
         return figures | imitation | {"gradient_norm": norm, "skipped_steps": float(not finite)}
 
-    def _train_pass(self, experience: Experience, batch: MicroBatch) -> TrainPass:
-        now: TrainPass = self.updates.wrapped("train", sequences=batch.sequences)
-        for row, logprobs, values in zip(batch.rows.tolist(), now.logprobs, now.values, strict=True):
-            if not (logprobs.isfinite().all() and values.isfinite().all()):
-                raise self._not_finite("loss is not finite (NaN or infinity)", experience.completions[row])
-        return now
-
-    def _of(self, table: Tensor, batch: MicroBatch) -> Tensor:
-        """(B, T) the micro-batch's part of an (N, T') table."""
-        return table[batch.rows, : batch.sequences.completion_mask.shape[1]].to(self.device)
-
-    def _apart_from_sampling(self, experience: Experience, batch: MicroBatch, logprobs: Tensor) -> dict[str, Tensor]:
-        """How far the first minibatch's log-probs (B, T) are from sampling's, by the same policy.
-
-        They take the place of the old ones there, so that the ratio is exactly 1, whatever rounding there is between
-        the two kinds of pass.
-        """
-        gap = (logprobs - self._of(experience.sampled_logprobs, batch)) * batch.sequences.completion_mask
-        return {"first_log_ratio": gap.abs().max(), "sampling_gap": gap.abs().sum()}
-
     def _losses(
-        self, experience: Experience, batch: MicroBatch, now: TrainPass, old_logprobs: Tensor
+        self, experience: Experience, batch: MicroBatch, *, first: bool
+    ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        """A micro-batch's summed losses, each with sums of its figures.
+
+        A value model of its own has a pass of its own, so that the activations of two passes are never held at once.
+        """
+        now: TrainPass = self.updates.wrapped("train", sequences=batch.sequences)
+        self._check_finite(now.logprobs, experience, batch)
+        loss, sums = self._policy_loss(experience, batch, now, first=first)
+        if now.values is not None:
+            value_loss, value_sums = self._value_loss(experience, batch, now.values)
+            loss, sums = loss + value_loss, sums | value_sums
+        yield loss, sums
+        if self.settings.advantage == "gae" and now.values is None:
+            yield self._value_loss(experience, batch, self.updates.wrapped("values", sequences=batch.sequences).result)
+
+    def _policy_loss(
+        self, experience: Experience, batch: MicroBatch, now: TrainPass, *, first: bool
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Summed loss of a micro-batch, and sums of its figures."""
-        settings = self.settings
-        mask = batch.sequences.completion_mask
-        advantages = self._of(experience.advantages, batch)
-        policy = clipped_policy_loss(now.logprobs, old_logprobs, advantages, mask, settings.clip_range)
-        loss = policy.loss
+        """The first minibatch's own log-probs take the place of sampling's, which are the same policy's.
+
+        Its ratio is then exactly 1, whatever rounding there is between the two kinds of pass; how far apart they were
+        is a figure.
+        """
+        mask, logprobs = batch.sequences.completion_mask, now.logprobs.detach()
+        apart = {}
+        if first:
+            gap = ((logprobs - self._of(experience.sampled_logprobs, batch)) * mask).abs()
+            apart = {"first_log_ratio": gap.max(), "sampling_gap": gap.sum()}
+            experience.old_logprobs[batch.rows, : mask.shape[1]] = logprobs.cpu()
+        old_logprobs, advantages = self._of(experience.old_logprobs, batch), self._of(experience.advantages, batch)
+        policy = clipped_policy_loss(now.logprobs, old_logprobs, advantages, mask, self.settings.clip_range)
         sums = {
             "policy_loss": policy.loss.detach(),
             "ratio": policy.ratio,
@@ -257,13 +255,27 @@ class PpoTrainer:
             "largest_log_ratio": policy.largest_log_ratio,
             "entropy": now.entropy.detach().sum(),
         }
-        if settings.advantage == "gae":
-            old_values, returns = self._of(experience.values, batch), self._of(experience.returns, batch)
-            clip_range = settings.value_clip_range if settings.value_clip_range is not None else float("inf")
-            value = clipped_value_loss(now.values, old_values, returns, mask, clip_range)
-            loss = loss + settings.value_coef * value.loss
-            sums |= {"value_loss": value.loss.detach(), "value_clip_fraction": value.clipped.float()}
-        return loss, sums
+        return policy.loss, sums | apart
+
+    def _value_loss(
+        self, experience: Experience, batch: MicroBatch, values: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        self._check_finite(values, experience, batch)
+        settings = self.settings
+        old_values, returns = self._of(experience.values, batch), self._of(experience.returns, batch)
+        clip_range = settings.value_clip_range if settings.value_clip_range is not None else float("inf")
+        value = clipped_value_loss(values, old_values, returns, batch.sequences.completion_mask, clip_range)
+        sums = {"value_loss": value.loss.detach(), "value_clip_fraction": value.clipped.float()}
+        return settings.value_coef * value.loss, sums
+
+    def _check_finite(self, numbers: Tensor, experience: Experience, batch: MicroBatch) -> None:
+        for row, each in zip(batch.rows.tolist(), numbers, strict=True):
+            if not each.isfinite().all():
+                raise self._not_finite("loss is not finite (NaN or infinity)", experience.completions[row])
+
+    def _of(self, table: Tensor, batch: MicroBatch) -> Tensor:
+        """(B, T) the micro-batch's part of an (N, T') table."""
+        return table[batch.rows, : batch.sequences.completion_mask.shape[1]].to(self.device)
 
     def _check_first_ratio(self, step: dict[str, float]) -> None:
         """The first minibatch is trained by the policy that sampled it."""
@@ -330,10 +342,11 @@ class PpoTrainer:
         return self.accelerator.reduce(value.to(self.device), reduction="sum")
 
 
-def _take_for_old(experience: Experience, met: list[tuple[int, Tensor]]) -> None:
-    """Put rows' log-probs by the training pass in place of the old ones, in every process."""
-    for row, logprobs in gathered(met):
-        experience.old_logprobs[row, : len(logprobs)] = logprobs
+def _share_old_logprobs(experience: Experience, batches: Sequence[MicroBatch]) -> None:
+    """Let every process have the old log-probs of the rows that one of them has met."""
+    mine = [(row, experience.old_logprobs[row]) for batch in batches for row in batch.rows.tolist()]
+    for row, logprobs in gathered(mine):
+        experience.old_logprobs[row] = logprobs
 
 
 def schedule_factor(iteration: int, iterations: int, schedule: str, warmup_ratio: float) -> float:

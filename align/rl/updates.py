@@ -4,7 +4,7 @@
 engine, which accumulates, clips and steps by itself. The PPO loop sees no difference.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.state_dict import (
 from align import processes
 from align.config import OptimizerBlock
 from align.errors import InputError
+from align.models.wrapped import is_sharded
 
 ADAM_BETAS, ADAM_EPS = (0.9, 0.999), 1e-5
 """As in Ouyang et al.'s code; the larger epsilon keeps early steps small (Huang et al. 2024)."""
@@ -49,7 +50,7 @@ class Updates:
             _keep_results_unrounded(accelerator.state.fsdp_plugin)
         self.wrapped, self.optimizer = accelerator.prepare(models, adamw(models, options))
         self.models = accelerator.unwrap_model(self.wrapped)
-        self.sharded = is_sharding(accelerator)
+        self.sharded = any(is_sharded(parameter) for parameter in self.models.parameters())
 
     @property
     def learning_rate(self) -> float:
@@ -62,8 +63,11 @@ class Updates:
             group["lr"] = rate
 
     def accumulate(self, *, last: bool) -> AbstractContextManager[None]:
-        """Around the forward and backward pass of a micro-batch; processes add up their gradients in the last one."""
-        return nullcontext() if last else self.accelerator.no_sync(self.wrapped)
+        """Around the forward and backward passes of a micro-batch; sharded gradients are added up in the last one.
+
+        Under DDP they are in `step`: DDP itself takes one pass, with a use for every parameter, to be all there is.
+        """
+        return nullcontext() if last and self.sharded else self.accelerator.no_sync(self.wrapped)
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of this process's loss; those of all processes are averaged."""
@@ -72,6 +76,8 @@ class Updates:
     def step(self) -> float:
         """Clip and take an optimizer step, left out where the gradient is not finite; the norm before clipping."""
         trained = [parameter for parameter in self.wrapped.parameters() if parameter.requires_grad]
+        if not self.sharded and processes.world_size() > 1:
+            average_gradients(trained)
         norm = float(self.accelerator.clip_grad_norm_(trained, self.options.max_grad_norm))
         if norm < float("inf"):
             self.optimizer.step()
@@ -169,6 +175,18 @@ class DeepSpeedUpdates(Updates):
             if id(parameter) in gathered:
                 state[name] = gathered[id(parameter)]
         return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+
+
+def average_gradients(parameters: Sequence[Tensor]) -> None:
+    """Take the mean of all processes' gradients; a parameter that a process did not use has a gradient of 0 there."""
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    sums = [torch.distributed.all_reduce(gradient, async_op=True) for gradient in gradients]
+    for gradient, done in zip(gradients, sums, strict=True):
+        done.wait()
+        gradient /= processes.world_size()
 
 
 def adamw(models: torch.nn.Module, options: OptimizerBlock) -> torch.optim.AdamW:

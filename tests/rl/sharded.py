@@ -34,8 +34,8 @@ BLOCK = settings(
     optimizer=OptimizerBlock(learning_rate=3e-3, batch_size=8, micro_batch_size=2, schedule="constant"),
 )
 ADAPTERS = LoraBlock(r=4, alpha=8)
-BACKWARDS_AN_ITERATION = 8
-"""Of each of two processes: two epochs of two micro-batches, and of two of demonstrations."""
+BACKWARDS_AN_ITERATION = 12
+"""Of each of two processes: two epochs of two micro-batches, for policy and value, and of two of demonstrations."""
 
 
 def fsdp2_accelerator(arrangement: str) -> Accelerator:

@@ -48,8 +48,8 @@ def test_the_reference_is_the_model_without_adapters(trunk, tiny_model_dir):
 def test_only_the_policys_and_the_values_own_weights_train(trunk):
     trained = {name for name, parameter in trunk.named_parameters() if parameter.requires_grad}
     assert all(".policy." in name or ".value." in name or name.startswith("value_head") for name in trained)
-    out = trunk("train", sequences=sequences())
-    (out.logprobs.sum() + out.values.sum()).backward()
+    trunk("train", sequences=sequences()).logprobs.sum().backward()
+    trunk("values", sequences=sequences()).result.sum().backward()
     assert all(parameter.grad is not None for name, parameter in trunk.named_parameters() if name in trained)
 
 
@@ -69,6 +69,21 @@ def test_the_merged_policy_is_the_policy(trunk):
             merged = trunk("generate", input_ids=ids).logits
     assert torch.allclose(beside, merged, atol=1e-4)
     assert not torch.equal(beside, merged), "the merge did something"
+
+
+def test_a_bf16_trunk_is_merged_and_put_back_bitwise(tiny_model_dir):
+    models = load_shared_trunk(
+        str(tiny_model_dir), None, LoraBlock(r=4), value=None, dtype=torch.bfloat16, temperature=1.0
+    )
+    for name, parameter in models.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    before = {name: weight.detach().clone() for name, weight in base_weights(models).items()}
+    with models.generation():
+        merged = {name: weight.detach().clone() for name, weight in base_weights(models).items()}
+    adapted = [name for name in before if not torch.equal(before[name], merged[name])]
+    assert len(adapted) == 14, "seven linear layers in each of two blocks"
+    assert all(torch.equal(before[name], weight) for name, weight in base_weights(models).items())
 
 
 def test_the_trunk_is_put_back_even_when_sampling_fails(trunk):
@@ -110,15 +125,16 @@ def test_rows_that_share_an_opening_get_what_they_would_alone(trunk):
     passes, slopes = [], []
     for share in (False, True):
         batch = lay_out(prompts, completions, 1, torch.device("cpu"), share=share)
-        passes.append(trunk("train", sequences=batch))
-        (passes[-1].logprobs * passes[-1].values.detach() + passes[-1].values).sum().backward()
+        logprobs, values = trunk("train", sequences=batch).logprobs, trunk("values", sequences=batch).result
+        passes.append((logprobs, values))
+        (logprobs * values.detach() + values).sum().backward()
         slopes.append(gradients(trunk))
         with torch.no_grad():
             assert torch.allclose(trunk("reference", sequences=batch).result, reference(trunk, prompts, completions))
-            assert torch.allclose(trunk("values", sequences=batch).result, passes[-1].values, atol=1e-6)
+            assert torch.allclose(trunk("values", sequences=batch).result, values, atol=1e-6)
     assert batch.computed == 2 * 50 + 6 * (4 + 5) and batch.openings.width == 50
-    assert torch.allclose(passes[0].logprobs, passes[1].logprobs, atol=1e-5)
-    assert torch.allclose(passes[0].values, passes[1].values, atol=1e-5)
+    for alone, shared in zip(*passes, strict=True):
+        assert torch.allclose(alone, shared, atol=1e-5)
     for name, slope in slopes[0].items():
         assert torch.allclose(slope, slopes[1][name], atol=1e-4, rtol=1e-3), name
 
