@@ -85,7 +85,7 @@ def recipe(model: Path, prompts: Path, constitution: Path) -> dict[str, Any]:
             "sampling": {"max_new_tokens": 8, "batch_size": 8},
             "checkpoint_every": 1,
         },
-        "evaluate": {"policies": ["base", "sft", "ppo"], "sampling": sampling, "bootstrap": 50},
+        "evaluate": {"policies": ["base", "sft", "ppo"], "best_of": 2, "sampling": sampling, "bootstrap": 50},
     }
 
 

@@ -36,7 +36,7 @@ def test_a_recipe_runs_from_prompts_to_a_report(finished: Run) -> None:
     report = json.loads((finished.stage("evaluate") / "report.json").read_text())
     evaluated = {row["id"] for row in prompts if row["split"] == "eval"}
     assert Counter(row["policy"] for row in finished.rows("evaluate/samples.jsonl")) == {
-        policy: len(evaluated) for policy in ("base", "sft", "ppo")
+        policy: len(evaluated) for policy in ("base", "sft", "ppo", "best-of-2")
     }
     assert {row["prompt_id"] for row in finished.rows("evaluate/samples.jsonl")} == evaluated
     assert report
