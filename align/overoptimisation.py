@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 REWARDS = ("proxy", "gold")
+LARGEST_EXPONENT = 700
+"""Floating-point numbers end a little above the exponential of this."""
 PATIENCE = 10
 """Draws for each resample that is wanted: where most leave nothing to fit, there are too few prompts."""
 
@@ -95,6 +97,11 @@ class Tally:
         return self.points(np.ones(len(self.count)), deviations)
 
 
+def doubling_sizes(most: int) -> list[int]:
+    """1, 2, 4 and so on, and the most."""
+    return [*(2**power for power in range(most.bit_length()) if 2**power < most), most]
+
+
 def best_of_tally(proxy: Array, gold: Array, sizes: Sequence[int]) -> Tally:
     """The curve of best-of-n by the proxy, for each n of `sizes`, from (P, N) rewards."""
     columns = [np.stack([expected_best_of(proxy, values, n) for n in sizes], axis=1) for values in (proxy, gold)]
@@ -127,9 +134,14 @@ def _d_log_d(d: Array) -> Array:
     return d * np.log(np.where(d > 0, d, 1.0))
 
 
+def _rl_peak(alpha: float, beta: float) -> float:
+    exponent = alpha / beta - 1
+    return math.exp(exponent) if exponent < LARGEST_EXPONENT else math.inf
+
+
 # Gao et al. 2022, arXiv 2210.10760, section 1.
 BEST_OF_N_LAW = Law("d (α − β d)", np.square, lambda alpha, beta: max(alpha / (2 * beta), 0.0))
-RL_LAW = Law("d (α − β log d)", _d_log_d, lambda alpha, beta: float(np.exp(alpha / beta - 1)))
+RL_LAW = Law("d (α − β log d)", _d_log_d, _rl_peak)
 
 
 @dataclass(frozen=True)

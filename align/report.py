@@ -148,10 +148,26 @@ def read_report(directory: Path) -> Report:
 
 def read_samples(directory: Path) -> list[EvaluatedSample]:
     """The completions that a published report is about."""
+    return _evaluated(directory / SAMPLES)
+
+
+def read_candidates(directory: Path) -> list[EvaluatedSample]:
+    """The scored completions that best-of-n chose from.
+
+    Raises:
+        InputError: there are none, as the recipe sets no `evaluate.best_of`.
+    """
+    path = directory / CANDIDATES
+    if not path.exists():
+        raise InputError(f"{path}: no such file; set `evaluate.best_of` in that run's recipe and run it again")
+    return _evaluated(path)
+
+
+def _evaluated(path: Path) -> list[EvaluatedSample]:
     try:
-        return list(read_rows(directory / SAMPLES, EvaluatedSample))
+        return list(read_rows(path, EvaluatedSample))
     except TypeError as error:
-        raise InputError(f"{directory / SAMPLES}: rows of another version ({error}); evaluate that run again") from None
+        raise InputError(f"{path}: rows of another version ({error}); evaluate that run again") from None
 
 
 def rule_outcomes(checked: Iterable[CheckedPrinciple], sample: EvaluatedSample) -> dict[str, float]:

@@ -136,6 +136,13 @@ def test_no_other_distance_gives_more_than_the_peak(law, alpha, beta):
     assert around[law.at(around, alpha, beta).argmax()] == pytest.approx(law.peak(alpha, beta), abs=1e-3)
 
 
+def test_a_law_that_bends_too_little_to_fall_has_no_peak():
+    kl = np.tile(np.linspace(0, 9, 5), (3, 1))
+    for alpha, beta in ((1.0, 1e-4), (1.0, 0.0), (1.0, -0.5)):
+        reward = RL_LAW.at(np.sqrt(kl), alpha, beta)
+        assert fit_curve(RL_LAW, Tally(np.ones_like(kl), kl, reward, reward), SAME_SCALE, 0, 5)["gold"].peak is None
+
+
 @pytest.mark.parametrize("divergences", [[0.0, 1.0], [0.0, 1.0, 1.0], [0.0, -0.1, 0.0]])
 def test_one_distance_alone_leaves_the_coefficients_open(divergences):
     kl = np.array(divergences)
