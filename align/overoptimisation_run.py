@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from align.artefacts import SHARED_RUN, Manifest, read_manifest
+from align.artefacts import Manifest, read_manifest, stage_folder
 from align.config import ModelBlock, RewardSourceBlock
 from align.errors import InputError
 from align.overoptimisation import (
@@ -117,12 +117,6 @@ def load_study(run: Path, gold: str | None = None, resamples: int = 2000) -> Stu
         ),
         unlike=tuple(_unlike_sampling(trained, evaluated)),
     )
-
-
-def stage_folder(run: Path, stage: str) -> Path:
-    """Where a run's stage is published: in its own folder, or in what runs of a recipe share."""
-    places = (run / stage, run.parent / SHARED_RUN / stage)
-    return next((place for place in places if place.is_dir()), places[0])
 
 
 def chosen_sources(trained: Manifest, gold: str | None) -> tuple[RewardSourceBlock, RewardSourceBlock]:

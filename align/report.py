@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import ConfigDict, Field, ValidationError
 from rich.console import Console
 
-from align.artefacts import SHARED_RUN
+from align.artefacts import stage_folder
 from align.config import Block
 from align.errors import FileProblems, InputError, Problem
 from align.metrics import TextFigures
@@ -231,8 +231,8 @@ def model_paths(report: Report, run: Path) -> dict[str, str]:
     """
     paths = {}
     for name in (name for name, policy in report.policies.items() if policy.kl_to_reference_bound is None):
-        places = (run / name / "model", run.parent / SHARED_RUN / name / "model")
-        found = next((str(place) for place in places if place.is_dir()), f"not found in {run}")
+        model = stage_folder(run, name) / "model"
+        found = str(model) if model.is_dir() else f"not found in {run}"
         paths[name] = report.base_model if name == BASE else found
     return paths
 

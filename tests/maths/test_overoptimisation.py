@@ -5,7 +5,7 @@ from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from align.overoptimisation import (
@@ -22,6 +22,8 @@ from align.overoptimisation import (
 )
 
 SAME_SCALE = {"proxy": 1.0, "gold": 1.0}
+# A machine that stalls is no failure.
+CALM = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 FEW_VALUES = st.integers(min_value=0, max_value=4).map(float)
 
 
@@ -35,10 +37,11 @@ def over_all_subsets(proxy, values, n):
     return sum(found) / len(found)
 
 
-@given(st.lists(st.tuples(FEW_VALUES, st.floats(-5, 5)), min_size=1, max_size=7), st.data())
-def test_the_estimate_is_the_mean_over_every_subset_ties_included(rows, data):
+@settings(max_examples=60, **CALM)
+@given(st.lists(st.tuples(FEW_VALUES, st.floats(-5, 5)), min_size=1, max_size=7), st.integers(1, 7))
+def test_the_estimate_is_the_mean_over_every_subset_ties_included(rows, n):
     proxy, values = (list(each) for each in zip(*rows, strict=True))
-    n = data.draw(st.integers(1, len(rows)))
+    n = min(n, len(rows))
     [found] = expected_best_of(np.array([proxy]), np.array([values]), n)
     assert found == pytest.approx(over_all_subsets(proxy, values, n), abs=1e-9)
 
@@ -51,6 +54,7 @@ def test_the_best_of_one_is_the_mean_and_of_all_the_highest():
     assert expected_best_of(proxy, gold, 2) == pytest.approx((10 + 10 + 60) / 3)
 
 
+@settings(max_examples=60, **CALM)
 @given(st.lists(st.floats(-100, 100), min_size=2, max_size=12))
 def test_more_to_choose_from_never_lowers_the_proxy(scores):
     proxy = np.array([scores])
@@ -58,6 +62,7 @@ def test_more_to_choose_from_never_lowers_the_proxy(scores):
     assert all(later >= earlier - 1e-9 for earlier, later in pairwise(expected))
 
 
+@settings(max_examples=60, **CALM)
 @given(st.lists(st.tuples(FEW_VALUES, st.floats(-5, 5)), min_size=2, max_size=8), st.randoms())
 def test_the_order_of_the_draws_does_not_matter(rows, random):
     shuffled = list(rows)
@@ -113,6 +118,7 @@ def test_a_prompt_drawn_twice_counts_twice_and_a_point_without_prompts_is_not_me
     assert np.isnan(tally.points(np.array([2.0, 0.0]), SAME_SCALE).proxy).tolist() == [False, True]
 
 
+@settings(max_examples=60, **CALM)
 @given(
     st.sampled_from([BEST_OF_N_LAW, RL_LAW]),
     st.floats(-3, 3),
@@ -175,7 +181,7 @@ def test_the_same_seed_gives_the_same_intervals_and_an_exact_law_explains_everyt
     assert one["proxy"].peak is None, "it falls at once and then rises for ever"
 
 
-@settings(max_examples=20)
+@settings(max_examples=20, **CALM)
 @given(st.integers(0, 1000))
 def test_resamples_without_the_policys_own_prompts_are_drawn_again(seed):
     """Four prompts of which one was drawn at first: a third of the resamples lack it."""
