@@ -110,6 +110,15 @@ def _add_looking(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     compare.add_argument("--html", metavar="FILE", type=Path, help="write the comparison as a page too")
     compare.set_defaults(run=_compare_runs)
 
+    text = "proxy and gold reward of a finished run by the distance from its SFT policy"
+    study = verbs.add_parser("overoptimisation", help=text, description=text)
+    study.add_argument("target", metavar="RUN", type=Path)
+    study.add_argument("--gold", metavar="NAME", help="the gold source, where the recipe has several")
+    plots = study.add_mutually_exclusive_group()
+    plots.add_argument("--plot", metavar="FILE", type=Path, help="where it goes (default: RUN/overoptimisation.svg)")
+    plots.add_argument("--no-plot", action="store_true", help="table and JSON alone, which need no matplotlib")
+    study.set_defaults(run=_overoptimisation)
+
 
 def _add_recipe_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recipe", metavar="RECIPE", help="the recipe, where the first argument is a stage")
@@ -240,6 +249,12 @@ def _compare_runs(options: argparse.Namespace) -> None:
     from align.compare_runs import main as compare
 
     compare(options.run_a, options.run_b, limit=options.limit, html=options.html, null=options.null)
+
+
+def _overoptimisation(options: argparse.Namespace) -> None:
+    from align.overoptimisation_view import main as study
+
+    study(options.target, gold=options.gold, plot=options.plot, with_plot=not options.no_plot)
 
 
 def end() -> None:

@@ -77,6 +77,12 @@ def write_json_if_changed(path: Path, value: Any) -> bool:
     return True
 
 
+def stage_folder(run: Path, stage: str) -> Path:
+    """Where a run's stage is published: in its own folder, or in what the runs of a recipe share."""
+    places = (run / stage, run.parent / SHARED_RUN / stage)
+    return next((place for place in places if place.is_dir()), places[0])
+
+
 def file_digest(path: Path) -> str:
     """SHA-256 of a file's bytes."""
     with path.open("rb") as handle:

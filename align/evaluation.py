@@ -1,7 +1,7 @@
-"""What models say of finished completions: log-probabilities under a policy, and a reward model's scores.
+"""What policies write, and what models say of it: log-probabilities under a policy, and a reward model's scores.
 
-Completions are measured in fixed chunks, each value on disk as soon as it is known, so that a kill costs one chunk and
-neither kills nor the number of processes change a result. A model is loaded only where something is left to measure.
+Both happen in fixed chunks, each row on disk as soon as it is finished, so that a kill costs one chunk and neither
+kills nor the number of processes change a result. A model that measures is loaded only where something is left to do.
 """
 
 import gc
@@ -11,13 +11,38 @@ from typing import TYPE_CHECKING, Any
 
 from align import processes
 from align.artefacts import Journal
-from align.config import ModelBlock
+from align.config import EngineBlock, ModelBlock
+from align.generation import Completed, Request
 from align.report import EvaluatedSample
 
 if TYPE_CHECKING:
     import torch
 
 Measure = Callable[[Sequence[EvaluatedSample]], list[Any]]
+
+
+def policy_completions(
+    folder: str | None,
+    block: ModelBlock,
+    requests: Sequence[Request],
+    batch_size: int,
+    journal_path: Path,
+    description: str,
+) -> dict[str, Completed]:
+    """A policy's completion of every request, by id, in every process; the policy is gone afterwards.
+
+    Args:
+        folder: where the policy is; None takes the recipe's base model.
+        journal_path: completions are kept in `journal_path.<rank>`, and those found there are not made again.
+    """
+    from align.backends.complete_all import complete_all
+    from align.backends.open import open_backend
+
+    backend = open_backend(EngineBlock(), block, path=folder)
+    done = complete_all(backend, requests, batch_size, journal_path, description)
+    del backend
+    release_memory()
+    return done
 
 
 def measure_all(

@@ -4,11 +4,17 @@ from collections.abc import Sequence
 
 from align.constitution import Constitution
 from align.metrics import text_figures
-from align.report import BASE, CheckedPrinciple, ConstitutionUsed, EvaluatedSample, PolicyReport, WinRate, rule_outcomes
+from align.report import (
+    BASE,
+    TIED,
+    CheckedPrinciple,
+    ConstitutionUsed,
+    EvaluatedSample,
+    PolicyReport,
+    WinRate,
+    rule_outcomes,
+)
 from align.statistics import Estimate, mean_estimate, share_estimate
-
-TIED = 0.5
-"""Probability of being better that counts as a tie."""
 
 
 def constitution_used(constitution: Constitution) -> ConstitutionUsed:
@@ -27,23 +33,25 @@ def policy_report(
     judged: bool,
     seed: int,
     resamples: int,
+    kl_bound: float | None = None,
 ) -> PolicyReport:
-    """One policy's figures over its samples."""
+    """One policy's figures over its samples; `kl_bound` of its KL to the reference, where that is not estimated."""
     outcomes = [rule_outcomes(checked, sample) for sample in samples]
     of_rule = {each.id: [found[each.id] for found in outcomes if each.id in found] for each in checked}
     of_all = [sum(found.values()) / len(found) for found in outcomes if found]
-    scores = [sample.score for sample in samples if sample.score is not None]
 
-    def mean(name: str) -> Estimate:
-        return mean_estimate([getattr(sample, name) for sample in samples], seed, resamples)
+    def mean(name: str) -> Estimate | None:
+        values = [value for sample in samples if (value := getattr(sample, name)) is not None]
+        return mean_estimate(values, seed, resamples) if values else None
 
     return PolicyReport(
         rules={name: share_estimate(values, seed, resamples) for name, values in of_rule.items() if values},
         all_rules=share_estimate(of_all, seed, resamples) if of_all else None,
         win_rate=_win_rate(samples, seed, resamples) if judged and samples[0].policy != BASE else None,
-        reward=mean_estimate(scores, seed, resamples) if scores else None,
+        reward=mean("score"),
         kl_to_reference_k1=mean("kl_to_reference_k1"),
         kl_to_reference_k3=mean("kl_to_reference_k3"),
+        kl_to_reference_bound=kl_bound,
         text=text_figures(
             [sample.completion for sample in samples],
             [sample.tokens for sample in samples],

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import ConfigDict, Field, ValidationError
 from rich.console import Console
 
-from align.artefacts import SHARED_RUN
+from align.artefacts import stage_folder
 from align.config import Block
 from align.errors import FileProblems, InputError, Problem
 from align.metrics import TextFigures
@@ -19,7 +19,11 @@ from align.statistics import Estimate
 
 REPORT = "report.json"
 SAMPLES = "samples.jsonl"
+CANDIDATES = "best_of.jsonl"
+"""Every completion that best-of-n chose from, with its score."""
 BASE = "base"
+TIED = 0.5
+"""Probability of being better that counts as a tie."""
 _TEXT_ROWS = (
     ("length (tokens)", "mean_tokens", "{:.0f}"),
     ("distinct-1", "distinct_1", "{:.2f}"),
@@ -92,14 +96,18 @@ class WinRate(Part):
 
 
 class PolicyReport(Part):
-    """One policy's figures. `rules` has a principle only where it applied to some prompt."""
+    """One policy's figures. `rules` has a principle only where it applied to some prompt.
+
+    Best-of-n has a bound of its KL to the reference instead of the estimates, which take a policy's log-probs.
+    """
 
     rules: dict[str, Estimate] = Field(default_factory=dict)
     all_rules: Estimate | None = None
     win_rate: WinRate | None = None
     reward: Estimate | None = None
-    kl_to_reference_k1: Estimate
-    kl_to_reference_k3: Estimate
+    kl_to_reference_k1: Estimate | None = None
+    kl_to_reference_k3: Estimate | None = None
+    kl_to_reference_bound: float | None = None
     text: TextFigures
 
 
@@ -140,10 +148,26 @@ def read_report(directory: Path) -> Report:
 
 def read_samples(directory: Path) -> list[EvaluatedSample]:
     """The completions that a published report is about."""
+    return _evaluated(directory / SAMPLES)
+
+
+def read_candidates(directory: Path) -> list[EvaluatedSample]:
+    """The scored completions that best-of-n chose from.
+
+    Raises:
+        InputError: there are none, as the recipe sets no `evaluate.best_of`.
+    """
+    path = directory / CANDIDATES
+    if not path.exists():
+        raise InputError(f"{path}: no such file; set `evaluate.best_of` in that run's recipe and run it again")
+    return _evaluated(path)
+
+
+def _evaluated(path: Path) -> list[EvaluatedSample]:
     try:
-        return list(read_rows(directory / SAMPLES, EvaluatedSample))
+        return list(read_rows(path, EvaluatedSample))
     except TypeError as error:
-        raise InputError(f"{directory / SAMPLES}: rows of another version ({error}); evaluate that run again") from None
+        raise InputError(f"{path}: rows of another version ({error}); evaluate that run again") from None
 
 
 def rule_outcomes(checked: Iterable[CheckedPrinciple], sample: EvaluatedSample) -> dict[str, float]:
@@ -189,7 +213,7 @@ def report_sheet(report: Report) -> Sheet:
         *([("mean of the rules", *(share_text(each.all_rules) for each in policies))] if len(principles) > 1 else []),
         ("win rate vs base", *(_win_rate_text(each.win_rate) for each in policies)),
         ("reward", *(number_text(each.reward) for each in policies)),
-        (f"KL to {report.reference} (nats)", *(number_text(each.kl_to_reference_k1, ".1f") for each in policies)),
+        (f"KL to {report.reference} (nats)", *(_divergence_text(each) for each in policies)),
         *((name, *(style.format(getattr(each.text, key)) for each in policies)) for name, key, style in _TEXT_ROWS),
     ]
     return Sheet(
@@ -201,11 +225,14 @@ def report_sheet(report: Report) -> Sheet:
 
 
 def model_paths(report: Report, run: Path) -> dict[str, str]:
-    """Where each policy's model is: the base by its name, the others in the run's folder or in what runs share."""
+    """Where each policy's model is: the base by its name, the others in the run's folder or in what runs share.
+
+    Best-of-n has none.
+    """
     paths = {}
-    for name in report.policies:
-        places = (run / name / "model", run.parent / SHARED_RUN / name / "model")
-        found = next((str(place) for place in places if place.is_dir()), f"not found in {run}")
+    for name in (name for name, policy in report.policies.items() if policy.kl_to_reference_bound is None):
+        model = stage_folder(run, name) / "model"
+        found = str(model) if model.is_dir() else f"not found in {run}"
         paths[name] = report.base_model if name == BASE else found
     return paths
 
@@ -240,7 +267,17 @@ def _remarks(report: Report) -> Iterator[str]:
         found = report.judge_probes
         right = f"right on {found.mean:.0%} of {found.n} probes {_interval(100 * found.low, 100 * found.high, '.0f')}"
         yield f"win rate by judge {report.judge}, {right}"
+    for name, policy in report.policies.items():
+        if policy.kl_to_reference_bound is not None:
+            n = report.settings["best_of"]
+            yield f"{name}: the completion of the highest reward among {n} of {report.reference}"
     yield from (f"no {name}: {reason}" for name, reason in report.skipped.items())
+
+
+def _divergence_text(policy: PolicyReport) -> str:
+    if policy.kl_to_reference_bound is not None:
+        return f"≤ {policy.kl_to_reference_bound:.1f}"
+    return number_text(policy.kl_to_reference_k1, ".1f")
 
 
 def _win_rate_text(win_rate: WinRate | None) -> str:

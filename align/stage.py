@@ -46,7 +46,7 @@ class Stage(ABC):
     `shares` names the recipe's common blocks that the stage reads (among 'model', 'constitution', 'prompts', 'judge'):
     with its own block they are its slice of the recipe, and a change in the slice makes it stale. It gets None for one
     that is among `optional` too and that the recipe lacks; without the others the recipe is at fault. `outputs` are
-    the files and folders it publishes, relative to its folder; a folder that is not always there may be missing.
+    the files and folders it publishes, relative to its folder; one that is not always there may be missing.
     """
 
     name: ClassVar[str]

@@ -9,15 +9,41 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from align.config import ModelBlock, RewardSourceBlock
 from align.data.chat import conversation_ids
 from align.errors import AlignError, InputError
 from align.models.heads import pooled_scores
 from align.models.openings import right_padded
 from align.models.sources import resolve_model
 from align.records import Conversation, as_dicts
+from align.rl.rewards import Reward
 
 UNLIMITED = 10**9
 """Tokenizers that know no limit give a number above this."""
+
+
+def open_reward(
+    source: RewardSourceBlock, block: ModelBlock, *, batch_size: int, dtype: torch.dtype, device: torch.device
+) -> Reward:
+    """The function or the classifier that a recipe names; `block` is the recipe's model.
+
+    Raises:
+        InputError: as for `load_function_reward` and `load_classifier_reward`.
+    """
+    if source.function is not None:
+        return load_function_reward(source.function)
+    assert source.model is not None, "the reward stage's model is opened by who knows its folder"
+    return load_classifier_reward(
+        source.model,
+        revision=source.revision,
+        label=source.label,
+        completion_alone=source.reads == "completion",
+        system_prompt=block.system_prompt,
+        batch_size=batch_size,
+        dtype=dtype,
+        device=device,
+        trust_remote_code=block.trust_remote_code,
+    )
 
 
 class ClassifierReward:

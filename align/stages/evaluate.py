@@ -2,11 +2,11 @@
 
 Shares of completions that follow each checkable principle, win rate against the base model by the recipe's judge in
 both orders, the reward model's mean score, KL to the SFT policy, length, variety and repetition; with 95% intervals.
-One model is in memory at a time.
+Best-of-n, which trains nothing, stands beside the policies where it is asked for. One model is in memory at a time.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,14 +15,17 @@ from pydantic import Field, field_validator
 
 from align import processes
 from align.artefacts import write_json
-from align.config import Block, EngineBlock, ModelBlock, Positive, SamplingBlock
+from align.best_of import best_of_each, best_of_name, candidate_id, candidate_requests
+from align.config import Block, Integer, ModelBlock, Positive, SamplingBlock
 from align.constitution import Constitution, load_constitution
 from align.errors import InputError
 from align.generation import Completed, Request
-from align.policy_figures import TIED, constitution_used, policy_report
+from align.overoptimisation import best_of_kl
+from align.policy_figures import constitution_used, policy_report
 from align.records import Prompt, read_rows, write_rows
 from align.report import (
     BASE,
+    CANDIDATES,
     REPORT,
     SAMPLES,
     EvaluatedSample,
@@ -32,7 +35,7 @@ from align.report import (
 )
 from align.repro import derive_seed
 from align.stage import Context, Outcome, Stage
-from align.statistics import Estimate
+from align.verdicts import Judged, judge_samples
 
 SPLIT = "eval"
 REFERENCE = "sft"
@@ -50,6 +53,10 @@ class EvaluateBlock(Block):
     sampling: SamplingBlock = Field(default_factory=SamplingBlock)
     limit: Positive | None = Field(None, description="at most this many held-out prompts, drawn by their content")
     reward: bool = Field(True, description="score with the reward stage's model")
+    best_of: Annotated[Integer, Field(ge=2)] | None = Field(
+        None,
+        description="of so many completions of the SFT policy take the one of the highest reward, as one more policy",
+    )
     bootstrap: Positive = Field(2000, description="resamples behind each interval")
 
     @field_validator("policies")
@@ -59,14 +66,10 @@ class EvaluateBlock(Block):
             raise ValueError("a policy is named twice")
         return policies
 
-
-@dataclass(frozen=True)
-class Judged:
-    """Who judged, and its probability that each sample is better than the base model's (by id; None: it abstained)."""
-
-    judge: str
-    probes: Estimate | None
-    p_better: Mapping[str, float | None]
+    @property
+    def reported(self) -> tuple[str, ...]:
+        """The policies of the report: those named, and best-of-n."""
+        return (*self.policies, *([best_of_name(self.best_of)] if self.best_of else []))
 
 
 class Evaluate(Stage):
@@ -77,24 +80,41 @@ class Evaluate(Stage):
     settings = EvaluateBlock
     shares = ("model", "constitution", "judge")
     optional = ("constitution",)
-    outputs = (REPORT, SAMPLES)
+    outputs = (REPORT, SAMPLES, CANDIDATES)
 
     def inputs(self, settings: EvaluateBlock) -> tuple[str, ...]:
         trained = [policy for policy in settings.policies if policy not in (BASE, REFERENCE)]
         return ("sample", REFERENCE, *(["reward"] if settings.reward else []), *trained)
 
+    def check(self, settings: EvaluateBlock, shared: Mapping[str, Any]) -> list[str]:
+        if settings.best_of is None:
+            return []
+        faults = []
+        if not settings.reward:
+            faults.append(
+                "evaluate.best_of: the best is chosen by the reward stage's model; set `evaluate.reward: true`"
+            )
+        if settings.sampling.temperature == 0:
+            faults.append("evaluate.best_of: greedy completions are all alike; set `evaluate.sampling.temperature`")
+        return faults
+
     def run(self, context: Context) -> Outcome:
         constitution_path = context.shared.get("constitution")
         constitution = load_constitution(constitution_path) if constitution_path else None
-        samples = with_divergence(drawn_samples(context, held_out_prompts(context)), context)
+        prompts, n = held_out_prompts(context), context.settings.best_of
+        samples = with_divergence(drawn_samples(context, prompts), context)
+        candidates = drawn_candidates(context, prompts, n) if n else []
         if context.settings.reward:
-            samples = with_scores(samples, context)
+            scored = with_scores([*samples, *candidates], context)
+            samples, candidates = scored[: len(samples)], scored[len(samples) :]
+        if n:
+            samples += best_of_each(candidates, best_of_name(n))
         judged = judge_samples(samples, constitution, context)
         if isinstance(judged, Judged):
             samples = [replace(sample, p_better=judged.p_better.get(sample.id)) for sample in samples]
         report = make_report(samples, constitution, judged, context)
         if processes.is_first():
-            _publish(report, samples, context)
+            _publish(report, samples, candidates, context)
         counts = {"prompts": report.prompts, "completions": len(samples)}
         return Outcome(counts, {name: _headline(policy) for name, policy in report.policies.items()})
 
@@ -116,25 +136,45 @@ def held_out_prompts(context: Context) -> list[Prompt]:
 
 def drawn_samples(context: Context, prompts: Sequence[Prompt]) -> list[EvaluatedSample]:
     """Each policy's completion of each prompt. A prompt's seed is the same for every policy."""
-    from align.backends.complete_all import complete_all
-    from align.backends.open import open_backend
-    from align.evaluation import release_memory
-
-    sampling: SamplingBlock = context.settings.sampling
-    requests = [_request(prompt, sampling, derive_seed(context.seed, "evaluate", prompt.id)) for prompt in prompts]
+    requests = _requests(context, prompts)
     samples = []
     for policy in context.settings.policies:
-        folder = None if policy == BASE else str(context.inputs[policy] / "model")
-        done = complete_all(
-            open_backend(EngineBlock(), context.shared["model"], path=folder),
-            requests,
-            sampling.batch_size,
-            context.output / f"completions-{policy}.journal",
-            f"{policy} answers",
-        )
+        done = _completions(context, policy, requests, policy)
         samples += [_sample(policy, prompt, done[prompt.id]) for prompt in prompts]
-        release_memory()
     return samples
+
+
+def drawn_candidates(context: Context, prompts: Sequence[Prompt], n: int) -> list[EvaluatedSample]:
+    """The SFT policy's n completions of each prompt, which best-of-n chooses from."""
+    requests = candidate_requests(_requests(context, prompts), n, context.seed)
+    done = _completions(context, REFERENCE, requests, best_of_name(n))
+    drawn = [(prompt, candidate_id(prompt.id, number)) for prompt in prompts for number in range(n)]
+    return [replace(_sample(REFERENCE, prompt, done[name]), id=f"{best_of_name(n)}/{name}") for prompt, name in drawn]
+
+
+def _requests(context: Context, prompts: Sequence[Prompt]) -> list[Request]:
+    sampling: SamplingBlock = context.settings.sampling
+    return [
+        Request(
+            id=prompt.id,
+            messages=prompt.prompt,
+            seed=derive_seed(context.seed, "evaluate", prompt.id),
+            max_new_tokens=sampling.max_new_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+        )
+        for prompt in prompts
+    ]
+
+
+def _completions(context: Context, policy: str, requests: Sequence[Request], name: str) -> dict[str, Completed]:
+    """The policy's completions by the requests' ids, kept in a journal of this name."""
+    from align.evaluation import policy_completions
+
+    folder = None if policy == BASE else str(context.inputs[policy] / "model")
+    journal = context.output / f"completions-{name}.journal"
+    batch_size = context.settings.sampling.batch_size
+    return policy_completions(folder, context.shared["model"], requests, batch_size, journal, f"{name} answers")
 
 
 def with_divergence(samples: Sequence[EvaluatedSample], context: Context) -> list[EvaluatedSample]:
@@ -180,46 +220,6 @@ def with_scores(samples: Sequence[EvaluatedSample], context: Context) -> list[Ev
     return [replace(sample, score=scores[sample.id]) for sample in samples]
 
 
-def judge_samples(
-    samples: Sequence[EvaluatedSample], constitution: Constitution | None, context: Context
-) -> Judged | str:
-    """The judge's verdicts on every sample against the base model's; where there can be none, why not."""
-    from align.feedback.judge import examine_judge, judge_problems, open_judge
-
-    block = context.shared.get("judge")
-    policies = context.settings.policies
-    if constitution is None or block is None:
-        return "the recipe names no constitution" if constitution is None else "the recipe names no judge"
-    if BASE not in policies or len(policies) == 1:
-        return "`evaluate.policies` needs base and another one for it"
-    if problems := judge_problems(constitution, block):
-        return problems[0]
-    judge = open_judge(block, context.shared["model"], constitution)
-    found = examine_judge(judge, context.output / "probes.journal")
-    if block.kind != "rule" and not block.allow_chance and found.low <= 0.5:
-        return f"judge {judge.name} is not shown to be better than chance ({found})"
-    probes = Estimate(found.accuracy, found.low, found.high, found.n) if found.n else None
-    return Judged(judge.name, probes, _verdicts(judge, samples, context.output / "verdicts.journal"))
-
-
-def _verdicts(judge: Any, samples: Sequence[EvaluatedSample], journal_path: Path) -> dict[str, float | None]:
-    from align.feedback.judge import BOTH_BREAK, TIE
-    from align.feedback.opinions import Question
-
-    base = {sample.prompt_id: sample.completion for sample in samples if sample.policy == BASE}
-    others = [sample for sample in samples if sample.policy != BASE]
-    unlike = [sample for sample in others if sample.completion.strip() != base[sample.prompt_id].strip()]
-    questions = [
-        Question(sample.id, sample.prompt, sample.completion, base[sample.prompt_id], sample.category)
-        for sample in unlike
-    ]
-    found: dict[str, float | None] = {sample.id: TIED for sample in others}
-    for sample, verdict in zip(unlike, judge.compare(questions, journal_path, "judge"), strict=True):
-        tied = verdict.p_a is None and verdict.reason.startswith((TIE, BOTH_BREAK))
-        found[sample.id] = TIED if tied else verdict.p_a
-    return found
-
-
 def make_report(
     samples: Sequence[EvaluatedSample], constitution: Constitution | None, judged: Judged | str, context: Context
 ) -> Report:
@@ -232,30 +232,42 @@ def make_report(
     if used is None or not used.checked:
         skipped["rule shares"] = "no principle with a rule" if used else "the recipe names no constitution"
     seed = derive_seed(context.seed, "evaluate", "bootstrap")
-    by_policy = {name: [each for each in samples if each.policy == name] for name in settings.policies}
+    by_policy = {name: [each for each in samples if each.policy == name] for name in settings.reported}
+    bounds = {best_of_name(settings.best_of): best_of_kl(settings.best_of)} if settings.best_of else {}
     return Report(
         run=context.run_name,
         base_model=context.shared["model"].path,
         reference=REFERENCE,
         seed=context.seed,
-        prompts=len(samples) // len(settings.policies),
+        prompts=len(samples) // len(settings.reported),
         settings=settings.model_dump(mode="json"),
         constitution=used,
         judge=judged.judge if isinstance(judged, Judged) else None,
         judge_probes=judged.probes if isinstance(judged, Judged) else None,
         policies={
-            name: policy_report(own, used.checked if used else (), isinstance(judged, Judged), seed, settings.bootstrap)
+            name: policy_report(
+                own,
+                used.checked if used else (),
+                isinstance(judged, Judged),
+                seed,
+                settings.bootstrap,
+                kl_bound=bounds.get(name),
+            )
             for name, own in by_policy.items()
         },
         skipped=skipped,
     )
 
 
-def _publish(report: Report, samples: Sequence[EvaluatedSample], context: Context) -> None:
-    """Write both outputs, send the figures to the tracker, and show them."""
+def _publish(
+    report: Report, samples: Sequence[EvaluatedSample], candidates: Sequence[EvaluatedSample], context: Context
+) -> None:
+    """Write the outputs, send the figures to the tracker, and show them."""
     from align.tracking import Tracker
 
     write_rows(context.output / SAMPLES, samples)
+    if candidates:
+        write_rows(context.output / CANDIDATES, candidates)
     write_json(context.output / REPORT, report.model_dump(mode="json", exclude_none=True))
     with Tracker(context.output, context.tracking, context.run_name, "evaluate") as tracker:
         tracker.truncate(-1)
@@ -264,7 +276,7 @@ def _publish(report: Report, samples: Sequence[EvaluatedSample], context: Contex
         columns = ("policy", "prompt", "completion", "score")
         rows = [(each.policy, each.prompt[-1].content, each.completion, each.score) for each in samples]
         tracker.log_table("samples", columns, rows)
-    models = {policy: str(context.inputs[policy] / "model") for policy in report.policies if policy != BASE}
+    models = {name: str(context.inputs[name] / "model") for name in context.settings.policies if name != BASE}
     print_report(report, ({BASE: report.base_model} if BASE in report.policies else {}) | models)
 
 
@@ -275,18 +287,11 @@ def _headline(policy: PolicyReport) -> dict[str, float]:
         means["win_rate"] = policy.win_rate.share.mean
     if policy.reward:
         means["reward"] = policy.reward.mean
-    return means | {"kl_to_reference_k1": policy.kl_to_reference_k1.mean, "tokens": policy.text.mean_tokens}
-
-
-def _request(prompt: Prompt, sampling: SamplingBlock, seed: int) -> Request:
-    return Request(
-        id=prompt.id,
-        messages=prompt.prompt,
-        seed=seed,
-        max_new_tokens=sampling.max_new_tokens,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-    )
+    if policy.kl_to_reference_k1:
+        means["kl_to_reference_k1"] = policy.kl_to_reference_k1.mean
+    if policy.kl_to_reference_bound:
+        means["kl_to_reference_bound"] = policy.kl_to_reference_bound
+    return means | {"tokens": policy.text.mean_tokens}
 
 
 def _sample(policy: str, prompt: Prompt, completed: Completed) -> EvaluatedSample:

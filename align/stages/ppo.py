@@ -128,7 +128,7 @@ def _demonstrations(context: Context, tokenizer: Any) -> list[Any]:
 def _sources(context: Context, models: Any, reward: Any, dtype: Any, device: Any) -> list[Any]:
     """Where scores come from, as the recipe names it."""
     from align.rl.batches import ROWS_WITHOUT_GRADIENT
-    from align.rl.reward_sources import load_classifier_reward, load_function_reward
+    from align.rl.reward_sources import open_reward
     from align.rl.rewards import RewardSource
 
     settings, model_block = context.settings, context.shared["model"]
@@ -136,20 +136,8 @@ def _sources(context: Context, models: Any, reward: Any, dtype: Any, device: Any
     sources = []
     for source in settings.rewards:
         moments = None
-        if source.function is not None:
-            scores: Any = load_function_reward(source.function)
-        elif source.model is not None:
-            scores = load_classifier_reward(
-                source.model,
-                revision=source.revision,
-                label=source.label,
-                completion_alone=source.reads == "completion",
-                system_prompt=model_block.system_prompt,
-                batch_size=batch_size,
-                dtype=dtype,
-                device=device,
-                trust_remote_code=model_block.trust_remote_code,
-            )
+        if source.stage is None:
+            scores: Any = open_reward(source, model_block, batch_size=batch_size, dtype=dtype, device=device)
         else:
             moments = (reward.mean, reward.std)
             scores = _reward_stage(models, reward, model_block, dtype, batch_size, device)

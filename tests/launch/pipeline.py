@@ -27,6 +27,12 @@ principles:
 """
 
 
+GOLD = """\
+def letters(prompts, completions):
+    return [sum(character.isalpha() for character in completion) for completion in completions]
+"""
+
+
 def build_speaking_model(directory: Path) -> Path:
     """A tiny random model that writes words in small letters and ends most turns within eight tokens.
 
@@ -78,6 +84,7 @@ def recipe(model: Path, prompts: Path, constitution: Path) -> dict[str, Any]:
         },
         "ppo": {
             "ptx_coef": 0.1,
+            "rewards": [{"stage": "reward"}, {"function": "gold_letters:letters", "gold": True}],
             "iterations": 4,
             "rollout_batch": 16,
             "epochs": 2,
@@ -85,7 +92,7 @@ def recipe(model: Path, prompts: Path, constitution: Path) -> dict[str, Any]:
             "sampling": {"max_new_tokens": 8, "batch_size": 8},
             "checkpoint_every": 1,
         },
-        "evaluate": {"policies": ["base", "sft", "ppo"], "sampling": sampling, "bootstrap": 50},
+        "evaluate": {"policies": ["base", "sft", "ppo"], "best_of": 4, "sampling": sampling, "bootstrap": 50},
     }
 
 
@@ -177,6 +184,7 @@ def build_run(root: Path) -> Run:
     prompts = build_tiny_prompts(root / "prompts.jsonl", 96)
     constitution = root / "letter.yaml"
     constitution.write_text(CONSTITUTION.format(letter="e"))
+    (root / "gold_letters.py").write_text(GOLD)
     names = (path.relative_to(root) for path in (model, prompts, constitution))
     (root / "tiny.yaml").write_text(json.dumps(recipe(*names)))
     return Run(root)

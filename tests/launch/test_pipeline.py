@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import statistics
 import time
 from collections import Counter
 from pathlib import Path
@@ -36,7 +37,7 @@ def test_a_recipe_runs_from_prompts_to_a_report(finished: Run) -> None:
     report = json.loads((finished.stage("evaluate") / "report.json").read_text())
     evaluated = {row["id"] for row in prompts if row["split"] == "eval"}
     assert Counter(row["policy"] for row in finished.rows("evaluate/samples.jsonl")) == {
-        policy: len(evaluated) for policy in ("base", "sft", "ppo")
+        policy: len(evaluated) for policy in ("base", "sft", "ppo", "best-of-4")
     }
     assert {row["prompt_id"] for row in finished.rows("evaluate/samples.jsonl")} == evaluated
     assert report
@@ -57,6 +58,31 @@ def test_what_one_stage_learns_from_is_what_the_one_before_made(finished: Run) -
     for row in pairs:
         assert "e" in row["chosen"][-1]["content"].casefold() and "e" not in row["rejected"][-1]["content"].casefold()
     assert {split[row["prompt_id"]] for row in finished.rows("ppo/rollouts.jsonl")} == {"rl"}
+
+
+def test_a_finished_run_tells_of_over_optimisation(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert in_process(run.root, monkeypatch, "overoptimisation", str(run.own), "--no-plot") == 0
+    study = json.loads((run.own / "overoptimisation.json").read_text())
+    best, ppo = (study["curves"][name] for name in ("best-of-n", "ppo"))
+    assert study["rewards"] == {"proxy": "reward", "gold": "letters"}
+    assert [point["n"] for point in best["points"]] == [1, 2, 4]
+    assert [point["iteration"] for point in ppo["points"]] == [1, 2, 3, 4]
+    # The rows of each, counted here: best-of-4 has the highest score of each prompt, best-of-1 the mean of all.
+    drawn = run.rows("evaluate/best_of.jsonl")
+    scores = [row["score"] for row in drawn]
+    highest = [
+        max(row["score"] for row in drawn if row["prompt_id"] == prompt)
+        for prompt in {row["prompt_id"] for row in drawn}
+    ]
+    spread = statistics.pstdev(scores)
+    gain = (statistics.mean(highest) - statistics.mean(scores)) / spread
+    assert best["points"][2]["proxy"] == pytest.approx(gain)
+    rollouts = run.rows("ppo/rollouts.jsonl")
+    first, last = (
+        statistics.mean(len([c for c in row["completion"] if c.isalpha()]) for row in rollouts if row["iteration"] == i)
+        for i in (1, 4)
+    )
+    assert ppo["points"][3]["gold"] == pytest.approx((last - first) / study["sft"]["gold"]["std"])
 
 
 def test_a_second_run_does_nothing(run: Run) -> None:

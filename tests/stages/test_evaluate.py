@@ -1,6 +1,7 @@
 """The evaluate stage on tiny random models, its figures recomputed by other means."""
 
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,8 +13,9 @@ from align.artefacts import Journal
 from align.config import JudgeBlock, ModelBlock, TrackingBlock
 from align.data.chat import prompt_ids
 from align.errors import InputError
-from align.records import Message, Prompt, write_rows
+from align.records import Message, Prompt, read_rows, write_rows
 from align.report import EvaluatedSample, Report, read_report, read_samples
+from align.repro import derive_seed
 from align.stage import Context
 from align.stages.evaluate import STAGE
 from tests.tiny import build_tiny_model
@@ -32,8 +34,11 @@ principles:
     applies: [odd]
 """
 TEMPERATURE = 0.8
+BEST_OF = 3
+BEST = f"best-of-{BEST_OF}"
 SETTINGS = {
     "policies": ["base", "sft", "ppo"],
+    "best_of": BEST_OF,
     "sampling": {"max_new_tokens": 12, "batch_size": 4, "temperature": TEMPERATURE},
     "bootstrap": 200,
 }
@@ -117,7 +122,7 @@ def token_logprobs(folder: Path, sample: EvaluatedSample) -> list[float]:
 
 def test_every_policy_answers_every_held_out_prompt_once(evaluated):
     samples = read_samples(evaluated)
-    expected = [(policy, f"p{number}") for policy in SETTINGS["policies"] for number in range(9)]
+    expected = [(policy, f"p{number}") for policy in (*SETTINGS["policies"], BEST) for number in range(9)]
     assert [(sample.policy, sample.prompt_id) for sample in samples] == expected
 
 
@@ -136,6 +141,77 @@ def test_divergence_is_the_sum_over_tokens_of_the_logprob_differences_at_the_tem
         policy = token_logprobs(upstream["ppo"] / "model", sample)
         reference = token_logprobs(upstream["sft"] / "model", sample)
         assert sample.kl_to_reference_k1 == pytest.approx(sum(policy) - sum(reference), abs=1e-3)
+
+
+def candidates(folder: Path) -> dict[str, list[EvaluatedSample]]:
+    """What best-of-n chose from, by prompt."""
+    found: dict[str, list[EvaluatedSample]] = {}
+    for candidate in read_rows(folder / "best_of.jsonl", EvaluatedSample):
+        found.setdefault(candidate.prompt_id, []).append(candidate)
+    return found
+
+
+def test_best_of_n_is_the_candidate_of_the_highest_score(evaluated):
+    drawn = candidates(evaluated)
+    assert {prompt: len(rows) for prompt, rows in drawn.items()} == {f"p{number}": BEST_OF for number in range(9)}
+    for sample in of_policy(read_samples(evaluated), BEST):
+        scores = {candidate.completion: candidate.score for candidate in drawn[sample.prompt_id]}
+        assert sample.score == max(scores.values()) == scores[sample.completion]
+    taken = [max(rows, key=lambda row: row.score).id.rpartition("/")[2] for rows in drawn.values()]
+    assert len(set(taken)) > 1, "the best is not always the same number"
+
+
+def test_candidates_are_the_sft_policys_with_seeds_of_their_own(evaluated, upstream, tiny_model_dir):
+    """By a plain pass of the engine, one request at a time."""
+    from align.backends.open import open_backend
+    from align.config import EngineBlock
+    from align.generation import Request
+
+    backend = open_backend(EngineBlock(), ModelBlock(path=str(tiny_model_dir), precision="fp32"))
+    drawn = candidates(evaluated)
+    for number, candidate in enumerate(drawn["p4"]):
+        seed = derive_seed(3, "best of n", "p4", number)
+        [alone] = backend.complete([Request("alone", candidate.prompt, seed, 12, TEMPERATURE)])
+        assert (alone.text, alone.tokens) == (candidate.completion, candidate.tokens)
+    assert all(len({candidate.completion for candidate in rows}) == BEST_OF for rows in drawn.values())
+
+
+def test_best_of_n_has_the_figures_of_a_policy_and_a_bound_of_its_divergence(evaluated):
+    samples, report = read_samples(evaluated), read_report(evaluated)
+    best = report.policies[BEST]
+    assert list(report.policies) == ["base", "sft", "ppo", BEST]
+    assert best.kl_to_reference_bound == pytest.approx(math.log(BEST_OF) - (BEST_OF - 1) / BEST_OF)
+    assert best.kl_to_reference_k1 is best.kl_to_reference_k3 is None
+    assert best.reward.mean == pytest.approx(sum(sample.score for sample in of_policy(samples, BEST)) / 9)
+    assert best.reward.mean > report.policies["sft"].reward.mean
+    assert best.win_rate.wins + best.win_rate.ties + best.win_rate.losses == 9
+    assert all(policy.kl_to_reference_bound is None for name, policy in report.policies.items() if name != BEST)
+
+
+def test_fewer_candidates_are_the_first_of_more(tmp_path, evaluated, upstream, tiny_model_dir, constitution):
+    STAGE.run(context(tmp_path, upstream, tiny_model_dir, constitution, best_of=2))
+    more = candidates(evaluated)
+    for prompt, rows in candidates(tmp_path).items():
+        assert [row.completion for row in rows] == [row.completion for row in more[prompt][:2]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "faults"),
+    [
+        ({}, []),
+        ({"best_of": None, "reward": False}, []),
+        ({"reward": False}, ["evaluate.best_of: the best is chosen by the reward stage's model"]),
+        ({"sampling": {"temperature": 0}}, ["evaluate.best_of: greedy completions are all alike"]),
+    ],
+)
+def test_best_of_n_needs_a_reward_and_draws_that_differ(changes, faults):
+    found = STAGE.check(STAGE.settings.model_validate({**SETTINGS, **changes}), {})
+    assert [fault.partition(";")[0] for fault in found] == faults
+
+
+def test_the_best_of_one_is_refused():
+    with pytest.raises(ValueError, match="greater than or equal to 2"):
+        STAGE.settings.model_validate({"best_of": 1})
 
 
 def test_samples_of_another_policy_diverge_from_the_reference(evaluated):
@@ -194,14 +270,14 @@ def test_win_rate_by_the_rules_recounts_from_the_samples(evaluated):
 def test_an_interrupted_run_ends_with_the_bytes_of_an_undisturbed_one(
     tmp_path, monkeypatch, evaluated, upstream, tiny_model_dir, constitution
 ):
-    """Interrupted again and again, every 21 rows, until nothing is left to do."""
+    """Interrupted again and again, every 30 rows, until nothing is left to do."""
     append = Journal.append
     rows = 0
 
     def fail_at_times(self: Journal, row: Mapping[str, Any]) -> None:
         nonlocal rows
         rows += 1
-        if rows % 21 == 0:
+        if rows % 30 == 0:
             raise KeyboardInterrupt
         append(self, row)
 
@@ -217,24 +293,28 @@ def test_an_interrupted_run_ends_with_the_bytes_of_an_undisturbed_one(
         assert (tmp_path / name).read_bytes() == (evaluated / name).read_bytes()
 
 
-def test_the_table_and_the_models_are_shown(tmp_path, capsys, upstream, tiny_model_dir, constitution):
+def test_the_table_and_the_models_are_shown(tmp_path, capsys, monkeypatch, upstream, tiny_model_dir, constitution):
+    monkeypatch.setenv("COLUMNS", "120")
     STAGE.run(context(tmp_path, upstream, tiny_model_dir, constitution, limit=2))
     shown = capsys.readouterr().out
-    for part in ("has-e", "no-q", "win rate vs base", "reward", "KL to sft", "ended by a stop token"):
+    for part in ("has-e", "no-q", "win rate vs base", "reward", "KL to sft", "ended by a stop token", "≤ 0.4"):
         assert part in shown
+    assert f"{BEST}: the completion of the highest reward among {BEST_OF} of sft" in shown
     assert str(upstream["ppo"] / "model") in shown.replace("\n", "")
 
 
 def test_without_constitution_and_reward_the_report_says_what_is_missing(tmp_path, capsys, upstream, tiny_model_dir):
-    STAGE.run(context(tmp_path, upstream, tiny_model_dir, None, reward=False, policies=["base", "sft"], limit=2))
+    changes = {"reward": False, "best_of": None, "policies": ["base", "sft"], "limit": 2}
+    STAGE.run(context(tmp_path, upstream, tiny_model_dir, None, **changes))
     report = read_report(tmp_path)
+    assert not (tmp_path / "best_of.jsonl").exists()
     assert set(report.skipped) == {"win rate vs base", "reward", "rule shares"}
     assert report.policies["sft"].win_rate is report.policies["sft"].reward is None
     assert "no win rate vs base: the recipe names no constitution" in capsys.readouterr().out
 
 
 def test_a_judge_at_chance_gives_no_win_rate_and_the_reason(tmp_path, upstream, tiny_model_dir, constitution):
-    STAGE.run(context(tmp_path, upstream, tiny_model_dir, constitution, judge="contrast", reward=False, limit=2))
+    STAGE.run(context(tmp_path, upstream, tiny_model_dir, constitution, judge="contrast", limit=2))
     report = read_report(tmp_path)
     assert "better than chance" in report.skipped["win rate vs base"]
     assert report.judge is None

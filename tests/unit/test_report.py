@@ -1,6 +1,7 @@
 """Figures of a policy, and how a report of them reads in a terminal."""
 
 import io
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -111,6 +112,21 @@ def test_four_policies_fit_a_terminal_of_eighty_columns():
     text = shown(print_report, report(policies=dict.fromkeys(("base", "sft", "dpo", "ppo"), wide)), {})
     assert max(map(len, text.splitlines())) <= 80
     assert text.count("[-3.50, -1.75]") == 4
+
+
+def test_best_of_n_has_a_bound_in_the_table_and_no_model(tmp_path):
+    best = policy_report(SAMPLES, CHECKED, True, 1, 100, kl_bound=0.636)
+    whole = report(policies={"base": figures(), "best-of-4": best}, settings={"best_of": 4})
+    text = shown(print_report, whole, {})
+    assert "≤ 0.6" in next(line for line in text.splitlines() if "KL to sft" in line)
+    assert "best-of-4: the completion of the highest reward among 4 of sft" in text
+    assert set(model_paths(whole, tmp_path)) == {"base"}
+
+
+def test_what_was_not_measured_has_no_estimate():
+    plain = [replace(each, kl_to_reference_k1=None, kl_to_reference_k3=None, score=None) for each in SAMPLES]
+    found = policy_report(plain, CHECKED, True, 1, 100)
+    assert found.kl_to_reference_k1 is found.kl_to_reference_k3 is found.reward is None
 
 
 def test_the_table_shows_shares_intervals_ties_and_where_the_models_are():
