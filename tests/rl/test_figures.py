@@ -66,8 +66,8 @@ def test_every_alarm_is_documented_with_its_default() -> None:
 
 
 def test_without_a_value_no_figure_of_one_is_logged(tiny_model_dir: Path, tmp_path: Path) -> None:
-    block = settings(iterations=1, rollout_batch=4, completions_per_prompt=2, advantage="leave_one_out")
-    block = block.model_copy(update={"optimizer": block.optimizer.model_copy(update={"batch_size": 8})})
+    siblings = {"advantage": "leave_one_out", "rollout_batch": 4, "completions_per_prompt": 2}
+    block = settings(iterations=1, optimizer={"batch_size": 8}, **siblings)
     figures = build_trainer(tiny_model_dir, tmp_path, block).train()
     assert not {name for name in figures if name.startswith("value") or name == "explained_variance"}
     assert figures["advantage_mean"] == pytest.approx(0, abs=1e-6), "siblings' advantages cancel"
