@@ -8,10 +8,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from align.rl.history import History, values
+from align.rl.history import KL, History, values
 from align.rl.settings import WatchBlock
 
-KL, SCORE, CONTROLLED = "kl_to_reference_k1", "score", "score_length_controlled"
+SCORE, CONTROLLED = "score", "score_length_controlled"
 KL_FLOOR = 5.0
 """Nats a completion below which a KL that grows by multiples is only leaving 0."""
 CLEAR = 0.95

@@ -7,10 +7,8 @@ judged by the moving mean that ends with the next iteration, whose rollout its p
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from align.rl.history import History, moving_means
+from align.rl.history import KL, History, moving_means
 from align.rl.settings import EarlyStopBlock
-
-KL = "kl_to_reference_k1"
 
 
 @dataclass(frozen=True)

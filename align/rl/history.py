@@ -7,6 +7,8 @@ from typing import Any
 Row = Mapping[str, Any]
 """An iteration's figures by name, and its number as `step`; a figure that was not finite is None."""
 History = Sequence[Row]
+KL = "kl_to_reference_k1"
+"""The figure that is meant by the KL to the reference: what the penalty in the reward is for."""
 
 
 def values(rows: History, name: str) -> list[float]:
