@@ -1,7 +1,7 @@
 """Which of the run's processes this is. Without `accelerate launch` there is one, and everything here is free."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import TypeVar
 
@@ -55,3 +55,13 @@ def barrier() -> None:
 def share(items: Sequence[T]) -> Sequence[T]:
     """This process's items: every world-size-th, from its rank."""
     return items[rank() :: world_size()]
+
+
+def decided_by_first(decide: Callable[[], T]) -> T:
+    """What `decide` returns in the first process, in every process. Only the first calls it; call this in every one."""
+    if connect() == 1:
+        return decide()
+    from accelerate.utils import broadcast_object_list
+
+    decision: list[T] = broadcast_object_list([decide() if is_first() else None])
+    return decision[0]

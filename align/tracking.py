@@ -15,7 +15,6 @@ from urllib.parse import urlsplit
 
 from align import processes
 from align.config import TrackingBlock
-from align.records import read_jsonl
 
 METRICS = "metrics.jsonl"
 TIMINGS = "timings.jsonl"
@@ -54,8 +53,8 @@ class Tracker:
             return
         if timings:
             with (self.path.parent / TIMINGS).open("a", encoding="utf-8") as out:
-                out.write(json.dumps({"step": step} | {name: _plain(value) for name, value in timings.items()}) + "\n")
-        row = {"step": step} | {name: _plain(value) for name, value in figures.items()}
+                out.write(json.dumps(plain_row(step, timings)) + "\n")
+        row = plain_row(step, figures)
         self._file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
         self._file.flush()
         if self._wandb is not None:
@@ -73,8 +72,7 @@ class Tracker:
         if self._file is None:
             return
         self._file.close()
-        kept = [row for row in read_jsonl(self.path) if row["step"] <= step]
-        _replace_text(self.path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
+        truncate_rows(self.path, "step", step)
         self._file = self.path.open("a", encoding="utf-8")
 
     def close(self, failed: bool = False) -> None:
@@ -118,6 +116,17 @@ class Tracker:
         except Exception as error:
             self._wandb = None
             warnings.warn(f"wandb: {error!r}; figures go to {self.path} alone from here on", stacklevel=3)
+
+
+def truncate_rows(path: Path, key: str, last: int) -> None:
+    """Drop a JSONL file's rows whose `key` is above `last`, and a last row that a kill left unfinished."""
+    if not path.exists():
+        return
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    # As bytes: text would also be split at the line separators that a completion may hold.
+    with path.open("rb") as lines, temporary.open("wb") as kept:
+        kept.writelines(line for line in lines if line.endswith(b"\n") and json.loads(line)[key] <= last)
+    os.replace(temporary, path)
 
 
 def wandb_mode() -> Any:
@@ -170,6 +179,11 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Any:
     import wandb
 
     return wandb.Table(columns=list(columns), data=[list(row) for row in rows])
+
+
+def plain_row(step: int, figures: Mapping[str, float]) -> dict[str, float | None]:
+    """A row as it is written, and as it is read again."""
+    return {"step": step} | {name: _plain(value) for name, value in figures.items()}
 
 
 def _plain(value: float) -> float | int | None:

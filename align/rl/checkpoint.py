@@ -6,7 +6,7 @@ Everything random derives from the recipe's seed and the iteration, so no genera
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,20 @@ FOLDER = "checkpoint"
 NUMBERS = "numbers.json"
 
 
-def save(output: Path, iteration: int, numbers: dict[str, Any], write: Callable[[Path], None]) -> None:
-    """Keep the state after `iteration` iterations, then remove the checkpoint before it. Call in every process.
+def save(
+    output: Path,
+    iteration: int,
+    numbers: dict[str, Any],
+    write: Callable[[Path], None],
+    worth_keeping: Callable[[Sequence[int]], Collection[int]],
+) -> None:
+    """Keep the state after `iteration` iterations, then remove checkpoints before it. Call in every process.
 
     Args:
         write: puts parameters and optimizer state into a folder; called in every process.
+        worth_keeping: which of the earlier checkpoints, given as iterations, stay; called in the first process.
     """
-    final = output / FOLDER / f"iteration-{iteration:06d}"
+    final = _folder(output, iteration)
     temporary = final.with_name(f".{final.name}")
     if processes.is_first():
         shutil.rmtree(temporary, ignore_errors=True)
@@ -35,9 +42,14 @@ def save(output: Path, iteration: int, numbers: dict[str, Any], write: Callable[
         for file in temporary.rglob("*"):
             _flush(file)
         os.replace(temporary, final)
-        for earlier in sorted(final.parent.glob("iteration-*"))[:-1]:
-            shutil.rmtree(earlier)
+        *earlier, _ = saved_iterations(output)
+        for dropped in set(earlier) - set(worth_keeping(earlier)):
+            shutil.rmtree(_folder(output, dropped))
     processes.barrier()
+
+
+def _folder(output: Path, iteration: int) -> Path:
+    return output / FOLDER / f"iteration-{iteration:06d}"
 
 
 def _flush(path: Path) -> None:
@@ -47,7 +59,18 @@ def _flush(path: Path) -> None:
             os.fsync(file.fileno())
 
 
+def saved_iterations(output: Path) -> list[int]:
+    """The iterations after which there is a checkpoint, ascending."""
+    return sorted(int(folder.name.partition("-")[2]) for folder in (output / FOLDER).glob("iteration-*"))
+
+
+def at(output: Path, iteration: int) -> tuple[Path, dict[str, Any]]:
+    """The folder and the numbers of the checkpoint after `iteration` iterations."""
+    folder = _folder(output, iteration)
+    return folder, json.loads((folder / NUMBERS).read_text())
+
+
 def newest(output: Path) -> tuple[Path, dict[str, Any]] | None:
     """The newest checkpoint's folder and its numbers, or None where there is no checkpoint."""
-    saved = sorted((output / FOLDER).glob("iteration-*"))
-    return (saved[-1], json.loads((saved[-1] / NUMBERS).read_text())) if saved else None
+    saved = saved_iterations(output)
+    return at(output, saved[-1]) if saved else None

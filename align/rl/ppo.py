@@ -9,7 +9,6 @@ so a resumed run repeats itself, and one split over other processes does up to r
 """
 
 import json
-import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -27,6 +26,7 @@ from align.repro import peak_resident_gb
 from align.rl import checkpoint
 from align.rl.batches import Batches, MicroBatch
 from align.rl.clock import Clock
+from align.rl.early_stop import Ending
 from align.rl.experience import Collector, Experience, gathered, not_finite
 from align.rl.figures import rollout_figures, rollout_rows
 from align.rl.losses import clipped_policy_loss, clipped_value_loss
@@ -34,8 +34,10 @@ from align.rl.rewards import Rewards, adapted_kl_coef
 from align.rl.rollout import Completion, TokenizedPrompt
 from align.rl.settings import PpoBlock
 from align.rl.updates import open_updates
-from align.tracking import Tracker
+from align.rl.watch import Watch
+from align.tracking import Tracker, truncate_rows
 
+ROLLOUTS = "rollouts.jsonl"
 LARGEST = ("largest_log_ratio", "first_log_ratio")
 """Figures of an optimizer step that are the largest of its tokens; the others are means."""
 
@@ -83,11 +85,13 @@ class PpoTrainer:
         self.settings = settings
         self.output = output
         self.tracker = tracker
+        self.watch = Watch(settings, rewards.names[rewards.trained :], output, tracker)
         self.demonstrations = demonstrations
         self.kl_coef = settings.kl_coef
         self.iteration = 0
         self.skipped = 0
         self.last_figures: dict[str, float] = {}
+        self.ending: Ending | None = None
         self.clock = Clock()
         self.updates = open_updates(self.accelerator, models, settings.optimizer)
         self.models = self.updates.models
@@ -109,17 +113,22 @@ class PpoTrainer:
         )
 
     def train(self) -> dict[str, float]:
-        """Run the iterations that remain; the last iteration's figures."""
+        """Run the iterations that remain, or fewer by the recipe's rule; the figures of the last, or of the best.
+
+        `ending` says afterwards how the run ended, and whose policy this is.
+        """
         self._resume()
         total = self.settings.iterations
         progress = tqdm(total=total, initial=self.iteration, desc="ppo", disable=not processes.is_first())
-        with progress, (self.output / "rollouts.jsonl").open("a", encoding="utf-8") as rollouts:
-            while self.iteration < total:
+        with progress, (self.output / ROLLOUTS).open("a", encoding="utf-8") as rollouts:
+            while self.ending is None:
                 figures = self.last_figures = self._iterate(rollouts)
                 progress.update()
                 progress.set_postfix({name: f"{figures[name]:.3g}" for name in ("score", "kl_to_reference_k1")})
-                if self.iteration % self.settings.checkpoint_every == 0 or self.iteration == total:
+                if self.iteration % self.settings.checkpoint_every == 0 or self.ending is not None:
                     self._save()
+        if self.ending.published != self.iteration:
+            self._restore(*checkpoint.at(self.output, self.ending.published))
         return self.last_figures
 
     def policy_state(self) -> dict[str, Tensor]:
@@ -129,17 +138,21 @@ class PpoTrainer:
     def _iterate(self, rollouts: Any) -> dict[str, float]:
         self.clock.reset()
         experience = self.collector.collect(self.iteration, self.kl_coef)
-        figures = rollout_figures(experience, self.rewards)
+        figures = rollout_figures(experience, self.rewards, with_values=self.settings.advantage == "gae")
         figures |= {"kl_coef": self.kl_coef, **self.update(experience)}
         figures["learning_rate"] = self.updates.learning_rate
         self._adapt_kl_coef(experience)
         self.iteration += 1
-        if processes.is_first():
-            rows = rollout_rows(experience, self.rewards, self.iteration)
-            rollouts.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            rollouts.flush()
+        observed = self.watch.observe(self.iteration, figures)
+        figures |= observed.figures
+        self.ending = observed.ending
         timings = self.clock.timings(int(experience.mask.sum()))
         self.tracker.log(self.iteration, figures, timings=timings | {"peak_memory_gb": self._peak_memory()})
+        if processes.is_first():
+            rows = list(rollout_rows(experience, self.rewards, self.iteration))
+            rollouts.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            rollouts.flush()
+            self.watch.show_samples(self.iteration, rows)
         return figures
 
     def _adapt_kl_coef(self, experience: Experience) -> None:
@@ -316,27 +329,31 @@ class PpoTrainer:
             "kind": self.updates.kind,
             "figures": self.last_figures,
         }
-        checkpoint.save(self.output, self.iteration, numbers, self.updates.write)
+        checkpoint.save(self.output, self.iteration, numbers, self.updates.write, self.watch.worth_keeping)
 
     def _resume(self) -> None:
         saved = checkpoint.newest(self.output)
         if saved is not None:
-            folder, numbers = saved
-            if numbers["kind"] != self.updates.kind:
-                raise InputError(
-                    f"{folder}: this checkpoint's state is of the kind '{numbers['kind']}', and the run's is "
-                    f"'{self.updates.kind}'; launch it as before, or remove {folder.parent} to start ppo anew"
-                )
-            self.updates.read(folder)
-            self.iteration = numbers["iteration"]
-            self.kl_coef = numbers["kl_coef"]
-            self.rewards.load_state(numbers["rewards"])
-            self.skipped = numbers["skipped"]
-            self.last_figures = numbers["figures"]
+            self._restore(*saved)
         self.tracker.truncate(self.iteration)
         if processes.is_first():
-            _truncate_rollouts(self.output / "rollouts.jsonl", self.iteration)
+            truncate_rows(self.output / ROLLOUTS, "iteration", self.iteration)
+        self.ending = self.watch.resume(self.iteration)
         processes.barrier()
+
+    def _restore(self, folder: Path, numbers: dict[str, Any]) -> None:
+        """Be where a checkpoint was saved."""
+        if numbers["kind"] != self.updates.kind:
+            raise InputError(
+                f"{folder}: this checkpoint's state is of the kind '{numbers['kind']}', and the run's is "
+                f"'{self.updates.kind}'; launch it as before, or remove {folder.parent} to start ppo anew"
+            )
+        self.updates.read(folder)
+        self.iteration = numbers["iteration"]
+        self.kl_coef = numbers["kl_coef"]
+        self.rewards.load_state(numbers["rewards"])
+        self.skipped = numbers["skipped"]
+        self.last_figures = numbers["figures"]
 
     def _all_sum(self, value: Tensor) -> Tensor:
         return self.accelerator.reduce(value.to(self.device), reduction="sum")
@@ -364,16 +381,3 @@ def _means(steps: Sequence[dict[str, float]]) -> dict[str, float]:
     """Means over the steps that have a figure: those of the first minibatch are in the first step alone."""
     having = {name: [step[name] for step in steps if name in step] for name in steps[0]}
     return {name: sum(values) / len(values) for name, values in having.items()} | {"optimizer_steps": float(len(steps))}
-
-
-def _truncate_rollouts(path: Path, iteration: int) -> None:
-    """Drop rows of iterations after the checkpoint: they are about to be made again."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n") and json.loads(line)["iteration"] <= iteration:
-            kept.append(line)
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, path)

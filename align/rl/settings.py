@@ -16,6 +16,8 @@ from align.config import (
 )
 
 VALUE_SETTINGS = frozenset({"value", "value_coef", "value_clip_range", "gamma", "lam"})
+STOP_FIGURES = ("score", "reward", "score_length_controlled")
+"""What an early stop may look at, besides `score/<source>`."""
 
 
 class ScoreBlock(Block):
@@ -31,6 +33,59 @@ class ScoreBlock(Block):
     disagreement_coef: NonNegative = Field(
         0.0, description="times the sources' standard deviation, taken from their mean (against over-optimisation)"
     )
+
+
+class WatchBlock(Block):
+    """When an alarm fires. Each compares medians or pairs of whole windows, so that no single iteration fires one.
+
+    An alarm has the name of the key that is its threshold; null turns it off.
+    """
+
+    window: Positive = Field(10, description="iterations that are looked at together")
+    repeat_after: Positive = Field(20, description="iterations before an alarm that holds on is told again")
+    kl_limit: Annotated[Number, Field(gt=0)] | None = Field(
+        50.0, description="KL to the reference (k1), nats a completion"
+    )
+    kl_growth: Annotated[Number, Field(gt=1)] | None = Field(
+        3.0, description="the KL as a multiple of the window before, once it is above 5 nats a completion"
+    )
+    entropy_collapse: Fraction | None = Field(0.2, description="entropy as a share of the first window's")
+    length_hacking: Fraction | None = Field(
+        0.8, description="share of a clear rise of the score that is gone at equal length"
+    )
+    repetition_rise: Fraction | None = Field(0.1, description="above the first window's repetition")
+    gold_fall: Annotated[Number, Field(gt=0.5, le=1)] | None = Field(
+        0.95,
+        description="share of the pairs of an earlier and a new iteration in which a gold score fell, the score rising",
+    )
+    value_failure: Annotated[Number, Field(lt=1)] | None = Field(
+        0.0, description="explained variance of the returns below this, after value_warmup iterations"
+    )
+    value_warmup: Positive = 20
+    sampling_gap: Annotated[Number, Field(gt=0)] | None = Field(
+        0.1, description="nats a token between the log-probs of sampling and of training"
+    )
+    stopped_fall: Fraction | None = Field(0.2, description="below the first window's share ended by a stop token")
+
+
+class EarlyStopBlock(Block):
+    """When a run ends before its iterations do, and whose policy it leaves. Looks at means over moving windows."""
+
+    figure: str = Field(
+        "score", description="score, reward, score_length_controlled, or score/<source>: higher is better"
+    )
+    window: Positive = Field(5, description="iterations of the moving means")
+    patience: Positive | None = Field(None, description="stop after so many iterations without a new best mean")
+    kl_above: Annotated[Number, Field(gt=0)] | None = Field(
+        None, description="stop once the mean KL to the reference (k1, nats a completion) is above this"
+    )
+    roll_back: bool = Field(True, description="end with the best checkpoint's policy, within kl_above, not the last")
+
+    @model_validator(mode="after")
+    def _does_something(self) -> "EarlyStopBlock":
+        if self.patience is None and self.kl_above is None and not self.roll_back:
+            raise ValueError("early_stop has no rule: set patience, kl_above or roll_back, or remove it")
+        return self
 
 
 class PpoBlock(Block):
@@ -71,6 +126,11 @@ class PpoBlock(Block):
         None, description="stop an iteration's updates once the approximate KL to the sampling policy exceeds this"
     )
     checkpoint_every: Positive = Field(5, description="iterations between resumable checkpoints")
+    watch: WatchBlock = WatchBlock()
+    sample_table_every: Positive | None = Field(
+        10, description="iterations between tables of a few completions, on the console and in wandb; null: none"
+    )
+    early_stop: EarlyStopBlock | None = None
 
     @property
     def reads_reward_stage(self) -> bool:
@@ -81,6 +141,11 @@ class PpoBlock(Block):
     def rows(self) -> int:
         """Completions an iteration, over all processes."""
         return self.rollout_batch * self.completions_per_prompt
+
+    @property
+    def _stop_figures(self) -> tuple[str, ...]:
+        each = (f"score/{source.key}" for source in self.rewards) if len(self.rewards) > 1 else ()
+        return (*STOP_FIGURES, *each)
 
     @model_validator(mode="after")
     def _consistent(self) -> "PpoBlock":
@@ -99,6 +164,11 @@ class PpoBlock(Block):
             raise ValueError(f"rewards: two sources are called the same ({', '.join(names)}); give them a `name` each")
         if all(source.gold for source in self.rewards):
             raise ValueError("rewards: every source is gold, so there is nothing to train against; name another one")
+        if self.early_stop is not None and self.early_stop.figure not in self._stop_figures:
+            raise ValueError(
+                f"early_stop.figure: there is no figure '{self.early_stop.figure}' to stop by; there are "
+                f"{', '.join(self._stop_figures)}"
+            )
         if self.score.combine == "minimum" and any(source.weight != 1 for source in self.rewards):
             raise ValueError("rewards: the minimum knows no weights; remove them, or set score.combine to mean")
         if self.score.combine == "minimum" and self.score.disagreement_coef:

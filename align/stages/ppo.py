@@ -20,7 +20,7 @@ class Ppo(Stage):
     help = "train the SFT policy against rewards (PPO)"
     settings = PpoBlock
     shares = ("model",)
-    outputs = ("model", "adapter", "rollouts.jsonl", "metrics.jsonl")
+    outputs = ("model", "adapter", "rollouts.jsonl", "metrics.jsonl", "alarms.jsonl")
 
     def inputs(self, settings: PpoBlock) -> tuple[str, ...]:
         return ("sample", "sft", *(["reward"] if settings.reads_reward_stage else []))
@@ -81,7 +81,13 @@ class Ppo(Stage):
         state = trainer.policy_state()
         if processes.is_first():
             save_model(models.policy, tokenizer, context.output, dtype, adapter_name="policy", state_dict=state)
-        return Outcome({"prompts": len(prompts), "prompts_too_long": too_long}, figures)
+        assert trainer.ending is not None
+        ending = {
+            "iterations": trainer.ending.iteration,
+            "stopped_early": trainer.ending.stopped,
+            "published_iteration": trainer.ending.published,
+        }
+        return Outcome({"prompts": len(prompts), "prompts_too_long": too_long}, figures | ending)
 
 
 def _check_divisible(settings: PpoBlock) -> None:

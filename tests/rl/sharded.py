@@ -23,6 +23,7 @@ from align.rl import updates
 from align.rl.ppo import PpoTrainer
 from align.rl.rewards import RewardModel
 from align.rl.rollout import Completion
+from align.rl.settings import EarlyStopBlock
 from tests.rl.tiny_ppo import build_trainer, settings
 
 BLOCK = settings(
@@ -33,6 +34,8 @@ BLOCK = settings(
     checkpoint_every=1,
     optimizer=OptimizerBlock(learning_rate=3e-3, batch_size=8, micro_batch_size=2, schedule="constant"),
 )
+STOPPING_KL = 0.5
+"""Nats a completion, which 'full' passes in its third iteration."""
 ADAPTERS = LoraBlock(r=4, alpha=8)
 BACKWARDS_AN_ITERATION = 12
 """Of each of two processes: two epochs of two micro-batches, for policy and value, and of two of demonstrations."""
@@ -58,7 +61,7 @@ def zero3_accelerator(arrangement: str) -> Accelerator:
     accelerator.deepspeed_engine_wrapped = None
     comm.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
     plugin = DeepSpeedPlugin(zero_stage=3)
-    if arrangement == "full":
+    if arrangement.startswith("full"):
         plugin.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     plugin.deepspeed_config["bf16"] = {"enabled": True}  # as in recipes/accelerate/zero3.yaml, whatever the recipe says
     plugin.select(_from_accelerator_state=True)
@@ -73,8 +76,11 @@ def zero3_accelerator(arrangement: str) -> Accelerator:
 SHARDING: dict[str, Callable[[str], Accelerator]] = {"fsdp2": fsdp2_accelerator, "zero3": zero3_accelerator}
 
 
-def build(model_dir: Path, reward_dir: Path, output: Path, arrangement: str, sharding: str) -> PpoTrainer:
+def build(
+    model_dir: Path, reward_dir: Path, output: Path, arrangement: str, sharding: str, iterations: int
+) -> PpoTrainer:
     """A trainer with a reward model of its own, a value model, and demonstrations."""
+    rule = EarlyStopBlock(window=1, kl_above=STOPPING_KL) if arrangement.endswith("stopped") else None
     accelerator = None
     if sharding:
         updates.Accelerator = lambda: SHARDING[sharding](arrangement)  # type: ignore[misc, assignment]
@@ -89,7 +95,7 @@ def build(model_dir: Path, reward_dir: Path, output: Path, arrangement: str, sha
     trainer = build_trainer(
         model_dir,
         output,
-        BLOCK,
+        BLOCK.model_copy(update={"iterations": iterations, "early_stop": rule}),
         lora=ADAPTERS if arrangement.startswith("lora") else None,
         dtype=dtype,
         reward=lambda prompts, completions: reward(prompts, completions).float(),
@@ -116,8 +122,7 @@ def spoil_one_gradient(trainer: PpoTrainer) -> None:
 def main(model_dir: Path, reward_dir: Path, output: Path, arrangement: str, sharding: str, iterations: int) -> None:
     """Train up to so many iterations, and save the policy in `output`."""
     processes.connect()
-    trainer = build(model_dir, reward_dir, output, arrangement, sharding)
-    trainer.settings = BLOCK.model_copy(update={"iterations": iterations})
+    trainer = build(model_dir, reward_dir, output, arrangement, sharding, iterations)
     if arrangement.endswith("spoilt"):
         spoil_one_gradient(trainer)
     trainer.train()

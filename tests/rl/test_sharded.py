@@ -70,6 +70,24 @@ def test_sharded_and_interrupted_trains_as_one_undisturbed_process_does(
 
 
 @pytest.mark.parametrize("sharding", SHARDINGS)
+def test_sharded_it_stops_early_and_goes_back_to_the_policy_of_its_best_checkpoint(
+    folders: list[Path], tmp_path: Path, sharding: str
+) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    train(folders, one, "full", iterations=1)
+    train(folders, two, "full-stopped", sharding, iterations=6)
+    assert [row["step"] for row in metrics(two)] == [1, 2, 3]
+    [told] = (two / "alarms.jsonl").read_text().splitlines()
+    assert json.loads(told)["sentence"] == (
+        "the run ended after iteration 3 because the KL to the reference was 1.01 nats a completion over 1 iterations, "
+        "above 0.5; the policy of iteration 1, the best checkpoint, is published"
+    )
+    alone, together = (load_file(folder / "model/model.safetensors") for folder in (one, two))
+    for name, tensor in alone.items():
+        assert torch.allclose(together[name], tensor, atol=1e-5), name
+
+
+@pytest.mark.parametrize("sharding", SHARDINGS)
 def test_sharded_in_bf16_keeps_full_precision_and_leaves_out_a_step_whose_gradient_is_not_finite(
     folders: list[Path], tmp_path: Path, sharding: str
 ) -> None:

@@ -136,6 +136,22 @@ def test_rewards_come_from_what_the_recipe_names(
     assert metrics["score_disagreement"] > 0
 
 
+def test_the_manifest_says_how_the_run_ended_and_whose_policy_is_published(
+    inputs: dict[str, Path], tmp_path: Path, tiny_model_dir: Path
+) -> None:
+    out = tmp_path / "out"
+    rule = {"early_stop": {"window": 1}, "checkpoint_every": 1, "iterations": 3}
+    outcome = run(PPO, {**SETTINGS, **rule}, tiny_model_dir, out, inputs, lora=SMALL_LORA)
+    metrics = rows(out / "metrics.jsonl")
+    seen_by = {iteration: metrics[min(iteration, 2)]["score"] for iteration in (1, 2, 3)}
+    best = max(seen_by, key=lambda iteration: seen_by[iteration])
+    ending = {name: outcome.figures[name] for name in ("iterations", "stopped_early", "published_iteration")}
+    assert ending == {"iterations": 3, "stopped_early": None, "published_iteration": best}
+    assert outcome.figures["score"] == metrics[best - 1]["score"]
+    assert len(rows(out / "alarms.jsonl")) == (best < 3)
+    assert "alarms.jsonl" in PPO.outputs
+
+
 class Spoiled:
     """A reward that is not a number for one of the prompts, from the second iteration on."""
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from align.config import TrackingBlock
-from align.tracking import Tracker, wandb_mode
+from align.tracking import Tracker, truncate_rows, wandb_mode
 
 
 def rows(directory: Path) -> list[dict]:
@@ -72,6 +72,15 @@ def test_truncate_lets_a_resumed_stage_log_its_steps_again_without_doubling(tmp_
         log.truncate(3)
         log.log(4, {"loss": 2.0})
     assert [(row["step"], row["loss"]) for row in rows(tmp_path)] == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 2.0)]
+
+
+def test_rows_are_truncated_at_newlines_alone_whatever_their_texts_hold(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    lines = [json.dumps({"iteration": n, "text": "a\u2028b\x85c"}, ensure_ascii=False) + "\n" for n in (1, 2, 3)]
+    path.write_bytes("".join(lines).encode() + '{"iteration": 2, "text": "é'.encode()[:-1])
+    truncate_rows(path, "iteration", 2)
+    assert path.read_bytes() == "".join(lines[:2]).encode()
+    truncate_rows(tmp_path / "missing.jsonl", "iteration", 2)
 
 
 def test_a_row_that_a_kill_cut_short_is_dropped_on_opening(tmp_path):
