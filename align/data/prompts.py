@@ -18,7 +18,14 @@ from itertools import accumulate
 from typing import Any
 
 from align.config import PromptsBlock, PromptSource, SplitBlock
-from align.data.sources import Row, merge_neighbours, parse_messages, parse_transcript, source_rows
+from align.data.sources import (
+    Row,
+    is_transcript,
+    merge_neighbours,
+    parse_messages,
+    parse_transcript,
+    source_rows,
+)
 from align.errors import InputError
 from align.records import SPLITS, Conversation, Message, Prompt, Split, as_dicts, digest
 
@@ -100,7 +107,7 @@ def _column(row: Row, place: str, named: str | None) -> str:
 def _conversation(row: Row, column: str, place: str) -> Conversation:
     value = row[column]
     if isinstance(value, str):
-        if value.startswith("\n\nHuman:"):
+        if is_transcript(value):
             return _before_last_answer(parse_transcript(value, place))
         return (Message("user", _with_input(row, column, value)),)
     return _before_last_answer(parse_messages(value, column, place))

@@ -52,6 +52,11 @@ def source_rows(source: Source) -> Iterator[tuple[str, Row]]:
         raise InputError(f"{source.path}: no rows in it; give a file with at least one")
 
 
+def is_transcript(value: object) -> bool:
+    """Whether a column holds hh-rlhf's text form of a conversation, or of a turn of one."""
+    return isinstance(value, str) and value.startswith(("\n\nHuman:", "\n\nAssistant:"))
+
+
 def parse_transcript(text: str, place: str) -> Conversation:
     """hh-rlhf's text form of a conversation.
 
