@@ -69,7 +69,12 @@ def recipe(model: Path, prompts: Path, constitution: Path) -> dict[str, Any]:
         "judge": {"kind": "rule"},
         "sample": {"sampling": sampling, "splits": ["sft"]},
         "revise": {"sampling": sampling, "rounds": 2, "examples": 0},
-        "sft": {"optimizer": optimizer(batch_size=2, micro_batch_size=2), "epochs": 4, "trl": {"save_steps": 2}},
+        "sft": {
+            "helpful": {"harmless": ["benign", "odd"]},
+            "optimizer": optimizer(batch_size=2, micro_batch_size=2),
+            "epochs": 4,
+            "trl": {"save_steps": 2},
+        },
         "compare": {"sampling": sampling, "completions": 3},
         "reward": {
             "optimizer": optimizer(batch_size=2, micro_batch_size=2),
