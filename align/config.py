@@ -16,6 +16,7 @@ Number = Annotated[float, BeforeValidator(_not_bool)]
 Positive = Annotated[Integer, Field(gt=0)]
 NonNegative = Annotated[Number, Field(ge=0)]
 Fraction = Annotated[Number, Field(ge=0, le=1)]
+LIMIT = "at most this many rows, drawn by a hash of their content; null takes all"
 
 
 class Block(BaseModel):
@@ -103,7 +104,7 @@ class PromptSource(Block):
     """One file (or hub dataset) of prompts."""
 
     path: str
-    limit: Positive | None = None
+    limit: Positive | None = Field(None, description=LIMIT)
     hub_split: str = "train"
     column: str | None = Field(None, description="column with the prompt; found by itself in the known formats")
     category: str | None = Field(None, description="category given to rows that have none")
@@ -129,7 +130,7 @@ class PairSource(Block):
     """Human preference pairs: hub id, or JSONL(.gz) or parquet file, in TRL's formats or hh-rlhf's."""
 
     path: str
-    limit: Positive | None = None
+    limit: Positive | None = Field(None, description=LIMIT)
     hub_split: str = "train"
 
 

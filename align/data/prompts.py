@@ -13,7 +13,7 @@ Conversations stay whole: every turn before the last answer is part of the promp
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -28,6 +28,7 @@ from align.data.sources import (
 )
 from align.errors import InputError
 from align.records import SPLITS, Conversation, Message, Prompt, Split, as_dicts, digest
+from align.repro import derive_seed
 
 COLUMNS = ("prompt", "messages", "question", "instruction", "chosen")
 
@@ -72,6 +73,17 @@ def with_split(prompts: Iterable[Prompt], splits: Iterable[Split]) -> Iterator[P
     """The prompts of these splits, in order."""
     wanted = set(splits)
     return (prompt for prompt in prompts if prompt.split in wanted)
+
+
+def drawn_prompts(prompts: Sequence[Prompt], limit: int | None, purpose: str) -> list[Prompt]:
+    """As many prompts as the limit allows: those whose ids hash lowest, whatever their order; all of them without one.
+
+    Args:
+        purpose: another one draws others.
+    """
+    lowest = sorted(prompts, key=lambda prompt: derive_seed(0, purpose, prompt.id))[:limit]
+    chosen = {prompt.id for prompt in lowest}
+    return [prompt for prompt in prompts if prompt.id in chosen]
 
 
 def _prompt(row: Row, place: str, source: PromptSource, shares: SplitBlock) -> Prompt:

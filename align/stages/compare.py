@@ -15,6 +15,7 @@ from pydantic import Field
 from align import processes
 from align.config import Block, EngineBlock, Integer, JudgeBlock, ModelBlock, Positive, SamplingBlock
 from align.constitution import load_constitution
+from align.data.prompts import drawn_prompts
 from align.errors import InputError
 from align.generation import Completed, Request
 from align.records import (
@@ -43,7 +44,7 @@ class CompareBlock(Block):
     sampling: SamplingBlock = Field(default_factory=SamplingBlock)
     completions: Annotated[Integer, Field(ge=2)] = Field(2, description="a prompt; each is compared with each")
     revision_pairs: bool = Field(False, description="add accepted revisions over their originals as pairs")
-    limit: Positive | None = Field(None, description="at most this many prompts")
+    limit: Positive | None = Field(None, description="at most this many prompts, drawn by their content")
     principle: Literal["all", "draw"] = Field(
         "all", description="the judge averages over all principles that apply, or draws one for each comparison"
     )
@@ -132,7 +133,7 @@ def chosen_prompts(context: Context) -> list[Prompt]:
     prompts = [prompt for prompt in read_rows(path, Prompt) if prompt.split == SPLIT]
     if not prompts:
         raise InputError(f"{path}: no prompt in the split {SPLIT}; raise `prompts.split.{SPLIT}` or give more prompts")
-    return prompts[: context.settings.limit]
+    return drawn_prompts(prompts, context.settings.limit, "compared")
 
 
 def label(comparisons: Sequence[Comparison], judge: "Judge", context: Context) -> list[Comparison]:

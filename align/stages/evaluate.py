@@ -17,6 +17,7 @@ from align import processes
 from align.artefacts import write_json
 from align.config import Block, EngineBlock, ModelBlock, Positive, SamplingBlock
 from align.constitution import Constitution, load_constitution
+from align.data.prompts import drawn_prompts
 from align.errors import InputError
 from align.generation import Completed, Request
 from align.policy_figures import TIED, constitution_used, policy_report
@@ -100,7 +101,7 @@ class Evaluate(Stage):
 
 
 def held_out_prompts(context: Context) -> list[Prompt]:
-    """The prompts of the eval split. A limit takes those whose ids hash lowest, whatever their order in the file.
+    """The prompts of the eval split, up to the limit.
 
     Raises:
         InputError: there are none.
@@ -109,9 +110,7 @@ def held_out_prompts(context: Context) -> list[Prompt]:
     prompts = [prompt for prompt in read_rows(path, Prompt) if prompt.split == SPLIT]
     if not prompts:
         raise InputError(f"{path}: no prompt in the split {SPLIT}; raise `prompts.split.{SPLIT}` or give more prompts")
-    drawn = sorted(prompts, key=lambda prompt: derive_seed(0, "held out", prompt.id))[: context.settings.limit]
-    chosen = {prompt.id for prompt in drawn}
-    return [prompt for prompt in prompts if prompt.id in chosen]
+    return drawn_prompts(prompts, context.settings.limit, "held out")
 
 
 def drawn_samples(context: Context, prompts: Sequence[Prompt]) -> list[EvaluatedSample]:

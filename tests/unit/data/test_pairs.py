@@ -130,11 +130,15 @@ def test_pairs_that_teach_nothing_are_left_out_and_counted(tmp_path: Path) -> No
     }
 
 
-def test_limit_counts_rows_from_the_start(tmp_path: Path) -> None:
-    rows = [{"prompt": f"p{n}", "chosen": "a", "rejected": "b"} for n in range(5)]
+def test_a_limit_draws_from_all_of_a_file_and_keeps_its_order(tmp_path: Path) -> None:
+    rows = [{"prompt": f"p{n:03d}", "chosen": "a", "rejected": "b"} for n in range(400)]
     source = write(tmp_path / "pairs.jsonl", *rows)
-    pairs = read_pairs(source.model_copy(update={"limit": 2}))
-    assert [pair.prompt[0].content for pair in pairs] == ["p0", "p1"]
+    some = source.model_copy(update={"limit": 100})
+    drawn = [pair.prompt[0].content for pair in read_pairs(some)]
+    assert len(drawn) == 100 and drawn == sorted(drawn)
+    # Of 100 rows drawn from 400, each quarter of the file has 25, give or take 4 standard deviations of 3.8.
+    assert all(10 <= sum(first <= int(name[1:]) < first + 100 for name in drawn) <= 40 for first in (0, 100, 200, 300))
+    assert [row.prompt[0].content for row in read_demonstrations(some)] == drawn
 
 
 def test_a_transcript_s_later_turns_may_stand_beside_its_prompt(tmp_path: Path) -> None:
