@@ -1,7 +1,8 @@
 """TRL's trainers with what ours must have: soft labels, our own tokens, and a stop where a loss is not finite.
 
 Shapes: B pairs in a micro-batch, L tokens of the longest conversation. Batches hold the chosen conversations first,
-then the rejected ones: `input_ids` (2B, L), and `probability` (B,), that the chosen one is the better.
+then the rejected ones: `input_ids` (2B, L), and `probability` (B,), that the chosen one is the better, and `weight`
+(B,), 1 for a pair and 0 for one that only fills up a batch.
 """
 
 from collections.abc import Sequence
@@ -21,11 +22,13 @@ from trl.trainer import utils as trl_utils
 from align import processes
 from align.config import ModelBlock
 from align.data.chat import end_of_turn_ids
+from align.data.columns import IGNORED
+from align.epoch_rows import EpochRows, order_by_length, random_order, written_order
 from align.errors import InputError, NotFinite
 from align.models.policy import add_lora, load_causal_lm, save_model
 from align.stage import Context
 from align.tracking import Tracker
-from align.trl_bridge import Trained, not_finite, train, whole_state, with_probabilities
+from align.trl_bridge import Trained, not_finite, train, whole_state, with_labels
 
 # Without a Triton kernel TRL projects the states of prompts and padding onto the vocabulary as well, and throws the
 # result away: a third of a CPU's step. This makes it leave them out there too; which kernel runs is decided elsewhere.
@@ -52,8 +55,11 @@ def soft_label_loss(margin: Tensor, probability: Tensor) -> Tensor:
 class _Guarded:
     """For a trainer: stops before the optimizer step where a micro-batch's loss is not finite, and names its prompts.
 
-    It also keeps TRL from reporting runs over the network.
+    It takes the rows in an order that neither kills nor the number of processes change, and keeps TRL from reporting
+    runs over the network.
     """
+
+    has_filler: Any = False
 
     def __init__(self, *args: Any, stage: str, **kwargs: Any) -> None:
         self.stage = stage
@@ -62,6 +68,35 @@ class _Guarded:
         # resumed run, whose last epoch is shorter, would log other figures than an undisturbed one.
         trainer: Any = self
         trainer.accelerator.gather_for_metrics = trainer.accelerator.gather
+
+    def add_filler(self: Any) -> None:
+        """Put a row that counts for nothing behind the others, to fill up the last batches of several processes."""
+        lengths = self._lengths(self.train_dataset)
+        shortest = self.train_dataset[lengths.index(min(lengths))]
+        self.train_dataset = self.train_dataset.add_item(self.uncounted(shortest))
+        self.has_filler = True
+
+    def uncounted(self, row: dict[str, Any]) -> dict[str, Any]:
+        """The row as one that adds nothing to the loss."""
+        raise NotImplementedError
+
+    def _lengths(self, rows: Dataset) -> list[int]:
+        return list(rows["length"]) if "length" in rows.column_names else [len(ids) for ids in rows["input_ids"]]
+
+    def _get_train_sampler(self: Any, train_dataset: Any = None) -> Any:
+        data = self.train_dataset if train_dataset is None else train_dataset
+        rows = data.select(range(len(data) - self.has_filler))
+        args, at_once = self.args, self.args.train_batch_size * self.args.world_size
+        if args.train_sampling_strategy == "batch_rebalance":  # knows the processes, and cuts its batches by itself
+            return super()._get_train_sampler(rows)  # type: ignore[misc]
+        order = random_order(len(rows))
+        if args.train_sampling_strategy == "group_by_length":
+            order = order_by_length(self._lengths(rows), at_once * args.gradient_accumulation_steps)
+        elif args.train_sampling_strategy == "sequential":
+            order = written_order(len(rows))
+        return EpochRows(
+            len(rows), order, args.seed, lambda: int(self.state.epoch or 0), at_once if self.has_filler else 1
+        )
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """One micro-batch, forwards and backwards; returns its loss.
@@ -87,29 +122,45 @@ class _Guarded:
 class DemonstrationTrainer(_Guarded, SFTTrainer):
     """Supervised fine-tuning on rows of `input_ids` and `labels`."""
 
+    def uncounted(self, row: dict[str, Any]) -> dict[str, Any]:
+        """The row without a label, so that no token of it is counted."""
+        return {**row, "labels": [IGNORED] * len(row["labels"])}
+
 
 class _OverPairs(_Guarded):
     """For a trainer on pairs: the loss is the mean over the pairs of a global batch, however it is cut up."""
 
     loss_is_scaled_for_ga: Any = True
 
+    def add_filler(self: Any) -> None:
+        """Put a pair of weight 0 behind the others, which weigh 1. TRL's own losses know no weights, and get none."""
+        if self.loss_is_scaled_for_ga:
+            self.train_dataset = self.train_dataset.add_column("weight", [1.0] * len(self.train_dataset))
+            super().add_filler()  # type: ignore[misc]
+
+    def uncounted(self, row: dict[str, Any]) -> dict[str, Any]:
+        """The pair without weight."""
+        return {**row, "weight": 0.0}
+
     def get_batch_samples(self: Any, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
         """The micro-batches of an optimizer step, and how many pairs it has over all processes."""
         batches, counted = super().get_batch_samples(epoch_iterator, num_batches, device)  # type: ignore[misc]
         if not self.loss_is_scaled_for_ga:
             return batches, counted
-        pairs = torch.tensor(sum(len(batch["probability"]) for batch in batches), device=device)
+        pairs = torch.stack([batch["weight"].sum() for batch in batches]).sum().to(device)
         return batches, self.accelerator.gather(pairs).sum()
 
-    def _mean(self: Any, losses: Tensor, pairs: Tensor | None) -> Tensor:
+    def _mean(self: Any, losses: Tensor, weight: Tensor, pairs: Tensor | None) -> Tensor:
         """This micro-batch's part of the mean, times the processes, whose gradients are averaged."""
-        return losses.mean() if pairs is None else losses.sum() * self.accelerator.num_processes / pairs
+        total = (losses * weight).sum()
+        return total / weight.sum() if pairs is None else total * self.accelerator.num_processes / pairs
 
-    def _record(self: Any, figures: dict[str, Tensor]) -> None:
+    def _record(self: Any, figures: dict[str, Tensor], weight: Tensor) -> None:
         """Log the means of (B,) figures over the pairs of every process."""
+        weights = self.accelerator.gather(weight)
         for name, values in figures.items():
-            mean = self.accelerator.gather(values.detach()).mean().item()
-            self._metrics["train" if self.model.training else "eval"][name].append(mean)
+            mean = (self.accelerator.gather(values.detach()) * weights).sum() / weights.sum()
+            self._metrics["train" if self.model.training else "eval"][name].append(mean.item())
 
 
 class SoftLabelRewardTrainer(_OverPairs, RewardTrainer):
@@ -118,7 +169,7 @@ class SoftLabelRewardTrainer(_OverPairs, RewardTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         trainer: Any = self
-        trainer.data_collator = with_probabilities(trainer.data_collator)
+        trainer.data_collator = with_labels(trainer.data_collator)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -132,8 +183,9 @@ class SoftLabelRewardTrainer(_OverPairs, RewardTrainer):
         if centring is not None:
             losses = losses + centring * (chosen + rejected).square()
         margin = chosen - rejected
-        self._record({"score": (chosen + rejected) / 2, "margin": margin, "accuracy": (margin > 0).float()})
-        loss = self._mean(losses, num_items_in_batch)
+        figures = {"score": (chosen + rejected) / 2, "margin": margin, "accuracy": (margin > 0).float()}
+        self._record(figures, inputs["weight"])
+        loss = self._mean(losses, inputs["weight"], num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
 
@@ -148,7 +200,7 @@ class SoftLabelDPOTrainer(_OverPairs, DPOTrainer):
         trainer: Any = self
         trainer.loss_is_scaled_for_ga = not hard_loss
         if not hard_loss:
-            trainer.data_collator = with_probabilities(trainer.data_collator)
+            trainer.data_collator = with_labels(trainer.data_collator)
         if "ref" in getattr(trainer.model, "peft_config", {}):
             # TRL's copy of a fresh adapter computes what the trunk does alone, and would be saved beside ours.
             trainer.model.delete_adapter("ref")
@@ -162,8 +214,8 @@ class SoftLabelDPOTrainer(_OverPairs, DPOTrainer):
         """Mean of `soft_label_loss` of beta times the difference of the two log-ratios to the reference."""
         if not self.loss_is_scaled_for_ga:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        probability = inputs["probability"]
-        batch = {name: value for name, value in inputs.items() if name != "probability"}
+        probability, weight = inputs["probability"], inputs["weight"]
+        batch = {name: value for name, value in inputs.items() if name not in ("probability", "weight")}
         outputs = model(
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
@@ -183,8 +235,8 @@ class SoftLabelDPOTrainer(_OverPairs, DPOTrainer):
             "logps/chosen": chosen,
             "logps/rejected": rejected,
         }
-        self._record(figures)
-        loss = self._mean(soft_label_loss(chosen_reward - rejected_reward, probability), num_items_in_batch)
+        self._record(figures, weight)
+        loss = self._mean(soft_label_loss(chosen_reward - rejected_reward, probability), weight, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
 
@@ -306,6 +358,8 @@ def fit(
         stage=context.stage,
         **options,
     )
+    if processes.world_size() > 1 and not config.dataloader_drop_last:
+        trainer.add_filler()
     with Tracker(context.output, context.tracking, context.run_name, context.stage) as tracker:
         trained = train(trainer, context.stage, tracker)
     state = whole_state(trainer)
