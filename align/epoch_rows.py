@@ -1,4 +1,4 @@
-"""Which rows each epoch of a training run takes, and in which order: alike in one process and in several, killed or not."""
+"""Which rows each epoch of training takes, and in which order: alike in one process and in several, killed or not."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence

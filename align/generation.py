@@ -56,7 +56,7 @@ class ChoiceScores:
 
 
 Progress = Callable[[float], object]
-"""Told, now and then, the share in [0, 1] of a call's work that is done, by an engine that works on many rows at once."""
+"""Told now and then, by an engine that works on many rows at once, what share in [0, 1] of a call's work is done."""
 
 
 def unheard(share: float) -> None:

@@ -58,9 +58,7 @@ class _Work(Generic[Asked]):
     description: str
 
 
-def _answer_all(
-    work: _Work[Asked], requests: Sequence[Asked], journal_path: Path | None
-) -> dict[str, dict[str, Any]]:
+def _answer_all(work: _Work[Asked], requests: Sequence[Asked], journal_path: Path | None) -> dict[str, dict[str, Any]]:
     if len({request.id for request in requests}) < len(requests):
         raise ValueError(f"{work.description}: two requests have the same id")
     # Longest first: little padding inside a chunk, and what does not fit in memory shows at once.

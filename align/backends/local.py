@@ -48,7 +48,7 @@ class LocalBackend:
         self._stop_ids = stop_token_ids(model, tokenizer)
 
     def complete(self, requests: Sequence[Request], progress: Progress = unheard) -> Iterator[Completed]:
-        """Complete each request once. Progress is told after each token: rows come when the last of a batch has ended."""
+        """Complete each request once. Progress is told after each token: rows come when all of a batch have ended."""
         done = 0
         for _, group in groupby(sorted(requests, key=_settings), key=_settings):
             batch = list(group)

@@ -25,7 +25,7 @@ class HelpfulBlock(Block):
     """Demonstrations that keep the model helpful while the revisions teach it the constitution."""
 
     own_samples: bool = Field(
-        True, description="the base model's own finished completions of harmless prompts whose revision was not accepted"
+        True, description="the base model's own finished completions of harmless prompts without an accepted revision"
     )
     harmless: tuple[str, ...] = Field(
         (), description="the prompt files or categories that own samples are taken from; no others ever are"
