@@ -9,8 +9,8 @@ From a hub id, or a JSONL(.gz) or parquet file. Formats, told apart row by row:
 | prompt, completion | texts or message lists (demonstrations) |
 | messages | a whole conversation, its last turn the completion (demonstrations) |
 
-Messages may stand in hh-rlhf's text form, `\\n\\nHuman: …\\n\\nAssistant: …`, in each of these columns. Where `chosen` is
-a whole conversation already, a `prompt` beside it is not put before it again.
+Messages may stand in hh-rlhf's text form, `\\n\\nHuman: …\\n\\nAssistant: …`, in any column. Where `chosen` is a whole
+conversation already, a `prompt` beside it is not put before it again.
 """
 
 from collections import Counter
