@@ -68,7 +68,7 @@ def _add_run(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
 def _add_recipe_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     for name, run, text in (
         ("plan", _plan, "what of a recipe is done, what is stale and why, and what comes next"),
-        ("report", _report, "the table that `evaluate` made, and where the models are"),
+        ("report", _report, "the tables that `reward` and `evaluate` made, and where the models are"),
     ):
         verb = verbs.add_parser(name, help=text, description=text)
         verb.add_argument("target", metavar="RECIPE")
@@ -192,7 +192,11 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _print_results(recipe: Recipe) -> None:
-    """The report where the recipe evaluates, and the folder of every stage otherwise."""
+    """What the reward model is worth, then the report where the recipe evaluates, or the folder of every stage."""
+    if "reward" in recipe.settings:
+        from align.held_out import print_published_held_out
+
+        print_published_held_out(recipe.directory("reward"))
     if "evaluate" in recipe.settings:
         from align.report import print_published_report
 
