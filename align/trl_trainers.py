@@ -27,7 +27,6 @@ from align.epoch_rows import EpochRows, order_by_length, random_order, written_o
 from align.errors import InputError, NotFinite
 from align.models.policy import add_lora, load_causal_lm, save_model
 from align.stage import Context
-from align.tracking import Tracker
 from align.trl_bridge import Trained, not_finite, train, whole_state, with_labels
 
 # Without a Triton kernel TRL projects the states of prompts and padding onto the vocabulary as well, and throws the
@@ -360,7 +359,7 @@ def fit(
     )
     if processes.world_size() > 1 and not config.dataloader_drop_last:
         trainer.add_filler()
-    with Tracker(context.output, context.tracking, context.run_name, context.stage) as tracker:
+    with context.tracker() as tracker:
         trained = train(trainer, context.stage, tracker)
     state = whole_state(trainer)
     if processes.is_first():

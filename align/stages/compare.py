@@ -31,6 +31,7 @@ from align.records import (
 )
 from align.repro import derive_seed
 from align.stage import Context, Outcome, Stage
+from align.tracking import METRICS
 
 if TYPE_CHECKING:
     from align.feedback.judge import Judge
@@ -57,7 +58,7 @@ class CompareStage(Stage):
     help = "label pairs of the SFT policy's completions by the constitution"
     settings = CompareBlock
     shares = ("model", "constitution", "judge")
-    outputs = ("comparisons.jsonl", "pairs.jsonl")
+    outputs = ("comparisons.jsonl", "pairs.jsonl", METRICS)
 
     def inputs(self, settings: CompareBlock) -> tuple[str, ...]:
         return ("sample", "revise", "sft") if settings.revision_pairs else ("sample", "sft")
@@ -92,7 +93,9 @@ class CompareStage(Stage):
             write_rows(context.output / "comparisons.jsonl", comparisons)
             write_rows(context.output / "pairs.jsonl", {pair.id: pair for pair in (*pairs, *extra)}.values())
         counted = {**counts(comparisons), "pairs": len(pairs), "revision_pairs": len(extra)}
-        return Outcome(counted, {"judge": report.as_figures(), **figures(comparisons)})
+        measured = {"judge": report.as_figures(), **figures(comparisons)}
+        context.log_rows([{**counted, **measured}])
+        return Outcome(counted, measured)
 
 
 def compared(context: Context, seed: int) -> list[Comparison]:
@@ -215,18 +218,23 @@ def counts(comparisons: Sequence[Comparison]) -> dict[str, int]:
     return {"comparisons": len(comparisons), "decided": len(comparisons) - sum(reasons.values()), **undecided}
 
 
-def figures(comparisons: Sequence[Comparison]) -> dict[str, float]:
-    """What a judge that only looks at place or length would show: shares among the decided comparisons."""
+def figures(comparisons: Sequence[Comparison]) -> dict[str, Any]:
+    """Shares among the decided comparisons: what a judge that only looks at place or length would show, and how sure
+    the labels are; and the share of all that was left undecided."""
     decided = [row for row in comparisons if row.p_a is not None]
     if not decided:
         return {}
+    sure = [max(row.p_a or 0.0, 1 - (row.p_a or 0.0)) for row in decided]
+    tenths = Counter(min(int(10 * p), 9) for p in sure)
     a_wins = [row.p_a is not None and row.p_a > 0.5 for row in decided]
     longer = [_longer_won(row, won) for row, won in zip(decided, a_wins, strict=True)]
     return {
         "a_chosen": sum(a_wins) / len(decided),
         "longer_chosen": sum(longer) / len(decided),
         "position_bias": sum(row.position_bias for row in decided) / len(decided),
-        "mean_probability": sum(max(row.p_a or 0.0, 1 - (row.p_a or 0.0)) for row in decided) / len(decided),
+        "mean_probability": sum(sure) / len(decided),
+        "probability": {f"{10 * tenth}-{10 * tenth + 10}%": tenths[tenth] / len(decided) for tenth in range(5, 10)},
+        "undecided": 1 - len(decided) / len(comparisons),
     }
 
 

@@ -34,6 +34,7 @@ from align.report import (
 from align.repro import derive_seed
 from align.stage import Context, Outcome, Stage
 from align.statistics import Estimate
+from align.tracking import METRICS
 
 SPLIT = "eval"
 REFERENCE = "sft"
@@ -78,7 +79,7 @@ class Evaluate(Stage):
     settings = EvaluateBlock
     shares = ("model", "constitution", "judge")
     optional = ("constitution",)
-    outputs = (REPORT, SAMPLES)
+    outputs = (REPORT, SAMPLES, METRICS)
 
     def inputs(self, settings: EvaluateBlock) -> tuple[str, ...]:
         trained = [policy for policy in settings.policies if policy not in (BASE, REFERENCE)]
@@ -252,11 +253,9 @@ def make_report(
 
 def _publish(report: Report, samples: Sequence[EvaluatedSample], context: Context) -> None:
     """Write both outputs, send the figures to the tracker, and show them."""
-    from align.tracking import Tracker
-
     write_rows(context.output / SAMPLES, samples)
     write_json(context.output / REPORT, report.model_dump(mode="json", exclude_none=True))
-    with Tracker(context.output, context.tracking, context.run_name, "evaluate") as tracker:
+    with context.tracker() as tracker:
         tracker.truncate(-1)
         headlines = {name: _headline(policy) for name, policy in report.policies.items()}
         tracker.log(0, {f"{name}/{key}": value for name, each in headlines.items() for key, value in each.items()})
