@@ -253,9 +253,11 @@ def make_report(
 
 def _publish(report: Report, samples: Sequence[EvaluatedSample], context: Context) -> None:
     """Write both outputs, send the figures to the tracker, and show them."""
+    from align.tracking import Tracker
+
     write_rows(context.output / SAMPLES, samples)
     write_json(context.output / REPORT, report.model_dump(mode="json", exclude_none=True))
-    with context.tracker() as tracker:
+    with Tracker(context.output, context.tracking, context.run_name, "evaluate") as tracker:
         tracker.truncate(-1)
         headlines = {name: _headline(policy) for name, policy in report.policies.items()}
         tracker.log(0, {f"{name}/{key}": value for name, each in headlines.items() for key, value in each.items()})
