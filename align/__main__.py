@@ -74,6 +74,8 @@ def _add_recipe_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser
         verb.add_argument("target", metavar="RECIPE")
         _add_recipe_options(verb)
         verb.set_defaults(run=run)
+    settings = verbs.add_parser("settings", help="every key of a recipe, with type, default and meaning, in Markdown")
+    settings.set_defaults(run=_settings)
     # No help: the Makefile's own.
     rules = verbs.add_parser("make-rules")
     rules.add_argument("target", metavar="RECIPE")
@@ -204,6 +206,12 @@ def _print_results(recipe: Recipe) -> None:
         return
     for stage in recipe.settings:
         print(f"{stage:>8}  {recipe.directory(stage)}")
+
+
+def _settings(options: argparse.Namespace) -> None:
+    from align.settings_view import settings_page
+
+    print(settings_page(), end="")
 
 
 def _make_rules(options: argparse.Namespace) -> None:

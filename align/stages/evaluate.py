@@ -43,11 +43,8 @@ REFERENCE = "sft"
 class EvaluateBlock(Block):
     """What is evaluated, on how much."""
 
-    policies: Annotated[tuple[Literal["base", "sft", "dpo", "ppo"], ...], Field(min_length=1)] = (
-        "base",
-        "sft",
-        "dpo",
-        "ppo",
+    policies: Annotated[tuple[Literal["base", "sft", "dpo", "ppo"], ...], Field(min_length=1)] = Field(
+        ("base", "sft", "dpo", "ppo"), description="what is measured; base is the recipe's model"
     )
     sampling: SamplingBlock = Field(default_factory=SamplingBlock)
     limit: Positive | None = Field(None, description="at most this many held-out prompts, drawn by their content")

@@ -28,11 +28,11 @@ class RewardBlock(Block):
     """The reward model."""
 
     ai: bool = Field(True, description="train on the pairs that the judge labelled")
-    human: tuple[PairSource, ...] = ()
+    human: tuple[PairSource, ...] = Field((), description="preference pairs that people labelled")
     base: Literal["sft", "model"] = Field("sft", description="start from the SFT policy, or from the base model")
     held_out: Annotated[Fraction, Field(lt=1)] = Field(0.1, description="share of the prompts whose pairs test it")
     optimizer: OptimizerBlock = Field(default_factory=OptimizerBlock)
-    epochs: Annotated[Number, Field(gt=0)] = 1.0
+    epochs: Annotated[Number, Field(gt=0)] = Field(1.0, description="passes over the pairs")
     max_length: Positive = Field(1024, description="tokens; longer pairs are left out and counted")
     trl: dict[str, Any] = Field(default_factory=dict, description="further options of trl.RewardConfig")
 

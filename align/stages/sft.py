@@ -40,7 +40,7 @@ class SftBlock(Block):
     revisions: bool = Field(True, description="false trains on `helpful.sources` alone, all of it")
     helpful: HelpfulBlock = Field(default_factory=HelpfulBlock)
     optimizer: OptimizerBlock = Field(default_factory=OptimizerBlock)
-    epochs: Annotated[Number, Field(gt=0)] = 1.0
+    epochs: Annotated[Number, Field(gt=0)] = Field(1.0, description="passes over the demonstrations")
     max_length: Positive = Field(1024, description="tokens; longer rows are left out and counted")
     trl: dict[str, Any] = Field(default_factory=dict, description="further options of trl.SFTConfig")
 
