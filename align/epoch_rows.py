@@ -2,8 +2,10 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
+from datasets import Dataset
 from torch.utils.data import Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
@@ -56,3 +58,38 @@ def order_by_length(lengths: Sequence[int], batch_size: int) -> Order:
 def written_order(rows: int) -> Order:
     """The rows as they come."""
     return lambda generator: list(range(rows))
+
+
+class TakesRowsInOrder:
+    """For a trainer of transformers': takes its rows as `EpochRows` does, whichever order the recipe asks for."""
+
+    has_filler: Any = False
+
+    def add_filler(self: Any) -> None:
+        """Put a row that counts for nothing behind the others, to fill up the last batches of several processes."""
+        lengths = self._lengths(self.train_dataset)
+        shortest = self.train_dataset[lengths.index(min(lengths))]
+        self.train_dataset = self.train_dataset.add_item(self.uncounted(shortest))
+        self.has_filler = True
+
+    def uncounted(self, row: dict[str, Any]) -> dict[str, Any]:
+        """The row as one that adds nothing to the loss."""
+        raise NotImplementedError
+
+    def _lengths(self, rows: Dataset) -> list[int]:
+        return list(rows["length"]) if "length" in rows.column_names else [len(ids) for ids in rows["input_ids"]]
+
+    def _get_train_sampler(self: Any, train_dataset: Any = None) -> Any:
+        data = self.train_dataset if train_dataset is None else train_dataset
+        rows = data.select(range(len(data) - self.has_filler))
+        args, at_once = self.args, self.args.train_batch_size * self.args.world_size
+        if args.train_sampling_strategy == "batch_rebalance":  # knows the processes, and cuts its batches by itself
+            return super()._get_train_sampler(rows)  # type: ignore[misc]
+        order = random_order(len(rows))
+        if args.train_sampling_strategy == "group_by_length":
+            order = order_by_length(self._lengths(rows), at_once * args.gradient_accumulation_steps)
+        elif args.train_sampling_strategy == "sequential":
+            order = written_order(len(rows))
+        return EpochRows(
+            len(rows), order, args.seed, lambda: int(self.state.epoch or 0), at_once if self.has_filler else 1
+        )

@@ -23,7 +23,7 @@ from align import processes
 from align.config import ModelBlock
 from align.data.chat import end_of_turn_ids
 from align.data.columns import IGNORED
-from align.epoch_rows import EpochRows, order_by_length, random_order, written_order
+from align.epoch_rows import TakesRowsInOrder
 from align.errors import InputError, NotFinite
 from align.models.policy import add_lora, load_causal_lm, save_model
 from align.stage import Context
@@ -51,14 +51,11 @@ def soft_label_loss(margin: Tensor, probability: Tensor) -> Tensor:
     return functional.binary_cross_entropy_with_logits(margin, probability.to(margin.dtype), reduction="none")
 
 
-class _Guarded:
+class _Guarded(TakesRowsInOrder):
     """For a trainer: stops before the optimizer step where a micro-batch's loss is not finite, and names its prompts.
 
-    It takes the rows in an order that neither kills nor the number of processes change, and keeps TRL from reporting
-    runs over the network.
+    It also keeps TRL from reporting runs over the network.
     """
-
-    has_filler: Any = False
 
     def __init__(self, *args: Any, stage: str, **kwargs: Any) -> None:
         self.stage = stage
@@ -67,35 +64,6 @@ class _Guarded:
         # resumed run, whose last epoch is shorter, would log other figures than an undisturbed one.
         trainer: Any = self
         trainer.accelerator.gather_for_metrics = trainer.accelerator.gather
-
-    def add_filler(self: Any) -> None:
-        """Put a row that counts for nothing behind the others, to fill up the last batches of several processes."""
-        lengths = self._lengths(self.train_dataset)
-        shortest = self.train_dataset[lengths.index(min(lengths))]
-        self.train_dataset = self.train_dataset.add_item(self.uncounted(shortest))
-        self.has_filler = True
-
-    def uncounted(self, row: dict[str, Any]) -> dict[str, Any]:
-        """The row as one that adds nothing to the loss."""
-        raise NotImplementedError
-
-    def _lengths(self, rows: Dataset) -> list[int]:
-        return list(rows["length"]) if "length" in rows.column_names else [len(ids) for ids in rows["input_ids"]]
-
-    def _get_train_sampler(self: Any, train_dataset: Any = None) -> Any:
-        data = self.train_dataset if train_dataset is None else train_dataset
-        rows = data.select(range(len(data) - self.has_filler))
-        args, at_once = self.args, self.args.train_batch_size * self.args.world_size
-        if args.train_sampling_strategy == "batch_rebalance":  # knows the processes, and cuts its batches by itself
-            return super()._get_train_sampler(rows)  # type: ignore[misc]
-        order = random_order(len(rows))
-        if args.train_sampling_strategy == "group_by_length":
-            order = order_by_length(self._lengths(rows), at_once * args.gradient_accumulation_steps)
-        elif args.train_sampling_strategy == "sequential":
-            order = written_order(len(rows))
-        return EpochRows(
-            len(rows), order, args.seed, lambda: int(self.state.epoch or 0), at_once if self.has_filler else 1
-        )
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """One micro-batch, forwards and backwards; returns its loss.
@@ -146,7 +114,7 @@ class _OverPairs(_Guarded):
         batches, counted = super().get_batch_samples(epoch_iterator, num_batches, device)  # type: ignore[misc]
         if not self.loss_is_scaled_for_ga:
             return batches, counted
-        pairs = torch.stack([batch["weight"].sum() for batch in batches]).sum().to(device)
+        pairs = sum((batch["weight"].sum() for batch in batches), torch.tensor(0.0)).to(device)
         return batches, self.accelerator.gather(pairs).sum()
 
     def _mean(self: Any, losses: Tensor, weight: Tensor, pairs: Tensor | None) -> Tensor:

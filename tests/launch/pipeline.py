@@ -16,7 +16,7 @@ import pytest
 
 from tests.tiny import END, build_tiny_model, build_tiny_prompts
 
-TIMEOUT = 120
+TIMEOUT = 240
 CONSTITUTION = """\
 title: The letter {letter}
 principles:
@@ -76,6 +76,7 @@ def recipe(model: Path, prompts: Path, constitution: Path) -> dict[str, Any]:
             "trl": {"save_steps": 2},
         },
         "compare": {"sampling": sampling, "completions": 3},
+        "dpo": {"optimizer": optimizer()},
         "reward": {
             "optimizer": optimizer(batch_size=2, micro_batch_size=2),
             "held_out": 0.2,
