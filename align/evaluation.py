@@ -13,6 +13,7 @@ from align import processes
 from align.artefacts import Journal
 from align.config import EngineBlock, ModelBlock
 from align.generation import Completed, Request
+from align.progress import RowBar
 from align.report import EvaluatedSample
 
 if TYPE_CHECKING:
@@ -64,7 +65,11 @@ def measure_all(
         own = processes.share(chunks)
         todo = [chunk for chunk in own if any(sample.id not in journal for sample in chunk)]
         if todo:
-            _measure_chunks(todo, load(), journal, description, done=len(own) - len(todo))
+            measure = load()
+            total, left = (sum(len(chunk) for chunk in some) for some in (own, todo))
+            with RowBar(total, total - left, description) as bar:
+                _measure_chunks(todo, measure, journal, bar)
+            del measure
     release_memory()
     processes.barrier()
     with Journal(journal_path, processes.rank()) as journal:
@@ -168,14 +173,13 @@ def release_memory() -> None:
 
 
 def _measure_chunks(
-    chunks: Sequence[Sequence[EvaluatedSample]], measure: Measure, journal: Journal, description: str, done: int
+    chunks: Sequence[Sequence[EvaluatedSample]], measure: Measure, journal: Journal, bar: RowBar
 ) -> None:
-    from tqdm import tqdm  # type: ignore[import-untyped]
-
-    total = done + len(chunks)
-    for chunk in tqdm(chunks, total=total, initial=done, desc=description, disable=not processes.is_first()):
+    for chunk in chunks:
+        bar.begin(len(chunk))
         for sample, value in zip(chunk, measure(chunk), strict=True):
             journal.append({"id": sample.id, "value": value})
+            bar.row()
 
 
 def _characters(sample: EvaluatedSample) -> int:

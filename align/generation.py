@@ -1,6 +1,6 @@
 """What an engine does: complete conversations, and give the log-probability of continuations."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -55,16 +55,28 @@ class ChoiceScores:
     tokens: tuple[int, ...]
 
 
+Progress = Callable[[float], object]
+"""Told now and then, by an engine that works on many rows at once, what share in [0, 1] of a call's work is done."""
+
+
+def unheard(share: float) -> None:
+    """Progress that nobody follows."""
+
+
 class Backend(Protocol):
     """An engine. Results come in any order, as they finish."""
 
     name: str
     """Names model and engine in the rows it makes; never holds a secret."""
+    depends_on_batch: bool
+    """Whether the last bits of a row depend on which rows were asked for with it."""
 
-    def complete(self, requests: Sequence[Request]) -> Iterator[Completed]:
+    def complete(self, requests: Sequence[Request], progress: Progress = unheard) -> Iterator[Completed]:
         """Complete each request once."""
 
-    def choice_logprobs(self, requests: Sequence[ChoiceRequest]) -> Iterator[ChoiceScores]:
+    def choice_logprobs(
+        self, requests: Sequence[ChoiceRequest], progress: Progress = unheard
+    ) -> Iterator[ChoiceScores]:
         """Score each request's choices once.
 
         Raises:

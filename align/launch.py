@@ -15,7 +15,7 @@ from pathlib import Path
 from align import processes
 from align.errors import InputError
 from align.failure_note import FAILURE, read_failure
-from align.plan import make_plan
+from align.plan import Plan, make_plan
 from align.recipe import Recipe
 from align.runner import find_step, is_up_to_date
 from align.stages import all_stages
@@ -51,19 +51,25 @@ class Command:
 
 def run_recipe(recipe: Recipe, launch: Launch) -> int:
     """Run every stage of a recipe that is not up to date, each in processes of its own; returns the exit code."""
-    codes = (launch_stage(recipe, stage, launch) for stage in recipe.settings)
+    codes = (launch_stage(recipe, stage, launch, say_place=True) for stage in recipe.settings)
     return next((code for code in codes if code), 0)
 
 
-def launch_stage(recipe: Recipe, stage: str, launch: Launch) -> int:
+def launch_stage(recipe: Recipe, stage: str, launch: Launch, say_place: bool = False) -> int:
     """Run a stage in processes of its own, unless it is up to date; returns the exit code.
+
+    Args:
+        say_place: print first which of the recipe's stages this is, and what is left after it.
 
     Raises:
         InputError: the recipe has no such stage.
         AlignError: what one of several processes failed with.
     """
-    if is_up_to_date(find_step(recipe, make_plan(recipe), stage)):
+    plan = make_plan(recipe)
+    if is_up_to_date(find_step(recipe, plan, stage)):
         return 0
+    if say_place:
+        print(f"\n{place_of(stage, plan)}", flush=True)
     if not all_stages()[stage].uses_processes:
         launch = Launch()
     command = stage_command(recipe, stage, launch)
@@ -75,6 +81,14 @@ def launch_stage(recipe: Recipe, stage: str, launch: Launch) -> int:
         if code and (failure := read_failure(note)):
             raise failure
     return code
+
+
+def place_of(stage: str, plan: Plan) -> str:
+    """Which stage of the recipe this is, and which are still to be made after it."""
+    stages = list(plan)
+    number = stages.index(stage) + 1
+    left = [name for name in stages[number:] if not plan[name].is_done]
+    return f"stage {number} of {len(stages)}: {stage}" + (f" (left: {', '.join(left)})" if left else "")
 
 
 def stage_command(recipe: Recipe, stage: str, launch: Launch) -> Command:

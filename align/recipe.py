@@ -44,8 +44,8 @@ class RecipeBlocks(Block):
 
     name: FolderName | None = Field(None, description="names the run's folder; the file's own name by default")
     extends: str | None = Field(None, description="a recipe that this one changes")
-    seed: Annotated[Integer, Field(ge=0)] = 0
-    output: str = "runs"
+    seed: Annotated[Integer, Field(ge=0)] = Field(0, description="of everything that is drawn at random")
+    output: str = Field("runs", description="the folder of all runs")
     model: ModelBlock | None = None
     constitution: str | None = Field(None, description="a constitution's file, or a folder in the paper's format")
     prompts: PromptsBlock | None = None

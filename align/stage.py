@@ -5,12 +5,13 @@ so that reading a recipe stays fast.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 from align.config import Block, TrackingBlock
+from align.tracking import Tracker, flat
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,20 @@ class Context:
     seed: int
     run_name: str
     tracking: TrackingBlock
+
+    def tracker(self) -> Tracker:
+        """Where the stage's figures go: its `metrics.jsonl`, and wandb when asked."""
+        return Tracker(self.output, self.tracking, self.run_name, self.stage)
+
+    def log_rows(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Log figures that are known at the stage's end, in the place of any that an interrupted try left.
+
+        Each row is one step, from 1; of nested figures the numbers are logged, under their paths.
+        """
+        with self.tracker() as tracker:
+            tracker.truncate(-1)
+            for step, figures in enumerate(rows, start=1):
+                tracker.log(step, flat(figures))
 
 
 class Stage(ABC):

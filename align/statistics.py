@@ -1,7 +1,7 @@
 """Intervals and calibration: what stands beside every figure that is reported. Needs numpy and nothing heavier."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 
 import numpy as np
@@ -65,7 +65,7 @@ def bootstrap_interval(
     sample = _vector(values)
     if resamples < 1:
         raise ValueError(f"resamples must be 1 or more, got {resamples}")
-    means = np.concatenate(list(_resampled_means(sample, seed, resamples)))
+    means = np.concatenate([sample[rows].mean(axis=1) for rows in _resamples(len(sample), seed, resamples)])
     low, high = np.quantile(means, [0.5 - confidence / 2, 0.5 + confidence / 2])
     return float(low), float(high)
 
@@ -83,6 +83,38 @@ def share_estimate(values: ArrayLike, seed: int, resamples: int = 2000, confiden
         ValueError: a value outside [0, 1], or as for `bootstrap_interval`.
     """
     return _bounded(_vector(values), 0, 1, seed, resamples, confidence)
+
+
+def clustered_share_estimate(
+    values: ArrayLike, clusters: Sequence[str], seed: int, resamples: int = 2000, confidence: float = 0.95
+) -> Estimate:
+    """`share_estimate` of values that come in clusters whose members resemble each other: pairs of one prompt, say.
+
+    Whole clusters are drawn with replacement, and the mean is over the values in those drawn (Field and Welsh 2007).
+    Where every cluster has the same mean there is no spread to draw from: then Wilson's interval with one value a
+    cluster stands for it (see `_bounded`).
+
+    Args:
+        values: (N,) in [0, 1].
+        clusters: (N,) the name of each value's cluster.
+
+    Raises:
+        ValueError: as many clusters' names as values are needed, or as for `share_estimate`.
+    """
+    _check_confidence(confidence)
+    sample = _vector(values)
+    _check_within(sample, 0, 1)
+    if len(clusters) != len(sample):
+        raise ValueError(f"each value needs a cluster, got {len(sample)} values and {len(clusters)} clusters")
+    _, place = np.unique(np.asarray(clusters), return_inverse=True)
+    sums, sizes = np.bincount(place, weights=sample), np.bincount(place)
+    means = sums / sizes
+    if means.min() == means.max():
+        return replace(_bounded(means, 0, 1, seed, resamples, confidence), n=len(sample))
+    drawn = _resamples(len(sums), seed, resamples)
+    resampled = np.concatenate([sums[rows].sum(axis=1) / sizes[rows].sum(axis=1) for rows in drawn])
+    low, high = np.quantile(resampled, [0.5 - confidence / 2, 0.5 + confidence / 2])
+    return Estimate(float(sample.mean()), float(low), float(high), len(sample))
 
 
 def paired_difference(
@@ -176,12 +208,12 @@ def _check_within(sample: NDArray[np.float64], lower: float, upper: float) -> No
         raise ValueError(f"values must lie in [{lower}, {upper}], got {sample.min():g} to {sample.max():g}")
 
 
-def _resampled_means(sample: NDArray[np.float64], seed: int, resamples: int) -> Iterator[NDArray[np.float64]]:
+def _resamples(count: int, seed: int, resamples: int) -> Iterator[NDArray[np.int64]]:
+    """Row numbers drawn with replacement, (resamples, count) in parts that fit in memory."""
     generator = np.random.default_rng(seed)
-    at_once = max(1, _DRAWN_AT_ONCE // len(sample))
+    at_once = max(1, _DRAWN_AT_ONCE // count)
     for start in range(0, resamples, at_once):
-        drawn = generator.integers(len(sample), size=(min(at_once, resamples - start), len(sample)))
-        yield sample[drawn].mean(axis=1)
+        yield generator.integers(count, size=(min(at_once, resamples - start), count))
 
 
 def _vector(values: ArrayLike | Sequence[float]) -> NDArray[np.float64]:

@@ -129,6 +129,17 @@ def truncate_rows(path: Path, key: str, last: int) -> None:
     os.replace(temporary, path)
 
 
+def flat(figures: Mapping[str, Any], above: str = "") -> dict[str, float]:
+    """The numbers among nested figures, each under its path: `{"accuracy": {"mean": 1}}` is `accuracy/mean`."""
+    found: dict[str, float] = {}
+    for name, value in figures.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{above}{name}/")
+        elif isinstance(value, int | float):
+            found[f"{above}{name}"] = value
+    return found
+
+
 def wandb_mode() -> Any:
     """`WANDB_MODE` where it is set; else online with a login and a network, and offline without, so nobody is asked."""
     chosen = os.environ.get("WANDB_MODE")

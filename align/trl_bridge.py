@@ -337,12 +337,16 @@ def not_finite(stage: str, name: str, value: float, step: int, folder: Path, whe
     )
 
 
-def with_probabilities(
+def with_labels(
     collate: Callable[[list[Any]], Any],
 ) -> Callable[[list[Any]], dict[str, Any]]:
-    """A collator that adds the pairs' soft labels, `probability` (B,), to what `collate` makes."""
+    """A collator that adds the pairs' soft labels, `probability` (B,), and `weight` (B,) to what `collate` makes."""
 
     def collate_pairs(rows: list[Any]) -> dict[str, Any]:
-        return {**collate(rows), "probability": torch.tensor([row["probability"] for row in rows])}
+        labels = {
+            "probability": [row["probability"] for row in rows],
+            "weight": [float(row.get("weight", 1)) for row in rows],
+        }
+        return {**collate(rows), **{name: torch.tensor(values) for name, values in labels.items()}}
 
     return collate_pairs

@@ -1,7 +1,8 @@
 """TRL's trainers with what ours must have: soft labels, our own tokens, and a stop where a loss is not finite.
 
 Shapes: B pairs in a micro-batch, L tokens of the longest conversation. Batches hold the chosen conversations first,
-then the rejected ones: `input_ids` (2B, L), and `probability` (B,), that the chosen one is the better.
+then the rejected ones: `input_ids` (2B, L), and `probability` (B,), that the chosen one is the better, and `weight`
+(B,), 1 for a pair and 0 for one that only fills up a batch.
 """
 
 from collections.abc import Sequence
@@ -21,11 +22,12 @@ from trl.trainer import utils as trl_utils
 from align import processes
 from align.config import ModelBlock
 from align.data.chat import end_of_turn_ids
+from align.data.columns import IGNORED
+from align.epoch_rows import TakesRowsInOrder
 from align.errors import InputError, NotFinite
 from align.models.policy import add_lora, load_causal_lm, save_model
 from align.stage import Context
-from align.tracking import Tracker
-from align.trl_bridge import Trained, not_finite, train, whole_state, with_probabilities
+from align.trl_bridge import Trained, not_finite, train, whole_state, with_labels
 
 # Without a Triton kernel TRL projects the states of prompts and padding onto the vocabulary as well, and throws the
 # result away: a third of a CPU's step. This makes it leave them out there too; which kernel runs is decided elsewhere.
@@ -49,7 +51,7 @@ def soft_label_loss(margin: Tensor, probability: Tensor) -> Tensor:
     return functional.binary_cross_entropy_with_logits(margin, probability.to(margin.dtype), reduction="none")
 
 
-class _Guarded:
+class _Guarded(TakesRowsInOrder):
     """For a trainer: stops before the optimizer step where a micro-batch's loss is not finite, and names its prompts.
 
     It also keeps TRL from reporting runs over the network.
@@ -87,29 +89,45 @@ class _Guarded:
 class DemonstrationTrainer(_Guarded, SFTTrainer):
     """Supervised fine-tuning on rows of `input_ids` and `labels`."""
 
+    def uncounted(self, row: dict[str, Any]) -> dict[str, Any]:
+        """The row without a label, so that no token of it is counted."""
+        return {**row, "labels": [IGNORED] * len(row["labels"])}
+
 
 class _OverPairs(_Guarded):
     """For a trainer on pairs: the loss is the mean over the pairs of a global batch, however it is cut up."""
 
     loss_is_scaled_for_ga: Any = True
 
+    def add_filler(self: Any) -> None:
+        """Put a pair of weight 0 behind the others, which weigh 1. TRL's own losses know no weights, and get none."""
+        if self.loss_is_scaled_for_ga:
+            self.train_dataset = self.train_dataset.add_column("weight", [1.0] * len(self.train_dataset))
+            super().add_filler()  # type: ignore[misc]
+
+    def uncounted(self, row: dict[str, Any]) -> dict[str, Any]:
+        """The pair without weight."""
+        return {**row, "weight": 0.0}
+
     def get_batch_samples(self: Any, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
         """The micro-batches of an optimizer step, and how many pairs it has over all processes."""
         batches, counted = super().get_batch_samples(epoch_iterator, num_batches, device)  # type: ignore[misc]
         if not self.loss_is_scaled_for_ga:
             return batches, counted
-        pairs = torch.tensor(sum(len(batch["probability"]) for batch in batches), device=device)
+        pairs = sum((batch["weight"].sum() for batch in batches), torch.tensor(0.0)).to(device)
         return batches, self.accelerator.gather(pairs).sum()
 
-    def _mean(self: Any, losses: Tensor, pairs: Tensor | None) -> Tensor:
+    def _mean(self: Any, losses: Tensor, weight: Tensor, pairs: Tensor | None) -> Tensor:
         """This micro-batch's part of the mean, times the processes, whose gradients are averaged."""
-        return losses.mean() if pairs is None else losses.sum() * self.accelerator.num_processes / pairs
+        total = (losses * weight).sum()
+        return total / weight.sum() if pairs is None else total * self.accelerator.num_processes / pairs
 
-    def _record(self: Any, figures: dict[str, Tensor]) -> None:
+    def _record(self: Any, figures: dict[str, Tensor], weight: Tensor) -> None:
         """Log the means of (B,) figures over the pairs of every process."""
+        weights = self.accelerator.gather(weight)
         for name, values in figures.items():
-            mean = self.accelerator.gather(values.detach()).mean().item()
-            self._metrics["train" if self.model.training else "eval"][name].append(mean)
+            mean = (self.accelerator.gather(values.detach()) * weights).sum() / weights.sum()
+            self._metrics["train" if self.model.training else "eval"][name].append(mean.item())
 
 
 class SoftLabelRewardTrainer(_OverPairs, RewardTrainer):
@@ -118,7 +136,7 @@ class SoftLabelRewardTrainer(_OverPairs, RewardTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         trainer: Any = self
-        trainer.data_collator = with_probabilities(trainer.data_collator)
+        trainer.data_collator = with_labels(trainer.data_collator)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -132,8 +150,9 @@ class SoftLabelRewardTrainer(_OverPairs, RewardTrainer):
         if centring is not None:
             losses = losses + centring * (chosen + rejected).square()
         margin = chosen - rejected
-        self._record({"score": (chosen + rejected) / 2, "margin": margin, "accuracy": (margin > 0).float()})
-        loss = self._mean(losses, num_items_in_batch)
+        figures = {"score": (chosen + rejected) / 2, "margin": margin, "accuracy": (margin > 0).float()}
+        self._record(figures, inputs["weight"])
+        loss = self._mean(losses, inputs["weight"], num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
 
@@ -148,7 +167,7 @@ class SoftLabelDPOTrainer(_OverPairs, DPOTrainer):
         trainer: Any = self
         trainer.loss_is_scaled_for_ga = not hard_loss
         if not hard_loss:
-            trainer.data_collator = with_probabilities(trainer.data_collator)
+            trainer.data_collator = with_labels(trainer.data_collator)
         if "ref" in getattr(trainer.model, "peft_config", {}):
             # TRL's copy of a fresh adapter computes what the trunk does alone, and would be saved beside ours.
             trainer.model.delete_adapter("ref")
@@ -162,8 +181,8 @@ class SoftLabelDPOTrainer(_OverPairs, DPOTrainer):
         """Mean of `soft_label_loss` of beta times the difference of the two log-ratios to the reference."""
         if not self.loss_is_scaled_for_ga:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        probability = inputs["probability"]
-        batch = {name: value for name, value in inputs.items() if name != "probability"}
+        probability, weight = inputs["probability"], inputs["weight"]
+        batch = {name: value for name, value in inputs.items() if name not in ("probability", "weight")}
         outputs = model(
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
@@ -183,8 +202,8 @@ class SoftLabelDPOTrainer(_OverPairs, DPOTrainer):
             "logps/chosen": chosen,
             "logps/rejected": rejected,
         }
-        self._record(figures)
-        loss = self._mean(soft_label_loss(chosen_reward - rejected_reward, probability), num_items_in_batch)
+        self._record(figures, weight)
+        loss = self._mean(soft_label_loss(chosen_reward - rejected_reward, probability), weight, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
 
@@ -306,7 +325,9 @@ def fit(
         stage=context.stage,
         **options,
     )
-    with Tracker(context.output, context.tracking, context.run_name, context.stage) as tracker:
+    if processes.world_size() > 1 and not config.dataloader_drop_last:
+        trainer.add_filler()
+    with context.tracker() as tracker:
         trained = train(trainer, context.stage, tracker)
     state = whole_state(trainer)
     if processes.is_first():

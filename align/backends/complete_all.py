@@ -2,19 +2,20 @@
 
 Requests are put into a fixed order and cut into fixed chunks. A chunk is the unit of determinism, since a row's last
 bits may depend on the rows it shared a batch with: a chunk with any row missing from the journal is run whole again.
+Of an engine whose rows do not depend on each other, a server, only the missing rows are asked for again.
 """
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
-
-from tqdm import tqdm
+from typing import Any, Generic, TypeVar
 
 from align import processes
 from align.artefacts import Journal
 from align.errors import AlignError
-from align.generation import Backend, ChoiceRequest, ChoiceScores, Completed, Request
+from align.generation import Backend, ChoiceRequest, ChoiceScores, Completed, Progress, Request
+from align.progress import RowBar
 
 Asked = TypeVar("Asked", Request, ChoiceRequest)
 
@@ -33,7 +34,8 @@ def complete_all(
     Raises:
         AlignError: the backend left a request unanswered.
     """
-    rows = _answer_all(backend.complete, requests, batch_size, journal_path, description)
+    work = _Work(backend.complete, backend.depends_on_batch, batch_size, description)
+    rows = _answer_all(work, requests, journal_path)
     return {row_id: Completed(**row) for row_id, row in rows.items()}
 
 
@@ -41,51 +43,63 @@ def score_all(
     backend: Backend, requests: Sequence[ChoiceRequest], batch_size: int, journal_path: Path | None, description: str
 ) -> dict[str, ChoiceScores]:
     """`complete_all` for the log-probabilities of choices."""
-    rows = _answer_all(backend.choice_logprobs, requests, batch_size, journal_path, description)
+    work = _Work(backend.choice_logprobs, backend.depends_on_batch, batch_size, description)
+    rows = _answer_all(work, requests, journal_path)
     return {row_id: ChoiceScores(row_id, tuple(row["logprobs"]), tuple(row["tokens"])) for row_id, row in rows.items()}
 
 
-def _answer_all(
-    answer: Callable[[Sequence[Asked]], Iterable[Completed | ChoiceScores]],
-    requests: Sequence[Asked],
-    batch_size: int,
-    journal_path: Path | None,
-    description: str,
-) -> dict[str, dict[str, Any]]:
+@dataclass(frozen=True)
+class _Work(Generic[Asked]):
+    """How requests are answered, and in what chunks."""
+
+    answer: Callable[[Sequence[Asked], Progress], Iterable[Completed | ChoiceScores]]
+    depends_on_batch: bool
+    batch_size: int
+    description: str
+
+
+def _answer_all(work: _Work[Asked], requests: Sequence[Asked], journal_path: Path | None) -> dict[str, dict[str, Any]]:
     if len({request.id for request in requests}) < len(requests):
-        raise ValueError(f"{description}: two requests have the same id")
+        raise ValueError(f"{work.description}: two requests have the same id")
     # Longest first: little padding inside a chunk, and what does not fit in memory shows at once.
     ordered = sorted(requests, key=lambda request: (-_characters(request), request.id))
-    chunks = [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
+    chunks = [ordered[start : start + work.batch_size] for start in range(0, len(ordered), work.batch_size)]
     rows: dict[str, dict[str, Any]] = {}
     if journal_path is None:
-        _answer_chunks(answer, chunks, rows.__contains__, lambda row: rows.update({row["id"]: row}), description)
+        _answer_chunks(work, chunks, rows.__contains__, lambda row: rows.update({row["id"]: row}))
     else:
         with Journal(journal_path, processes.rank()) as journal:
-            _answer_chunks(answer, processes.share(chunks), journal.__contains__, journal.append, description)
+            _answer_chunks(work, processes.share(chunks), journal.__contains__, journal.append)
         processes.barrier()
         with Journal(journal_path, processes.rank()) as journal:
             rows = journal.rows
     unanswered = [request.id for request in requests if request.id not in rows]
     if unanswered:
-        raise AlignError(f"{description}: the engine left {len(unanswered)} requests unanswered, first {unanswered[0]}")
+        raise AlignError(
+            f"{work.description}: the engine left {len(unanswered)} requests unanswered, first {unanswered[0]}"
+        )
     return {request.id: rows[request.id] for request in requests}
 
 
 def _answer_chunks(
-    answer: Callable[[Sequence[Asked]], Iterable[Completed | ChoiceScores]],
+    work: _Work[Asked],
     chunks: Sequence[Sequence[Asked]],
     is_answered: Callable[[str], bool],
     keep: Callable[[dict[str, Any]], None],
-    description: str,
 ) -> None:
-    todo = [chunk for chunk in chunks if any(not is_answered(request.id) for request in chunk)]
+    missing = [[request for request in chunk if not is_answered(request.id)] for chunk in chunks]
+    todo = [
+        chunk if work.depends_on_batch else unanswered
+        for chunk, unanswered in zip(chunks, missing, strict=True)
+        if unanswered
+    ]
     total, left = (sum(len(chunk) for chunk in some) for some in (chunks, todo))
-    with tqdm(total=total, initial=total - left, desc=description, disable=not processes.is_first()) as progress:
+    with RowBar(total, total - left, work.description) as bar:
         for chunk in todo:
-            for answered in answer(chunk):
+            bar.begin(len(chunk))
+            for answered in work.answer(chunk, bar.part):
                 keep(dataclasses.asdict(answered))
-                progress.update()
+                bar.row()
 
 
 def _characters(request: Request | ChoiceRequest) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from align.data.chat import prompt_ids, token_ids
-from align.generation import ChoiceRequest, ChoiceScores, Completed, Request
+from align.generation import ChoiceRequest, ChoiceScores, Completed, Progress, Request, unheard
 from align.models.decode import decode
 from align.models.logprobs import completion_logprobs
 from align.models.policy import stop_token_ids
@@ -38,6 +38,8 @@ class LocalBackend:
     calls of the size that memory allows.
     """
 
+    depends_on_batch = True
+
     def __init__(self, model: Any, tokenizer: Any, *, name: str, system_prompt: str | None = None) -> None:
         self.name = name
         self._model = model
@@ -45,12 +47,15 @@ class LocalBackend:
         self._system_prompt = system_prompt
         self._stop_ids = stop_token_ids(model, tokenizer)
 
-    def complete(self, requests: Sequence[Request]) -> Iterator[Completed]:
-        """Complete each request once."""
+    def complete(self, requests: Sequence[Request], progress: Progress = unheard) -> Iterator[Completed]:
+        """Complete each request once. Progress is told after each token: rows come when all of a batch have ended."""
+        done = 0
         for _, group in groupby(sorted(requests, key=_settings), key=_settings):
-            yield from self._complete_batch(list(group))
+            batch = list(group)
+            yield from self._complete_batch(batch, _within(progress, done, len(batch), len(requests)))
+            done += len(batch)
 
-    def _complete_batch(self, requests: Sequence[Request]) -> Iterator[Completed]:
+    def _complete_batch(self, requests: Sequence[Request], progress: Progress) -> Iterator[Completed]:
         max_new_tokens, temperature, top_p = _settings(requests[0])
         decoded = decode(
             self._model,
@@ -61,13 +66,16 @@ class LocalBackend:
             top_p=top_p,
             stop_ids=self._stop_ids,
             pad_id=self._tokenizer.pad_token_id,
+            progress=progress,
         )
         for request, tokens, reason in zip(requests, decoded.tokens, decoded.finish_reasons, strict=True):
             words = tokens[:-1] if reason == "stop" else tokens
             text = self._tokenizer.decode(words, skip_special_tokens=True)
             yield Completed(request.id, text, reason, len(tokens))
 
-    def choice_logprobs(self, requests: Sequence[ChoiceRequest]) -> Iterator[ChoiceScores]:
+    def choice_logprobs(
+        self, requests: Sequence[ChoiceRequest], progress: Progress = unheard
+    ) -> Iterator[ChoiceScores]:
         """Score each request's choices once: the choice's tokens alone, not the end of the turn."""
         choices = [
             _Choice(index, number, prompt, token_ids(self._tokenizer, text))
@@ -76,9 +84,12 @@ class LocalBackend:
             for number, text in enumerate(request.choices)
         ]
         sums = {(choice.request, choice.number): 0.0 for choice in choices}
+        done = 0
         for batch in _batches([choice for choice in choices if choice.choice]):
             for choice, logprob in zip(batch, self._score(batch), strict=True):
                 sums[choice.request, choice.number] = logprob
+            done += len(batch)
+            progress(done / len(choices))
         lengths = {(choice.request, choice.number): len(choice.choice) for choice in choices}
         for index, request in enumerate(requests):
             keys = [(index, number) for number in range(len(request.choices))]
@@ -100,6 +111,11 @@ class LocalBackend:
 
     def _prompt(self, request: Request | ChoiceRequest) -> list[int]:
         return prompt_ids(self._tokenizer, request.messages, self._system_prompt, request.prefill)
+
+
+def _within(progress: Progress, before: int, rows: int, of: int) -> Progress:
+    """Progress of some rows of many, told as that of all."""
+    return lambda share: progress((before + share * rows) / of)
 
 
 def _settings(request: Request) -> tuple[int, float, float]:

@@ -11,7 +11,7 @@ import openai
 from align.config import EngineBlock
 from align.data.chat import with_system_prompt
 from align.errors import AlignError, InputError
-from align.generation import ChoiceRequest, ChoiceScores, Completed, Request
+from align.generation import ChoiceRequest, ChoiceScores, Completed, Progress, Request, unheard
 from align.records import FinishReason, as_dicts
 
 TOP_LOGPROBS = 20
@@ -27,6 +27,8 @@ class OpenAIBackend:
     Requests that meet a rate limit, a fault of the server or a timeout are tried again with growing pauses,
     `max_retries` times.
     """
+
+    depends_on_batch = False
 
     def __init__(self, engine: EngineBlock, *, system_prompt: str | None = None) -> None:
         if not engine.model:
@@ -47,11 +49,13 @@ class OpenAIBackend:
             max_retries=engine.max_retries,
         )
 
-    def complete(self, requests: Sequence[Request]) -> Iterator[Completed]:
+    def complete(self, requests: Sequence[Request], progress: Progress = unheard) -> Iterator[Completed]:
         """Complete each request once; results come as they finish."""
         return self._each(self._complete, requests)
 
-    def choice_logprobs(self, requests: Sequence[ChoiceRequest]) -> Iterator[ChoiceScores]:
+    def choice_logprobs(
+        self, requests: Sequence[ChoiceRequest], progress: Progress = unheard
+    ) -> Iterator[ChoiceScores]:
         """Score choices of one short token each by the server's alternatives for the first token.
 
         Raises:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 
 from align.errors import InputError
-from align.generation import ChoiceRequest, ChoiceScores, Completed, Request
+from align.generation import ChoiceRequest, ChoiceScores, Completed, Progress, Request, unheard
 
 
 class ScriptedBackend:
@@ -12,6 +12,8 @@ class ScriptedBackend:
     A text counts one token a word, and a choice too; a text longer than the request's `max_new_tokens` is cut there,
     with finish reason 'length'. `completed` and `scored` count the requests answered.
     """
+
+    depends_on_batch = False
 
     def __init__(
         self,
@@ -25,7 +27,7 @@ class ScriptedBackend:
         self._text = text
         self._logprob = logprob
 
-    def complete(self, requests: Sequence[Request]) -> Iterator[Completed]:
+    def complete(self, requests: Sequence[Request], progress: Progress = unheard) -> Iterator[Completed]:
         for request in requests:
             self.completed += 1
             text = self._text(request)
@@ -36,7 +38,9 @@ class ScriptedBackend:
                 kept = words[: request.max_new_tokens]
                 yield Completed(request.id, " ".join(kept), "length", len(kept))
 
-    def choice_logprobs(self, requests: Sequence[ChoiceRequest]) -> Iterator[ChoiceScores]:
+    def choice_logprobs(
+        self, requests: Sequence[ChoiceRequest], progress: Progress = unheard
+    ) -> Iterator[ChoiceScores]:
         if self._logprob is None:
             raise InputError(f"engine {self.name}: gives no log-probabilities; use another engine for this judge")
         for request in requests:

@@ -5,9 +5,12 @@ From a hub id, or a JSONL(.gz) or parquet file. Formats, told apart row by row:
 | columns | values |
 |---|---|
 | prompt, chosen, rejected | texts, or message lists (TRL's plain and conversational formats) |
-| chosen, rejected | whole conversations: message lists, or hh-rlhf's `\\n\\nHuman: … \\n\\nAssistant: …` text |
+| chosen, rejected | whole conversations |
 | prompt, completion | texts or message lists (demonstrations) |
 | messages | a whole conversation, its last turn the completion (demonstrations) |
+
+Messages may stand in hh-rlhf's text form, `\\n\\nHuman: …\\n\\nAssistant: …`, in any column. Where `chosen` is a whole
+conversation already, a `prompt` beside it is not put before it again.
 """
 
 from collections import Counter
@@ -16,7 +19,14 @@ from pathlib import Path
 from typing import TypeVar
 
 from align.config import PairSource
-from align.data.sources import Row, merge_neighbours, parse_messages, parse_transcript, source_rows
+from align.data.sources import (
+    Row,
+    is_transcript,
+    merge_neighbours,
+    parse_messages,
+    parse_transcript,
+    source_rows,
+)
 from align.errors import InputError
 from align.records import Conversation, Demonstration, Message, PreferencePair, as_dicts, digest, read_rows
 
@@ -124,22 +134,37 @@ def _demonstration(row: Row, place: str) -> Conversation:
 def _conversation(row: Row, column: str, place: str) -> Conversation:
     """The whole conversation that ends with the completion in `column`."""
     completion, prompt = row[column], row.get("prompt")
-    if isinstance(completion, str):
-        if prompt is None and completion.startswith("\n\nHuman:"):
-            return parse_transcript(completion, place)
+    if isinstance(completion, str) and not is_transcript(completion):
         _require(row, ("prompt",), place)
+        if is_transcript(prompt):
+            opening = str(prompt).rstrip().removesuffix("\n\nAssistant:")
+            return parse_transcript(f"{opening}\n\nAssistant: {completion}", place)
         return *_prompt(prompt, place), Message("assistant", completion)
-    messages = parse_messages(completion, column, place)
-    if prompt is None or (len(messages) > 1 and isinstance(prompt, str)):
+    messages = _messages(completion, column, place)
+    if prompt is None or (len(messages) > 1 and isinstance(prompt, str) and not is_transcript(prompt)):
         return messages
     before = _prompt(prompt, place)
-    return messages if messages[: len(before)] == before else before + messages
+    return messages if _starts_with(messages, before) else before + messages
 
 
 def _prompt(value: object, place: str) -> Conversation:
-    if isinstance(value, str):
+    if isinstance(value, str) and not is_transcript(value):
         return (Message("user", value),)
-    return parse_messages(value, "prompt", place)
+    messages = _messages(value, "prompt", place)
+    return messages[:-1] if messages[-1] == Message("assistant", "") else messages
+
+
+def _messages(value: object, column: str, place: str) -> Conversation:
+    """A column that holds messages, or hh-rlhf's text form of them."""
+    if isinstance(value, str) and is_transcript(value):
+        return parse_transcript(value, place)
+    return parse_messages(value, column, place)
+
+
+def _starts_with(messages: Conversation, before: Conversation) -> bool:
+    """Whether the messages begin with those before; white space around them, which transcripts lose, does not count."""
+    bare = [[(each.role, each.content.strip()) for each in some] for some in (messages, before)]
+    return bare[0][: len(bare[1])] == bare[1]
 
 
 def _split(conversation: Conversation) -> tuple[Conversation, Message]:

@@ -13,14 +13,22 @@ Conversations stay whole: every turn before the last answer is part of the promp
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
 from typing import Any
 
 from align.config import PromptsBlock, PromptSource, SplitBlock
-from align.data.sources import Row, merge_neighbours, parse_messages, parse_transcript, source_rows
+from align.data.sources import (
+    Row,
+    is_transcript,
+    merge_neighbours,
+    parse_messages,
+    parse_transcript,
+    source_rows,
+)
 from align.errors import InputError
 from align.records import SPLITS, Conversation, Message, Prompt, Split, as_dicts, digest
+from align.repro import derive_seed
 
 COLUMNS = ("prompt", "messages", "question", "instruction", "chosen")
 
@@ -67,6 +75,17 @@ def with_split(prompts: Iterable[Prompt], splits: Iterable[Split]) -> Iterator[P
     return (prompt for prompt in prompts if prompt.split in wanted)
 
 
+def drawn_prompts(prompts: Sequence[Prompt], limit: int | None, purpose: str) -> list[Prompt]:
+    """As many prompts as the limit allows: those whose ids hash lowest, whatever their order; all of them without one.
+
+    Args:
+        purpose: another one draws others.
+    """
+    lowest = sorted(prompts, key=lambda prompt: derive_seed(0, purpose, prompt.id))[:limit]
+    chosen = {prompt.id for prompt in lowest}
+    return [prompt for prompt in prompts if prompt.id in chosen]
+
+
 def _prompt(row: Row, place: str, source: PromptSource, shares: SplitBlock) -> Prompt:
     conversation = _conversation(row, _column(row, place, source.column), place)
     if not any(message.role == "user" and message.content.strip() for message in conversation):
@@ -100,7 +119,7 @@ def _column(row: Row, place: str, named: str | None) -> str:
 def _conversation(row: Row, column: str, place: str) -> Conversation:
     value = row[column]
     if isinstance(value, str):
-        if value.startswith("\n\nHuman:"):
+        if is_transcript(value):
             return _before_last_answer(parse_transcript(value, place))
         return (Message("user", _with_input(row, column, value)),)
     return _before_last_answer(parse_messages(value, column, place))

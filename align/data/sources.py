@@ -1,7 +1,8 @@
 """Rows of data that people bring: JSONL(.gz) and parquet files, and hub datasets; and hh-rlhf's text form."""
 
 import gzip
-import itertools
+import heapq
+import json
 import os
 import re
 import zlib
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from align.errors import InputError
-from align.records import Conversation, Message, as_conversation, parse_jsonl
+from align.records import Conversation, Message, as_conversation, digest, parse_jsonl
 
 FILE_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -38,18 +39,40 @@ def is_file(path: str) -> bool:
 
 
 def source_rows(source: Source) -> Iterator[tuple[str, Row]]:
-    """(place for error messages, row) of a source, up to its limit.
+    """(place for error messages, row) of a source, as many as its limit allows (see `drawn_rows`).
 
     Raises:
         InputError: no such file or dataset, a malformed line, or no rows.
     """
     rows = _file_rows(Path(source.path).expanduser()) if is_file(source.path) else _hub_rows(source)
+    numbered: Iterable[tuple[int, Row]] = enumerate(rows, start=1)
+    if source.limit is not None:
+        numbered = drawn_rows(numbered, source.limit)
     empty = True
-    for number, row in enumerate(itertools.islice(rows, source.limit), start=1):
+    for number, row in numbered:
         empty = False
         yield f"{source.path}, row {number}", row
     if empty:
         raise InputError(f"{source.path}: no rows in it; give a file with at least one")
+
+
+def drawn_rows(rows: Iterable[tuple[int, Row]], limit: int) -> list[tuple[int, Row]]:
+    """As many numbered rows as the limit allows: those whose content hashes lowest, in the order they came in.
+
+    The first rows of a file are often all of one kind. What is drawn depends on neither a seed nor the rows' order,
+    and a larger limit keeps what a smaller one took. All rows are read, one by one, and `limit` of them held.
+    """
+    lowest = heapq.nsmallest(limit, rows, key=lambda numbered: (_content_digest(numbered[1]), numbered[0]))
+    return sorted(lowest, key=lambda numbered: numbered[0])
+
+
+def _content_digest(row: Row) -> str:
+    return digest(json.dumps(row, sort_keys=True, default=str))
+
+
+def is_transcript(value: object) -> bool:
+    """Whether a column holds hh-rlhf's text form of a conversation, or of a turn of one."""
+    return isinstance(value, str) and value.startswith(("\n\nHuman:", "\n\nAssistant:"))
 
 
 def parse_transcript(text: str, place: str) -> Conversation:

@@ -6,7 +6,7 @@ the cumulative distribution. So a row's draw never depends on which other rows s
 Shapes: B rows that are still being written, S cached positions, V vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -102,6 +102,7 @@ def decode(
     keep_logprobs: bool = False,
     keep_values: bool = False,
     synced: bool = False,
+    progress: Callable[[float], object] | None = None,
 ) -> Decoded:
     """Complete each prompt until a stop token or `max_new_tokens`.
 
@@ -115,6 +116,8 @@ def decode(
         keep_values: the model's output has `values` (B, 1) beside its logits, which are to be kept.
         synced: every process calls the model equally often, as weights that are sharded need. Then every process must
             call this function together, if need be with no prompts.
+        progress: told after each token what share of the work is done at most, in (0, 1], rows that ended early being
+            done wholly.
 
     Raises:
         ValueError: an empty prompt, or numbers of prompts and seeds that differ.
@@ -145,6 +148,8 @@ def decode(
                     values[row].append(value)
                     if token in stops:
                         unfinished.remove(row)
+            if progress:
+                progress(1 - len(unfinished) * (1 - (step + 1) / max_new_tokens) / max(len(prompts), 1))
             if not _anywhere(bool(unfinished), synced, drawn.device):
                 break
             batch.extend(drawn)

@@ -39,6 +39,10 @@ __all__ = [
 ]
 
 
+CLASSIFIER = "ForSequenceClassification"
+"""What the names of transformers' classifiers end with."""
+
+
 def compute_dtype(precision: str) -> torch.dtype:
     """The dtype of matrix products for 'auto', 'bf16' or 'fp32'.
 
@@ -106,7 +110,8 @@ def load_causal_lm(
     """A causal language model from safetensors, on the CPU, in eval mode, with dropout off for good.
 
     Raises:
-        InputError: nothing is there, there are no safetensors weights, or some weights are missing from them.
+        InputError: nothing is there, there are no safetensors weights, some weights are missing from them, or it is a
+            classifier.
     """
     resolved = resolve_model(path, revision=revision)
     try:
@@ -120,6 +125,11 @@ def load_causal_lm(
         )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise InputError(f"model {path}: cannot be loaded as a causal language model ({_first_line(error)})") from error
+    if classifiers := [name for name in model.config.architectures or () if name.endswith(CLASSIFIER)]:
+        raise InputError(
+            f"model {path}: a {classifiers[0]}, which scores answers and writes none; give a language model, such as "
+            "the folder of sft, dpo or ppo beside a reward model's"
+        )
     if missing := sorted(loading["missing_keys"]):
         raise InputError(
             f"model {path}: its weights lack {len(missing)} of the model's tensors, among them {missing[0]}; "

@@ -27,7 +27,7 @@ class ScoreBlock(Block):
     of another source as `running` does: by those of all its scores seen so far, over all processes; `none` leaves them.
     """
 
-    normalise: Literal["held_out", "running", "none"] = "held_out"
+    normalise: Literal["held_out", "running", "none"] = Field("held_out", description="by what scores are standardised")
     clip: Annotated[Number, Field(gt=0)] | None = Field(5.0, description="scores stay in [-clip, clip]; null: no limit")
     combine: Literal["mean", "minimum"] = Field("mean", description="of several sources: mean by weight, or the least")
     disagreement_coef: NonNegative = Field(
@@ -91,34 +91,40 @@ class EarlyStopBlock(Block):
 class PpoBlock(Block):
     """Proximal policy optimisation. One iteration draws `rollout_batch` prompts and trains on what it wrote."""
 
-    iterations: Positive = 100
+    iterations: Positive = Field(100, description="rounds of sampling and training")
     rollout_batch: Positive = Field(64, description="prompts an iteration, over all processes")
-    completions_per_prompt: Positive = 1
+    completions_per_prompt: Positive = Field(1, description="siblings, which the critic-free advantages compare")
     epochs: Positive = Field(4, description="passes over each rollout batch")
     optimizer: OptimizerBlock = OptimizerBlock(learning_rate=1e-5, batch_size=64, micro_batch_size=8)
     sampling: SamplingBlock = SamplingBlock(max_new_tokens=128, temperature=1.0)
-    max_prompt_tokens: Positive = 512
-    advantage: Literal["gae", "leave_one_out", "group_relative"] = "gae"
+    max_prompt_tokens: Positive = Field(512, description="longer prompts are left out and counted")
+    advantage: Literal["gae", "leave_one_out", "group_relative"] = Field(
+        "gae", description="from a value model, or from a prompt's other completions"
+    )
     value: Literal["adapter", "head"] = Field(
         "adapter", description="an adapter (or model) of its own, or a head on the policy's hidden states"
     )
-    gamma: Fraction = 1.0
-    lam: Fraction = 0.95
-    clip_range: Annotated[Number, Field(gt=0)] = 0.2
-    value_clip_range: Annotated[Number, Field(gt=0)] | None = 0.2
-    value_coef: NonNegative = 0.1
+    gamma: Fraction = Field(1.0, description="discount a token")
+    lam: Fraction = Field(0.95, description="GAE's lambda (Schulman 2016)")
+    clip_range: Annotated[Number, Field(gt=0)] = Field(0.2, description="of the policies' ratio (Schulman 2017)")
+    value_clip_range: Annotated[Number, Field(gt=0)] | None = Field(
+        0.2, description="of values around those when sampled; null: no limit"
+    )
+    value_coef: NonNegative = Field(0.1, description="weight of the value loss")
     ptx_coef: NonNegative = Field(
         0.0, description="weight of the SFT loss on the sft stage's demonstrations (PPO-ptx, Ouyang 2022, eq. 2)"
     )
     kl_coef: NonNegative = Field(
         0.05, description="weight of the penalty for leaving the reference (Ziegler 2019, section 2.2)"
     )
-    kl_estimator: Literal["k1", "k3"] = "k1"
+    kl_estimator: Literal["k1", "k3"] = Field("k1", description="of the penalty; k3 is never negative (Schulman 2020)")
     kl_target: Annotated[Number, Field(gt=0)] | None = Field(
         None, description="nats a completion that kl_coef is adapted to; null keeps it fixed"
     )
     kl_horizon: Positive = Field(10_000, description="completions over which kl_coef adapts")
-    rewards: Annotated[tuple[RewardSourceBlock, ...], Field(min_length=1)] = (RewardSourceBlock(stage="reward"),)
+    rewards: Annotated[tuple[RewardSourceBlock, ...], Field(min_length=1)] = Field(
+        (RewardSourceBlock(stage="reward"),), description="where scores come from"
+    )
     score: ScoreBlock = ScoreBlock()
     length_penalty: NonNegative = Field(0.0, description="taken from the score for each token of a completion")
     missing_eos_penalty: NonNegative = Field(1.0, description="taken from the score of a completion cut by the limit")

@@ -15,6 +15,7 @@ from pydantic import Field
 from align import processes
 from align.config import Block, EngineBlock, Integer, JudgeBlock, ModelBlock, Positive, SamplingBlock
 from align.constitution import load_constitution
+from align.data.prompts import drawn_prompts
 from align.errors import InputError
 from align.generation import Completed, Request
 from align.records import (
@@ -30,6 +31,7 @@ from align.records import (
 )
 from align.repro import derive_seed
 from align.stage import Context, Outcome, Stage
+from align.tracking import METRICS
 
 if TYPE_CHECKING:
     from align.feedback.judge import Judge
@@ -43,7 +45,7 @@ class CompareBlock(Block):
     sampling: SamplingBlock = Field(default_factory=SamplingBlock)
     completions: Annotated[Integer, Field(ge=2)] = Field(2, description="a prompt; each is compared with each")
     revision_pairs: bool = Field(False, description="add accepted revisions over their originals as pairs")
-    limit: Positive | None = Field(None, description="at most this many prompts")
+    limit: Positive | None = Field(None, description="at most this many prompts, drawn by their content")
     principle: Literal["all", "draw"] = Field(
         "all", description="the judge averages over all principles that apply, or draws one for each comparison"
     )
@@ -56,7 +58,7 @@ class CompareStage(Stage):
     help = "label pairs of the SFT policy's completions by the constitution"
     settings = CompareBlock
     shares = ("model", "constitution", "judge")
-    outputs = ("comparisons.jsonl", "pairs.jsonl")
+    outputs = ("comparisons.jsonl", "pairs.jsonl", METRICS)
 
     def inputs(self, settings: CompareBlock) -> tuple[str, ...]:
         return ("sample", "revise", "sft") if settings.revision_pairs else ("sample", "sft")
@@ -91,7 +93,9 @@ class CompareStage(Stage):
             write_rows(context.output / "comparisons.jsonl", comparisons)
             write_rows(context.output / "pairs.jsonl", {pair.id: pair for pair in (*pairs, *extra)}.values())
         counted = {**counts(comparisons), "pairs": len(pairs), "revision_pairs": len(extra)}
-        return Outcome(counted, {"judge": report.as_figures(), **figures(comparisons)})
+        measured = {"judge": report.as_figures(), **figures(comparisons)}
+        context.log_rows([{**counted, **measured}])
+        return Outcome(counted, measured)
 
 
 def compared(context: Context, seed: int) -> list[Comparison]:
@@ -132,7 +136,7 @@ def chosen_prompts(context: Context) -> list[Prompt]:
     prompts = [prompt for prompt in read_rows(path, Prompt) if prompt.split == SPLIT]
     if not prompts:
         raise InputError(f"{path}: no prompt in the split {SPLIT}; raise `prompts.split.{SPLIT}` or give more prompts")
-    return prompts[: context.settings.limit]
+    return drawn_prompts(prompts, context.settings.limit, "compared")
 
 
 def label(comparisons: Sequence[Comparison], judge: "Judge", context: Context) -> list[Comparison]:
@@ -214,18 +218,23 @@ def counts(comparisons: Sequence[Comparison]) -> dict[str, int]:
     return {"comparisons": len(comparisons), "decided": len(comparisons) - sum(reasons.values()), **undecided}
 
 
-def figures(comparisons: Sequence[Comparison]) -> dict[str, float]:
-    """What a judge that only looks at place or length would show: shares among the decided comparisons."""
+def figures(comparisons: Sequence[Comparison]) -> dict[str, Any]:
+    """Shares among the decided comparisons: what a judge that only looks at place or length would show, and how sure
+    the labels are; and the share of all that was left undecided."""
     decided = [row for row in comparisons if row.p_a is not None]
     if not decided:
         return {}
+    sure = [max(row.p_a or 0.0, 1 - (row.p_a or 0.0)) for row in decided]
+    tenths = Counter(min(int(10 * p), 9) for p in sure)
     a_wins = [row.p_a is not None and row.p_a > 0.5 for row in decided]
     longer = [_longer_won(row, won) for row, won in zip(decided, a_wins, strict=True)]
     return {
         "a_chosen": sum(a_wins) / len(decided),
         "longer_chosen": sum(longer) / len(decided),
         "position_bias": sum(row.position_bias for row in decided) / len(decided),
-        "mean_probability": sum(max(row.p_a or 0.0, 1 - (row.p_a or 0.0)) for row in decided) / len(decided),
+        "mean_probability": sum(sure) / len(decided),
+        "probability": {f"{10 * tenth}-{10 * tenth + 10}%": tenths[tenth] / len(decided) for tenth in range(5, 10)},
+        "undecided": 1 - len(decided) / len(comparisons),
     }
 
 

@@ -32,10 +32,10 @@ class DpoBlock(Block):
     """Direct preference optimization."""
 
     ai: bool = Field(True, description="train on the pairs that the judge labelled")
-    human: tuple[PairSource, ...] = ()
+    human: tuple[PairSource, ...] = Field((), description="preference pairs that people labelled")
     beta: Annotated[Number, Field(gt=0)] = Field(0.1, description="how strongly the policy is held to the SFT policy")
     optimizer: OptimizerBlock = Field(default_factory=lambda: OptimizerBlock(learning_rate=1e-5))
-    epochs: Annotated[Number, Field(gt=0)] = 1.0
+    epochs: Annotated[Number, Field(gt=0)] = Field(1.0, description="passes over the pairs")
     max_length: Positive = Field(1024, description="tokens; longer pairs are left out and counted")
     trl: dict[str, Any] = Field(default_factory=dict, description="further options of trl.DPOConfig")
 

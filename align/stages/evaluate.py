@@ -18,6 +18,7 @@ from align.artefacts import write_json
 from align.best_of import best_of_each, best_of_name, candidate_id, candidate_requests
 from align.config import Block, Integer, ModelBlock, Positive, SamplingBlock
 from align.constitution import Constitution, load_constitution
+from align.data.prompts import drawn_prompts
 from align.errors import InputError
 from align.generation import Completed, Request
 from align.overoptimisation import best_of_kl
@@ -35,6 +36,7 @@ from align.report import (
 )
 from align.repro import derive_seed
 from align.stage import Context, Outcome, Stage
+from align.tracking import METRICS
 from align.verdicts import Judged, judge_samples
 
 SPLIT = "eval"
@@ -44,11 +46,8 @@ REFERENCE = "sft"
 class EvaluateBlock(Block):
     """What is evaluated, on how much."""
 
-    policies: Annotated[tuple[Literal["base", "sft", "dpo", "ppo"], ...], Field(min_length=1)] = (
-        "base",
-        "sft",
-        "dpo",
-        "ppo",
+    policies: Annotated[tuple[Literal["base", "sft", "dpo", "ppo"], ...], Field(min_length=1)] = Field(
+        ("base", "sft", "dpo", "ppo"), description="what is measured; base is the recipe's model"
     )
     sampling: SamplingBlock = Field(default_factory=SamplingBlock)
     limit: Positive | None = Field(None, description="at most this many held-out prompts, drawn by their content")
@@ -80,7 +79,7 @@ class Evaluate(Stage):
     settings = EvaluateBlock
     shares = ("model", "constitution", "judge")
     optional = ("constitution",)
-    outputs = (REPORT, SAMPLES, CANDIDATES)
+    outputs = (REPORT, SAMPLES, CANDIDATES, METRICS)
 
     def inputs(self, settings: EvaluateBlock) -> tuple[str, ...]:
         trained = [policy for policy in settings.policies if policy not in (BASE, REFERENCE)]
@@ -120,7 +119,7 @@ class Evaluate(Stage):
 
 
 def held_out_prompts(context: Context) -> list[Prompt]:
-    """The prompts of the eval split. A limit takes those whose ids hash lowest, whatever their order in the file.
+    """The prompts of the eval split, up to the limit.
 
     Raises:
         InputError: there are none.
@@ -129,9 +128,7 @@ def held_out_prompts(context: Context) -> list[Prompt]:
     prompts = [prompt for prompt in read_rows(path, Prompt) if prompt.split == SPLIT]
     if not prompts:
         raise InputError(f"{path}: no prompt in the split {SPLIT}; raise `prompts.split.{SPLIT}` or give more prompts")
-    drawn = sorted(prompts, key=lambda prompt: derive_seed(0, "held out", prompt.id))[: context.settings.limit]
-    chosen = {prompt.id for prompt in drawn}
-    return [prompt for prompt in prompts if prompt.id in chosen]
+    return drawn_prompts(prompts, context.settings.limit, "held out")
 
 
 def drawn_samples(context: Context, prompts: Sequence[Prompt]) -> list[EvaluatedSample]:

@@ -19,6 +19,7 @@ from align.feedback.filters import OPTIONAL, FilterName
 from align.records import Revision, Sample, Split, digest, read_rows, write_rows
 from align.repro import derive_seed
 from align.stage import Context, Outcome, Stage
+from align.tracking import METRICS
 
 if TYPE_CHECKING:
     from align.feedback.critique import Chain
@@ -47,7 +48,7 @@ class ReviseStage(Stage):
     help = "criticise and revise the samples by the constitution"
     settings = ReviseBlock
     shares = ("model", "constitution", "judge")
-    outputs = ("critiques.jsonl", "revisions.jsonl", "rejected.jsonl")
+    outputs = ("critiques.jsonl", "revisions.jsonl", "rejected.jsonl", METRICS)
 
     def inputs(self, settings: ReviseBlock) -> tuple[str, ...]:
         return ("sample",)
@@ -103,7 +104,9 @@ class ReviseStage(Stage):
             write_rows(context.output / "critiques.jsonl", [row for each in judged for row in each.chain.rounds])
             write_rows(context.output / "revisions.jsonl", [each.row for each in judged if each.row.accepted])
             write_rows(context.output / "rejected.jsonl", [each.row for each in judged if not each.row.accepted])
-        return Outcome(counts(judged), {"judge": report.as_figures(), **figures(judged, settings.rounds)})
+        counted, measured = counts(judged), {"judge": report.as_figures(), **figures(judged, settings.rounds)}
+        context.log_rows(_logged(counted, measured))
+        return Outcome(counted, measured)
 
 
 @dataclass(frozen=True)
@@ -167,14 +170,14 @@ def counts(judged: Sequence[Judged]) -> dict[str, int]:
 
 
 def figures(judged: Sequence[Judged], rounds: int) -> dict[str, Any]:
-    """By principle: draws, filtered revisions, accepted chains. By round: mean length in characters, filtered share."""
+    """By principle: draws, filtered revisions, accepted chains. By round: see `_of_round`."""
     draws, filtered, accepted = Counter[str](), Counter[str](), Counter[str]()
     for each in judged:
         for step, fault in zip(each.chain.rounds, each.chain.faults, strict=True):
             draws[step.principle_id] += 1
             filtered[step.principle_id] += bool(fault)
             accepted[step.principle_id] += each.row.accepted
-    by_round = [_of_round([each.chain for each in judged], number) for number in range(rounds)]
+    by_round = [_of_round(judged, number) for number in range(rounds)]
     return {
         "by_principle": {
             name: {"draws": draws[name], "filtered": filtered[name], "accepted": accepted[name]}
@@ -185,12 +188,30 @@ def figures(judged: Sequence[Judged], rounds: int) -> dict[str, Any]:
     }
 
 
-def _of_round(chains: Sequence["Chain"], number: int) -> dict[str, float]:
-    reached = [chain for chain in chains if len(chain.rounds) > number]
+def _of_round(judged: Sequence[Judged], number: int) -> dict[str, float]:
+    """Mean length in characters, share that a filter caught, and of the chains that end with this round's revision how
+    many there are and what share was accepted."""
+    reached = [each.chain for each in judged if len(each.chain.rounds) > number]
+    last = [each.row.accepted for each in judged if _last_round(each.chain) == number]
     return {
         "characters": _mean([len(chain.rounds[number].revision) for chain in reached]),
         "filtered": _mean([bool(chain.faults[number]) for chain in reached]),
+        "last": len(last),
+        "last_accepted": _mean(last),
     }
+
+
+def _last_round(chain: "Chain") -> int | None:
+    """The round whose revision stands at the chain's end; None where every one was caught."""
+    return max((number for number, fault in enumerate(chain.faults) if not fault), default=None)
+
+
+def _logged(counted: Mapping[str, int], measured: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A row for each round; the last holds what is known at the end too, counts as shares of the samples."""
+    *rows, last = ({"round": figures} for figures in measured["by_round"])
+    shares = {name: count / counted["samples"] for name, count in counted.items() if name != "samples"}
+    known = {name: value for name, value in measured.items() if name != "by_round"}
+    return [*rows, {**last, "samples": counted["samples"], **shares, **known}]
 
 
 def _mean(values: Sequence[float]) -> float:

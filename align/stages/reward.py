@@ -5,7 +5,6 @@ Part of the pairs is held out by prompt, and what the model says of them stands 
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,8 +14,11 @@ from align.config import Block, Fraction, ModelBlock, Number, OptimizerBlock, Pa
 from align.data.columns import pair_columns, whole_conversations
 from align.data.pairs import gather_pairs
 from align.errors import InputError
-from align.records import Conversation, PreferencePair, Row, as_dicts, digest, write_rows
+from align.held_out import HELD_OUT, ScoredPair, held_out_figures, print_held_out
+from align.records import Conversation, PreferencePair, as_dicts, digest, write_rows
+from align.repro import derive_seed
 from align.stage import Context, Outcome, Stage
+from align.tracking import METRICS, flat
 
 SCALE_PAIRS = 1000
 """Training pairs that the scores' mean and spread are taken from where none are held out."""
@@ -26,32 +28,13 @@ class RewardBlock(Block):
     """The reward model."""
 
     ai: bool = Field(True, description="train on the pairs that the judge labelled")
-    human: tuple[PairSource, ...] = ()
+    human: tuple[PairSource, ...] = Field((), description="preference pairs that people labelled")
     base: Literal["sft", "model"] = Field("sft", description="start from the SFT policy, or from the base model")
     held_out: Annotated[Fraction, Field(lt=1)] = Field(0.1, description="share of the prompts whose pairs test it")
     optimizer: OptimizerBlock = Field(default_factory=OptimizerBlock)
-    epochs: Annotated[Number, Field(gt=0)] = 1.0
+    epochs: Annotated[Number, Field(gt=0)] = Field(1.0, description="passes over the pairs")
     max_length: Positive = Field(1024, description="tokens; longer pairs are left out and counted")
     trl: dict[str, Any] = Field(default_factory=dict, description="further options of trl.RewardConfig")
-
-
-@dataclass(frozen=True)
-class ScoredPair(Row):
-    """What the reward model says of a held-out pair; lengths in characters."""
-
-    id: str
-    prompt_id: str
-    probability: float
-    chosen_score: float
-    rejected_score: float
-    chosen_characters: int
-    rejected_characters: int
-    source: str
-    category: str = ""
-
-    @property
-    def margin(self) -> float:
-        return self.chosen_score - self.rejected_score
 
 
 class Reward(Stage):
@@ -61,7 +44,7 @@ class Reward(Stage):
     help = "train a reward model on preference pairs"
     settings = RewardBlock
     shares = ("model",)
-    outputs = ("model", "adapter", "metrics.jsonl", "held_out.jsonl")
+    outputs = ("model", "adapter", METRICS, HELD_OUT)
 
     def inputs(self, settings: RewardBlock) -> tuple[str, ...]:
         return (*(["sft"] if settings.base == "sft" else []), *(["compare"] if settings.ai else []))
@@ -103,12 +86,15 @@ class Reward(Stage):
         trainer, trained = fit(SoftLabelRewardTrainer, context, model, tokenizer, config, rows, dtype)
         scores = score_pairs(trainer, whole_conversations(tested).rows)
         scored = _scored([pair for pair in held_out if pair.id not in tested.too_long], scores)
-        if processes.is_first():
-            write_rows(context.output / "held_out.jsonl", scored)
+        measured = held_out_figures(scored, derive_seed(context.seed, self.name, "bootstrap"))
         scale = scale_figures(scores or score_pairs(trainer, rows[:SCALE_PAIRS]))
-        measured = {"base": settings.base, **scale, **held_out_figures(scored)}
-        figures = {**measured, "pairs_too_long": too_long, "last_step": dict(trained.figures)}
-        return Outcome({**counts, "steps": trained.steps}, figures)
+        if processes.is_first():
+            write_rows(context.output / HELD_OUT, scored)
+            with context.tracker() as tracker:
+                tracker.log(trained.steps + 1, flat({"held_out": measured, **scale}))
+            print_held_out(measured, context.run_name)
+        figures = {"base": settings.base, **scale, **measured, "pairs_too_long": too_long}
+        return Outcome({**counts, "steps": trained.steps}, {**figures, "last_step": dict(trained.figures)})
 
 
 def prompt_id(prompt: Conversation) -> str:
@@ -132,45 +118,6 @@ def scale_figures(scores: Sequence[tuple[float, float]]) -> dict[str, float]:
     import numpy as np
 
     return {"score_mean": float(np.mean(scores)), "score_std": float(np.std(scores))}
-
-
-def held_out_figures(scored: Sequence[ScoredPair]) -> dict[str, Any]:
-    """Pair accuracy with its 95% interval beside the length baselines, Brier score and calibration.
-
-    Brier score and calibration take the soft label as what happened, and each pair both ways round: the chosen
-    completion comes first by construction, so that one way alone would always be right to be sure.
-    """
-    if not scored:
-        return {"accuracy": None}
-    import numpy as np
-
-    from align.statistics import expected_calibration_error, reliability_bins
-
-    shorter = [pair.rejected_characters - pair.chosen_characters for pair in scored]
-    margins = np.array([pair.margin for pair in scored])
-    labels = np.array([pair.probability for pair in scored])
-    predicted = np.exp(-np.logaddexp(0, -np.concatenate([margins, -margins])))
-    happened = np.concatenate([labels, 1 - labels])
-    return {
-        "accuracy": agreement([pair.margin for pair in scored]),
-        "accuracy_by_source": {
-            source: agreement([pair.margin for pair in scored if pair.source == source])
-            for source in sorted({pair.source for pair in scored})
-        },
-        "shorter_wins": agreement(shorter),
-        "longer_wins": agreement([-difference for difference in shorter]),
-        "brier": float(((predicted - happened) ** 2).mean()),
-        "expected_calibration_error": expected_calibration_error(predicted, happened),
-        "reliability": [asdict(each) for each in reliability_bins(predicted, happened)],
-    }
-
-
-def agreement(margins: Sequence[float]) -> dict[str, float]:
-    """Share of margins above zero, ties for a half, with its Wilson interval."""
-    from align.statistics import Estimate, wilson_interval
-
-    right = sum(1.0 if margin > 0 else 0.5 if margin == 0 else 0.0 for margin in margins)
-    return asdict(Estimate(right / len(margins), *wilson_interval(right, len(margins)), len(margins)))
 
 
 def _scored(pairs: Sequence[PreferencePair], scores: Sequence[tuple[float, float]]) -> list[ScoredPair]:

@@ -5,6 +5,7 @@ The model is the base model (or the recipe's engine): its completions are what r
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from pydantic import Field
@@ -13,9 +14,11 @@ from align import processes
 from align.config import Block, EngineBlock, ModelBlock, PromptsBlock, SamplingBlock
 from align.data.prompts import read_prompts, split_problems, with_split
 from align.generation import Completed, Request
+from align.metrics import text_figures
 from align.records import SPLITS, Prompt, Sample, Split, digest, write_rows
 from align.repro import derive_seed
 from align.stage import Context, Outcome, Stage
+from align.tracking import METRICS
 
 
 class SampleBlock(Block):
@@ -33,7 +36,7 @@ class SampleStage(Stage):
     help = "split the prompts, and complete them with the base model"
     settings = SampleBlock
     shares = ("model", "prompts")
-    outputs = ("prompts.jsonl", "samples.jsonl")
+    outputs = ("prompts.jsonl", "samples.jsonl", METRICS)
 
     def inputs(self, settings: SampleBlock) -> tuple[str, ...]:
         return ()
@@ -62,7 +65,9 @@ class SampleStage(Stage):
         if processes.is_first():
             write_rows(context.output / "prompts.jsonl", prompts)
             write_rows(context.output / "samples.jsonl", samples)
-        return Outcome(_counts(prompts, samples), {"categories": dict(Counter(prompt.category for prompt in prompts))})
+        counts, figures = _counts(prompts, samples), _figures(samples, [done[prompt.id].tokens for prompt in chosen])
+        context.log_rows([{**counts, **figures}])
+        return Outcome(counts, {"categories": dict(Counter(prompt.category for prompt in prompts)), **figures})
 
 
 def sample_seed(seed: int, prompt_id: str) -> int:
@@ -103,6 +108,14 @@ def _counts(prompts: list[Prompt], samples: list[Sample]) -> dict[str, int]:
         "samples": len(samples),
         "samples_cut": sum(sample.finish_reason == "length" for sample in samples),
     }
+
+
+def _figures(samples: list[Sample], tokens: list[int]) -> dict[str, float]:
+    """What the completions look like: lengths, variety, repetition, how many ended by themselves."""
+    if not samples:
+        return {}
+    completions, reasons = zip(*((sample.completion, sample.finish_reason) for sample in samples), strict=True)
+    return asdict(text_figures(completions, tokens, reasons))
 
 
 STAGE = SampleStage()

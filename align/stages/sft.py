@@ -24,11 +24,11 @@ from align.stage import Context, Outcome, Stage
 class HelpfulBlock(Block):
     """Demonstrations that keep the model helpful while the revisions teach it the constitution."""
 
-    own_samples: bool = Field(True, description="the base model's own finished completions that were not revised")
+    own_samples: bool = Field(
+        True, description="the base model's own finished completions of harmless prompts without an accepted revision"
+    )
     harmless: tuple[str, ...] = Field(
-        (),
-        description="own samples: only of prompts of these categories or prompt files; empty takes all, so name them "
-        "where there are harmful prompts too",
+        (), description="the prompt files or categories that own samples are taken from; no others ever are"
     )
     sources: tuple[PairSource, ...] = Field((), description="demonstrations, or preference pairs (the chosen side)")
     share: Annotated[Fraction, Field(lt=1)] = Field(0.25, description="of the mix; less where there are too few")
@@ -40,7 +40,7 @@ class SftBlock(Block):
     revisions: bool = Field(True, description="false trains on `helpful.sources` alone, all of it")
     helpful: HelpfulBlock = Field(default_factory=HelpfulBlock)
     optimizer: OptimizerBlock = Field(default_factory=OptimizerBlock)
-    epochs: Annotated[Number, Field(gt=0)] = 1.0
+    epochs: Annotated[Number, Field(gt=0)] = Field(1.0, description="passes over the demonstrations")
     max_length: Positive = Field(1024, description="tokens; longer rows are left out and counted")
     trl: dict[str, Any] = Field(default_factory=dict, description="further options of trl.SFTConfig")
 
@@ -65,9 +65,7 @@ class Sft(Stage):
     def check(self, settings: SftBlock, shared: Mapping[str, Any]) -> list[str]:
         helpful = settings.helpful
         if settings.revisions:
-            if "share" in helpful.model_fields_set and helpful.share and not (helpful.own_samples or helpful.sources):
-                return ["sft.helpful.share: nothing to take it from; set `own_samples: true` or give `sources`"]
-            return []
+            return _mix_problems(helpful)
         faults = [
             f"sft.helpful.{name}: has no effect with `revisions: false`; leave it out"
             for name in ("own_samples", "harmless", "share")
@@ -109,6 +107,20 @@ class Sft(Stage):
         return Outcome(counts, {"too_long": list(columns.too_long), "last_step": dict(trained.figures)})
 
 
+def _mix_problems(helpful: HelpfulBlock) -> list[str]:
+    """What is wrong with the helpful mix beside revisions."""
+    if not helpful.share:
+        return []
+    if helpful.own_samples and not helpful.harmless:
+        return [
+            "sft.helpful.harmless: nothing says which prompts are harmless, and the base model's own answers to the "
+            "others must not be taught; name prompt files or categories, or set `own_samples: false`"
+        ]
+    if "share" in helpful.model_fields_set and not (helpful.own_samples or helpful.sources):
+        return ["sft.helpful.share: nothing to take it from; set `own_samples: true` or give `sources`"]
+    return []
+
+
 def gather(context: Context, counts: Counter[str]) -> list[Demonstration]:
     """The demonstrations to train on, counted by kind: revisions first, then the helpful ones drawn by the seed.
 
@@ -147,8 +159,11 @@ def _accepted(revise: Path) -> dict[str, Demonstration]:
 
 
 def _own_samples(sample: Path, block: HelpfulBlock, revisions: Mapping[str, Demonstration]) -> list[Demonstration]:
-    """The base model's completions that ended by themselves, of harmless prompts without an accepted revision."""
-    harmless = _harmless_prompts(sample / "prompts.jsonl", block.harmless) if block.harmless else None
+    """The base model's completions that ended by themselves, of harmless prompts without an accepted revision.
+
+    Of a harmful prompt they are what its revision was to replace, so a rejected revision must not bring them back.
+    """
+    harmless = _harmless_prompts(sample / "prompts.jsonl", block.harmless) if block.harmless else set()
     return [
         Demonstration(row.id, row.prompt, row.completion, "own")
         for row in read_rows(sample / "samples.jsonl", Sample)
@@ -156,12 +171,12 @@ def _own_samples(sample: Path, block: HelpfulBlock, revisions: Mapping[str, Demo
         and row.finish_reason == "stop"
         and row.completion.strip()
         and row.prompt_id not in revisions
-        and (harmless is None or row.prompt_id in harmless)
+        and row.prompt_id in harmless
     ]
 
 
 def _harmless_prompts(prompts: Path, names: tuple[str, ...]) -> set[str]:
-    """Ids of the prompts whose category or file is named. A harmful prompt's original must not be taught again.
+    """Ids of the prompts whose category or file is named.
 
     Raises:
         InputError: a name that no prompt goes by.

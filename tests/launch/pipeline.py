@@ -16,7 +16,7 @@ import pytest
 
 from tests.tiny import END, build_tiny_model, build_tiny_prompts
 
-TIMEOUT = 120
+TIMEOUT = 240
 CONSTITUTION = """\
 title: The letter {letter}
 principles:
@@ -75,8 +75,14 @@ def recipe(model: Path, prompts: Path, constitution: Path) -> dict[str, Any]:
         "judge": {"kind": "rule"},
         "sample": {"sampling": sampling, "splits": ["sft"]},
         "revise": {"sampling": sampling, "rounds": 2, "examples": 0},
-        "sft": {"optimizer": optimizer(batch_size=2, micro_batch_size=2), "epochs": 4, "trl": {"save_steps": 2}},
+        "sft": {
+            "helpful": {"harmless": ["benign", "odd"]},
+            "optimizer": optimizer(batch_size=2, micro_batch_size=2),
+            "epochs": 4,
+            "trl": {"save_steps": 2},
+        },
         "compare": {"sampling": sampling, "completions": 3},
+        "dpo": {"optimizer": optimizer()},
         "reward": {
             "optimizer": optimizer(batch_size=2, micro_batch_size=2),
             "held_out": 0.2,

@@ -11,10 +11,10 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.launch.pipeline import CONSTITUTION, Run, in_process
+from tests.launch.pipeline import CONSTITUTION, Run, in_process, weights
 from tests.tiny import build_tiny_model
 
-STAGES = ("sample", "revise", "sft", "compare", "reward", "ppo", "evaluate")
+STAGES = ("sample", "revise", "sft", "compare", "dpo", "reward", "ppo", "evaluate")
 
 
 @pytest.fixture
@@ -107,6 +107,27 @@ def test_two_processes_make_the_same_bytes_as_one(finished: Run, tmp_path: Path)
         assert run.manifest(stage)["outputs"] == finished.manifest(stage)["outputs"]
     one, two = (each.rows("evaluate/samples.jsonl") for each in (finished, run))
     assert [texts(row) for row in one] == [texts(row) for row in two]
+
+
+def test_two_processes_train_what_one_does(finished: Run, tmp_path: Path) -> None:
+    """Every step on the same rows, so that weights differ by the rounding of sums alone."""
+    run = finished.copy(tmp_path / "copy")
+    for stage, batch_size in (("dpo", 8), ("reward", 2), ("sft", 2)):
+        change = ("--set", f"{stage}.optimizer.micro_batch_size={batch_size // 2}")
+        printed = run.make("launch", stage, "--recipe", "tiny.yaml", "--nproc", "2", *change)
+        assert ran(printed) == [stage]
+        assert run.manifest(stage)["processes"] == 2
+        for one, two in zip(losses(finished, stage), losses(run, stage), strict=True):
+            assert two == pytest.approx(one, rel=1e-3, abs=1e-5), stage
+        trained = finished.root / "models/tiny" if stage == "sft" else finished.stage("sft") / "model"
+        before, one, two = map(weights, (trained, finished.stage(stage) / "model", run.stage(stage) / "model"))
+        apart = max(float((one[name] - two[name]).abs().max()) for name in one)
+        moved = max(float((one[name] - before[name]).abs().max()) for name in one if name in before)
+        assert apart < 0.01 * moved, stage
+
+
+def losses(run: Run, stage: str) -> list[float]:
+    return [row["loss"] for row in run.rows(f"{stage}/metrics.jsonl") if "loss" in row]
 
 
 def texts(row: dict[str, Any]) -> dict[str, Any]:

@@ -171,7 +171,7 @@ def test_every_weight_can_be_trained(run: Run, monkeypatch: pytest.MonkeyPatch) 
         "sft": {"revisions": False, "helpful": {"sources": [{"path": pairs.name}]}, "optimizer": optimizer()},
         "reward": {"ai": False, "human": [{"path": pairs.name}], "optimizer": optimizer()},
     }
-    for stage in ("revise", "compare", "evaluate"):
+    for stage in ("revise", "compare", "dpo", "evaluate"):
         del full[stage]
     full["model"]["lora"] = None
     (run.root / "full.yaml").write_text(json.dumps(full))

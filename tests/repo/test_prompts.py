@@ -101,7 +101,7 @@ def test_benign_prompts_are_one_short_calm_sentence() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_first_rows_hold_every_category_so_that_a_limit_keeps_the_variety(name: str) -> None:
+def test_the_categories_are_spread_over_the_file_so_that_its_first_rows_hold_every_one(name: str) -> None:
     assert {row["category"] for row in rows_of(name)[:40]} == set(categories_of(name))
 
 

@@ -1,16 +1,23 @@
 """Every recipe that is shipped can be run as it stands, and reading one is quick."""
 
+import dataclasses
 import os
 import re
 import resource
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from align.config import TrackingBlock
+from align.data.prompts import read_prompts
 from align.recipe import load_recipe
+from align.records import Revision, Sample, write_rows
+from align.stage import Context
 from align.stages import all_stages
+from align.stages.sft import SftBlock, gather
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(
@@ -85,6 +92,36 @@ def test_planning_takes_less_than_two_seconds(tmp_path: Path) -> None:
 
 def test_the_quickstart_has_every_stage_there_is() -> None:
     assert set(load_recipe("recipes/quickstart.yaml").settings) == set(all_stages())
+
+
+WITH_REVISIONS = [path for path in RECIPES if re.search(r"^revise:", path.read_text(encoding="utf-8"), re.MULTILINE)]
+
+
+@pytest.mark.parametrize("path", WITH_REVISIONS, ids=name)
+def test_no_recipe_teaches_the_base_model_s_own_answer_to_a_harmful_prompt(path: Path, tmp_path: Path) -> None:
+    """Even where every revision but one was rejected, so that all the originals are to be had."""
+    recipe = load_recipe(path.relative_to(ROOT))
+    prompts = [dataclasses.replace(each, split="sft") for each in read_prompts(recipe.shared["prompts"])]
+    revised = prompts[0]
+    samples = [Sample(each.id, each.id, each.prompt, "As it came.", "stop", "sft", each.category) for each in prompts]
+    revision = Revision("r", revised.id, revised.prompt, "As it came.", "Better.", ("p",), 0.9, True, "", "sft")
+    settings = recipe.settings["sft"]
+    assert isinstance(settings, SftBlock)
+    everything = settings.model_copy(update={"helpful": settings.helpful.model_copy(update={"share": 0.999})})
+    for stage, files in {
+        "sample": {"prompts": prompts, "samples": samples},
+        "revise": {"revisions": [revision]},
+    }.items():
+        (tmp_path / stage).mkdir()
+        for file, rows in files.items():
+            write_rows(tmp_path / stage / f"{file}.jsonl", rows)
+    folders = {stage: tmp_path / stage for stage in ("sample", "revise")}
+    context = Context("sft", everything, {}, folders, tmp_path, 0, "test", TrackingBlock())
+    own = [row for row in gather(context, Counter()) if row.source == "own"]
+
+    harmful = {prompt.prompt for prompt in prompts if prompt.source == "recipes/prompts/harmful.jsonl"}
+    assert len(own) > 300
+    assert not harmful & {row.prompt for row in own}
 
 
 @pytest.mark.parametrize("path", LAUNCHERS, ids=name)

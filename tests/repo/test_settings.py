@@ -1,15 +1,19 @@
-"""No setting is parsed and ignored: each is read somewhere."""
+"""No setting is parsed and ignored: each is read somewhere, and stands in docs/settings.md as it is."""
 
 import importlib
 import pkgutil
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from ruamel.yaml import YAML
 
 import align
 from align.config import Block
+from align.recipe import recipe_model
+from align.settings_view import Setting, settings_of, settings_page
 
 SOURCE = Path(align.__file__).parent
 
@@ -36,3 +40,47 @@ READ_BY_NAME = {"SplitBlock"}  # its shares are read by the names of the splits
 def test_every_key_is_read(block: type[Block]) -> None:
     unread = [name for name in block.model_fields if not re.search(rf"\.{name}\b", TEXT)]
     assert not unread or block.__name__ in READ_BY_NAME, f"{block.__name__}: {unread} are never read"
+
+
+PAGE = SOURCE.parent / "docs/settings.md"
+SETTINGS = list(settings_of(list(recipe_model().model_fields)))
+
+
+def test_the_page_of_settings_is_as_the_schema_is_now() -> None:
+    assert PAGE.read_text(encoding="utf-8") == settings_page(), "run `align settings > docs/settings.md`"
+
+
+def test_the_page_has_every_key_of_every_block_once() -> None:
+    written = [setting.key.strip("`") for setting in SETTINGS]
+    assert len(written) == len(set(written))
+    last = {name.rpartition(".")[2] for name in written} | {part for name in written for part in name.split(".")}
+    assert {name for block in BLOCKS for name in block.model_fields} <= {name.removesuffix("[]") for name in last}
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.key.strip("`"))
+def test_a_setting_is_described_and_its_default_is_accepted(setting: Setting) -> None:
+    assert setting.type and setting.what
+    key = setting.key.strip("`")
+    if not setting.default.startswith("`") or "[]" in key:
+        return
+    inner, *outer = reversed(key.split("."))
+    content = {inner: YAML(typ="safe").load(setting.default.strip("`"))}
+    for name in outer:
+        content = {name: content}
+    given = recipe_model().model_validate(_with_required(content))
+    left_out = recipe_model().model_validate(_with_required({outer[-1]: {}} if outer else {}))
+    assert given == left_out, "what is called the default is what holds without the key"
+
+
+def _with_required(content: dict[str, Any]) -> dict[str, Any]:
+    """The content with the keys that its blocks cannot do without."""
+    required = {"model": {"path": "m"}, "prompts": {"sources": [{"path": "p"}]}}
+    return {
+        name: value | required.get(name, {}) if isinstance(value, dict) else value for name, value in content.items()
+    }
+
+
+def test_naming_one_key_of_a_block_leaves_the_defaults_of_the_others() -> None:
+    given = recipe_model().model_validate({"dpo": {"optimizer": {"batch_size": 8}}, "ppo": {"sampling": {"top_p": 1}}})
+    assert (given.dpo.optimizer.batch_size, given.dpo.optimizer.learning_rate) == (8, 1e-5)  # type: ignore[attr-defined]
+    assert given.ppo.sampling.max_new_tokens == 128  # type: ignore[attr-defined]

@@ -8,16 +8,9 @@ from typing import Any
 
 import pytest
 
+from align.held_out import ScoredPair
 from align.records import Message, PreferencePair, read_jsonl, read_rows
-from align.stages.reward import (
-    STAGE,
-    RewardBlock,
-    ScoredPair,
-    agreement,
-    held_out_figures,
-    prompt_id,
-    split_by_prompt,
-)
+from align.stages.reward import STAGE, RewardBlock, prompt_id, split_by_prompt
 from tests.stages.training import SMALL_LORA, context, pair, run, upstream, weights
 
 QUICK = {"optimizer": {"learning_rate": 1e-2, "batch_size": 4, "micro_batch_size": 2}, "epochs": 2, "held_out": 0.3}
@@ -30,11 +23,18 @@ def upstreams(tmp_path: Path, model: Path, probability: float = 0.9, count: int 
     return {"sft": tmp_path / "sft", "compare": pairs}
 
 
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """The rows of the training steps."""
+    return [row for row in read_jsonl(folder / "metrics.jsonl") if "loss" in row]
+
+
 @pytest.mark.parametrize("lora", [None, SMALL_LORA], ids=["full", "lora"])
 def test_pairs_separate_on_held_out_prompts(tmp_path: Path, tiny_model_dir: Path, lora: dict[str, Any] | None) -> None:
     outcome = run(STAGE, QUICK, tiny_model_dir, tmp_path / "out", upstreams(tmp_path, tiny_model_dir), lora=lora)
-    rows = list(read_jsonl(tmp_path / "out/metrics.jsonl"))
+    *rows, tested = read_jsonl(tmp_path / "out/metrics.jsonl")
     assert rows[-1]["loss"] < rows[0]["loss"]
+    assert tested["step"] == outcome.counts["steps"] + 1
+    assert tested["held_out/accuracy/mean"] == outcome.figures["accuracy"]["mean"]
     held_out = list(read_rows(tmp_path / "out/held_out.jsonl", ScoredPair))
     assert outcome.counts["pairs"] + len(held_out) == 24
     assert outcome.counts["pairs_held_out"] == len(held_out) > 2
@@ -48,6 +48,16 @@ def test_pairs_separate_on_held_out_prompts(tmp_path: Path, tiny_model_dir: Path
     assert outcome.figures["score_mean"] == pytest.approx(mean)
     assert outcome.figures["score_std"] == pytest.approx(math.sqrt(sum((s - mean) ** 2 for s in scores) / len(scores)))
     assert outcome.figures["base"] == "sft"
+
+
+def test_the_stage_ends_with_a_table_of_what_the_model_is_worth(
+    tmp_path: Path, tiny_model_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    outcome = run(STAGE, QUICK, tiny_model_dir, tmp_path / "out", upstreams(tmp_path, tiny_model_dir), lora=SMALL_LORA)
+    shown = capsys.readouterr().out
+    count = outcome.counts["pairs_held_out"]
+    assert f"test: {count} held-out pairs of {count} prompts" in shown
+    assert "the shorter answer" in shown and "calibration error" in shown
 
 
 @pytest.mark.parametrize("lora", [None, SMALL_LORA], ids=["full", "lora"])
@@ -160,35 +170,6 @@ def test_no_prompt_is_on_both_sides_of_the_split() -> None:
     assert split_by_prompt(pairs, 0.0) == (pairs, [])
 
 
-def scored(margin: float, probability: float = 1.0, chosen: int = 10, rejected: int = 10) -> ScoredPair:
-    return ScoredPair("id", "prompt", probability, margin, 0.0, chosen, rejected, "human")
-
-
-def test_held_out_figures_by_hand() -> None:
-    pairs = [scored(math.log(3), 1.0, 10, 20), scored(-math.log(3), 0.75, 10, 5), scored(0.0, 0.5, 7, 7)]
-    figures = held_out_figures(pairs)
-    assert figures["accuracy"]["mean"] == pytest.approx(1.5 / 3)
-    assert figures["shorter_wins"]["mean"] == pytest.approx(1.5 / 3)
-    assert figures["longer_wins"]["mean"] == pytest.approx(1.5 / 3)
-    assert figures["brier"] == pytest.approx((0.25**2 + 0.5**2 + 0) / 3)
-    # Predictions of 1/4 and 3/4 share bins: the first pair's label there is 0 and 1, the second's 3/4 and 1/4.
-    assert figures["expected_calibration_error"] == pytest.approx((4 * abs((1 + 0.25) / 2 - 0.75) + 0) / 6)
-    assert [each["count"] for each in figures["reliability"]] == [2, 2, 2]
-    assert held_out_figures([]) == {"accuracy": None}
-
-
-def test_a_certain_model_that_is_right_is_calibrated_and_one_that_is_wrong_is_not() -> None:
-    right = held_out_figures([scored(50.0)] * 10)
-    wrong = held_out_figures([scored(-50.0)] * 10)
-    assert right["expected_calibration_error"] == pytest.approx(0, abs=1e-9)
-    assert wrong["expected_calibration_error"] == pytest.approx(1, abs=1e-9)
-    assert (right["brier"], wrong["brier"]) == (pytest.approx(0), pytest.approx(1))
-
-
-def test_ties_count_for_a_half() -> None:
-    assert agreement([1.0, 0.0, -1.0, 0.0])["mean"] == 0.5
-
-
 def test_pairs_that_are_too_long_are_counted_on_both_sides(tmp_path: Path, tiny_model_dir: Path) -> None:
     inputs = upstreams(tmp_path, tiny_model_dir)
     long = [pair(n, chosen="long " * 200) for n in range(100, 130)]
@@ -250,6 +231,6 @@ def test_micro_batches_do_not_change_the_result_though_the_last_batch_is_short(
     for part in parts:
         for name in whole:
             torch.testing.assert_close(part[name], whole[name], rtol=1e-3, atol=2e-4)
-    losses = [[row["loss"] for row in read_jsonl(tmp_path / f"{size}/metrics.jsonl")] for size in (4, 2, 1)]
+    losses = [[row["loss"] for row in metrics(tmp_path / str(size))] for size in (4, 2, 1)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
     assert losses[2] == pytest.approx(losses[0], rel=1e-3)

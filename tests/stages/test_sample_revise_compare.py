@@ -19,7 +19,7 @@ from align.config import JudgeBlock, ModelBlock, PromptsBlock, TrackingBlock
 from align.constitution import load_constitution
 from align.errors import InputError, JudgeAtChance
 from align.generation import ChoiceRequest, Request
-from align.records import Comparison, Critique, Message, PreferencePair, Prompt, Revision, Sample, read_rows
+from align.records import Comparison, Critique, Message, PreferencePair, Prompt, Revision, Sample, read_jsonl, read_rows
 from align.stage import Context, Outcome, Stage
 from align.stages.compare import STAGE as COMPARE
 from align.stages.compare import CompareBlock
@@ -78,6 +78,9 @@ class World:
     def run(self, stage: Stage, settings: Any, output: str | None = None) -> Outcome:
         return stage.run(self.context(stage, settings, output))
 
+    def metrics(self, stage: str) -> list[dict[str, Any]]:
+        return list(read_jsonl(self.root / stage / "metrics.jsonl"))
+
     def rows(self, path: str, kind: Any) -> list[Any]:
         return list(read_rows(self.root / path, kind))
 
@@ -131,6 +134,10 @@ def test_sample_writes_every_prompt_and_the_samples_of_its_splits(
     assert len({sample.seed for sample in samples}) == len({sample.id for sample in samples}) == len(samples)
     assert outcome.counts["samples_cut"] == 0
     assert outcome.figures["categories"] == {"benign": 12, "odd": 12}
+    [logged] = world.metrics("sample")
+    assert (logged["prompts"], logged["samples"], logged["stopped"]) == (24, len(samples), 1.0)
+    words = [len(sample.completion.split()) + 1 for sample in samples]
+    assert logged["mean_tokens"] == pytest.approx(sum(words) / len(words)), "the scripted engine's stop token included"
 
 
 def _request(sample: Sample) -> Request:
@@ -169,6 +176,34 @@ def test_revise_keeps_what_the_judge_prefers_and_says_why_the_rest_was_rejected(
     assert {row.critique for row in critiques} == {"It ends with a full stop."}
     draws = outcome.figures["by_principle"]["asks"]
     assert draws == {"draws": len(samples), "filtered": counts["preamble"], "accepted": len(accepted)}
+    [logged] = world.metrics("revise")
+    assert logged["accepted"] == pytest.approx(len(accepted) / len(samples))
+    assert logged["rejected: tie"] == pytest.approx(counts["tie"] / len(samples))
+    assert logged["round/last"] == len(samples) - counts["preamble"]
+    assert logged["round/last_accepted"] == pytest.approx(len(accepted) / logged["round/last"])
+
+
+def test_revise_logs_a_row_for_each_round_and_which_one_the_accepted_texts_come_from(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first round's revisions are questions, the second's all begin with a preamble, and fall away."""
+
+    def spoil(request: Request) -> str:
+        if not request.messages[-1].content.startswith("Rewrite"):
+            return f"It is known: {request.messages[-1].content}."
+        shown = request.messages[-2].content
+        return "Sure, here is a revised response: Why?" if shown.endswith("?") else "What do you say, is it so?"
+
+    scripted(monkeypatch, spoil)
+    world.run(SAMPLE, SampleBlock())
+    outcome = world.run(REVISE, ReviseBlock(rounds=2, critique=False))
+
+    first, second = world.metrics("revise")
+    assert (first["step"], second["step"]) == (1, 2)
+    assert (first["round/filtered"], second["round/filtered"]) == (0.0, 1.0)
+    assert (first["round/last"], first["round/last_accepted"], second["round/last"]) == (second["samples"], 1.0, 0)
+    assert second["accepted"] == 1.0 and "accepted" not in first
+    assert outcome.figures["by_round"][0]["characters"] == first["round/characters"]
 
 
 def test_a_revision_that_is_worse_is_never_accepted(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,6 +268,11 @@ def test_compare_labels_what_differs_and_keeps_the_rest_beside(world: World, mon
         assert 0.9 < pair.probability <= 1
     undecided = sum(count for name, count in outcome.counts.items() if name.startswith("undecided: "))
     assert undecided + len(decided) == len(comparisons)
+    [logged] = world.metrics("compare")
+    assert logged["undecided"] == pytest.approx(undecided / len(comparisons))
+    assert logged["undecided: identical"] == outcome.counts["undecided: identical"]
+    assert logged["probability/90-100%"] == 1.0
+    assert sum(value for name, value in logged.items() if name.startswith("probability/")) == pytest.approx(1)
 
 
 def test_cut_completions_make_no_pair(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,11 @@ from align.records import read_jsonl
 from align.stages.sft import STAGE, SftBlock, gather
 from tests.stages.training import SMALL_LORA, asked, context, revision, run, same, sample, upstream, weights
 
-QUICK = {"optimizer": {"learning_rate": 1e-2, "batch_size": 4, "micro_batch_size": 2}, "epochs": 3}
+QUICK = {
+    "optimizer": {"learning_rate": 1e-2, "batch_size": 4, "micro_batch_size": 2},
+    "epochs": 3,
+    "helpful": {"harmless": ["benign"]},
+}
 
 
 @pytest.fixture
@@ -95,7 +99,7 @@ def test_the_mix_has_the_share_of_helpful_rows_and_only_harmless_finished_ones(
 
 
 @pytest.mark.parametrize(
-    ("harmless", "available"), [([], 9), (["benign"], 8), (["harmful.jsonl"], 1), (["weapons", "benign.jsonl"], 9)]
+    ("harmless", "available"), [([], 0), (["benign"], 8), (["harmful.jsonl"], 1), (["weapons", "benign.jsonl"], 9)]
 )
 def test_own_samples_are_of_the_categories_and_files_named(
     tmp_path: Path, tiny_model_dir: Path, inputs: dict[str, Path], harmless: list[str], available: int
@@ -104,7 +108,8 @@ def test_own_samples_are_of_the_categories_and_files_named(
     block = {"helpful": {"harmless": harmless, "share": 0.05}}
     gather(context(STAGE, block, tiny_model_dir, tmp_path / "out", inputs), counts)
     assert counts["helpful_available"] == available
-    assert counts["helpful"] == counts["helpful_wanted"] == 1
+    assert counts["helpful_wanted"] == 1
+    assert counts["helpful"] == min(1, available)
 
 
 def test_a_name_that_no_prompt_goes_by_is_an_error(
@@ -149,9 +154,11 @@ def test_no_accepted_revision_is_an_error(tmp_path: Path, tiny_model_dir: Path, 
         ({"revisions": False}, "sources: with `revisions: false`"),
         ({"revisions": False, "helpful": {"share": 0.5, "sources": [{"path": "x"}]}}, "share: has no effect"),
         ({"helpful": {"own_samples": False, "share": 0.5}}, "share: nothing to take it from"),
+        ({}, "harmless: nothing says which prompts are harmless"),
+        ({"helpful": {"sources": [{"path": "x"}]}}, "harmless: nothing says which prompts are harmless"),
     ],
 )
-def test_settings_that_contradict_are_faults(block: dict[str, Any], told: str) -> None:
+def test_settings_that_contradict_or_leave_the_harmless_unnamed_are_faults(block: dict[str, Any], told: str) -> None:
     (fault,) = STAGE.check(SftBlock.model_validate(block), {})
     assert told in fault
 

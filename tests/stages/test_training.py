@@ -78,6 +78,21 @@ def test_resumed_run_equals_undisturbed_run(
     assert resumed == undisturbed
 
 
+def test_rows_batched_by_length_come_in_the_same_order_after_a_kill_in_a_later_epoch(
+    tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage, inputs = stage_named("dpo"), upstreams(tmp_path / "in", tiny_model_dir)
+    pairs = [pair(n, 0.9, chosen="Yes! " * (n % 5 + 1)) for n in range(14)]
+    upstream(tmp_path / "in", "compare", pairs=pairs)
+    block = {**SETTINGS, "epochs": 3, "trl": {"save_steps": 1, "train_sampling_strategy": "group_by_length"}}
+    run(stage, block, tiny_model_dir, tmp_path / "a", inputs, lora=SMALL_LORA)
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        interrupt_after(patch, 6)
+        run(stage, block, tiny_model_dir, tmp_path / "b", inputs, lora=SMALL_LORA)
+    run(stage, block, tiny_model_dir, tmp_path / "b", inputs, lora=SMALL_LORA)
+    assert outputs(stage, tmp_path / "b") == outputs(stage, tmp_path / "a")
+
+
 def test_a_run_interrupted_after_its_last_step_only_saves(
     tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

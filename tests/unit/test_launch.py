@@ -108,11 +108,21 @@ def test_a_recipe_runs_each_stage_in_a_process_of_its_own(capfd: pytest.CaptureF
     )
 
 
+def test_each_stage_that_is_run_says_which_it_is_and_what_is_left(capfd: pytest.CaptureFixture[str]) -> None:
+    run_recipe(recipe(), Launch())
+    shown = capfd.readouterr().out
+    assert "stage 1 of 2: letters (left: capitals)\n$ " in shown
+    assert "stage 2 of 2: capitals\n$ " in shown
+    run_recipe(recipe("capitals.ending=s"), Launch())
+    shown = capfd.readouterr().out
+    assert "stage 1 of 2" not in shown and "stage 2 of 2: capitals\n$ " in shown
+
+
 def test_a_recipe_stops_at_the_first_stage_that_fails(capfd: pytest.CaptureFixture[str]) -> None:
     assert run_recipe(recipe("letters.fail=input"), Launch()) == 2
     shown = capfd.readouterr()
     assert shown.err == "letters.txt, line 3: not a letter; mend it\n"
-    assert "capitals" not in shown.out
+    assert "capitals: " not in shown.out
 
 
 def test_a_failure_of_ours_ends_with_one() -> None:

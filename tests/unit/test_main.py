@@ -156,3 +156,20 @@ def test_chat_finds_the_model_in_a_stages_folder(
     assert main(["chat", "run/sft"]) == 0
     assert main(["chat", "run"]) == 2
     assert "run: not a model; it holds run/sft" in capsys.readouterr().err
+
+
+def test_a_reward_model_cannot_chat_and_says_who_can(
+    tiny_reward_dir: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "run/reward").mkdir(parents=True)
+    (folder / "run/reward/model").symlink_to(tiny_reward_dir)
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n"))
+    assert main(["chat", "run/reward"]) == 2
+    told = capsys.readouterr().err
+    assert "run/reward/model: a LlamaForSequenceClassification, which scores answers and writes none" in told
+    assert "sft, dpo or ppo" in told
+
+
+def test_the_settings_are_printed_as_the_page_has_them(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["settings"]) == 0
+    assert capsys.readouterr().out.startswith("# Settings\n")

@@ -24,7 +24,7 @@ constitution: small.yaml
 judge: {kind: rule}
 sample: {}
 revise: {}
-sft: {}
+sft: {helpful: {harmless: [prompts.jsonl]}}
 compare: {}
 reward: {}
 """
@@ -78,7 +78,9 @@ def test_without_a_constitution_everything_is_shared() -> None:
     text = RECIPE.replace("constitution: small.yaml\n", "").replace("revise: {}\n", "").replace("compare: {}\n", "")
     helpful = "sft: {revisions: false, helpful: {sources: [{path: prompts.jsonl}]}}"
     human = "reward: {ai: false, human: [{path: prompts.jsonl}]}"
-    recipe = load_recipe(write(text.replace("sft: {}", helpful).replace("reward: {}", human)))
+    recipe = load_recipe(
+        write(text.replace("sft: {helpful: {harmless: [prompts.jsonl]}}", helpful).replace("reward: {}", human))
+    )
     assert {recipe.directory(stage).parent.name for stage in recipe.settings} == {"shared"}
 
 

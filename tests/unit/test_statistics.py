@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from align.statistics import (
     bootstrap_interval,
+    clustered_share_estimate,
     expected_calibration_error,
     mean_estimate,
     paired_difference,
@@ -183,3 +184,46 @@ def test_calibration_of_a_sure_and_always_wrong_predictor_is_one():
 def test_reliability_bins_refuse_what_is_no_probability():
     with pytest.raises(ValueError, match=r"\[0, 1\]"):
         reliability_bins([1.2], [1])
+
+
+def test_the_interval_over_clusters_equals_the_quantiles_of_every_resample_enumerated():
+    clusters = {"a": [1.0, 1.0, 0.0], "b": [0.0], "c": [1.0, 0.5]}
+    values = [value for own in clusters.values() for value in own]
+    names = [name for name, own in clusters.items() for _ in own]
+    means = [
+        np.mean([value for name in drawn for value in clusters[name]])
+        for drawn in itertools.product(clusters, repeat=3)
+    ]
+    found = clustered_share_estimate(values, names, seed=1, resamples=40_000, confidence=0.6)
+    assert found.mean == pytest.approx(np.mean(values))
+    # Between two of the 27 means' quantiles that are near each other, drawn ones may fall on either.
+    low, high = (sorted(means)[round(share * 26)] for share in (0.2, 0.8))
+    assert found.low == pytest.approx(low, abs=0.01) and found.high == pytest.approx(high, abs=0.01)
+
+
+@given(st.lists(st.floats(0, 1), min_size=2, max_size=20), st.integers(0, 5))
+def test_clusters_of_one_value_each_are_no_clusters(values, seed):
+    names = [f"{number:02d}" for number in range(len(values))]
+    plain, clustered = share_estimate(values, seed, 50), clustered_share_estimate(values, names, seed, 50)
+    assert (clustered.low, clustered.high, clustered.n) == pytest.approx((plain.low, plain.high, plain.n))
+
+
+def test_a_cluster_written_twice_counts_no_more_than_once():
+    values, names = [1.0, 0.0, 1.0, 1.0], ["a", "b", "c", "d"]
+    once = clustered_share_estimate(values, names, 3)
+    twice = clustered_share_estimate(values * 2, names * 2, 3)
+    assert (once.low, once.high) == (twice.low, twice.high)
+    assert share_estimate(values * 2, 3).low > once.low, "as eight values they would claim to know more"
+
+
+def test_clusters_that_are_all_alike_have_wilson_s_interval_of_as_many_values():
+    found = clustered_share_estimate([1.0] * 6, ["a", "a", "b", "b", "c", "c"], 0)
+    assert (found.mean, found.n) == (1.0, 6)
+    assert (found.low, found.high) == pytest.approx(wilson_interval(3, 3))
+    alone = clustered_share_estimate([1.0, 0.0], ["a", "a"], 0)
+    assert alone.low < 0.2 and alone.high > 0.8, "one prompt proves nothing"
+
+
+def test_each_value_needs_a_cluster():
+    with pytest.raises(ValueError, match="2 values and 1 clusters"):
+        clustered_share_estimate([1.0, 0.0], ["a"], 0)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from align.config import TrackingBlock
-from align.tracking import Tracker, truncate_rows, wandb_mode
+from align.tracking import Tracker, flat, truncate_rows, wandb_mode
 
 
 def rows(directory: Path) -> list[dict]:
@@ -188,3 +188,8 @@ def test_real_wandb_offline_leaves_a_run_outside_the_stage_folder(tmp_path, no_l
         log.log(1, {"loss": 1.0, "bad": float("nan")})
     assert list((tmp_path / ".partial" / ".wandb" / "wandb").glob("offline-run-*/run-*.wandb"))
     assert not (tmp_path / ".partial" / "ppo-abc" / "wandb").exists()
+
+
+def test_nested_figures_are_logged_by_their_paths_and_numbers_alone() -> None:
+    nested = {"a": 1, "judge": {"name": "rule", "right": {"x": 0.5}}, "bins": [1, 2], "none": None, "yes": True}
+    assert flat(nested) == {"a": 1, "judge/right/x": 0.5, "yes": True}

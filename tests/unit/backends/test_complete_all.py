@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from align.backends.complete_all import complete_all, score_all
 from align.errors import AlignError
-from align.generation import ChoiceRequest, ChoiceScores, Completed, Request
+from align.generation import ChoiceRequest, ChoiceScores, Completed, Request, unheard
+from align.progress import RowBar
 from align.records import Message
 from tests.unit.feedback.engines import Engine
 
@@ -78,6 +79,37 @@ def test_a_torn_line_is_made_again(tmp_path: Path) -> None:
     assert len(journal.read_text().splitlines()) == len(REQUESTS)
 
 
+def test_an_engine_whose_rows_do_not_depend_on_each_other_is_asked_for_none_of_them_twice(tmp_path: Path) -> None:
+    asked: list[str] = []
+    for death in (4, 99):
+        engine = Engine(lambda request: request.id, dies_after=death)
+        engine.depends_on_batch = False
+        try:
+            done = complete_all(engine, REQUESTS, 3, tmp_path / "j", "test")
+        except KeyboardInterrupt:
+            assert death == 4
+        asked += [each.id for each in engine.requests]
+
+    assert sorted(asked) == sorted(each.id for each in REQUESTS)
+    assert {key: row.text for key, row in done.items()} == {name: name for name in done}
+
+
+def test_the_bar_follows_what_an_engine_tells_of_a_chunk_before_its_rows_come(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Telling(Engine):
+        def complete(self, requests, progress=unheard):  # type: ignore[no-untyped-def]
+            for share in (0.25, 0.5, 1.0):
+                progress(share)
+            yield from super().complete(requests)
+
+    reached: list[float] = []
+    monkeypatch.setattr(RowBar, "_reach", lambda self, rows: reached.append(rows))
+    complete_all(Telling(), REQUESTS[:8], 4, tmp_path / "j", "test")
+
+    assert reached == [0, 1, 2, 4, 1, 2, 3, 4, 4, 5, 6, 8, 5, 6, 7, 8]
+
+
 def test_finished_chunks_are_not_made_again(tmp_path: Path) -> None:
     complete_all(Engine(), REQUESTS, 3, tmp_path / "j", "test")
     again = Engine()
@@ -119,7 +151,7 @@ def test_without_a_journal_nothing_is_written(tmp_path: Path, monkeypatch: pytes
 
 def test_an_engine_that_leaves_requests_out_is_an_error(tmp_path: Path) -> None:
     class Lazy(Engine):
-        def complete(self, requests):  # type: ignore[no-untyped-def]
+        def complete(self, requests, progress=unheard):  # type: ignore[no-untyped-def]
             return list(super().complete(requests))[1:]
 
     with pytest.raises(AlignError, match="left 4 requests unanswered"):

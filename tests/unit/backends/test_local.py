@@ -52,6 +52,20 @@ def test_requests_with_different_settings_are_each_completed_once(backend):
     assert all(found[request.id].tokens <= request.max_new_tokens for request in mixed)
 
 
+def test_progress_is_told_after_each_token_and_scored_batch_and_changes_no_row(backend, monkeypatch):
+    mixed = [Request(str(number), MESSAGES, seed=number, max_new_tokens=4 + 4 * (number % 2)) for number in range(6)]
+    told = []
+    assert list(backend.complete(mixed, told.append)) == list(backend.complete(mixed))
+    assert told == sorted(told) and told[-1] == 1.0
+    assert 4 < len(told) <= 12 and told[0] <= 0.5 * (1 / 4 + 3 / 4), "half of the rows are of the first four tokens"
+
+    monkeypatch.setattr("align.backends.local.SCORED_TOKENS", 1)
+    asked = [ChoiceRequest(str(number), MESSAGES, ("A", "B b")) for number in range(3)]
+    told = []
+    assert list(backend.choice_logprobs(asked, told.append)) == list(backend.choice_logprobs(asked))
+    assert told == pytest.approx([number / 6 for number in range(1, 7)])
+
+
 def test_prefill_is_not_returned(parts, backend):
     [plain] = backend.complete(requests()[:1])
     opening = plain.text[:1]

@@ -43,8 +43,39 @@ def one(source: PairSource) -> PreferencePair:
             "chosen": "\n\nHuman: Say hello.\n\nAssistant: Hello: how are you?",
             "rejected": "\n\nHuman: Say hello.\n\nAssistant: No.",
         },
+        {"prompt": "\n\nHuman: Say hello.\n\nAssistant:", "chosen": " Hello: how are you?", "rejected": " No."},
+        {"prompt": "\n\nHuman: Say hello.", "chosen": GOOD["content"], "rejected": BAD["content"]},
+        {"prompt": "\n\nHuman: Say hello.\n\nAssistant: ", "chosen": [GOOD], "rejected": [BAD]},
+        {
+            "prompt": USER["content"],
+            "chosen": "\n\nHuman: Say hello.\n\nAssistant: Hello: how are you?",
+            "rejected": "\n\nHuman: Say hello.\n\nAssistant: No.",
+        },
+        {
+            "prompt": "\n\nHuman: Say hello.\n\nAssistant:",
+            "chosen": "\n\nHuman: Say hello.\n\nAssistant: Hello: how are you?",
+            "rejected": "\n\nHuman: Say hello.\n\nAssistant: No.",
+        },
+        {
+            "prompt": [{**USER, "content": "Say hello."}],
+            "chosen": "\n\nAssistant: Hello: how are you?",
+            "rejected": "\n\nAssistant: No.",
+        },
     ],
-    ids=["explicit", "implicit", "plain", "prompt repeated", "prompt as text beside", "hh-rlhf"],
+    ids=[
+        "explicit",
+        "implicit",
+        "plain",
+        "prompt repeated",
+        "prompt as text beside",
+        "hh-rlhf",
+        "hh-rlhf prompt, completion beside",
+        "hh-rlhf prompt that ends with the user",
+        "hh-rlhf prompt, messages beside",
+        "hh-rlhf conversation, prompt as text beside",
+        "hh-rlhf conversation, prompt repeated",
+        "hh-rlhf turn alone",
+    ],
 )
 def test_every_format_gives_the_same_pair(tmp_path: Path, row: dict[str, Any]) -> None:
     pair = one(write(tmp_path / "pairs.jsonl", row))
@@ -99,11 +130,29 @@ def test_pairs_that_teach_nothing_are_left_out_and_counted(tmp_path: Path) -> No
     }
 
 
-def test_limit_counts_rows_from_the_start(tmp_path: Path) -> None:
-    rows = [{"prompt": f"p{n}", "chosen": "a", "rejected": "b"} for n in range(5)]
+def test_a_limit_draws_from_all_of_a_file_and_keeps_its_order(tmp_path: Path) -> None:
+    rows = [{"prompt": f"p{n:03d}", "chosen": "a", "rejected": "b"} for n in range(400)]
     source = write(tmp_path / "pairs.jsonl", *rows)
-    pairs = read_pairs(source.model_copy(update={"limit": 2}))
-    assert [pair.prompt[0].content for pair in pairs] == ["p0", "p1"]
+    some = source.model_copy(update={"limit": 100})
+    drawn = [pair.prompt[0].content for pair in read_pairs(some)]
+    assert len(drawn) == 100 and drawn == sorted(drawn)
+    # Of 100 rows drawn from 400, each quarter of the file has 25, give or take 4 standard deviations of 3.8.
+    assert all(10 <= sum(first <= int(name[1:]) < first + 100 for name in drawn) <= 40 for first in (0, 100, 200, 300))
+    assert [row.prompt[0].content for row in read_demonstrations(some)] == drawn
+
+
+def test_a_transcript_s_later_turns_may_stand_beside_its_prompt(tmp_path: Path) -> None:
+    prompt = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
+    row = {"prompt": prompt, "chosen": " d\n\nHuman: e\n\nAssistant: f", "rejected": " d\n\nHuman: e\n\nAssistant: g"}
+    pair = one(write(tmp_path / "pairs.jsonl", row))
+    assert [message.content for message in pair.prompt] == ["a", "b", "c", "d", "e"]
+    assert (pair.chosen[0].content, pair.rejected[0].content) == ("f", "g")
+
+
+def test_white_space_around_a_prompt_s_messages_does_not_double_them(tmp_path: Path) -> None:
+    whole = "\n\nHuman: Say hello.\n\nAssistant: "
+    row = {"prompt": [{**USER, "content": "Say hello.\n"}], "chosen": whole + "Hello.", "rejected": whole + "No."}
+    assert one(write(tmp_path / "pairs.jsonl", row)).prompt == (Message("user", "Say hello."),)
 
 
 def test_transcript_keeps_markers_inside_a_turn() -> None:
@@ -190,8 +239,10 @@ def test_a_hub_id_while_offline_says_so(tmp_path: Path, monkeypatch: pytest.Monk
         {"prompt": USER["content"], "completion": GOOD["content"]},
         {"messages": [USER, GOOD]},
         {"chosen": [USER, GOOD], "rejected": [USER, BAD]},
+        {"prompt": "\n\nHuman: Say hello.\n\nAssistant:", "completion": " Hello: how are you?"},
+        {"prompt": "Say hello.", "completion": "\n\nHuman: Say hello.\n\nAssistant: Hello: how are you?"},
     ],
-    ids=["conversational", "plain", "messages", "pairs"],
+    ids=["conversational", "plain", "messages", "pairs", "hh-rlhf prompt", "hh-rlhf conversation"],
 )
 def test_demonstrations_of_every_format(tmp_path: Path, row: dict[str, Any]) -> None:
     counts: Counter[str] = Counter()

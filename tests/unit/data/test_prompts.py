@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from align.config import PromptsBlock, PromptSource, SplitBlock
-from align.data.prompts import read_prompts, split_of, split_problems, with_split
+from align.data.prompts import drawn_prompts, read_prompts, split_of, split_problems, with_split
 from align.errors import InputError
 from align.records import SPLITS, Prompt
 
@@ -103,10 +103,23 @@ def test_the_source_s_category_is_given_to_rows_without_one(tmp_path: Path) -> N
     assert [each.category for each in read(path, category="mine")] == ["x", "mine"]
 
 
-def test_limit_takes_the_first_rows(tmp_path: Path) -> None:
-    path = write(tmp_path / "p.jsonl", *({"prompt": str(number)} for number in range(9)))
+def test_a_limit_draws_the_same_prompts_whatever_their_order(tmp_path: Path) -> None:
+    rows = [{"prompt": str(number)} for number in range(90)]
+    forwards, backwards = write(tmp_path / "a.jsonl", *rows), write(tmp_path / "b.jsonl", *rows[::-1])
+    drawn = {each.id for each in read(forwards, limit=20)}
 
-    assert [each.prompt[0].content for each in read(path, limit=2)] == ["0", "1"]
+    assert len(drawn) == 20
+    assert {each.id for each in read(backwards, limit=20)} == drawn < {each.id for each in read(forwards, limit=30)}
+
+
+def test_prompts_are_drawn_by_their_ids_in_their_own_order(tmp_path: Path) -> None:
+    prompts = read(write(tmp_path / "p.jsonl", *({"prompt": str(number)} for number in range(90))))
+    some = drawn_prompts(prompts, 30, "a purpose")
+
+    assert some == [each for each in prompts if each in some] and len(some) == 30
+    assert {each.id for each in drawn_prompts(prompts[::-1], 30, "a purpose")} == {each.id for each in some}
+    assert drawn_prompts(prompts, 30, "another") != some
+    assert drawn_prompts(prompts, None, "a purpose") == prompts
 
 
 def test_splits_are_disjoint_and_near_their_shares(tmp_path: Path) -> None:

@@ -1,14 +1,16 @@
 """Rows come from files of every kind, and what cannot be read is named."""
 
+import datetime
 import gzip
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from align.config import PromptSource
-from align.data.sources import is_file, merge_neighbours, parse_messages, parse_transcript, source_rows
+from align.data.sources import drawn_rows, is_file, merge_neighbours, parse_messages, parse_transcript, source_rows
 from align.errors import InputError
 from align.records import Conversation, Message
 
@@ -57,7 +59,7 @@ def test_what_is_no_list_of_messages_is_refused(value: object) -> None:
         parse_messages(value, "messages", "here")
 
 
-def rows(path: Path | str, limit: int | None = None) -> list[tuple[str, object]]:
+def rows(path: Path | str, limit: int | None = None) -> list[tuple[str, Any]]:
     return list(source_rows(PromptSource(path=str(path), limit=limit)))
 
 
@@ -65,14 +67,39 @@ def test_rows_are_placed_by_file_and_number(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"a": 1}\n\n{"a": 2}\n{"a": 3}\n')
 
-    assert rows(path, limit=2) == [(f"{path}, row 1", {"a": 1}), (f"{path}, row 2", {"a": 2})]
+    assert rows(path) == [(f"{path}, row {number}", {"a": number}) for number in (1, 2, 3)]
+    assert all(place == f"{path}, row {row['a']}" for place, row in rows(path, limit=2))
 
 
-def test_rows_after_the_limit_are_not_even_parsed(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_text('{"a": 1}\nnot json\n')
+def test_a_limit_holds_no_more_rows_than_it_takes() -> None:
+    class Counted(dict[str, int]):
+        alive = most = 0
 
-    assert len(rows(path, limit=1)) == 1
+        def __init__(self, number: int) -> None:
+            super().__init__(a=number)
+            Counted.alive += 1
+            Counted.most = max(Counted.most, Counted.alive)
+
+        def __del__(self) -> None:
+            Counted.alive -= 1
+
+    drawn = drawn_rows(((number, Counted(number)) for number in range(1000)), 10)
+
+    assert len(drawn) == 10
+    assert Counted.most <= 12
+
+
+def test_a_limit_draws_by_content_of_any_type_and_the_same_for_a_file_in_another_order(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = [{"day": datetime.date(2026, 1, 1) + datetime.timedelta(days=number)} for number in range(60)]
+    for name, some in (("a.parquet", table), ("b.parquet", table[::-1])):
+        pq.write_table(pa.Table.from_pylist(some), tmp_path / name)
+    first, second = ([row for _, row in rows(tmp_path / name, limit=9)] for name in ("a.parquet", "b.parquet"))
+
+    assert len(first) == 9
+    assert first == second[::-1] != table[:9]
 
 
 def test_files_that_broke_off_are_told(tmp_path: Path) -> None:

@@ -3,13 +3,14 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 
-from align.generation import ChoiceRequest, ChoiceScores, Completed, Request
+from align.generation import ChoiceRequest, ChoiceScores, Completed, Progress, Request, unheard
 
 
 class Engine:
     """Answers with `answer(request)`, scores each choice with `score(request, choice)` nats."""
 
     name = "engine"
+    depends_on_batch = True
 
     def __init__(
         self,
@@ -24,7 +25,7 @@ class Engine:
         self.requests: list[Request] = []
         self.choices: list[ChoiceRequest] = []
 
-    def complete(self, requests: Sequence[Request]) -> Iterator[Completed]:
+    def complete(self, requests: Sequence[Request], progress: Progress = unheard) -> Iterator[Completed]:
         self.batches.append([request.id for request in requests])
         for request in requests:
             self._live()
@@ -32,7 +33,9 @@ class Engine:
             made = self.answer(request)
             yield made if isinstance(made, Completed) else Completed(request.id, made, "stop", len(made.split()) + 1)
 
-    def choice_logprobs(self, requests: Sequence[ChoiceRequest]) -> Iterator[ChoiceScores]:
+    def choice_logprobs(
+        self, requests: Sequence[ChoiceRequest], progress: Progress = unheard
+    ) -> Iterator[ChoiceScores]:
         self.batches.append([request.id for request in requests])
         for request in requests:
             self._live()

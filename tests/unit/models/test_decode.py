@@ -46,6 +46,20 @@ def test_greedy_decoding_of_a_padded_batch_equals_generate_of_each_row(model):
     assert decoded.tokens == [generated(model, prompt, 20) for prompt in PROMPTS]
 
 
+def test_progress_counts_rows_that_ended_as_done_and_others_by_their_tokens(model):
+    told = []
+    decoded = run(model, temperature=2.0, stop_ids=range(60), max_new_tokens=10, progress=told.append)
+    lengths = [len(tokens) for tokens in decoded.tokens]
+    ended = [reason == "stop" for reason in decoded.finish_reasons]
+    assert len(set(lengths)) > 1, "the test is to see rows that end at different steps"
+    expected = [
+        sum(1 if stop and length <= step else step / 10 for length, stop in zip(lengths, ended, strict=True)) / 4
+        for step in range(1, max(lengths) + 1)
+    ]
+    assert told == pytest.approx(expected)
+    assert told[-1] == 1.0
+
+
 SHARED = [[1, *range(20, 60), 90], [1, *range(20, 60), 91, 92, 93], [1, *range(60, 110), 7], [1, *range(60, 110), 8, 9]]
 
 
