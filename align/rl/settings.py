@@ -61,7 +61,7 @@ class WatchBlock(Block):
     value_failure: Annotated[Number, Field(lt=1)] | None = Field(
         0.0, description="explained variance of the returns below this, after value_warmup iterations"
     )
-    value_warmup: Positive = 20
+    value_warmup: Positive = Field(20, description="iterations before value_failure is looked at")
     sampling_gap: Annotated[Number, Field(gt=0)] | None = Field(
         0.1, description="nats a token between the log-probs of sampling and of training"
     )
@@ -136,7 +136,7 @@ class PpoBlock(Block):
     sample_table_every: Positive | None = Field(
         10, description="iterations between tables of a few completions, on the console and in wandb; null: none"
     )
-    early_stop: EarlyStopBlock | None = None
+    early_stop: EarlyStopBlock | None = Field(None, description="when the run ends early, and whose policy it leaves")
 
     @property
     def reads_reward_stage(self) -> bool:

@@ -64,11 +64,11 @@ def test_a_setting_is_described_and_its_default_is_accepted(setting: Setting) ->
     if not setting.default.startswith("`") or "[]" in key:
         return
     inner, *outer = reversed(key.split("."))
-    content = {inner: YAML(typ="safe").load(setting.default.strip("`"))}
+    content: dict[str, Any] = {inner: YAML(typ="safe").load(setting.default.strip("`"))}
+    without: dict[str, Any] = {}
     for name in outer:
-        content = {name: content}
-    given = recipe_model().model_validate(_with_required(content))
-    left_out = recipe_model().model_validate(_with_required({outer[-1]: {}} if outer else {}))
+        content, without = {name: content}, {name: without}
+    given, left_out = (recipe_model().model_validate(_with_required(each)) for each in (content, without))
     assert given == left_out, "what is called the default is what holds without the key"
 
 
