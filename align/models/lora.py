@@ -52,7 +52,7 @@ class _AdaptedLinear(torch.autograd.Function):
 def merged_weights(layers: Sequence[Any], adapter: str) -> list[Tensor]:
     """(O, I) W + s B A of each fused layer in W's dtype; bf16 is dithered."""
     weights = [layer.get_base_layer().weight.data for layer in layers]
-    noise = _dither(max(weight.numel() for weight in weights), weights[0].device)
+    noise = dither(max(weight.numel() for weight in weights), weights[0].device)
     merged = []
     for layer, weight in zip(layers, weights, strict=True):
         up, down = layer.lora_B[adapter].weight.data, layer.lora_A[adapter].weight.data
@@ -75,8 +75,8 @@ def dithered(values: Tensor, noise: Tensor) -> Tensor:
     return (bits + noise.view(values.shape)).bitwise_and_(~0xFFFF).view(torch.float32).to(torch.bfloat16)
 
 
-def _dither(count: int, device: torch.device) -> Tensor:
-    """The same noise each time, so that a merge is a function of its weights."""
+def dither(count: int, device: torch.device) -> Tensor:
+    """Noise for `dithered`: the same each time, so that a merge is a function of its weights."""
     generator = torch.Generator(device).manual_seed(0)
     return torch.randint(1 << 16, (count,), dtype=torch.int32, device=device, generator=generator)
 

@@ -23,6 +23,7 @@ from transformers import (
 from align.config import LoraBlock
 from align.data.chat import end_of_turn_ids
 from align.errors import InputError
+from align.models.lora import dither, dithered
 from align.models.sources import resolve_model
 from align.processes import on_cpu
 
@@ -202,18 +203,21 @@ def save_model(
 ) -> None:
     """Write `directory/model`, which plain `from_pretrained` opens, and the adapter alone to `directory/adapter`.
 
-    An adapter is merged in fp32 and the result cast to `dtype`; `model` itself is not changed. Call it in one process.
+    An adapter is merged in fp32 and the result cast to `dtype`, bf16 dithered so that a small adapter is not rounded
+    away; `model` itself is not changed. Call it in one process.
 
     Args:
         state_dict: the whole state where `model` holds only a shard of it (FSDP, ZeRO-3); its own state otherwise.
     """
     state = dict(state_dict if state_dict is not None else model.state_dict())
     base: Any = model
+    cast = _cast
     if isinstance(model, PeftModel):
         _save_adapter(model, state, directory / "adapter", adapter_name)
         state = merged_state(model, state, adapter_name)
         base = model.get_base_model()
-    plain = _plain_copy(base, {name: _cast(tensor, dtype) for name, tensor in state.items()})
+        cast = _cast_dithered
+    plain = _plain_copy(base, {name: cast(tensor, dtype) for name, tensor in state.items()})
     if plain.can_generate():
         plain.generation_config = _generation_config(base, tokenizer)
     plain.config.pad_token_id = tokenizer.pad_token_id
@@ -291,6 +295,14 @@ def _plain_copy(base: Any, state: Mapping[str, Tensor]) -> PreTrainedModel:
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.detach().cpu().to(dtype) if tensor.is_floating_point() else tensor.detach().cpu()
+
+
+def _cast_dithered(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same; what is float32 and becomes bf16 is rounded by chance, which leaves a bf16 number as it is."""
+    if dtype != torch.bfloat16 or tensor.dtype != torch.float32:
+        return _cast(tensor, dtype)
+    whole = tensor.detach().cpu()
+    return dithered(whole, dither(whole.numel(), whole.device))
 
 
 def _generation_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
