@@ -91,6 +91,12 @@ def printable(text: str) -> str:
     )
 
 
+def shortened(text: str, limit: int = 80) -> str:
+    """The text in one line, cut where it is longer than `limit` characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= limit else line[:limit] + "…"
+
+
 def _section(sheet: Sheet) -> str:
     head = "".join(f"<th>{_escaped(column)}</th>" for column in sheet.columns)
     rows = "\n".join(f"<tr>{_cells(sheet, row)}</tr>" for row in sheet.rows)

@@ -28,6 +28,7 @@ from align.rl.clock import Clock
 from align.rl.rewards import Rewards
 from align.rl.rollout import Completion, TokenizedPrompt, completion_mask, sample_completions, schedule
 from align.rl.settings import PpoBlock
+from align.sheets import printable, shortened
 
 
 @dataclass(frozen=True)
@@ -184,12 +185,16 @@ class Collector:
         return each[:, None] * mask, torch.zeros_like(rewards)
 
 
-def not_finite(fault: str, iteration: int, completion: Completion, output: Path) -> NotFinite:
-    """The error that stops a run, with the place, what is kept, and what to do."""
+def not_finite(fault: str, iteration: int, completion: Completion | None, output: Path) -> NotFinite:
+    """The error that stops a run, with the place and, where one is at fault, its prompt; what is kept; what to do."""
+    place = f"at step {iteration + 1}"
+    if completion is not None:
+        prompt = completion.prompt.prompt
+        place += f", prompt '{prompt.id}' ({printable(shortened(prompt.prompt[-1].content))!r})"
     return NotFinite(
-        f"ppo: {fault} at step {iteration + 1}, prompt '{completion.prompt.prompt.id}'. The run stopped; the "
-        f"last checkpoint is kept in {output}. If the reward is at fault, mend it and run the same command, "
-        "which goes on from there; a lower ppo.optimizer.learning_rate or model.precision fp32 starts ppo anew."
+        f"ppo: {fault} {place}. The run stopped; the last checkpoint is kept in {output}. If the reward is at fault, "
+        "mend it and run the same command, which goes on from there; a lower ppo.optimizer.learning_rate or "
+        "model.precision fp32 starts ppo anew."
     )
 
 

@@ -21,7 +21,7 @@ from align.rl.alarms import Alarm, Seen, fired
 from align.rl.early_stop import Ending, best_checkpoint, ending
 from align.rl.history import Row, length_controlled_score
 from align.rl.settings import PpoBlock
-from align.sheets import Sheet, print_sheet, printable
+from align.sheets import Sheet, print_sheet, printable, shortened
 from align.tracking import METRICS, Tracker, plain_row, truncate_rows
 
 ALARMS = "alarms.jsonl"
@@ -119,5 +119,4 @@ def _cell(value: Any) -> str:
     """A figure in three digits; a text in one line, cut where it is long."""
     if not isinstance(value, str):
         return f"{value:.3g}"
-    line = " ".join(value.split())
-    return line if len(line) <= SHOWN_CHARACTERS else line[:SHOWN_CHARACTERS] + "…"
+    return shortened(value, SHOWN_CHARACTERS)
