@@ -36,7 +36,8 @@ def test_two_processes_train_as_one(tmp_path: Path, tiny_model_dir: Path) -> Non
     for name, settings in STAGES.items():
         run(stage_named(name), settings, tiny_model_dir, tmp_path / "one" / name, inputs, lora=SMALL_LORA)
         one, two = (tmp_path / processes / name for processes in ("one", "two"))
-        for alone, together in zip(*(read_jsonl(folder / "metrics.jsonl") for folder in (one, two)), strict=True):
+        steps = ([row for row in read_jsonl(folder / "metrics.jsonl") if "loss" in row] for folder in (one, two))
+        for alone, together in zip(*steps, strict=True):
             assert together["loss"] == pytest.approx(alone["loss"], rel=1e-3), (name, alone["step"])
             assert together["grad_norm"] == pytest.approx(alone["grad_norm"], rel=1e-3), (name, alone["step"])
         before, alone, together = (weights(folder) for folder in (tiny_model_dir, one / "model", two / "model"))
