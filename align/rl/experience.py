@@ -184,13 +184,22 @@ class Collector:
         return each[:, None] * mask, torch.zeros_like(rewards)
 
 
-def not_finite(fault: str, iteration: int, completion: Completion, output: Path) -> NotFinite:
-    """The error that stops a run, with the place, what is kept, and what to do."""
+def not_finite(fault: str, iteration: int, completion: Completion | None, output: Path) -> NotFinite:
+    """The error that stops a run, with the place, what is kept, and what to do; no prompt where none is to blame."""
+    blamed = f", prompt {_shown(completion)}" if completion else ""
     return NotFinite(
-        f"ppo: {fault} at step {iteration + 1}, prompt '{completion.prompt.prompt.id}'. The run stopped; the "
+        f"ppo: {fault} at step {iteration + 1}{blamed}. The run stopped; the "
         f"last checkpoint is kept in {output}. If the reward is at fault, mend it and run the same command, "
         "which goes on from there; a lower ppo.optimizer.learning_rate or model.precision fp32 starts ppo anew."
     )
+
+
+def _shown(completion: Completion, width: int = 80) -> str:
+    """A prompt's id and how its last turn begins, on one line that a terminal shows as it is."""
+    prompt = completion.prompt.prompt
+    text = prompt.prompt[-1].content
+    start = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text[:width])
+    return f"'{prompt.id}' (\"{start}{'…' if len(text) > width else ''}\")"
 
 
 def gathered(items: list[Any]) -> list[Any]:

@@ -206,7 +206,7 @@ class PpoTrainer:
         finite = norm < float("inf")
         self.skipped = 0 if finite else self.skipped + 1
         if self.skipped > SKIPS_ALLOWED:
-            raise self._not_finite(f"gradient was not finite {self.skipped} times in a row", experience.completions[0])
+            raise self._not_finite(f"gradient was not finite {self.skipped} times in a row", None)
         largest = {name: totals.pop(name) for name in list(totals) if name in LARGEST}
         figures = {name: float(self._all_sum(total) / tokens) for name, total in totals.items()}
         figures |= {name: float(self.accelerator.gather(value).max()) for name, value in largest.items()}
@@ -305,7 +305,7 @@ class PpoTrainer:
             return torch.cuda.max_memory_allocated(self.device) / 1e9
         return peak_resident_gb()
 
-    def _not_finite(self, fault: str, completion: Completion) -> NotFinite:
+    def _not_finite(self, fault: str, completion: Completion | None) -> NotFinite:
         return not_finite(fault, self.iteration, completion, self.output)
 
     def _save(self) -> None:

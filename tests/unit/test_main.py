@@ -156,3 +156,9 @@ def test_chat_finds_the_model_in_a_stages_folder(
     assert main(["chat", "run/sft"]) == 0
     assert main(["chat", "run"]) == 2
     assert "run: not a model; it holds run/sft" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--temperature=-1", "--temperature=nan", "--max-new-tokens=0"])
+def test_chat_refuses_a_setting_out_of_its_range(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["chat", "some/model", option]) == 2
+    assert "temperature must be a number from 0" in capsys.readouterr().err

@@ -113,12 +113,12 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(InputError, match=r"cannot be read \(Is a directory\)"):
         list(read_jsonl(tmp_path))
     (tmp_path / "latin.jsonl").write_bytes(b'{"a": "\xe9"}\n')
-    with pytest.raises(InputError, match="latin.jsonl: not UTF-8"):
+    with pytest.raises(InputError, match=r"latin\.jsonl: not UTF-8"):
         list(read_jsonl(tmp_path / "latin.jsonl"))
 
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "open", refuse)
-    with pytest.raises(InputError, match=r"some.jsonl: cannot be read \(Permission denied\)"):
+    with pytest.raises(InputError, match=r"some\.jsonl: cannot be read \(Permission denied\)"):
         list(read_jsonl(tmp_path / "some.jsonl"))
