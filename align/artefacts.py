@@ -54,6 +54,8 @@ def read_manifest(directory: Path) -> Manifest | None:
         return Manifest(**json.loads(path.read_text(encoding="utf-8")))
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); make it readable for this user") from None
     except (json.JSONDecodeError, TypeError) as error:
         raise InputError(
             f"{path}: not a manifest of this version ({error}); remove {directory} to make it again"
@@ -84,9 +86,16 @@ def stage_folder(run: Path, stage: str) -> Path:
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+    """SHA-256 of a file's bytes.
+
+    Raises:
+        InputError: this user may not read it.
+    """
+    try:
+        with path.open("rb") as handle:
+            return hashlib.file_digest(handle, "sha256").hexdigest()
+    except PermissionError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); make it readable for this user") from None
 
 
 def output_digests(directory: Path, outputs: Iterable[str]) -> dict[str, str]:

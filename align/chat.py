@@ -1,5 +1,6 @@
 """`align chat MODEL`: talk to a model in the terminal, or pipe questions in, one a line; the answers stream out."""
 
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,8 +46,13 @@ def chat(
         temperature: 0 takes the likeliest token each time.
 
     Raises:
-        InputError: there is no such model, or it has no chat template.
+        InputError: there is no such model, or it has no chat template; or a setting is out of its range.
     """
+    if not (0 <= temperature < math.inf and max_new_tokens > 0):
+        raise InputError(
+            f"align chat: temperature must be a number from 0 and max-new-tokens above 0, got {temperature:g} and "
+            f"{max_new_tokens}"
+        )
     folder = model_folder(path)
     tokenizer: Any = load_tokenizer(folder)
     model: Any = load_causal_lm(folder, compute_dtype(precision)).to(default_device())

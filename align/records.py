@@ -190,13 +190,17 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
     """The rows of a JSONL file, streamed; blank lines are passed over.
 
     Raises:
-        InputError: the file is missing, or a line is not a JSON object; the line's number is named.
+        InputError: the file is missing or cannot be read, or a line is not a JSON object; the line's number is named.
     """
     try:
         with path.open(encoding="utf-8") as lines:
             yield from parse_jsonl(lines, str(path))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file (looked in {Path.cwd()}); check the path") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); make it a file that this user may read") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
 
 
 def parse_jsonl(lines: Iterable[str], source: str) -> Iterator[dict[str, Any]]:

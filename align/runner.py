@@ -4,13 +4,12 @@ A result that is up to date is left alone. Otherwise the stage works in a folder
 the next try, and the first process publishes it whole: outputs, and a manifest that says what they came from.
 """
 
-import errno
 import fcntl
 import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from align import processes
@@ -24,6 +23,7 @@ from align.artefacts import (
     read_manifest,
     write_json,
 )
+from align.disk_faults import FULL_DISK, disk_faults_told
 from align.errors import InputError
 from align.plan import Plan, Step, make_plan
 from align.recipe import Recipe
@@ -32,10 +32,6 @@ from align.stage import Context, Outcome
 from align.stages import all_stages
 from align.tracking import TIMINGS
 from align.world import check_world_size
-
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
-FULL_DISK_TEXTS = ("No space left on device", "os error 28", "Disk quota exceeded")
-"""What libraries that do not raise OSError say of a full disk."""
 
 
 def run_stage(recipe: Recipe, stage: str) -> bool:
@@ -53,7 +49,7 @@ def run_stage(recipe: Recipe, stage: str) -> bool:
         return False
     _require_inputs(recipe, step)
     run = step.directory.parent
-    with _full_disk_told(run), _alone(run, stage):
+    with disk_faults_told(run, run / PARTIAL), _alone(run, stage):
         partial = _partial(run, step)
         if read_manifest(partial) is None:
             _work(recipe, step, partial)
@@ -88,7 +84,9 @@ def is_up_to_date(step: Step) -> bool:
     """Whether there is nothing to do. If so the manifest's time is renewed, so that make sees it too."""
     processes.barrier()
     if step.is_done and processes.is_first():
-        os.utime(step.directory / MANIFEST)
+        # Somebody else's results may be read all the same; make then asks again.
+        with suppress(OSError):
+            os.utime(step.directory / MANIFEST)
         print(f"{step.stage}: up to date ({step.directory})", flush=True)
     return step.is_done
 
@@ -196,28 +194,3 @@ def _publish(partial: Path, step: Step) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     publish(partial, step.directory, manifest)
     print(f"{step.stage}: done in {manifest.seconds:.0f} s ({step.directory})", flush=True)
-
-
-@contextmanager
-def _full_disk_told(run: Path) -> Iterator[None]:
-    """Tell a full disk in words, whichever library met it."""
-    try:
-        yield
-    except Exception as error:
-        if not _is_full_disk(error):
-            raise
-        raise InputError(
-            f"{run}: the disk is full. What is finished is kept in {run / PARTIAL}; free some space and run the same "
-            "command to go on, or choose another place with --set output=DIR"
-        ) from error
-
-
-def _is_full_disk(error: BaseException | None) -> bool:
-    """Whether the error, or one that it came from, is a disk without space."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in FULL_DISK:
-            return True
-        if any(text in str(error) for text in FULL_DISK_TEXTS):
-            return True
-        error = error.__cause__ or error.__context__
-    return False

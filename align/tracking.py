@@ -20,6 +20,7 @@ METRICS = "metrics.jsonl"
 TIMINGS = "timings.jsonl"
 WANDB_FOLDER = ".wandb"
 RUN_ID_FILE = "wandb-run-id"
+MODES_WITH_LOGIN = ("online", "shared", "run")
 _WANDB_HOST = "https://api.wandb.ai"
 
 
@@ -141,16 +142,26 @@ def flat(figures: Mapping[str, Any], above: str = "") -> dict[str, float]:
 
 
 def wandb_mode() -> Any:
-    """`WANDB_MODE` where it is set; else online with a login and a network, and offline without, so nobody is asked."""
+    """`WANDB_MODE` where it is set; else online with a login and a network, and offline without.
+
+    Nobody is ever asked for a login: without one, a mode that needs it becomes offline, with a warning.
+    """
     chosen = os.environ.get("WANDB_MODE")
-    if chosen:
-        return chosen
     host = os.environ.get("WANDB_BASE_URL", _WANDB_HOST)
-    return "online" if _has_login(host) and _answers(host) else "offline"
+    if not chosen:
+        return "online" if _has_login(host) and _answers(host) else "offline"
+    if chosen in MODES_WITH_LOGIN and not _has_login(host):
+        warnings.warn(
+            f"wandb: WANDB_MODE is {chosen} and there is no login for {host}, so the run is kept offline; "
+            "log in with `wandb login` or WANDB_API_KEY, and send it later with `wandb sync`",
+            stacklevel=2,
+        )
+        return "offline"
+    return chosen
 
 
 def _has_login(host: str) -> bool:
-    if os.environ.get("WANDB_API_KEY"):
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     names = [os.environ.get("NETRC"), "~/.netrc", "~/_netrc"]
     for path in (Path(name).expanduser() for name in names if name):

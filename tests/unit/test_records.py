@@ -107,3 +107,18 @@ def test_blank_lines_and_line_separators_inside_texts_are_no_rows(tmp_path: Path
 def test_a_file_that_is_not_there_is_named_with_the_folder_looked_in(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"gone\.jsonl: no such file \(looked in"):
         list(read_jsonl(tmp_path / "gone.jsonl"))
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match=r"cannot be read \(Is a directory\)"):
+        list(read_jsonl(tmp_path))
+    (tmp_path / "latin.jsonl").write_bytes(b'{"a": "\xe9"}\n')
+    with pytest.raises(InputError, match=r"latin\.jsonl: not UTF-8"):
+        list(read_jsonl(tmp_path / "latin.jsonl"))
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(InputError, match=r"some\.jsonl: cannot be read \(Permission denied\)"):
+        list(read_jsonl(tmp_path / "some.jsonl"))

@@ -1,13 +1,21 @@
 """How a stage is run and published, with stages that only write files."""
 
+import errno
 import fcntl
 import json
-from collections.abc import Iterator
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from align.artefacts import PARTIAL, read_manifest
+from align.disk_faults import disk_faults_told
 from align.errors import InputError, NotFinite
 from align.plan import make_plan
 from align.recipe import Recipe, load_recipe, recipe_model
@@ -99,7 +107,14 @@ def test_a_failing_stage_publishes_nothing_and_leaves_the_last_result(how: str, 
     assert make_plan(recipe())["letters"].is_done
 
 
-@pytest.mark.parametrize("how", ["full", "library_full"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "full",
+        "library_full",
+        pytest.param("torch_full", marks=pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")),
+    ],
+)
 def test_a_full_disk_is_told_in_words_and_what_is_finished_is_kept(how: str) -> None:
     with pytest.raises(InputError, match=r"the disk is full.*runs/recipe/shared/.partial") as raised:
         run_stage(recipe(f"letters.fail={how}"), "letters")
@@ -153,6 +168,64 @@ def test_an_output_that_cannot_be_written_is_refused() -> None:
     Path("taken").write_text("a file where a folder should be")
     with pytest.raises(InputError, match=r"taken.*cannot be made.*--set output=DIR"):
         run_stage(recipe("output=taken"), "letters")
+
+
+@pytest.mark.parametrize("place", [".partial", ".partial/letters.lock", "letters"])
+def test_a_refused_file_is_named_wherever_it_is_met(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_stage(recipe(), "letters")
+    refused = RUN / place
+    asked = {Path.open: "lock", os.replace: "letters", Path.mkdir: ".partial"}
+
+    def refusing(call: Callable[..., Any]) -> Callable[..., Any]:
+        def refuse(first: Any, *rest: Any, **options: Any) -> Any:
+            names = [Path(str(name)) for name in (first, *rest[:1])]
+            if place.endswith(asked[call]) and any(name in (refused, refused / "x") for name in names):
+                raise PermissionError(errno.EACCES, "Permission denied", str(refused))
+            return call(first, *rest, **options)
+
+        return refuse
+
+    monkeypatch.setattr(Path, "open", refusing(Path.open))
+    monkeypatch.setattr(Path, "mkdir", refusing(Path.mkdir))
+    monkeypatch.setattr(os, "replace", refusing(os.replace))
+    with pytest.raises(InputError, match=rf"shared/{place}.*(--set output=DIR|output:)"):
+        run_stage(recipe("letters.text=xy"), "letters")
+
+
+def test_a_refused_file_outside_the_run_is_named() -> None:
+    with pytest.raises(InputError, match=r"/elsewhere/weights: cannot be read or written \(Permission denied\); check"):
+        run_stage(recipe("letters.fail=refused"), "letters")
+
+
+@pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="takes root on Linux to make a small disk")
+@pytest.mark.parametrize("write", ["torch", "safetensors"])
+def test_a_disk_that_a_checkpoint_fills_is_told_in_words(tmp_path: Path, write: str) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("no file system can be mounted here")
+    try:
+        with pytest.raises(InputError, match="the disk is full"), disk_faults_told(disk, disk):
+            if write == "torch":
+                torch.save({"weights": torch.zeros(1 << 21)}, disk / "optimizer.pt")
+            save_file({"weights": torch.zeros(1 << 21)}, disk / "model.safetensors")
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_failing_writer_is_put_down_to_the_disk_only_where_nothing_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails() -> None:
+        with disk_faults_told(tmp_path, tmp_path):
+            raise RuntimeError("write failed")
+
+    with pytest.raises(RuntimeError, match="write failed"):
+        fails()
+    monkeypatch.setattr("align.disk_faults._free", lambda folder: 4096)
+    with pytest.raises(InputError, match="the disk is full"):
+        fails()
 
 
 def test_a_damaged_manifest_is_named() -> None:

@@ -182,6 +182,15 @@ def test_mode_that_the_person_set_is_kept(no_login, monkeypatch):
     assert wandb_mode() == "disabled"
 
 
+@pytest.mark.parametrize("chosen", ["online", "shared"])
+def test_mode_that_needs_a_login_is_offline_without_one_so_nobody_is_asked(no_login, monkeypatch, chosen):
+    monkeypatch.setenv("WANDB_MODE", chosen)
+    with pytest.warns(UserWarning, match=f"WANDB_MODE is {chosen} and there is no login.*offline.*wandb login"):
+        assert wandb_mode() == "offline"
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    assert wandb_mode() == chosen
+
+
 def test_real_wandb_offline_leaves_a_run_outside_the_stage_folder(tmp_path, no_login):
     pytest.importorskip("wandb")
     with tracker(tmp_path / ".partial" / "ppo-abc", wandb=True) as log:

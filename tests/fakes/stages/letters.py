@@ -14,7 +14,7 @@ from align.stage import Context, Outcome, Stage
 class LettersBlock(Block):
     text: str = "abc"
     source: str | None = None
-    fail: Literal["", "input", "not_finite", "full", "library_full", "once"] = ""
+    fail: Literal["", "input", "not_finite", "full", "library_full", "torch_full", "refused", "once"] = ""
     fail_in: int = 0
 
 
@@ -57,8 +57,18 @@ def _fail(how: str, went_on: bool) -> None:
     }
     if how in failures:
         raise failures[how]
+    if how == "torch_full":
+        _save_onto_a_full_disk()
+    if how == "refused":
+        raise PermissionError(errno.EACCES, "Permission denied", "/elsewhere/weights")
     if how == "once" and not went_on:
         raise KeyboardInterrupt
+
+
+def _save_onto_a_full_disk() -> None:
+    import torch
+
+    torch.save({"weights": torch.zeros(1 << 20)}, "/dev/full")
 
 
 STAGE = Letters()

@@ -60,7 +60,19 @@ def test_hub_id_while_online_is_left_alone(monkeypatch):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(sources, "_answers", lambda host: True)
     assert resolve_model("someone/no-such-model") == "someone/no-such-model"
+
+
+def test_hub_id_without_a_network_is_refused_at_once_with_what_to_do(monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    start = time.monotonic()
+    with pytest.raises(InputError, match=r"not in the local cache.*127\.0\.0\.1:9 does not answer; check the network"):
+        resolve_model("someone/no-such-model")
+    assert time.monotonic() - start < sources.PROBE_SECONDS + 1
 
 
 @pytest.mark.parametrize(
