@@ -5,6 +5,7 @@ kills nor the number of processes change a result. A model that measures is load
 """
 
 import gc
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from align import processes
 from align.artefacts import Journal
 from align.config import EngineBlock, ModelBlock
+from align.errors import NotFinite
 from align.generation import Completed, Request
 from align.progress import RowBar
 from align.report import EvaluatedSample
@@ -178,8 +180,23 @@ def _measure_chunks(
     for chunk in chunks:
         bar.begin(len(chunk))
         for sample, value in zip(chunk, measure(chunk), strict=True):
+            check_finite(value, sample)
             journal.append({"id": sample.id, "value": value})
             bar.row()
+
+
+def check_finite(value: Any, sample: EvaluatedSample) -> None:
+    """A measured number, or list of numbers, that is not finite must not be kept.
+
+    Raises:
+        NotFinite: it is so; the policy and the prompt are named.
+    """
+    numbers = value if isinstance(value, list) else [value]
+    if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+        raise NotFinite(
+            f"evaluate: what is measured of {sample.policy}'s answer to prompt '{sample.prompt_id}' is not finite (NaN "
+            "or infinity); the model that measures it is broken: train it again, or set model.precision fp32"
+        )
 
 
 def _characters(sample: EvaluatedSample) -> int:

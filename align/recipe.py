@@ -159,7 +159,7 @@ def _missing_files(blocks: RecipeBlocks, written: Written) -> list[Problem]:
     missing: list[tuple[KeyPath, str]] = []
     for path, block in _named(blocks, ()):
         if isinstance(block, PromptSource | PairSource):
-            if is_file(block.path) and not Path(block.path).exists():
+            if is_file(block.path) and not Path(block.path).expanduser().exists():
                 missing.append(((*path, "path"), block.path))
             continue
         key, model = _model_key(block)

@@ -209,15 +209,23 @@ def parse_jsonl(lines: Iterable[str], source: str) -> Iterator[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
-        except json.JSONDecodeError as error:
+            value = json.loads(line.rstrip("\r\n"))
+            if "\\u" in line:  # an escape can name half a character, which no file could be written with
+                json.dumps(value, ensure_ascii=False).encode()
+        except (ValueError, RecursionError) as error:
             raise InputError(
-                f"{source}, line {number}: not JSON ({error.msg} at column {error.colno}). "
+                f"{source}, line {number}: {_json_fault(error)}. "
                 f"{number - 1} rows before it are fine; nothing was written. Mend or remove the line."
             ) from None
         if not isinstance(value, dict):
             raise InputError(f"{source}, line {number}: expected a JSON object, found {type(value).__name__}")
         yield value
+
+
+def _json_fault(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"not JSON ({error.msg} at column {error.colno})"
+    return f"not JSON that can be read ({'nested too deep' if isinstance(error, RecursionError) else error})"
 
 
 def read_rows(path: Path, kind: type[R]) -> Iterator[R]:

@@ -99,6 +99,8 @@ def _stop_position(tokenizer: ChatTokenizer, ids: list[int]) -> int:
 def _turn_ending(tokenizer: ChatTokenizer) -> str:
     whole = _render(tokenizer, _PROBE)
     words = _PROBE[-1].content
+    if words not in whole:
+        raise InputError("chat template: leaves out what the assistant says; use a template that writes it")
     return whole[whole.rindex(words) + len(words) :]
 
 

@@ -121,6 +121,11 @@ def _conversation(row: Row, column: str, place: str) -> Conversation:
     if isinstance(value, str):
         if is_transcript(value):
             return _before_last_answer(parse_transcript(value, place))
+        if column == "chosen":
+            raise InputError(
+                f"{place}: `chosen` is an answer without its prompt (a whole conversation starts with '\\n\\nHuman:'); "
+                "give the prompt in a column of its own"
+            )
         return (Message("user", _with_input(row, column, value)),)
     return _before_last_answer(parse_messages(value, column, place))
 

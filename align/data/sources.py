@@ -17,6 +17,7 @@ FILE_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
+ROLES = ("system", "user", "assistant")
 
 Row = Mapping[str, Any]
 
@@ -100,6 +101,8 @@ def parse_messages(value: Any, column: str, place: str) -> Conversation:
         messages = ()
     if not messages or not all(isinstance(message.content, str) for message in messages):
         raise InputError(f"{place}: `{column}` must be a text or a list of {{role, content}} messages")
+    if unknown := [message.role for message in messages if message.role not in ROLES]:
+        raise InputError(f"{place}: `{column}` has a turn of {unknown[0]!r}; a role is one of {', '.join(ROLES)}")
     return messages
 
 
@@ -127,10 +130,12 @@ def _file_rows(path: Path) -> Iterator[Row]:
 def _jsonl_rows(path: Path) -> Iterator[Row]:
     opener = gzip.open if path.suffix == ".gz" else open
     try:
-        with opener(path, "rt", encoding="utf-8") as lines:
+        with opener(path, "rt", encoding="utf-8-sig") as lines:
             yield from parse_jsonl(lines, str(path))
-    except (EOFError, zlib.error, gzip.BadGzipFile, UnicodeDecodeError) as error:
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise InputError(f"{path}: not whole ({error}); fetch it again") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text ({error.reason}); save it as UTF-8") from None
     except PermissionError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); make it readable for this user") from None
 
@@ -142,10 +147,10 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
     try:
         for batch in pq.ParquetFile(path).iter_batches():
             yield from batch.to_pylist()
-    except pa.ArrowInvalid as error:
-        raise InputError(f"{path}: not a parquet file ({error}); fetch it again") from None
     except PermissionError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); make it readable for this user") from None
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not a parquet file that is whole ({error}); fetch it again") from None
 
 
 def _hub_rows(source: Source) -> Iterator[Row]:

@@ -24,6 +24,7 @@ from align.rl.advantages import (
     whiten,
 )
 from align.rl.batches import Batches
+from align.rl.checkpoint import newest
 from align.rl.clock import Clock
 from align.rl.rewards import Rewards
 from align.rl.rollout import Completion, TokenizedPrompt, completion_mask, sample_completions, schedule
@@ -191,10 +192,12 @@ def not_finite(fault: str, iteration: int, completion: Completion | None, output
     if completion is not None:
         prompt = completion.prompt.prompt
         place += f", prompt '{prompt.id}' ({printable(shortened(prompt.prompt[-1].content))!r})"
+    kept = "there is no checkpoint yet"
+    if newest(output) is not None:
+        kept = f"the last checkpoint is kept in {output}, and the same command goes on from there"
     return NotFinite(
-        f"ppo: {fault} {place}. The run stopped; the last checkpoint is kept in {output}. If the reward is at fault, "
-        "mend it and run the same command, which goes on from there; a lower ppo.optimizer.learning_rate or "
-        "model.precision fp32 starts ppo anew."
+        f"ppo: {fault} {place}. The run stopped; {kept}. If the reward is at fault, mend it; a lower "
+        "ppo.optimizer.learning_rate or model.precision fp32 starts ppo anew."
     )
 
 

@@ -53,7 +53,7 @@ class Dpo(Stage):
         return ("sft", "compare") if settings.ai else ("sft",)
 
     def files(self, settings: DpoBlock) -> tuple[str, ...]:
-        return tuple(source.path for source in settings.human if Path(source.path).exists())
+        return tuple(source.path for source in settings.human if Path(source.path).expanduser().exists())
 
     def check(self, settings: DpoBlock, shared: Mapping[str, Any]) -> list[str]:
         if settings.ai or settings.human:

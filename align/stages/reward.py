@@ -50,7 +50,7 @@ class Reward(Stage):
         return (*(["sft"] if settings.base == "sft" else []), *(["compare"] if settings.ai else []))
 
     def files(self, settings: RewardBlock) -> tuple[str, ...]:
-        return tuple(source.path for source in settings.human if Path(source.path).exists())
+        return tuple(source.path for source in settings.human if Path(source.path).expanduser().exists())
 
     def check(self, settings: RewardBlock, shared: Mapping[str, Any]) -> list[str]:
         if settings.ai or settings.human:

@@ -60,7 +60,7 @@ class Sft(Stage):
         return ("sample", "revise") if settings.helpful.own_samples else ("revise",)
 
     def files(self, settings: SftBlock) -> tuple[str, ...]:
-        return tuple(source.path for source in settings.helpful.sources if Path(source.path).exists())
+        return tuple(source.path for source in settings.helpful.sources if Path(source.path).expanduser().exists())
 
     def check(self, settings: SftBlock, shared: Mapping[str, Any]) -> list[str]:
         helpful = settings.helpful

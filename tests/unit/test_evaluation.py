@@ -5,6 +5,7 @@ import math
 import pytest
 
 from align.data.chat import end_of_turn_ids, prompt_ids
+from align.errors import NotFinite
 from align.evaluation import kl_sums, measure_all, padded, sample_ids
 from align.records import Message
 from align.report import EvaluatedSample
@@ -82,6 +83,17 @@ def test_measured_samples_are_not_measured_again_and_no_model_is_loaded_for_them
     assert batches == [["7", "6", "5"], ["4", "3", "2"], ["1"]]
     again = measure_all(samples, lambda: pytest.fail("loaded"), 3, tmp_path / "lengths.journal", "lengths")
     assert again == found
+
+
+@pytest.mark.parametrize("broken", [math.nan, [0.0, math.inf]])
+def test_a_number_that_is_not_finite_is_never_kept(tmp_path, broken):
+    samples = [sample(number) for number in range(1, 4)]
+    path = tmp_path / "scores.journal"
+    with pytest.raises(NotFinite, match="of ppo's answer to prompt '3' is not finite"):
+        measure_all(samples, lambda: lambda chunk: [broken for _ in chunk], 1, path, "scores")
+    assert measure_all(samples, lambda: lambda chunk: [1.0 for _ in chunk], 1, path, "scores") == {
+        each.id: 1.0 for each in samples
+    }
 
 
 def test_a_chunk_that_a_kill_cut_in_two_is_measured_whole_again(tmp_path):

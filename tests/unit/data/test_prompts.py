@@ -171,6 +171,41 @@ def test_a_bad_row_is_named_with_its_fault(tmp_path: Path, row: dict[str, Any], 
         read(write(tmp_path / "p.jsonl", row))
 
 
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        ({"chosen": "The answer is four.", "rejected": "No"}, "`chosen` is an answer without its prompt"),
+        ({"prompt": [{"role": 5, "content": "x"}, TALK[0]]}, r"has a turn of 5; a role is one of system, user, assis"),
+        ({"prompt": [{"role": "usr", "content": "x"}]}, "has a turn of 'usr'"),
+    ],
+)
+def test_what_would_be_misread_is_refused(tmp_path: Path, row: dict[str, Any], told: str) -> None:
+    with pytest.raises(InputError, match=rf"prompts.jsonl, row 1: .*{told}"):
+        read(write(tmp_path / "prompts.jsonl", row))
+
+
+def test_a_byte_order_mark_is_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps({"prompt": "Hi"}).encode())
+    assert conversation(read(path)[0]) == [("user", "Hi")]
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        (b'{"prompt": "a \\ud800"}', "line 2: not JSON that can be read"),
+        (b'{"prompt": ' + b"[" * 100_000, "line 2: not JSON that can be read .nested too deep"),
+        (b'{"prompt": "b"', "line 2: not JSON .* column 15"),
+        ("{'prompt': 'ü'}".encode("latin-1"), "not UTF-8 text .*; save it as UTF-8"),
+    ],
+)
+def test_a_line_that_cannot_be_read_is_told(tmp_path: Path, line: bytes, told: str) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes(b'{"prompt": "a"}\n' + line + b"\n")
+    with pytest.raises(InputError, match=told):
+        read(path)
+
+
 def test_a_missing_named_column_is_told(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"expected `goal`\); the columns there are prompt"):
         read(write(tmp_path / "p.jsonl", {"prompt": "a"}), column="goal")
