@@ -178,6 +178,8 @@ def _plain_words(detail: Mapping[str, Any], location: KeyPath, model: type[BaseM
         return f"must be {word} {context[limit]:g}, got {_shown(given)}"
     if kind == "literal_error":
         return f"must be {context['expected']}, got {_shown(given)}"
+    if kind == "finite_number":
+        return f"must be a finite number, got {_shown(given)}"
     if kind == "too_short":
         return f"must have at least {context['min_length']}, got {context['actual_length']}"
     if kind == "string_too_short":
