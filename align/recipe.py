@@ -34,7 +34,7 @@ from align.errors import InputError, Problem
 from align.recipe_files import Written, read_written
 from align.stages import all_stages
 from align.trl_options import CONFIGS, option_faults
-from align.yaml_files import KeyPath, problems_from
+from align.yaml_files import MISSING, KeyPath, problems_from
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 FolderName = Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
@@ -121,8 +121,10 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     blocks, faulty, problems = _validated(written)
     settings = {name: block for name in all_stages() if (block := getattr(blocks, name)) is not None}
     problems += [*_missing_files(blocks, written), *_option_problems(written)]
-    for name in settings:
-        problems += _stage_problems(name, written, blocks, faulty)
+    if written.orphaned:
+        problems = [problem for problem in problems if problem.fault != MISSING]
+    else:
+        problems += [fault for name in settings for fault in _stage_problems(name, written, blocks, faulty)]
     constitution, others = _read_constitution(blocks.constitution)
     written.raise_all(list(dict.fromkeys(problems)), others)
     return Recipe(

@@ -284,3 +284,19 @@ def test_options_of_trl_are_checked_by_name_type_and_place() -> None:
 )
 def test_settings_that_nothing_would_read_or_count_with_are_refused(override: str, fault: str) -> None:
     assert fault in "\n".join(faults("recipe.yaml", override))
+
+
+def test_a_key_written_twice_and_a_bad_override_are_told_with_the_other_faults() -> None:
+    said = faults(write(RECIPE + "seed: 1\nseed: 2\nsed: 3\n"), "dpo", "sft.epochs=-1")
+    assert said[0] == "recipe.yaml: 4 problems"
+    assert "line 13  seed: written twice, first on line 12; keep one" in said
+    assert "line 14  sed: no such setting; did you mean `seed`?" in said
+    assert "--set dpo: expected key=value, such as ppo.kl_coef=0.1" in said
+    assert "--set sft.epochs: must be above 0, got -1" in said
+
+
+def test_without_its_parent_a_recipe_is_told_its_own_faults_and_not_what_only_the_parent_has() -> None:
+    said = faults(write("extends: gone.yaml\nmodel: {precision: fp32}\nsed: 3\nreward: {}\n", "child.yaml"))
+    assert said[0] == "child.yaml: 2 problems"
+    assert said[1].startswith("line 1  extends: no file gone.yaml")
+    assert said[2] == "line 3  sed: no such setting; did you mean `seed`?"
