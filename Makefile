@@ -1,5 +1,9 @@
 # `make help` says what there is. The stages' own rules follow from the recipe: `align make-rules` writes them.
 
+ifneq (,$(filter 3.% 4.0 4.0.% 4.1 4.1.%,$(MAKE_VERSION)))
+$(error GNU make 4.2 or newer is needed, this is $(MAKE_VERSION); install a newer one (on macOS `brew install make`, then type gmake), or use `align run`)
+endif
+
 RECIPE ?= recipes/quickstart.yaml
 CONSTITUTION ?=
 SET ?=

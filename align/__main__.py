@@ -10,7 +10,7 @@ from pathlib import Path
 from align import processes
 from align.errors import AlignError, InputError
 from align.failure_note import is_noted, note_failure
-from align.launch import Launch, launch_stage, run_recipe
+from align.launch import Launch, die_with_launcher, launch_stage, run_recipe
 from align.plan import make_plan
 from align.recipe import Recipe, load_recipe
 from align.stages import all_stages
@@ -271,6 +271,7 @@ def _overoptimisation(options: argparse.Namespace) -> None:
 
 def end() -> None:
     """Run, and end this process with the exit code; at once where it is one of several, which would wait for it."""
+    die_with_launcher()
     try:
         code = main()
     except Exception:

@@ -13,7 +13,7 @@ def _not_bool(value: Any) -> Any:
 
 
 Integer = Annotated[int, BeforeValidator(_not_bool)]
-Number = Annotated[float, BeforeValidator(_not_bool)]
+Number = Annotated[float, BeforeValidator(_not_bool), Field(allow_inf_nan=False)]
 Positive = Annotated[Integer, Field(gt=0)]
 NonNegative = Annotated[Number, Field(ge=0)]
 Fraction = Annotated[Number, Field(ge=0, le=1)]
@@ -97,6 +97,14 @@ class EngineBlock(Block):
     concurrency: Positive = Field(8, description="requests to a server at a time")
     timeout_seconds: Annotated[Number, Field(gt=0)] = Field(120.0, description="for a server's answer")
     max_retries: Annotated[Integer, Field(ge=0)] = Field(6, description="of a request that a server did not answer")
+
+    @model_validator(mode="after")
+    def _of_its_kind(self) -> "EngineBlock":
+        if self.kind == "openai" and not self.model:
+            raise ValueError("kind openai: name the `model` that the server serves")
+        if self.kind == "local" and (unread := {"base_url", "api_key_env"} & self.model_fields_set):
+            raise ValueError(f"kind local reads no {', '.join(sorted(unread))}; remove it, or set `kind: openai`")
+        return self
 
 
 class JudgeBlock(Block):

@@ -125,6 +125,17 @@ def die_with_parent() -> None:
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
 
 
+def die_with_launcher() -> None:
+    """Have this process end when its launcher dies, where it is one of several: it would hold the stage's lock."""
+    if "LOCAL_RANK" not in os.environ:
+        return
+    launcher = os.getppid()
+    die_with_parent()
+    if os.getppid() != launcher:
+        # The launcher died before the system knew that it should tell.
+        os._exit(128 + signal.SIGTERM)
+
+
 def _cpu_environment(number: int) -> dict[str, str]:
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // number))
     return {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": threads}

@@ -17,6 +17,8 @@ from align.recipe import Recipe
 from align.stages import all_stages
 
 HEADER = "# Written by `align make-rules` each time make runs."
+SECOND = 10**9
+"""In nanoseconds: what the coarsest file systems tell apart."""
 
 
 def write_rules(recipe: Recipe, target: Path) -> None:
@@ -41,9 +43,18 @@ def write_rules(recipe: Recipe, target: Path) -> None:
 
 
 def _write_slice(step: Step) -> None:
-    """Write a slice if it changed, and renew its time where the result is stale for a reason that times don't show."""
+    """Write a slice if it changed, and give it a time that tells make what the plan knows.
+
+    It is older than a result that is up to date, which `align run` may have made without any slice, and newer than one
+    that is stale for a reason that times don't show.
+    """
     path = _slice_path(step)
-    if not write_json_if_changed(path, step.slice) and not step.is_done and not step.waits_for:
+    changed = write_json_if_changed(path, step.slice)
+    if step.is_done:
+        made = (step.directory / MANIFEST).stat().st_mtime_ns
+        if path.stat().st_mtime_ns >= made:
+            os.utime(path, ns=(made - SECOND, made - SECOND))
+    elif not changed and not step.waits_for:
         os.utime(path)
 
 

@@ -21,6 +21,7 @@ from align.config import (
     Integer,
     JudgeBlock,
     ModelBlock,
+    OptimizerBlock,
     PairSource,
     PromptsBlock,
     PromptSource,
@@ -32,7 +33,8 @@ from align.data.sources import is_file
 from align.errors import InputError, Problem
 from align.recipe_files import Written, read_written
 from align.stages import all_stages
-from align.yaml_files import KeyPath, problems_from
+from align.trl_options import CONFIGS, option_faults
+from align.yaml_files import MISSING, KeyPath, problems_from
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 FolderName = Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
@@ -118,9 +120,11 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     written = read_written(Path(path), overrides)
     blocks, faulty, problems = _validated(written)
     settings = {name: block for name in all_stages() if (block := getattr(blocks, name)) is not None}
-    problems += _missing_files(blocks, written)
-    for name in settings:
-        problems += _stage_problems(name, written, blocks, faulty)
+    problems += [*_missing_files(blocks, written), *_option_problems(written)]
+    if written.orphaned:
+        problems = [problem for problem in problems if problem.fault != MISSING]
+    else:
+        problems += [fault for name in settings for fault in _stage_problems(name, written, blocks, faulty)]
     constitution, others = _read_constitution(blocks.constitution)
     written.raise_all(list(dict.fromkeys(problems)), others)
     return Recipe(
@@ -209,6 +213,8 @@ def _stage_problems(name: str, written: Written, blocks: RecipeBlocks, faulty: s
     absent = [key for key in shared if shared[key] is None and key not in (*stage.optional, *faulty)]
     lacking += [f"needs `{key}`, which this recipe lacks; add it" for key in absent]
     problems = [written.problem((name,), fault) for fault in lacking]
+    if name in CONFIGS:
+        problems += _batch_problems(name, written, settings.optimizer)
     if absent or faulty & shared.keys():
         return problems
     for text in stage.check(settings, shared):
@@ -216,6 +222,29 @@ def _stage_problems(name: str, written: Written, blocks: RecipeBlocks, faulty: s
         path = tuple(re.findall(r"[^.\[\]]+", key))
         problems.append(Problem(key, fault, written.lines.of(path)))
     return problems
+
+
+def _option_problems(written: Written) -> list[Problem]:
+    """Faulty `trl` options, in blocks with other faults too."""
+    blocks = {name: written.content.get(name) for name in CONFIGS}
+    given = {name: block["trl"] for name, block in blocks.items() if isinstance(block, dict) and "trl" in block}
+    return [
+        written.problem((name, "trl", option), fault)
+        for name, options in given.items()
+        if isinstance(options, dict)
+        for option, fault in option_faults(name, options).items()
+    ]
+
+
+def _batch_problems(name: str, written: Written, optimizer: OptimizerBlock) -> list[Problem]:
+    """A batch that micro-batches cannot make up, however many processes there are."""
+    if optimizer.batch_size % optimizer.micro_batch_size == 0:
+        return []
+    fault = (
+        f"{optimizer.batch_size} is not a multiple of micro_batch_size {optimizer.micro_batch_size}; "
+        "make it one, or micro_batch_size smaller"
+    )
+    return [written.problem((name, "optimizer", "batch_size"), fault)]
 
 
 def _read_constitution(path: str | None) -> tuple[Constitution | None, list[InputError]]:

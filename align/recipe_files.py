@@ -11,16 +11,22 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from align.errors import FileProblems, InputError, Problem
-from align.yaml_files import KeyPath, Lines, key_name, load_yaml
+from align.yaml_files import KeyPath, Lines, key_name, load_yaml_with_duplicates
 
 
 @dataclass(frozen=True)
 class Written:
-    """Merged content; `files` are the recipe's own lines and its parent's, `overridden` the keys that `--set` gave."""
+    """Merged content; `files` are the recipe's own lines and its parent's, `overridden` the keys that `--set` gave.
+
+    `errors` are the faults met while reading; without a parent that should be there (`orphaned`) more may seem missing
+    than is.
+    """
 
     content: dict[str, Any]
     files: tuple[Lines, ...]
     overridden: tuple[KeyPath, ...]
+    errors: tuple[InputError, ...] = ()
+    orphaned: bool = False
 
     @cached_property
     def lines(self) -> Lines:
@@ -35,6 +41,12 @@ class Written:
     def raise_all(self, problems: Sequence[Problem], others: Sequence[InputError] = ()) -> None:
         """Raise every fault as one error, those of each file together; return where there is none."""
         by_source: dict[str, list[Problem]] = {lines.source: [] for lines in self.files}
+        others = [*others]
+        for error in self.errors:
+            if isinstance(error, FileProblems) and error.source in by_source:
+                by_source[error.source] += error.problems
+            else:
+                others.append(error)
         for problem in problems:
             source, placed = self._placed(problem)
             by_source[source].append(placed)
@@ -71,39 +83,46 @@ def read_written(path: Path, overrides: Sequence[str]) -> Written:
     """Read a recipe's file, its parent's where it has one, and the overrides.
 
     Raises:
-        InputError: a file is missing or isn't YAML, or an override isn't `key=value`.
+        InputError: the file is missing or isn't YAML. Other faults are kept, to be told with those of the content.
     """
-    content, lines = load_yaml(path)
-    files = [lines]
+    content, lines, duplicates = load_yaml_with_duplicates(path)
+    files, errors = [lines], [*_told(lines, duplicates)]
+    orphaned = False
     if (parent := content.get("extends")) is not None:
-        inherited, parent_lines = _read_parent(path, parent, lines)
-        content = _merged(inherited, content)
-        files.append(parent_lines)
+        try:
+            inherited, parent_lines, twice = _read_parent(path, parent, lines)
+            content = _merged(inherited, content)
+            files.append(parent_lines)
+            errors += _told(parent_lines, twice)
+        except InputError as error:
+            errors.append(error)
+            orphaned = True
     overridden = []
-    faults = []
     for override in overrides:
         try:
             overridden.append(_apply(content, override))
         except ValueError as error:
-            faults.append(Problem(f"--set {override}", str(error)))
-    if faults:
-        raise FileProblems(str(path), faults)
-    return Written(content, tuple(files), tuple(overridden))
+            errors += _told(lines, [Problem(f"--set {override}", str(error))])
+    return Written(content, tuple(files), tuple(overridden), tuple(errors), orphaned)
 
 
-def _read_parent(path: Path, name: Any, lines: Lines) -> tuple[dict[str, Any], Lines]:
+def _told(lines: Lines, problems: Sequence[Problem]) -> list[InputError]:
+    return [FileProblems(lines.source, problems)] if problems else []
+
+
+def _read_parent(path: Path, name: Any, lines: Lines) -> tuple[dict[str, Any], Lines, list[Problem]]:
     """The parent's content without what is the parent's own: its name."""
     place = lines.of(("extends",))
     parent = path.parent / str(name)
     if not parent.is_file():
         fault = f"no file {parent}; the path is relative to the recipe's own folder"
         raise FileProblems(str(path), [Problem("extends", fault, place)])
-    content, parent_lines = load_yaml(parent)
+    content, parent_lines, duplicates = load_yaml_with_duplicates(parent)
     if content.get("extends") is not None:
         fault = f"{parent} extends another recipe itself; a parent must stand alone"
         raise FileProblems(str(path), [Problem("extends", fault, place)])
     content.pop("name", None)
-    return content, parent_lines
+    return content, parent_lines, duplicates
 
 
 def _merged(parent: Mapping[str, Any], child: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,8 +6,10 @@ Importing it brings TRL and torch in, so stages import it inside `run`.
 import dataclasses
 import difflib
 import functools
+import importlib.metadata
 import math
 import shutil
+import types
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -29,12 +31,14 @@ from transformers import (
 from trl import DPOConfig, RewardConfig, SFTConfig
 
 from align import processes
+from align.artefacts import write_json_if_changed
 from align.config import OptimizerBlock
 from align.errors import FileProblems, InputError, NotFinite, Problem
 from align.models.policy import default_device
 from align.repro import derive_seed
 from align.stage import Context
 from align.tracking import Tracker
+from align.trl_options import CONFIGS, INSTEAD, OUT_OF_PLACE, TABLE
 
 Config = TypeVar("Config", SFTConfig, RewardConfig, DPOConfig)
 
@@ -42,79 +46,6 @@ CHECKPOINTS = "checkpoint"
 COMPLETE = "complete"
 UNLOGGED = {"num_tokens", "total_flos"}
 """Counters that start from zero when a run is resumed: with them its figures would differ from an undisturbed one's."""
-
-INSTEAD = {
-    "learning_rate": "set `optimizer.learning_rate`",
-    "per_device_train_batch_size": "set `optimizer.micro_batch_size`",
-    "gradient_accumulation_steps": "it follows from `optimizer.batch_size` and `optimizer.micro_batch_size`",
-    "auto_find_batch_size": "set `optimizer.micro_batch_size`",
-    "warmup_steps": "set `optimizer.warmup_ratio`",
-    "warmup_ratio": "set `optimizer.warmup_ratio`",
-    "lr_scheduler_type": "set `optimizer.schedule`",
-    "weight_decay": "set `optimizer.weight_decay`",
-    "max_grad_norm": "set `optimizer.max_grad_norm`",
-    "num_train_epochs": "set `epochs`",
-    "max_length": "set `max_length` beside `trl`",
-    "truncation_mode": "nothing is truncated: rows longer than `max_length` are left out and counted",
-    "beta": "set `beta` beside `trl`",
-    "seed": "set the recipe's `seed`",
-    "data_seed": "set the recipe's `seed`",
-    "bf16": "set `model.precision`",
-    "fp16": "set `model.precision`",
-    "use_cpu": "set the environment variable ACCELERATE_USE_CPU",
-    "report_to": "set `tracking`",
-    "gradient_checkpointing": "it is `activation_checkpointing` now",
-    "gradient_checkpointing_kwargs": "it is `activation_checkpointing_kwargs` now",
-    "trust_remote_code": "set `model.trust_remote_code`",
-    "label_names": "the columns are made by the stage",
-    "remove_unused_columns": "the columns are made by the stage",
-    "logging_steps": "every step is logged",
-    "logging_strategy": "every step is logged",
-    "logging_nan_inf_filter": "a loss that is not finite stops the stage",
-    "save_strategy": "set `save_steps`",
-    "save_total_limit": "the last two checkpoints are kept, until the stage is published",
-}
-OUT_OF_PLACE = {
-    "output_dir",
-    "do_train",
-    "do_eval",
-    "do_predict",
-    "eval_strategy",
-    "eval_steps",
-    "eval_delay",
-    "eval_on_start",
-    "load_best_model_at_end",
-    "resume_from_checkpoint",
-    "save_only_model",
-    "push_to_hub",
-    "hub_token",
-    "hub_model_id",
-    "hub_strategy",
-    "hub_private_repo",
-    "hub_always_push",
-    "hub_revision",
-    "run_name",
-    "project",
-    "model_init_kwargs",
-    "chat_template_path",
-    "eos_token",
-    "pad_token",
-    "dataset_text_field",
-    "dataset_kwargs",
-    "dataset_num_proc",
-    "completion_only_loss",
-    "assistant_only_loss",
-    "eval_packing",
-    "ignore_data_skip",
-    "restore_callback_states_from_checkpoint",
-    "enable_jit_checkpoint",
-    "sync_ref_model",
-    "ref_model_mixup_alpha",
-    "ref_model_sync_steps",
-    "precompute_ref_log_probs",
-    "precompute_ref_batch_size",
-}
-"""Options that would be ignored here, or would take the stage's work out of its hands."""
 
 
 def training_config(kind: type[Config], context: Context, compute_dtype: torch.dtype, **own: Any) -> Config:
@@ -201,6 +132,26 @@ def _option_types(kind: type) -> dict[str, Any]:
 
 def _type_name(hint: Any) -> str:
     return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+
+
+def option_table() -> dict[str, Any]:
+    """What `trl_options.json` holds: the versions, and each config's options with their types in plain words."""
+    kinds = {kind.__name__: kind for kind in (SFTConfig, RewardConfig, DPOConfig)}
+    versions = {name: importlib.metadata.version(name) for name in ("trl", "transformers")}
+    options = {
+        name: {option: _plain_type(hint) for option, hint in sorted(_option_types(kinds[name]).items())}
+        for name in CONFIGS.values()
+    }
+    return {"versions": versions, "options": options}
+
+
+def _plain_type(hint: Any) -> str:
+    """Such as `float | None`; `other` for what recipes are not held to before the stage runs."""
+    parts = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    names = ["None" if part is type(None) else getattr(part, "__name__", "") for part in parts]
+    return (
+        " | ".join(sorted(names, key="None".__eq__)) if {*names} <= {"bool", "int", "float", "str", "None"} else "other"
+    )
 
 
 def accumulation_steps(stage: str, optimizer: OptimizerBlock, world_size: int) -> int:
@@ -350,3 +301,7 @@ def with_labels(
         return {**collate(rows), **{name: torch.tensor(values) for name, values in labels.items()}}
 
     return collate_pairs
+
+
+if __name__ == "__main__":
+    write_json_if_changed(TABLE, option_table())

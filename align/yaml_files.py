@@ -13,6 +13,7 @@ from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 from align.errors import FileProblems, InputError, Problem
 
 KeyPath = tuple[str | int, ...]
+MISSING = "is missing"
 MERGE_TAG = "tag:yaml.org,2002:merge"
 
 
@@ -39,11 +40,23 @@ class Lines:
 
 
 def load_yaml(path: Path) -> tuple[dict[str, Any], Lines]:
-    """The plain content of a YAML file whose top is a mapping, and the lines of its keys.
+    """`load_yaml_with_duplicates`, where a key written twice is an error at once.
+
+    Raises:
+        FileProblems: duplicate keys (every one of them).
+    """
+    content, lines, duplicates = load_yaml_with_duplicates(path)
+    if duplicates:
+        raise FileProblems(str(path), duplicates)
+    return content, lines
+
+
+def load_yaml_with_duplicates(path: Path) -> tuple[dict[str, Any], Lines, list[Problem]]:
+    """The plain content of a YAML file whose top is a mapping, the lines of its keys, and keys written twice.
 
     Raises:
         InputError: no such file, one that this user may not read, or not text.
-        FileProblems: bad YAML, or duplicate keys (every one of them).
+        FileProblems: bad YAML.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -55,11 +68,18 @@ def load_yaml(path: Path) -> tuple[dict[str, Any], Lines]:
         raise InputError(f"{path}: cannot be read ({error.strerror}); make it readable for this user") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
-    return parse_yaml(text, str(path))
+    return _parsed(text, str(path))
 
 
 def parse_yaml(text: str, source: str) -> tuple[dict[str, Any], Lines]:
     """`load_yaml` for text; `source` names it in errors."""
+    content, lines, duplicates = _parsed(text, source)
+    if duplicates:
+        raise FileProblems(source, duplicates)
+    return content, lines
+
+
+def _parsed(text: str, source: str) -> tuple[dict[str, Any], Lines, list[Problem]]:
     yaml = YAML(typ="safe", pure=True)
     # Duplicates are found below, all at once; the loader itself would stop at the first.
     yaml.allow_duplicate_keys = True
@@ -70,9 +90,7 @@ def parse_yaml(text: str, source: str) -> tuple[dict[str, Any], Lines]:
         if not isinstance(root, MappingNode):
             raise FileProblems(source, [Problem("", "must hold `key: value` settings at its top", _line(root))])
         positions = list(_positions(root))
-        if duplicates := _duplicates(positions):
-            raise FileProblems(source, duplicates)
-        return yaml.load(text), Lines(source, dict(positions))
+        return yaml.load(text), Lines(source, dict(positions)), _duplicates(positions)
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         fault = f"not valid YAML: {error.problem or error.context}"
@@ -170,7 +188,7 @@ def _plain_words(detail: Mapping[str, Any], location: KeyPath, model: type[BaseM
     """Pydantic's error in the words of this program; its own message where there is no better one."""
     kind, given, context = detail["type"], detail["input"], detail.get("ctx", {})
     if kind == "missing":
-        return "is missing"
+        return MISSING
     if kind == "extra_forbidden":
         return _unknown_key(str(location[-1]), _fields_at(model, location[:-1]))
     if kind in BOUNDS:
@@ -178,6 +196,8 @@ def _plain_words(detail: Mapping[str, Any], location: KeyPath, model: type[BaseM
         return f"must be {word} {context[limit]:g}, got {_shown(given)}"
     if kind == "literal_error":
         return f"must be {context['expected']}, got {_shown(given)}"
+    if kind == "finite_number":
+        return f"must be a finite number, got {_shown(given)}"
     if kind == "too_short":
         return f"must have at least {context['min_length']}, got {context['actual_length']}"
     if kind == "string_too_short":

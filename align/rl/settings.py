@@ -165,6 +165,8 @@ class PpoBlock(Block):
         unused = sorted(VALUE_SETTINGS & self.model_fields_set) if self.advantage != "gae" else []
         if unused:
             raise ValueError(f"advantage {self.advantage} has no value model: remove {', '.join(unused)}")
+        if self.kl_target is None and "kl_horizon" in self.model_fields_set:
+            raise ValueError("kl_horizon is read only where kl_coef is adapted: set kl_target, or remove it")
         names = [source.key for source in self.rewards]
         if len(set(names)) < len(names):
             raise ValueError(f"rewards: two sources are called the same ({', '.join(names)}); give them a `name` each")

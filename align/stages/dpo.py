@@ -27,6 +27,9 @@ LOSS_OPTIONS = (
 )
 """Options of TRL's own losses, which know no soft labels."""
 
+NO_PAIRS = "dpo.human: no pairs to train on; give some, or set `ai: true`"
+IGNORED_SMOOTHING = "dpo.trl.label_smoothing: TRL ignores it with the loss `sigmoid`; use `loss_type: [robust]`"
+
 
 class DpoBlock(Block):
     """Direct preference optimization."""
@@ -56,9 +59,8 @@ class Dpo(Stage):
         return tuple(source.path for source in settings.human if Path(source.path).expanduser().exists())
 
     def check(self, settings: DpoBlock, shared: Mapping[str, Any]) -> list[str]:
-        if settings.ai or settings.human:
-            return []
-        return ["dpo.human: no pairs to train on; give some, or set `ai: true`"]
+        faults = [] if settings.ai or settings.human else [NO_PAIRS]
+        return [*faults, IGNORED_SMOOTHING] if ignores_smoothing(settings) else faults
 
     def run(self, context: Context) -> Outcome:
         from align.models.policy import compute_dtype, load_tokenizer
@@ -100,9 +102,14 @@ def check_loss(settings: DpoBlock, pairs: list[PreferencePair]) -> bool:
             f"dpo.trl.{asked[0]}: TRL's losses take labels for certain, and {soft} of {len(pairs)} pairs have soft "
             f"ones; leave out {', '.join(asked)}, or train on human pairs alone"
         )
-    if settings.trl.get("label_smoothing") and settings.trl.get("loss_type", ["sigmoid"]) == ["sigmoid"]:
-        raise InputError("dpo.trl.label_smoothing: TRL ignores it with the loss `sigmoid`; use `loss_type: [robust]`")
+    if ignores_smoothing(settings):
+        raise InputError(IGNORED_SMOOTHING)
     return bool(asked)
+
+
+def ignores_smoothing(settings: DpoBlock) -> bool:
+    """Whether a label smoothing is asked for that TRL's loss does not read."""
+    return bool(settings.trl.get("label_smoothing")) and settings.trl.get("loss_type", ["sigmoid"]) == ["sigmoid"]
 
 
 STAGE = Dpo()

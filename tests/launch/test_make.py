@@ -105,6 +105,21 @@ def test_run_brings_the_whole_recipe_up_to_date(folder: Path) -> None:
     assert "capitals  runs/recipe/shared/capitals\n" in again.stdout, "where the results are"
 
 
+def test_what_run_made_by_itself_is_up_to_date_for_every_target(folder: Path) -> None:
+    path = os.pathsep.join([str(FAKES), os.environ["PYTHONPATH"]])
+    command = [sys.executable, "-m", "align", "run", "recipe.yaml"]
+    subprocess.run(command, cwd=folder, env={**os.environ, "PYTHONPATH": path}, check=True, capture_output=True)
+    first = make(folder, "capitals")
+    assert first.returncode == 0, first.stderr
+    assert "up to date (" not in first.stdout, "no stage was started only to say so"
+
+
+def test_an_old_make_is_told_so(folder: Path) -> None:
+    old = make(folder, "help", "MAKE_VERSION=3.81")
+    assert old.returncode == 2
+    assert "GNU make 4.2 or newer is needed, this is 3.81" in old.stderr
+
+
 def test_a_failing_stage_ends_make_with_its_message_and_is_tried_again(folder: Path) -> None:
     failed = make(folder, "capitals", "SET=letters.fail=input")
     assert failed.returncode == 2

@@ -1,5 +1,6 @@
 """Commands that run stages, and the number of processes that they ask for."""
 
+import os
 import subprocess
 import sys
 import time
@@ -152,6 +153,24 @@ def test_a_stage_does_not_outlive_the_process_that_launched_it() -> None:
     # The pipe closes once the last process that holds it is gone; the child's own end is a minute away.
     start = time.monotonic()
     assert parent.stdout.read() == ""
+    assert time.monotonic() - start < 30
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process of its parent's death")
+def test_a_rank_does_not_outlive_its_launcher() -> None:
+    rank = (
+        "import os, time; from align import __main__; "
+        "__main__.main = lambda: print(os.getpid(), flush=True) or time.sleep(60); __main__.end()"
+    )
+    launcher = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {rank!r}])"
+    environment = {**os.environ, "LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "2"}
+    parent = subprocess.Popen([sys.executable, "-c", launcher], env=environment, stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    assert parent.stdout.readline().strip().isdigit()
+    parent.kill()
+    parent.wait()
+    start = time.monotonic()
+    assert parent.stdout.read() == "", "the pipe closes once the rank is gone"
     assert time.monotonic() - start < 30
 
 

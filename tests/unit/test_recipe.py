@@ -233,3 +233,72 @@ def test_a_recipe_that_is_not_there_or_empty_is_refused() -> None:
 @pytest.mark.parametrize("name", ["../up", "a/b", "", ".hidden"])
 def test_a_name_that_is_no_folders_name_is_refused(name: str) -> None:
     assert any("name:" in line for line in faults("recipe.yaml", f"name='{name}'"))
+
+
+def test_faults_of_training_blocks_are_told_with_the_others_before_anything_runs() -> None:
+    blocks = """\
+sft:
+  trl:
+    learing_rate: 0.1
+    adam_beta1: "0.9"
+    output_dir: x
+  optimizer: {learning_rate: .inf}
+reward:
+  optimizer: {batch_size: 6, micro_batch_size: 4}
+  trl: {bf17: true, disable_dropout: false}
+dpo:
+  trl: {label_smoothing: 0.1}
+sed: 1
+"""
+    said = faults(write(RECIPE.replace("sft: {}\n", "").replace("reward: {}\n", "") + blocks))
+    told = [line.partition("  ")[2] for line in said[1:]]
+    assert told == [
+        "sft.trl.learing_rate: no such option; did you mean `learning_rate`? That is not set here; "
+        "set `optimizer.learning_rate`",
+        "sft.trl.adam_beta1: expected float, got '0.9'",
+        "sft.trl.output_dir: the stage decides this itself; leave it out",
+        "sft.optimizer.learning_rate: must be a finite number, got inf",
+        "reward.optimizer.batch_size: 6 is not a multiple of micro_batch_size 4; "
+        "make it one, or micro_batch_size smaller",
+        "reward.trl.bf17: no such option; did you mean `bf16`? That is not set here; set `model.precision`",
+        "reward.trl.disable_dropout: the stage decides this itself; leave it out",
+        "dpo.trl.label_smoothing: TRL ignores it with the loss `sigmoid`; use `loss_type: [robust]`",
+        "sed: no such setting; did you mean `seed`?",
+    ]
+
+
+def test_options_of_trl_are_checked_by_name_type_and_place() -> None:
+    told = faults(write(RECIPE), "sft.trl={learing_rate: 1, adam_beta1: '0.9', output_dir: x, adam_beta2: 0.9}")
+    assert told[0] == "recipe.yaml: 3 problems"
+    assert "--set sft.trl.adam_beta1: expected float, got '0.9'" in told
+    assert "--set sft.trl.output_dir: the stage decides this itself; leave it out" in told
+    assert any(line.startswith("--set sft.trl.learing_rate: no such option; did you mean") for line in told)
+
+
+@pytest.mark.parametrize(
+    ("override", "fault"),
+    [
+        ("judge.engine={kind: openai}", "name the `model` that the server serves"),
+        ("judge.engine={base_url: 'http://localhost'}", "kind local reads no base_url; remove it"),
+        ("ppo.kl_horizon=5", "kl_horizon is read only where kl_coef is adapted"),
+        ("sample.sampling.temperature=.nan", "must be a finite number, got nan"),
+    ],
+)
+def test_settings_that_nothing_would_read_or_count_with_are_refused(override: str, fault: str) -> None:
+    assert fault in "\n".join(faults("recipe.yaml", override))
+
+
+def test_a_key_written_twice_and_a_bad_override_are_told_with_the_other_faults() -> None:
+    said = faults(write(RECIPE + "seed: 1\nseed: 2\nsed: 3\n"), "dpo", "sft.epochs=-1")
+    assert said[0] == "recipe.yaml: 4 problems"
+    assert "line 13  seed: written twice, first on line 12; keep one" in said
+    assert "line 14  sed: no such setting; did you mean `seed`?" in said
+    assert "--set dpo: expected key=value, such as ppo.kl_coef=0.1" in said
+    assert "--set sft.epochs: must be above 0, got -1" in said
+
+
+def test_without_its_parent_a_recipe_is_told_its_own_faults_and_not_what_only_the_parent_has() -> None:
+    said = faults(write("extends: gone.yaml\nmodel: {precision: fp32}\nsed: 3\nreward: {}\n", "child.yaml"))
+    assert said[0] == "child.yaml: 2 problems"
+    assert said[1].startswith("line 1  extends: no file gone.yaml")
+    assert said[2] == "line 3  sed: no such setting; did you mean `seed`?"

@@ -1,5 +1,6 @@
 """Our settings in TRL's terms, and what surrounds its trainers."""
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from align.errors import FileProblems, InputError
 from align.repro import derive_seed
 from align.stages.sft import STAGE
 from align.trl_bridge import COMPLETE, accumulation_steps, check_options, last_checkpoint, training_config
+from align.trl_options import TABLE
 from align.trl_trainers import soft_label_loss
 from tests.stages.training import context
 
@@ -159,3 +161,9 @@ def test_soft_label_loss_stays_finite_at_huge_margins() -> None:
     loss.sum().backward()
     assert margin.grad is not None
     torch.testing.assert_close(margin.grad, torch.tensor([0.1, -0.9]))
+
+
+def test_the_shipped_table_of_options_is_the_installed_trl_s() -> None:
+    from align.trl_bridge import option_table
+
+    assert json.loads(TABLE.read_text()) == option_table(), "write it anew: python -m align.trl_bridge"
