@@ -21,6 +21,9 @@ from align.runner import find_step, is_up_to_date
 from align.stages import all_stages
 from align.world import ASKED, configured_processes
 
+PATIENCE_SECONDS = 2.0
+"""How long an interrupted child may take to show that it knows; ending by itself may take it longer."""
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -107,14 +110,30 @@ def stage_command(recipe: Recipe, stage: str, launch: Launch) -> Command:
 
 
 def run(words: Sequence[str], environment: Mapping[str, str]) -> int:
-    """Run a command to its end, and end it should this process die; returns its exit code, 128 + n after signal n."""
+    """Run a command to its end, and end it should this process die; returns its exit code, 128 + n after signal n.
+
+    Interrupted, it returns 130 whatever the child made of it, so that nothing follows.
+    """
     child = subprocess.Popen(words, env={**os.environ, **environment}, preexec_fn=die_with_parent)
+    try:
+        code = child.wait()
+    except KeyboardInterrupt:
+        _interrupt(child)
+        return 128 + signal.SIGINT
+    return code if code >= 0 else 128 - code
+
+
+def _interrupt(child: "subprocess.Popen[bytes]") -> None:
+    """Wait for an interrupted child. A terminal tells it too; where nobody has, we do."""
+    told = False
     while True:
         try:
-            code = child.wait()
-            return code if code >= 0 else 128 - code
+            child.wait(None if told else PATIENCE_SECONDS)
+            return
+        except subprocess.TimeoutExpired:
+            child.send_signal(signal.SIGINT)
+            told = True
         except KeyboardInterrupt:
-            # The terminal has sent it to the child too, which ends by itself.
             continue
 
 

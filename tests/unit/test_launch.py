@@ -1,6 +1,7 @@
 """Commands that run stages, and the number of processes that they ask for."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -193,3 +194,14 @@ def test_a_failure_that_cannot_be_noted_is_told_at_once(monkeypatch: pytest.Monk
     monkeypatch.setenv(FAILURE, "/nowhere/failure.json")
     assert not note_failure(InputError("told"))
     assert read_failure(Path("/nowhere/failure.json")) is None
+
+
+def test_an_interruption_of_the_parent_alone_ends_the_child_and_is_told(tmp_path: Path) -> None:
+    """As a supervisor sends it; a terminal would have told the child too."""
+    child = f"import pathlib, time; pathlib.Path({str(tmp_path / 'begun')!r}).touch(); time.sleep(60)"
+    program = f"import sys; from align.launch import run; sys.exit(run([sys.executable, '-c', {child!r}], {{}}))"
+    parent = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.DEVNULL)
+    while not (tmp_path / "begun").exists():
+        time.sleep(0.05)
+    parent.send_signal(signal.SIGINT)
+    assert parent.wait(30) == 130

@@ -112,7 +112,7 @@ def test_files_that_broke_off_are_told(tmp_path: Path) -> None:
     for name, told in {"a.jsonl.gz": "not whole", "b.jsonl.gz": "not whole", "c.parquet": "not a parquet file"}.items():
         with pytest.raises(InputError, match=told):
             rows(tmp_path / name)
-    with pytest.raises(InputError, match="not UTF-8 text .*; save it as UTF-8"):
+    with pytest.raises(InputError, match=r"not UTF-8 text .*; save it as UTF-8"):
         rows(tmp_path / "d.jsonl")
 
 
