@@ -87,6 +87,14 @@ class SamplingBlock(Block):
     batch_size: Positive = Field(32, description="completions made together, in each process")
 
 
+OF_SERVERS = ("base_url", "api_key_env")
+"""Keys of an engine that a server alone reads."""
+
+
+def _is_changed(block: Block, name: str) -> bool:
+    return bool(getattr(block, name) != type(block).model_fields[name].default)
+
+
 class EngineBlock(Block):
     """What answers requests: this machine (`local`), or an OpenAI-compatible server."""
 
@@ -102,8 +110,8 @@ class EngineBlock(Block):
     def _of_its_kind(self) -> "EngineBlock":
         if self.kind == "openai" and not self.model:
             raise ValueError("kind openai: name the `model` that the server serves")
-        if self.kind == "local" and (unread := {"base_url", "api_key_env"} & self.model_fields_set):
-            raise ValueError(f"kind local reads no {', '.join(sorted(unread))}; remove it, or set `kind: openai`")
+        if self.kind == "local" and (unread := [name for name in OF_SERVERS if _is_changed(self, name)]):
+            raise ValueError(f"kind local reads no {', '.join(unread)}; remove it, or set `kind: openai`")
         return self
 
 

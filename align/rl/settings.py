@@ -165,7 +165,7 @@ class PpoBlock(Block):
         unused = sorted(VALUE_SETTINGS & self.model_fields_set) if self.advantage != "gae" else []
         if unused:
             raise ValueError(f"advantage {self.advantage} has no value model: remove {', '.join(unused)}")
-        if self.kl_target is None and "kl_horizon" in self.model_fields_set:
+        if self.kl_target is None and self.kl_horizon != type(self).model_fields["kl_horizon"].default:
             raise ValueError("kl_horizon is read only where kl_coef is adapted: set kl_target, or remove it")
         names = [source.key for source in self.rewards]
         if len(set(names)) < len(names):

@@ -250,7 +250,8 @@ dpo:
   trl: {label_smoothing: 0.1}
 sed: 1
 """
-    said = faults(write(RECIPE.replace("sft: {}\n", "").replace("reward: {}\n", "") + blocks))
+    others = "".join(line for line in RECIPE.splitlines(True) if not line.startswith(("sft:", "reward:")))
+    said = faults(write(others + blocks))
     told = [line.partition("  ")[2] for line in said[1:]]
     assert told == [
         "sft.trl.learing_rate: no such option; did you mean `learning_rate`? That is not set here; "
