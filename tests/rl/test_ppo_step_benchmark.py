@@ -1,15 +1,10 @@
 """The benchmark of a PPO step on a tiny model: its invariants hold in every run, whatever it measures."""
 
-import sys
-from pathlib import Path
-
+import ppo_step
 import pytest
+import torch
 
 from align.models.policy import load_causal_lm
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-import ppo_step
-import torch
 
 
 @pytest.mark.parametrize("name", [name for name in ppo_step.OURS if "4 epochs" not in name])
