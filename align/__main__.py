@@ -281,8 +281,10 @@ def end() -> None:
             raise
     sys.stdout.flush()
     sys.stderr.flush()
-    if code and processes.world_size() > 1:
-        os._exit(code)
+    if processes.world_size() > 1:
+        if code:
+            os._exit(code)
+        processes.disconnect()
     sys.exit(code)
 
 

@@ -44,6 +44,20 @@ def connect() -> int:
     return int(PartialState(cpu=on_cpu(), timeout=PATIENCE).num_processes)
 
 
+def disconnect() -> None:
+    """Leave the run's other processes, with nothing under way between them.
+
+    Without it, a process that ends while gloo's threads are still running is aborted now and then.
+    """
+    if world_size() == 1:
+        return
+    from torch import distributed
+
+    if distributed.is_initialized():
+        barrier()
+        distributed.destroy_process_group()
+
+
 def barrier() -> None:
     """Wait for every process."""
     if connect() > 1:

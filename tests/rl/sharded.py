@@ -130,7 +130,7 @@ def main(model_dir: Path, reward_dir: Path, output: Path, arrangement: str, shar
     if processes.is_first():
         model, dtype = trainer.models.policy, trainer.models.compute_dtype
         save_model(model, trainer.tokenizer, output, dtype, adapter_name="policy", state_dict=state)
-    processes.barrier()
+    processes.disconnect()
 
 
 if __name__ == "__main__":
