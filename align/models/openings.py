@@ -5,7 +5,7 @@ positions are then [padding, its opening, padding, the rest of it].
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -26,6 +26,10 @@ class Openings:
     def none(cls, rows: int) -> "Openings":
         """Nothing in common."""
         return cls([[]], [0] * max(rows, 1))
+
+    def of(self, rows: Sequence[int]) -> "Openings":
+        """The same openings for some of the rows."""
+        return Openings(self.ids, [self.of_row[row] for row in rows])
 
     @property
     def spared(self) -> int:
@@ -101,6 +105,54 @@ class OpeningBatch:
             layer.keys = layer.keys.index_select(0, self.of_row)
             layer.values = layer.values.index_select(0, self.of_row)
         return cache
+
+    def for_rows(self, of_row: Sequence[int]) -> "OpeningBatch":
+        """The same openings for other rows."""
+        return replace(self, of_row=torch.tensor(of_row, device=self.ids.device))
+
+
+class TakenIn:
+    """Openings that a model has taken in once for several passes over different rows.
+
+    Gradients of the passes gather in float32 copies of the keys and values, and go into the openings together.
+    """
+
+    def __init__(self, cache: Cache) -> None:
+        self._computed = [state for layer in cache.layers for state in (layer.keys, layer.values)]  # type: ignore[attr-defined]
+        self._leaves = [state.detach().float().requires_grad_() for state in self._computed]
+
+    def before(self, openings: OpeningBatch) -> OpeningBatch:
+        """The openings of a pass, which need not go through the model again."""
+        return _TakenInBatch(openings.ids, openings.mask, openings.of_row, self)
+
+    def cache_for_rows(self, of_row: Tensor, config: PreTrainedConfig) -> Cache:
+        """A cache that holds B rows of keys and values."""
+        cache = DynamicCache(config=config)
+        states = [
+            leaf.index_select(0, of_row).to(computed.dtype)
+            for leaf, computed in zip(self._leaves, self._computed, strict=True)
+        ]
+        for number, (keys, values) in enumerate(zip(states[::2], states[1::2], strict=True)):
+            cache.update(keys, values, number)
+        return cache
+
+    def backward(self) -> None:
+        """Send the gradients that the passes' backward passes left on into what computed the openings."""
+        reached = [
+            (computed, leaf.grad.to(computed.dtype))
+            for computed, leaf in zip(self._computed, self._leaves, strict=True)
+            if leaf.grad is not None and computed.requires_grad
+        ]
+        if reached:
+            torch.autograd.backward(*zip(*reached, strict=True))
+
+
+@dataclass(frozen=True)
+class _TakenInBatch(OpeningBatch):
+    taken_in: TakenIn
+
+    def cache_for_rows(self, forward: Callable[..., Any], config: PreTrainedConfig) -> Cache:
+        return self.taken_in.cache_for_rows(self.of_row, config)
 
 
 def opening_batch(openings: Openings, pad_id: int, device: torch.device) -> OpeningBatch:

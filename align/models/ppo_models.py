@@ -19,11 +19,13 @@ from align.models.attention import train_short_rows_plainly
 from align.models.heads import head_output, last_attended
 from align.models.logprobs import gather_logprobs
 from align.models.lora import fuse_adapters, merged_weights
-from align.models.openings import can_share
-from align.models.sequences import Rows, Sequences, completion_hidden, hidden_states
+from align.models.openings import OpeningBatch, TakenIn, can_share
+from align.models.sequences import Rows, Sequences, completion_hidden, hidden_states, taken_in
 from align.models.wrapped import inner_model, is_sharded
 
-Role = Literal["generate", "train", "logprobs", "values", "imitate", "reference", "score"]
+Role = Literal["generate", "train", "logprobs", "values", "imitate", "reference", "score", "openings"]
+
+Reader = Literal["policy", "value"]
 
 
 class SinglePass(NamedTuple):
@@ -94,13 +96,15 @@ class PpoModels(nn.Module):
     def forward(self, role: Role, **inputs: Any) -> Any:
         """One pass in a role: generate (called as a causal LM), train, logprobs, values, imitate, reference or score.
 
-        The last two have no gradient.
+        Reference and score have no gradient. Openings takes in what prompts begin with, once for several passes.
         """
         with self._autocast():
             if role == "generate":
                 return self._generate_pass(**inputs)
             if role == "train":
                 return self._train_pass(**inputs)
+            if role == "openings":
+                return self.take_in(**inputs)
             passes = {
                 "logprobs": self._policy_logprobs,
                 "values": self._value_pass,
@@ -168,6 +172,10 @@ class PpoModels(nn.Module):
 
     def generation_states(self, **inputs: Any) -> Tensor:
         """(B, L, H) the policy's last hidden states, for the inputs of a forward with a cache."""
+        raise NotImplementedError
+
+    def take_in(self, openings: OpeningBatch, reader: Reader) -> TakenIn:
+        """Openings put through the policy's or the value's layers."""
         raise NotImplementedError
 
     def policy_hidden(self, sequences: Sequences) -> Tensor:
@@ -264,6 +272,10 @@ class SharedTrunk(PpoModels):
             states: Tensor = self.causal_lm.base_model(**inputs).last_hidden_state
             return states
 
+    def take_in(self, openings: OpeningBatch, reader: Reader) -> TakenIn:
+        with self._adapter("value" if reader == "value" and self.value_adapter else "policy"):
+            return taken_in(self.causal_lm.base_model, openings)
+
     def policy_hidden(self, sequences: Sequences) -> Tensor:
         with self._adapter("policy"):
             return completion_hidden(self.causal_lm.base_model, sequences)
@@ -346,6 +358,10 @@ class SeparateModels(PpoModels):
     def generation_states(self, **inputs: Any) -> Tensor:
         states: Tensor = self.policy.base_model(**inputs).last_hidden_state
         return states
+
+    def take_in(self, openings: OpeningBatch, reader: Reader) -> TakenIn:
+        model = self.value_backbone if reader == "value" and self.value_backbone is not None else self.policy.base_model
+        return taken_in(model, openings)
 
     def policy_hidden(self, sequences: Sequences) -> Tensor:
         return completion_hidden(self.policy.base_model, sequences)

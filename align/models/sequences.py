@@ -8,10 +8,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache
 
 from align.models.openings import (
     OpeningBatch,
     Openings,
+    TakenIn,
     left_padded,
     opening_batch,
     positions,
@@ -35,16 +37,6 @@ class Rows:
     def position_ids(self) -> Tensor:
         """(B, L) from the beginning of the opening on."""
         return positions(self.openings.before(self.attention_mask))[:, self.openings.width :]
-
-    @property
-    def computed(self) -> int:
-        """Positions that go through the model."""
-        return self.input_ids.numel() + self.openings.ids.numel()
-
-    @property
-    def padding(self) -> int:
-        """Positions among them that are padding."""
-        return int((self.attention_mask == 0).sum() + (self.openings.mask == 0).sum())
 
 
 @dataclass(frozen=True)
@@ -71,30 +63,40 @@ def lay_out(
     share: bool,
 ) -> Sequences:
     """Lay out prompts and their completions, token ids; with `share`, common beginnings of prompts are split off."""
-    openings = _worthwhile(prompts, share)
-    before, before_mask = left_padded(_rests(prompts, openings), pad_id, device)
+    openings = worthwhile_openings(prompts, share)
+    return lay_out_after(opening_batch(openings, pad_id, device), rests(prompts, openings), completions, pad_id)
+
+
+def lay_out_after(
+    opened: OpeningBatch, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], pad_id: int
+) -> Sequences:
+    """Lay out prompts without their openings, and their completions."""
+    device = opened.ids.device
+    before, before_mask = left_padded(prompts, pad_id, device)
     after, after_mask = right_padded(completions, pad_id, device)
     return Sequences(
         torch.cat([before, after], dim=1),
         torch.cat([before_mask, after_mask], dim=1),
-        opening_batch(openings, pad_id, device),
+        opened,
         after_mask.bool(),
     )
 
 
 def lay_out_rows(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device, *, share: bool) -> Rows:
     """Lay out rows that end together, in their last position."""
-    openings = _worthwhile(rows, share)
-    ids, mask = left_padded(_rests(rows, openings), pad_id, device)
+    openings = worthwhile_openings(rows, share)
+    ids, mask = left_padded(rests(rows, openings), pad_id, device)
     return Rows(ids, mask, opening_batch(openings, pad_id, device))
 
 
-def _worthwhile(rows: Sequence[Sequence[int]], share: bool) -> Openings:
+def worthwhile_openings(rows: Sequence[Sequence[int]], share: bool) -> Openings:
+    """What rows begin with, if with `share` it spares enough to go through a model by itself."""
     openings = shared_openings(rows) if share else Openings.none(len(rows))
     return openings if openings.spared >= WORTH_SHARING else Openings.none(len(rows))
 
 
-def _rests(rows: Sequence[Sequence[int]], openings: Openings) -> list[Sequence[int]]:
+def rests(rows: Sequence[Sequence[int]], openings: Openings) -> list[Sequence[int]]:
+    """The rows without their openings."""
     return [row[len(openings.ids[group]) :] for row, group in zip(rows, openings.of_row, strict=True)]
 
 
@@ -110,6 +112,11 @@ def hidden_states(backbone: nn.Module, rows: Rows) -> Tensor:
         use_cache=cache is not None,
     ).last_hidden_state
     return states
+
+
+def taken_in(backbone: nn.Module, openings: OpeningBatch) -> TakenIn:
+    """Openings put through a backbone, for several passes over what comes after them."""
+    return TakenIn(openings.run(backbone, DynamicCache(config=backbone.config)))  # type: ignore[arg-type]
 
 
 def completion_hidden(backbone: nn.Module, sequences: Sequences) -> Tensor:

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from align import processes
 from align.config import OptimizerBlock
-from align.models.sequences import Sequences, lay_out
+from align.models.openings import OpeningBatch, opening_batch
+from align.models.sequences import Sequences, lay_out, lay_out_after, rests, worthwhile_openings
 from align.repro import derive_seed
 from align.rl.rollout import Completion, permutation
 
@@ -37,9 +38,57 @@ def micro_batches(
 
     With `share`, what prompts of a pass begin with goes through it once.
     """
-    ordered = sorted(rows, key=lambda row: (completions[row].length, row))
-    groups = [ordered[start : start + size] for start in range(0, len(ordered), size)]
+    groups = _by_length(completions, rows, size)
     return [_micro_batch(completions, group, pad_id, device, share) for group in groups]
+
+
+def with_common_openings(
+    completions: Sequence[Completion], rows: Sequence[int], size: int, pad_id: int, device: torch.device
+) -> list[MicroBatch]:
+    """The same with one set of openings for all passes, if that is no more rows than a pass may have.
+
+    Otherwise each pass has its own.
+    """
+    groups = _by_length(completions, rows, size)
+    prompts = {row: completions[row].prompt.ids for group in groups for row in group}
+    openings = worthwhile_openings(list(prompts.values()), share=True)
+    if len(groups) < 2 or not openings.spared or len(openings.ids) > size:
+        return micro_batches(completions, rows, size, pad_id, device, share=True)
+    opened = opening_batch(openings, pad_id, device)
+    of_row = dict(zip(prompts, openings.of_row, strict=True))
+    after = dict(zip(prompts, rests(list(prompts.values()), openings), strict=True))
+    return [
+        MicroBatch(
+            torch.tensor(group),
+            lay_out_after(
+                opened.for_rows([of_row[row] for row in group]),
+                [after[row] for row in group],
+                [completions[row].tokens for row in group],
+                pad_id,
+            ),
+        )
+        for group in groups
+    ]
+
+
+def common_openings(batches: Sequence[MicroBatch]) -> OpeningBatch | None:
+    """The openings that several passes have in common; None where each has its own, or none."""
+    first = batches[0].sequences.openings if len(batches) > 1 else None
+    if first is None or not first.width or any(batch.sequences.openings.ids is not first.ids for batch in batches):
+        return None
+    return first
+
+
+def positions(batches: Sequence[MicroBatch]) -> tuple[int, int]:
+    """Positions that go through a model in these passes, and how many of them are padding; common openings once."""
+    openings = {id(batch.sequences.openings.ids): batch.sequences.openings for batch in batches}.values()
+    masks = [batch.sequences.attention_mask for batch in batches] + [opened.mask for opened in openings]
+    return sum(mask.numel() for mask in masks), sum(int((mask == 0).sum()) for mask in masks)
+
+
+def _by_length(completions: Sequence[Completion], rows: Sequence[int], size: int) -> list[list[int]]:
+    ordered = sorted(rows, key=lambda row: (completions[row].length, row))
+    return [ordered[start : start + size] for start in range(0, len(ordered), size)]
 
 
 def _micro_batch(
@@ -81,6 +130,10 @@ class Batches:
         self, completions: Sequence[Completion], rows: Sequence[int], *, with_gradient: bool = True
     ) -> list[MicroBatch]:
         """Micro-batches of some rows."""
+        if with_gradient and self.share:
+            return with_common_openings(
+                completions, rows, self.options.micro_batch_size, self.pad_id, self.device
+            )
         size = self.options.micro_batch_size * (1 if with_gradient else ROWS_WITHOUT_GRADIENT)
         return micro_batches(completions, rows, size, self.pad_id, self.device, share=self.share)
 

@@ -24,7 +24,7 @@ from align.errors import AlignError, InputError, NotFinite
 from align.models.ppo_models import TrainPass
 from align.repro import peak_resident_gb
 from align.rl import checkpoint
-from align.rl.batches import Batches, MicroBatch
+from align.rl.batches import Batches, MicroBatch, positions
 from align.rl.clock import Clock
 from align.rl.early_stop import Ending
 from align.rl.experience import Collector, Experience, gathered, not_finite
@@ -33,6 +33,7 @@ from align.rl.losses import clipped_policy_loss, clipped_value_loss
 from align.rl.rewards import Rewards, adapted_kl_coef
 from align.rl.rollout import Completion, TokenizedPrompt
 from align.rl.settings import PpoBlock
+from align.rl.shared_openings import SharedOpenings
 from align.rl.updates import open_updates
 from align.rl.watch import Watch
 from align.tracking import Tracker, truncate_rows
@@ -206,13 +207,15 @@ class PpoTrainer:
         imitation = self._imitate(imitated)
         tokens = self._tokens(batches)
         totals: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
+        openings = SharedOpenings(self.updates, batches)
         for index, batch in enumerate(batches):
             with self.updates.accumulate(last=index == len(batches) - 1):
-                for loss, sums in self._losses(experience, batch, first=first):
+                for loss, sums in self._losses(experience, batch, openings, first=first):
                     # Gradients are averaged over processes; the loss is the whole minibatch's mean a token.
                     self.updates.backward(loss * processes.world_size() / tokens)
                     for name, value in sums.items():
                         totals[name] = torch.maximum(totals[name], value) if name in LARGEST else totals[name] + value
+        openings.backward()
         if first:
             _share_old_logprobs(experience, batches)
         norm = self.updates.step()
@@ -227,13 +230,13 @@ class PpoTrainer:
         return figures | imitation | {"gradient_norm": norm, "skipped_steps": float(not finite)}
 
     def _losses(
-        self, experience: Experience, batch: MicroBatch, *, first: bool
+        self, experience: Experience, batch: MicroBatch, openings: SharedOpenings, *, first: bool
     ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         """A micro-batch's summed losses, each with sums of its figures.
 
         A value model of its own has a pass of its own, so that the activations of two passes are never held at once.
         """
-        now: TrainPass = self.updates.wrapped("train", sequences=batch.sequences)
+        now: TrainPass = self.updates.wrapped("train", sequences=openings.before(batch, "policy"))
         self._check_finite(now.logprobs, experience, batch)
         loss, sums = self._policy_loss(experience, batch, now, first=first)
         if now.values is not None:
@@ -241,7 +244,8 @@ class PpoTrainer:
             loss, sums = loss + value_loss, sums | value_sums
         yield loss, sums
         if self.settings.advantage == "gae" and now.values is None:
-            yield self._value_loss(experience, batch, self.updates.wrapped("values", sequences=batch.sequences).result)
+            values = self.updates.wrapped("values", sequences=openings.before(batch, "value")).result
+            yield self._value_loss(experience, batch, values)
 
     def _policy_loss(
         self, experience: Experience, batch: MicroBatch, now: TrainPass, *, first: bool
@@ -310,8 +314,8 @@ class PpoTrainer:
 
     def _padding_share(self, batches: Sequence[MicroBatch]) -> float:
         """Share of a minibatch's positions that is padding, over all processes."""
-        padding = self._all_sum(torch.tensor(float(sum(batch.sequences.padding for batch in batches))))
-        return float(padding / self._all_sum(torch.tensor(float(sum(batch.sequences.computed for batch in batches)))))
+        computed, padding = self._all_sum(torch.tensor(positions(batches), dtype=torch.float32)).tolist()
+        return padding / computed
 
     def _peak_memory(self) -> float:
         if self.device.type == "cuda":

@@ -132,7 +132,7 @@ def test_rows_that_share_an_opening_get_what_they_would_alone(trunk):
         with torch.no_grad():
             assert torch.allclose(trunk("reference", sequences=batch).result, reference(trunk, prompts, completions))
             assert torch.allclose(trunk("values", sequences=batch).result, values, atol=1e-6)
-    assert batch.computed == 2 * 50 + 6 * (4 + 5) and batch.openings.width == 50
+    assert batch.input_ids.numel() == 6 * (4 + 5) and batch.openings.ids.shape == (2, 50)
     for alone, shared in zip(*passes, strict=True):
         assert torch.allclose(alone, shared, atol=1e-5)
     for name, slope in slopes[0].items():
@@ -153,7 +153,7 @@ def reference(models, prompts, completions):
 
 def test_an_opening_too_short_to_pay_for_a_pass_is_not_shared():
     batch = lay_out([[1, 2, 3, 4], [1, 2, 3, 5]], [[7], [8]], 1, torch.device("cpu"), share=True)
-    assert batch.openings.width == 0 and batch.computed == 10
+    assert batch.openings.width == 0 and batch.input_ids.numel() == 10
 
 
 def test_rows_to_score_end_together():
@@ -161,4 +161,3 @@ def test_rows_to_score_end_together():
     assert rows.input_ids.tolist() == [[3, 4, 5], [1, 1, 6]]
     assert rows.attention_mask.tolist() == [[1, 1, 1], [0, 0, 1]]
     assert rows.position_ids.tolist() == [[0, 1, 2], [0, 0, 0]]
-    assert rows.padding == 2
