@@ -15,7 +15,9 @@ from torch.utils.checkpoint import checkpoint
 from align.models.wrapped import inner_model, replaced_forward
 
 CHUNK = 128
-"""Positions whose logits exist at a time. In float32 25 MB with SmolLM2's 49,152 tokens: glibc reuses up to 32."""
+"""Positions whose logits exist at a time."""
+IN_CACHE = 16
+"""Positions whose logits are in float32 at a time: 3 MB with SmolLM2's 49,152 tokens."""
 
 
 class LogprobsOut(NamedTuple):
@@ -31,7 +33,6 @@ def gather_logprobs(
     targets: Tensor,
     temperature: float = 1.0,
     *,
-    with_entropy: bool = True,
     chunk_size: int = CHUNK,
 ) -> LogprobsOut:
     """log softmax(hidden weightᵀ / temperature) at the targets, and the distributions' entropy.
@@ -44,7 +45,6 @@ def gather_logprobs(
         weight: (V, H) output embedding.
         targets: (...) token ids.
         temperature: above 0.
-        with_entropy: without gradients, entropies may be left out, which are 0 then.
 
     Returns:
         (...) log-probabilities and entropies.
@@ -52,7 +52,7 @@ def gather_logprobs(
     if torch.is_grad_enabled() and hidden.requires_grad and not weight.requires_grad:
         return LogprobsOut(*_FrozenHead.apply(hidden, weight, targets, temperature, chunk_size))
     head = partial(nn.functional.linear, weight=weight)
-    return _gather(head, hidden, targets, temperature, chunk_size, with_entropy)
+    return _gather(head, hidden, targets, temperature, chunk_size)
 
 
 class _FrozenHead(torch.autograd.Function):
@@ -67,12 +67,9 @@ class _FrozenHead(torch.autograd.Function):
         slopes = torch.empty_like(states)
         for start in range(0, len(states), chunk_size):
             chunk = slice(start, start + chunk_size)
-            wanted = flat_targets[chunk]
-            scores = _log_softmax_(nn.functional.linear(states[chunk], weight), temperature)
-            logprobs[chunk] = scores.gather(-1, wanted[:, None])[:, 0]
-            probabilities = scores.exp()
-            entropies[chunk] = -torch.linalg.vecdot(probabilities, scores)
-            slopes[chunk] = (weight[wanted] - probabilities.to(weight.dtype) @ weight) / temperature
+            logits = nn.functional.linear(states[chunk], weight)
+            logprobs[chunk], entropies[chunk] = _picked_(logits, flat_targets[chunk], temperature)
+            slopes[chunk] = (weight[flat_targets[chunk]] - logits @ weight) / temperature
         ctx.save_for_backward(slopes.reshape(hidden.shape))
         ctx.mark_non_differentiable(entropies)
         return logprobs.reshape(targets.shape), entropies.reshape(targets.shape)
@@ -82,6 +79,22 @@ class _FrozenHead(torch.autograd.Function):
     def backward(ctx: Any, logprobs: Tensor, _: Tensor) -> tuple[Tensor, None, None, None, None]:
         (slopes,) = ctx.saved_tensors
         return (logprobs[..., None] * slopes).to(slopes.dtype), None, None, None, None
+
+
+def _picked_(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """(C,) log-probs of the targets and entropies of C positions; the logits (C, V) become probabilities."""
+    logprobs, entropies = logits.new_empty(2, len(targets), dtype=torch.float32)
+    for start in range(0, len(targets), IN_CACHE):
+        rows = slice(start, start + IN_CACHE)
+        scores = _tempered(logits[rows], temperature)
+        probabilities = scores.softmax(-1)
+        largest, likeliest = probabilities.max(-1, keepdim=True)
+        # log sum exp(scores), without going over them again: log p = score - it, of the likeliest token as well.
+        normaliser = scores.gather(-1, likeliest) - largest.log()
+        logprobs[rows] = (scores.gather(-1, targets[rows, None]) - normaliser)[:, 0]
+        entropies[rows] = normaliser[:, 0] - torch.linalg.vecdot(probabilities, scores)
+        logits[rows] = probabilities
+    return logprobs, entropies
 
 
 def completion_logprobs(
@@ -144,12 +157,13 @@ def _gather(
     targets: Tensor,
     temperature: float,
     chunk_size: int,
-    with_entropy: bool = True,
 ) -> LogprobsOut:
     def score(states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        logprobs = _log_softmax_(logits_of(states), temperature)  # (chunk, V)
-        distribution = logprobs.detach().exp() if with_entropy else logprobs.new_zeros(len(targets), 1)
-        entropy = torch.special.entr(distribution).sum(-1)
+        logits = logits_of(states)
+        if not logits.requires_grad:
+            return _picked_(logits.clone() if logits is states else logits, targets, temperature)
+        logprobs = nn.functional.log_softmax(_tempered(logits, temperature), dim=-1)  # (chunk, V)
+        entropy = torch.special.entr(logprobs.detach().exp()).sum(-1)
         return logprobs.gather(-1, targets[:, None])[:, 0], entropy
 
     flat_states, flat_targets = states.reshape(-1, states.shape[-1]), targets.reshape(-1)
@@ -165,13 +179,8 @@ def _gather(
     return LogprobsOut(logprobs, entropies)
 
 
-def _log_softmax_(logits: Tensor, temperature: float) -> Tensor:
-    """log softmax(logits / temperature) in float32, in place where no gradient needs the logits."""
+def _tempered(logits: Tensor, temperature: float) -> Tensor:
+    """logits / temperature in float32."""
     if temperature <= 0:
         raise ValueError(f"temperature must be above 0, got {temperature}")
-    if logits.requires_grad:
-        scores = logits.float() / temperature
-        return scores - scores.logsumexp(-1, keepdim=True)
-    # The same operations, so that passes with gradients and without give the same bits.
-    scores = (logits.float() if logits.dtype != torch.float32 else logits.clone()).div_(temperature)
-    return scores.sub_(scores.logsumexp(-1, keepdim=True))
+    return logits.float() / temperature

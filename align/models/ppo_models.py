@@ -44,7 +44,7 @@ class GeneratePass(NamedTuple):
 class TrainPass(NamedTuple):
     """What the policy says of each completion token, each (B, T) float32 and zero where masked.
 
-    Entropy is for reports, and computed in passes with a gradient alone. Values are those of a head on the policy.
+    Entropy is for reports. Values are those of a head on the policy.
     A named tuple, because DeepSpeed finds a module's output tensors in tuples and not in dataclasses.
     """
 
@@ -160,13 +160,7 @@ class PpoModels(nn.Module):
         The temperature is that of sampling unless another is given.
         """
         mask = sequences.completion_mask
-        picked = gather_logprobs(
-            hidden[mask],
-            weight,
-            sequences.targets[mask],
-            temperature or self.temperature,
-            with_entropy=torch.is_grad_enabled(),
-        )
+        picked = gather_logprobs(hidden[mask], weight, sequences.targets[mask], temperature or self.temperature)
         empty = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
         return empty.masked_scatter(mask, picked.logprobs), empty.masked_scatter(mask, picked.entropy)
 

@@ -131,9 +131,7 @@ class Batches:
     ) -> list[MicroBatch]:
         """Micro-batches of some rows."""
         if with_gradient and self.share:
-            return with_common_openings(
-                completions, rows, self.options.micro_batch_size, self.pad_id, self.device
-            )
+            return with_common_openings(completions, rows, self.options.micro_batch_size, self.pad_id, self.device)
         size = self.options.micro_batch_size * (1 if with_gradient else ROWS_WITHOUT_GRADIENT)
         return micro_batches(completions, rows, size, self.pad_id, self.device, share=self.share)
 

@@ -53,18 +53,22 @@ def test_bf16_states_are_scored_in_float32():
     assert gather_logprobs(hidden, weight, torch.arange(4)).logprobs.dtype == torch.float32
 
 
-def test_passes_with_and_without_gradients_give_the_same_bits():
+def test_passes_with_and_without_gradients_agree_and_of_a_frozen_head_to_the_last_bit():
     hidden, weight, targets = torch.randn(9, 6), torch.randn(11, 6), torch.arange(9)
     with torch.no_grad():
-        without = gather_logprobs(hidden, weight, targets, 0.7, chunk_size=4).logprobs
-    for trained in (False, True):
-        states, head = hidden.clone().requires_grad_(), weight.clone().requires_grad_(trained)
-        assert torch.equal(gather_logprobs(states, head, targets, 0.7, chunk_size=4).logprobs, without)
+        without = gather_logprobs(hidden, weight, targets, 0.7, chunk_size=4)
+    frozen = gather_logprobs(hidden.clone().requires_grad_(), weight, targets, 0.7, chunk_size=4)
+    trained = gather_logprobs(hidden, weight.clone().requires_grad_(), targets, 0.7, chunk_size=4)
+    assert torch.equal(frozen.logprobs, without.logprobs) and torch.equal(frozen.entropy, without.entropy)
+    assert torch.allclose(trained.logprobs, without.logprobs, atol=1e-6)
+    assert torch.allclose(trained.entropy, without.entropy, atol=1e-6)
 
 
-def test_entropy_is_left_out_when_nobody_asks():
-    found = gather_logprobs(torch.randn(3, 6), torch.randn(11, 6), torch.arange(3), with_entropy=False)
-    assert found.entropy.tolist() == [0, 0, 0]
+def test_a_token_that_is_all_but_impossible_keeps_its_log_prob():
+    hidden, weight = torch.tensor([[200.0]]), torch.tensor([[1.0], [0.0], [-1.0]])
+    with torch.no_grad():
+        found = gather_logprobs(hidden, weight, torch.tensor([2]))
+    assert found.logprobs.tolist() == [-400.0] and found.entropy.tolist() == [0.0]
 
 
 @pytest.mark.parametrize("gradient", [False, True])
