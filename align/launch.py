@@ -96,8 +96,7 @@ def place_of(stage: str, plan: Plan) -> str:
 
 def stage_command(recipe: Recipe, stage: str, launch: Launch) -> Command:
     """The command that runs a stage: Python itself for one process, `accelerate launch` for several."""
-    options = [word for override in recipe.overrides for word in ("--set", override)]
-    program = ["-m", "align", "run", stage, "--recipe", str(recipe.path), *options]
+    program = ["-m", "align", "run", stage, "--recipe", str(recipe.path), *recipe.override_options]
     if launch.config is not None:
         number = ["--num_processes", str(launch.nproc)] if launch.nproc else []
         return Command((_accelerate(), "launch", "--config_file", str(launch.config), *number, *program), {})

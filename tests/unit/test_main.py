@@ -56,7 +56,7 @@ def test_the_plan_names_what_comes_next(capsys: pytest.CaptureFixture[str]) -> N
     shown = capsys.readouterr().out
     assert "letters   missing (next)" in shown
     assert "waits for letters" in shown
-    assert "Next: align run letters --recipe recipe.yaml --set 'seed=3'" in shown
+    assert "Next: align run letters --recipe recipe.yaml --set seed=3" in shown
 
 
 def test_bad_input_ends_with_two_and_a_message_without_a_traceback(capsys: pytest.CaptureFixture[str]) -> None:
