@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get("ALIGN_DEBUG"):
             traceback.print_exc()
         if not note_failure(error):
-            rank = f"process {processes.rank()}: " if processes.world_size() > 1 else ""
+            rank = f"process {processes.rank()}: " if _is_one_of_several() else ""
             print(f"{rank}{error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
@@ -269,6 +269,14 @@ def _overoptimisation(options: argparse.Namespace) -> None:
     study(options.target, gold=options.gold, plot=options.plot, with_plot=not options.no_plot)
 
 
+def _is_one_of_several() -> bool:
+    """Whether other processes wait for this one; no where the environment does not say, which is told elsewhere."""
+    try:
+        return processes.world_size() > 1
+    except InputError:
+        return False
+
+
 def end() -> None:
     """Run, and end this process with the exit code; at once where it is one of several, which would wait for it."""
     die_with_launcher()
@@ -281,7 +289,7 @@ def end() -> None:
             raise
     sys.stdout.flush()
     sys.stderr.flush()
-    if processes.world_size() > 1:
+    if _is_one_of_several():
         if code:
             os._exit(code)
         processes.disconnect()

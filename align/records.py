@@ -234,8 +234,18 @@ def _json_fault(error: Exception) -> str:
 
 
 def read_rows(path: Path, kind: type[R]) -> Iterator[R]:
-    """The records of a stage's JSONL file."""
-    return (kind.from_json(value) for value in read_jsonl(path))
+    """The records of a stage's JSONL file.
+
+    Raises:
+        InputError: as for `read_jsonl`, or a row lacks a key or has one too many.
+    """
+    for number, value in enumerate(read_jsonl(path), start=1):
+        try:
+            yield kind.from_json(value)
+        except (TypeError, KeyError) as error:
+            raise InputError(
+                f"{path}, row {number}: damaged, or of another version ({error}); remove {path.parent} and run again"
+            ) from None
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> int:

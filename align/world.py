@@ -35,8 +35,8 @@ def check_world_size() -> None:
 
 def asked_processes() -> int | None:
     """How many processes were asked for: by `align launch`, or on the command line of `accelerate launch`."""
-    if given := os.environ.get(ASKED):
-        return int(given)
+    if os.environ.get(ASKED):
+        return processes.number_in_environment(ASKED, 1)
     import psutil
 
     try:

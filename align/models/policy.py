@@ -1,7 +1,6 @@
 """Language models and their tokenizers: load, adapt with LoRA, and save so that plain `from_pretrained` opens them."""
 
 import copy
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from align.data.chat import end_of_turn_ids
 from align.errors import InputError
 from align.models.lora import dither, dithered
 from align.models.sources import resolve_model
-from align.processes import on_cpu
+from align.processes import number_in_environment, on_cpu
 
 __all__ = [
     "add_lora",
@@ -72,7 +71,7 @@ def default_device() -> torch.device:
     """This process's device: its GPU where there is one and `ACCELERATE_USE_CPU` is not set, else the CPU."""
     if on_cpu():
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cuda", number_in_environment("LOCAL_RANK", 0))
 
 
 def load_tokenizer(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from align.config import LoraBlock
+from align.damage import check_files
 from align.errors import InputError
 from align.models.heads import ValueHead, pooled_scores
 from align.models.openings import right_padded
@@ -177,6 +178,7 @@ def _add_reward_adapter(model: Any, folder: Path, name: str, hidden: int) -> nn.
     from peft import LoraConfig, set_peft_model_state_dict
     from safetensors.torch import load_file
 
+    check_files(folder)
     config = LoraConfig.from_pretrained(str(folder))
     config.modules_to_save = None
     config.task_type = "CAUSAL_LM"
