@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from align.launch import Launch, die_with_launcher, launch_stage, run_recipe
 from align.plan import make_plan
 from align.recipe import Recipe, load_recipe
 from align.stages import all_stages
+from align.world import check_config
 
 INTERRUPTED = 130
 ALL = "all"
@@ -147,6 +149,8 @@ def _recipe(options: argparse.Namespace, path: str | None) -> Recipe:
 
 
 def _launch_of(options: argparse.Namespace) -> Launch:
+    if options.accelerate_config is not None:
+        check_config(options.accelerate_config)
     return Launch(options.nproc, options.accelerate_config)
 
 
@@ -199,7 +203,14 @@ def _plan(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    _print_results(_recipe(options, options.target))
+    recipe = _recipe(options, options.target)
+    plan = make_plan(recipe)
+    for stage in ("reward", "evaluate"):
+        if stage in plan and not plan[stage].is_done and plan[stage].state != "missing":
+            command = shlex.join(["align", "run", str(recipe.path), *recipe.override_options])
+            why = plan[stage].why
+            print(f"{stage}: the figures below are stale ({why}); make them anew with `{command}`", file=sys.stderr)
+    _print_results(recipe)
 
 
 def _print_results(recipe: Recipe) -> None:
