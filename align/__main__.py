@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from align.launch import Launch, die_with_launcher, launch_stage, run_recipe
 from align.plan import make_plan
 from align.recipe import Recipe, load_recipe
 from align.stages import all_stages
+from align.world import check_config
 
 INTERRUPTED = 130
 ALL = "all"
@@ -28,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get("ALIGN_DEBUG"):
             traceback.print_exc()
         if not note_failure(error):
-            rank = f"process {processes.rank()}: " if processes.world_size() > 1 else ""
+            rank = f"process {processes.rank()}: " if _is_one_of_several() else ""
             print(f"{rank}{error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
@@ -147,6 +149,8 @@ def _recipe(options: argparse.Namespace, path: str | None) -> Recipe:
 
 
 def _launch_of(options: argparse.Namespace) -> Launch:
+    if options.accelerate_config is not None:
+        check_config(options.accelerate_config)
     return Launch(options.nproc, options.accelerate_config)
 
 
@@ -199,7 +203,14 @@ def _plan(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    _print_results(_recipe(options, options.target))
+    recipe = _recipe(options, options.target)
+    plan = make_plan(recipe)
+    for stage in ("reward", "evaluate"):
+        if stage in plan and not plan[stage].is_done and plan[stage].state != "missing":
+            command = shlex.join(["align", "run", str(recipe.path), *recipe.override_options])
+            why = plan[stage].why
+            print(f"{stage}: the figures below are stale ({why}); make them anew with `{command}`", file=sys.stderr)
+    _print_results(recipe)
 
 
 def _print_results(recipe: Recipe) -> None:
@@ -269,6 +280,14 @@ def _overoptimisation(options: argparse.Namespace) -> None:
     study(options.target, gold=options.gold, plot=options.plot, with_plot=not options.no_plot)
 
 
+def _is_one_of_several() -> bool:
+    """Whether other processes wait for this one; no where the environment does not say, which is told elsewhere."""
+    try:
+        return processes.world_size() > 1
+    except InputError:
+        return False
+
+
 def end() -> None:
     """Run, and end this process with the exit code; at once where it is one of several, which would wait for it."""
     die_with_launcher()
@@ -281,7 +300,7 @@ def end() -> None:
             raise
     sys.stdout.flush()
     sys.stderr.flush()
-    if processes.world_size() > 1:
+    if _is_one_of_several():
         if code:
             os._exit(code)
         processes.disconnect()

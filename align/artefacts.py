@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,12 +51,15 @@ def read_manifest(directory: Path) -> Manifest | None:
     """The manifest of a published stage, or None where the stage has not been published."""
     path = directory / MANIFEST
     try:
-        return Manifest(**json.loads(path.read_text(encoding="utf-8")))
+        manifest = Manifest(**json.loads(path.read_text(encoding="utf-8")))
+        if not all(isinstance(part, dict) for part in (manifest.settings, manifest.inputs, manifest.outputs)):
+            raise TypeError("settings, inputs and outputs must be objects")
+        return manifest
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); make it readable for this user") from None
-    except (json.JSONDecodeError, TypeError) as error:
+    except (ValueError, TypeError) as error:
         raise InputError(
             f"{path}: not a manifest of this version ({error}); remove {directory} to make it again"
         ) from None
@@ -143,16 +146,23 @@ class Journal:
     processes.
     """
 
-    def __init__(self, path: Path, rank: int = 0) -> None:
+    def __init__(self, path: Path, rank: int = 0, check: Callable[[Mapping[str, Any]], object] = len) -> None:
+        """Open the journal.
+
+        Args:
+            check: raises ValueError, TypeError or KeyError for a row that cannot be used.
+
+        Raises:
+            InputError: a line, other than a last one that a kill cut short, is damaged or fails the check.
+        """
         self.rows: dict[str, dict[str, Any]] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
         own = path.with_name(f"{path.name}.{rank}")
         _drop_torn_line(own)
         for part in sorted(path.parent.glob(f"{path.name}.*")):
-            for line in part.read_bytes().splitlines(keepends=True):
-                if line.endswith(b"\n"):
-                    row = json.loads(line)
-                    self.rows.setdefault(row["id"], row)
+            for number, line in enumerate(part.read_bytes().split(b"\n")[:-1], start=1):
+                row = _journal_row(part, number, line, check)
+                self.rows.setdefault(row["id"], row)
         self._file = own.open("a", encoding="utf-8")
 
     def __contains__(self, row_id: str) -> bool:
@@ -175,6 +185,21 @@ class Journal:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _journal_row(path: Path, number: int, line: bytes, check: Callable[[Mapping[str, Any]], object]) -> dict[str, Any]:
+    try:
+        row: dict[str, Any] = json.loads(line)
+        if not isinstance(row["id"], str):
+            raise TypeError("its `id` is no text")
+        check(row)
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        why = f"no `{error.args[0]}`" if isinstance(error, KeyError) else error
+        raise InputError(
+            f"{path}, line {number}: damaged ({why}); remove the line, or the file with all its finished rows, and "
+            "run again"
+        ) from None
+    return row
 
 
 def _drop_torn_line(path: Path) -> None:

@@ -6,7 +6,7 @@ kills nor the number of processes change a result. A model that measures is load
 
 import gc
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,7 +63,7 @@ def measure_all(
     """
     ordered = sorted(samples, key=lambda sample: (-_characters(sample), sample.id))
     chunks = [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
-    with Journal(journal_path, processes.rank()) as journal:
+    with Journal(journal_path, processes.rank(), _check_kept) as journal:
         own = processes.share(chunks)
         todo = [chunk for chunk in own if any(sample.id not in journal for sample in chunk)]
         if todo:
@@ -74,7 +74,7 @@ def measure_all(
             del measure
     release_memory()
     processes.barrier()
-    with Journal(journal_path, processes.rank()) as journal:
+    with Journal(journal_path, processes.rank(), _check_kept) as journal:
         return {sample.id: journal.rows[sample.id]["value"] for sample in samples}
 
 
@@ -191,12 +191,21 @@ def check_finite(value: Any, sample: EvaluatedSample) -> None:
     Raises:
         NotFinite: it is so; the policy and the prompt are named.
     """
-    numbers = value if isinstance(value, list) else [value]
-    if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+    if not _is_finite(value):
         raise NotFinite(
             f"evaluate: what is measured of {sample.policy}'s answer to prompt '{sample.prompt_id}' is not finite (NaN "
             "or infinity); the model that measures it is broken: train it again, or set model.precision fp32"
         )
+
+
+def _check_kept(row: Mapping[str, Any]) -> None:
+    if not _is_finite(row["value"]):
+        raise ValueError("a number in it is not finite")
+
+
+def _is_finite(value: Any) -> bool:
+    numbers = value if isinstance(value, list) else [value]
+    return all(math.isfinite(number) for number in numbers if isinstance(number, float))
 
 
 def _characters(sample: EvaluatedSample) -> int:

@@ -8,9 +8,11 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from align import processes
 from align.errors import InputError
@@ -80,7 +82,8 @@ def launch_stage(recipe: Recipe, stage: str, launch: Launch, say_place: bool = F
     with tempfile.TemporaryDirectory(prefix="align-") as folder:
         note = Path(folder) / "failure.json"
         several = {FAILURE: str(note)} if launch.processes > 1 or launch.config else {}
-        code = run(command.words, {**command.environment, ASKED: str(launch.processes), **several})
+        environment = {**command.environment, ASKED: str(launch.processes), **several}
+        code = run(command.words, environment, note if several else None)
         if code and (failure := read_failure(note)):
             raise failure
     return code
@@ -96,8 +99,7 @@ def place_of(stage: str, plan: Plan) -> str:
 
 def stage_command(recipe: Recipe, stage: str, launch: Launch) -> Command:
     """The command that runs a stage: Python itself for one process, `accelerate launch` for several."""
-    options = [word for override in recipe.overrides for word in ("--set", override)]
-    program = ["-m", "align", "run", stage, "--recipe", str(recipe.path), *options]
+    program = ["-m", "align", "run", stage, "--recipe", str(recipe.path), *recipe.override_options]
     if launch.config is not None:
         number = ["--num_processes", str(launch.nproc)] if launch.nproc else []
         return Command((_accelerate(), "launch", "--config_file", str(launch.config), *number, *program), {})
@@ -109,18 +111,50 @@ def stage_command(recipe: Recipe, stage: str, launch: Launch) -> Command:
     return Command(words, _cpu_environment(launch.processes) if processes.on_cpu() else {})
 
 
-def run(words: Sequence[str], environment: Mapping[str, str]) -> int:
+def run(words: Sequence[str], environment: Mapping[str, str], failure: Path | None = None) -> int:
     """Run a command to its end, and end it should this process die; returns its exit code, 128 + n after signal n.
 
     Interrupted, it returns 130 whatever the child made of it, so that nothing follows.
+
+    Args:
+        failure: once this file is there, what the command writes to standard error is not passed on: launchers print
+            pages about a process that failed, and its own error is told by who reads the file.
     """
-    child = subprocess.Popen(words, env={**os.environ, **environment}, preexec_fn=die_with_parent)
+    if failure is not None:
+        environment = {**environment, **_terminal_size()}
+    child = subprocess.Popen(
+        words,
+        env={**os.environ, **environment},
+        preexec_fn=die_with_parent,
+        stderr=None if failure is None else subprocess.PIPE,
+    )
+    passing = threading.Thread(target=_pass_on, args=(child.stderr, failure), daemon=True)
+    passing.start()
     try:
         code = child.wait()
     except KeyboardInterrupt:
         _interrupt(child)
         return 128 + signal.SIGINT
+    passing.join(PATIENCE_SECONDS)
     return code if code >= 0 else 128 - code
+
+
+def _pass_on(errors: IO[bytes] | None, failure: Path | None) -> None:
+    if errors is None or failure is None:
+        return
+    with os.fdopen(os.dup(2), "wb") as out:
+        while part := os.read(errors.fileno(), 1 << 16):
+            if not failure.exists() or os.environ.get("ALIGN_DEBUG"):
+                out.write(part)
+                out.flush()
+
+
+def _terminal_size() -> dict[str, str]:
+    """What progress bars go by when standard error is passed on to a terminal and is none itself."""
+    if not os.isatty(2):
+        return {}
+    size = os.get_terminal_size(2)
+    return {"COLUMNS": str(size.columns), "LINES": str(size.lines)}
 
 
 def _interrupt(child: "subprocess.Popen[bytes]") -> None:

@@ -1,5 +1,7 @@
 """`align plan RECIPE`: a table of what is done, what is stale and why, and what comes next."""
 
+import shlex
+
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -29,5 +31,5 @@ def print_plan(recipe: Recipe, console: Console) -> None:
 def _advice(recipe: Recipe, following: Step | None) -> str:
     if following is None:
         return "Everything is up to date."
-    options = "".join(f" --set '{override}'" for override in recipe.overrides)
-    return f"Next: align run {following.stage} --recipe {recipe.path}{options}"
+    words = ["align", "run", following.stage, "--recipe", str(recipe.path), *recipe.override_options]
+    return f"Next: {shlex.join(words)}"

@@ -5,19 +5,35 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import TypeVar
 
+from align.errors import InputError
+
 T = TypeVar("T")
 PATIENCE = timedelta(hours=12)
 """How long a process waits for the others. The launcher ends them all when one dies, so this only bounds slow work."""
 
 
+def number_in_environment(name: str, default: int) -> int:
+    """A whole number that a launcher has put into an environment variable.
+
+    Raises:
+        InputError: something else stands there.
+    """
+    text = os.environ.get(name) or str(default)
+    if not text.isdecimal():
+        raise InputError(
+            f"{name}: this environment variable must be a whole number, and is {text!r}; unset it (launchers set it)"
+        )
+    return int(text)
+
+
 def rank() -> int:
     """This process's number, 0 first."""
-    return int(os.environ.get("RANK", "0"))
+    return number_in_environment("RANK", 0)
 
 
 def world_size() -> int:
     """How many processes the run has."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return number_in_environment("WORLD_SIZE", 1)
 
 
 def is_first() -> bool:

@@ -29,14 +29,16 @@ from align.config import (
     TrackingBlock,
 )
 from align.constitution import Constitution, load_constitution
-from align.data.sources import is_file
+from align.data.sources import file_fault, is_file
 from align.errors import InputError, Problem
+from align.models.sources import model_fault
+from align.prompt_needs import empty_splits, misspelt_categories
 from align.recipe_files import Written, read_written
+from align.stage import Stage
 from align.stages import all_stages
 from align.trl_options import CONFIGS, option_faults
 from align.yaml_files import MISSING, KeyPath, problems_from
 
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 FolderName = Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
 Named = ModelBlock | EngineBlock | PromptSource | PairSource | RewardSourceBlock
 
@@ -46,7 +48,7 @@ class RecipeBlocks(Block):
 
     name: FolderName | None = Field(None, description="names the run's folder; the file's own name by default")
     extends: str | None = Field(None, description="a recipe that this one changes")
-    seed: Annotated[Integer, Field(ge=0)] = Field(0, description="of everything that is drawn at random")
+    seed: Annotated[Integer, Field(ge=0, lt=2**63)] = Field(0, description="of everything that is drawn at random")
     output: str = Field("runs", description="the folder of all runs")
     model: ModelBlock | None = None
     constitution: str | None = Field(None, description="a constitution's file, or a folder in the paper's format")
@@ -68,6 +70,11 @@ class Recipe:
     settings: Mapping[str, Block]
     tracking: TrackingBlock
     constitution: Constitution | None
+
+    @property
+    def override_options(self) -> list[str]:
+        """The overrides as words of a command line."""
+        return [word for override in self.overrides for word in ("--set", override)]
 
     def inputs(self, stage: str) -> tuple[str, ...]:
         """The stages whose results this one reads."""
@@ -120,12 +127,15 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     written = read_written(Path(path), overrides)
     blocks, faulty, problems = _validated(written)
     settings = {name: block for name in all_stages() if (block := getattr(blocks, name)) is not None}
-    problems += [*_missing_files(blocks, written), *_option_problems(written)]
+    problems += [*_path_problems(blocks, written), *_option_problems(written)]
     if written.orphaned:
         problems = [problem for problem in problems if problem.fault != MISSING]
     else:
         problems += [fault for name in settings for fault in _stage_problems(name, written, blocks, faulty)]
+        if not settings and not faulty & all_stages().keys():
+            problems.append(Problem("", f"has no stage to run; add one: {', '.join(all_stages())}"))
     constitution, others = _read_constitution(blocks.constitution)
+    problems += _category_problems(blocks, constitution, written)
     written.raise_all(list(dict.fromkeys(problems)), others)
     return Recipe(
         path=Path(path),
@@ -154,24 +164,23 @@ def _validated(written: Written) -> tuple[RecipeBlocks, set[str], list[Problem]]
         return model.model_validate(written.content), set(), []
     except ValidationError as error:
         faulty = {str(detail["loc"][0]) for detail in error.errors()}
-        sound = {key: value for key, value in written.content.items() if key not in faulty}
+        sound = {key: value for key, value in written.content.items() if isinstance(key, str) and key not in faulty}
         return model.model_validate(sound), faulty, problems_from(error, written.lines, model)
 
 
-def _missing_files(blocks: RecipeBlocks, written: Written) -> list[Problem]:
-    """Data files and local models that aren't there. Hub ids are left to the stage that reads them."""
-    missing: list[tuple[KeyPath, str]] = []
+def _path_problems(blocks: RecipeBlocks, written: Written) -> list[Problem]:
+    """Data files and local models that aren't there or are none. Hub ids are left to the stage that reads them."""
+    found: list[tuple[KeyPath, str, str | None]] = []
     for path, block in _named(blocks, ()):
         if isinstance(block, PromptSource | PairSource):
-            if is_file(block.path) and not Path(block.path).expanduser().exists():
-                missing.append(((*path, "path"), block.path))
+            found.append(((*path, "path"), block.path, file_fault(block.path) if is_file(block.path) else None))
             continue
         key, model = _model_key(block)
-        if model and _is_missing(model):
-            missing.append(((*path, key), model))
+        if model:
+            found.append(((*path, key), model, model_fault(model)))
     if blocks.constitution and not Path(blocks.constitution).exists():
-        missing.append((("constitution",), blocks.constitution))
-    return [written.problem(path, f"no file {name} (looked in {Path.cwd()})") for path, name in missing]
+        found.append((("constitution",), blocks.constitution, f"no such file (looked in {Path.cwd()}); check the path"))
+    return [written.problem(path, f"{name}: {fault}") for path, name, fault in found if fault]
 
 
 def _model_key(block: Named) -> tuple[str, str | None]:
@@ -181,12 +190,6 @@ def _model_key(block: Named) -> tuple[str, str | None]:
     if isinstance(block, EngineBlock):
         return "model", block.model if block.kind == "local" else None
     return "model", block.model if isinstance(block, RewardSourceBlock) else None
-
-
-def _is_missing(model: str) -> bool:
-    if model.startswith("wheel:") or Path(model).expanduser().exists():
-        return False
-    return model.startswith((".", "/", "~")) or model.endswith(".gguf") or not _HUB_ID.fullmatch(model)
 
 
 def _named(value: Any, above: KeyPath) -> Iterator[tuple[KeyPath, Named]]:
@@ -217,11 +220,32 @@ def _stage_problems(name: str, written: Written, blocks: RecipeBlocks, faulty: s
         problems += _batch_problems(name, written, settings.optimizer)
     if absent or faulty & shared.keys():
         return problems
-    for text in stage.check(settings, shared):
-        key, _, fault = text.partition(": ")
-        path = tuple(re.findall(r"[^.\[\]]+", key))
-        problems.append(Problem(key, fault, written.lines.of(path)))
-    return problems
+    upstream = {key: block for key in stage.inputs(settings) if (block := getattr(blocks, key)) is not None}
+    told = [*stage.check(settings, shared), *stage.check_upstream(settings, upstream)]
+    return problems + _split_problems(stage, settings, blocks, written) + [_keyed(text, written) for text in told]
+
+
+def _keyed(text: str, written: Written) -> Problem:
+    """A fault that names its key first, with its line."""
+    key, _, fault = text.partition(": ")
+    return Problem(key, fault, written.lines.of(tuple(re.findall(r"[^.\[\]]+", key))))
+
+
+def _split_problems(stage: Stage, settings: Block, blocks: RecipeBlocks, written: Written) -> list[Problem]:
+    """Splits that the stage would find empty; it needs one of those that it names."""
+    splits = stage.splits(settings)
+    empty = empty_splits(blocks.prompts, splits) if blocks.prompts else []
+    if len(empty) < len(splits):
+        return []
+    fault = f"`{stage.name}` reads this split, and no prompt can fall into it; give it a share above 0"
+    return [written.problem(("prompts", "split", split), fault) for split in empty]
+
+
+def _category_problems(blocks: RecipeBlocks, constitution: Constitution | None, written: Written) -> list[Problem]:
+    """Categories that the constitution misspells, where a stage goes by it."""
+    if constitution is None or blocks.prompts is None:
+        return []
+    return [_keyed(text, written) for text in misspelt_categories(constitution, blocks.prompts)]
 
 
 def _option_problems(written: Written) -> list[Problem]:

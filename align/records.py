@@ -205,6 +205,11 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
 
 def parse_jsonl(lines: Iterable[str], source: str) -> Iterator[dict[str, Any]]:
     """The JSON objects of an iterable of lines; `source` names them in errors."""
+    return (value for _, value in numbered_jsonl(lines, source))
+
+
+def numbered_jsonl(lines: Iterable[str], source: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """`parse_jsonl` with the number of each object's line, from 1."""
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -215,11 +220,11 @@ def parse_jsonl(lines: Iterable[str], source: str) -> Iterator[dict[str, Any]]:
         except (ValueError, RecursionError) as error:
             raise InputError(
                 f"{source}, line {number}: {_json_fault(error)}. "
-                f"{number - 1} rows before it are fine; nothing was written. Mend or remove the line."
+                f"{number - 1} lines before it are fine; nothing was written. Mend or remove the line."
             ) from None
         if not isinstance(value, dict):
             raise InputError(f"{source}, line {number}: expected a JSON object, found {type(value).__name__}")
-        yield value
+        yield number, value
 
 
 def _json_fault(error: Exception) -> str:
@@ -229,8 +234,18 @@ def _json_fault(error: Exception) -> str:
 
 
 def read_rows(path: Path, kind: type[R]) -> Iterator[R]:
-    """The records of a stage's JSONL file."""
-    return (kind.from_json(value) for value in read_jsonl(path))
+    """The records of a stage's JSONL file.
+
+    Raises:
+        InputError: as for `read_jsonl`, or a row lacks a key or has one too many.
+    """
+    for number, value in enumerate(read_jsonl(path), start=1):
+        try:
+            yield kind.from_json(value)
+        except (TypeError, KeyError) as error:
+            raise InputError(
+                f"{path}, row {number}: damaged, or of another version ({error}); remove {path.parent} and run again"
+            ) from None
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> int:

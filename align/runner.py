@@ -6,6 +6,7 @@ the next try, and the first process publishes it whole: outputs, and a manifest 
 
 import fcntl
 import os
+import shlex
 import shutil
 import time
 from collections.abc import Iterator
@@ -95,10 +96,10 @@ def _require_inputs(recipe: Recipe, step: Step) -> None:
     if not step.waits_for:
         return
     missing = ", ".join(f"`{name}`" for name in step.waits_for)
-    options = "".join(f" --set '{override}'" for override in recipe.overrides)
+    command = shlex.join(["align", "run", str(recipe.path), *recipe.override_options])
     raise InputError(
         f"{step.stage}: reads the results of {missing}, not made yet or stale; "
-        f"run `align run {recipe.path}{options}`, which makes whatever is not up to date, in order"
+        f"run `{command}`, which makes whatever is not up to date, in order"
     )
 
 

@@ -118,7 +118,8 @@ def _tightest(bounds: list[Any]) -> str:
     if not bounds:
         return ""
     word, name = BOUNDS[type(bounds[-1])]
-    return f"{word} {getattr(bounds[-1], name):g}"
+    bound = getattr(bounds[-1], name)
+    return f"{word} {bound}" if isinstance(bound, int) else f"{word} {bound:g}"
 
 
 def _either(words: list[str]) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from align.config import Block, TrackingBlock
+from align.records import Split
 from align.tracking import Tracker, flat
 
 
@@ -79,6 +80,14 @@ class Stage(ABC):
     def files(self, settings: Any) -> tuple[str, ...]:
         """Local files or folders named in the settings that the stage reads; a change in one makes it stale."""
         return ()
+
+    def splits(self, settings: Any) -> tuple[Split, ...]:
+        """The splits of the prompts without whose rows there is nothing to do."""
+        return ()
+
+    def check_upstream(self, settings: Any, upstream: Mapping[str, Any]) -> list[str]:
+        """Faults that only show beside the settings of the stages that this one reads; each names its key."""
+        return []
 
     def check(self, settings: Any, shared: Mapping[str, Any]) -> list[str]:
         """Faults that only show when blocks are read together; each names its key. Checked before anything runs."""

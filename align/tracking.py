@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 from align import processes
 from align.config import TrackingBlock
+from align.errors import InputError
 
 METRICS = "metrics.jsonl"
 TIMINGS = "timings.jsonl"
@@ -120,14 +121,27 @@ class Tracker:
 
 
 def truncate_rows(path: Path, key: str, last: int) -> None:
-    """Drop a JSONL file's rows whose `key` is above `last`, and a last row that a kill left unfinished."""
+    """Drop a JSONL file's rows whose `key` is above `last`, and a last row that a kill left unfinished.
+
+    Raises:
+        InputError: a row is damaged.
+    """
     if not path.exists():
         return
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     # As bytes: text would also be split at the line separators that a completion may hold.
     with path.open("rb") as lines, temporary.open("wb") as kept:
-        kept.writelines(line for line in lines if line.endswith(b"\n") and json.loads(line)[key] <= last)
+        for number, line in enumerate(lines, start=1):
+            if line.endswith(b"\n") and _number_of(line, key, path, number) <= last:
+                kept.write(line)
     os.replace(temporary, path)
+
+
+def _number_of(line: bytes, key: str, path: Path, number: int) -> int:
+    try:
+        return int(json.loads(line)[key])
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}, line {number}: damaged ({error}); remove the line and run again") from None
 
 
 def flat(figures: Mapping[str, Any], above: str = "") -> dict[str, float]:

@@ -33,6 +33,7 @@ from trl import DPOConfig, RewardConfig, SFTConfig
 from align import processes
 from align.artefacts import write_json_if_changed
 from align.config import OptimizerBlock
+from align.damage import check_files
 from align.errors import FileProblems, InputError, NotFinite, Problem
 from align.models.policy import default_device
 from align.repro import derive_seed
@@ -189,9 +190,12 @@ def train(trainer: Trainer, stage: str, tracker: Tracker) -> Trained:
 
     Raises:
         NotFinite: a loss or gradient is NaN or infinite; the last checkpoint is kept.
+        InputError: the checkpoint is damaged.
     """
     folder = Path(str(trainer.args.output_dir))
     checkpoint = last_checkpoint(folder)
+    if checkpoint:
+        check_files(checkpoint)
     if processes.is_first():
         _remove_unfinished(folder)
     tracker.truncate(checkpoint_step(checkpoint) if checkpoint else 0)

@@ -5,7 +5,9 @@ then the rejected ones: `input_ids` (2B, L), and `probability` (B,), that the ch
 (B,), 1 for a pair and 0 for one that only fills up a batch.
 """
 
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -302,6 +304,27 @@ def score_pairs(trainer: Any, rows: Sequence[dict[str, Any]]) -> list[tuple[floa
     return [(chosen, rejected) for chosen, rejected in scores.tolist()]
 
 
+@contextmanager
+def refusals_told(context: Context) -> Iterator[None]:
+    """Tell what TRL alone knows to be wrong with a stage's `trl` options, such as a loss that it does not have.
+
+    Raises:
+        InputError: TRL refused, and there are such options.
+    """
+    try:
+        yield
+    except (ValueError, NotImplementedError, ImportError) as error:
+        options = context.settings.trl
+        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).parts
+        if not options or not {"trl", "transformers"} & set(raised_in):
+            raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        names = ", ".join(options)
+        raise InputError(
+            f"{context.stage}.trl: TRL refuses these options ({reason}); mend or remove one of {names}"
+        ) from error
+
+
 def fit(
     kind: type[Kind],
     context: Context,
@@ -316,18 +339,16 @@ def fit(
 
     Raises:
         NotFinite: a loss or gradient is NaN or infinite; the last checkpoint is kept.
+        InputError: TRL refuses the `trl` options.
     """
-    trainer = kind(
-        model,
-        args=config,
-        train_dataset=Dataset.from_list(list(rows)),
-        processing_class=tokenizer,
-        stage=context.stage,
-        **options,
-    )
+    dataset = Dataset.from_list(list(rows))
+    with refusals_told(context):
+        trainer = kind(
+            model, args=config, train_dataset=dataset, processing_class=tokenizer, stage=context.stage, **options
+        )
     if processes.world_size() > 1 and not config.dataloader_drop_last:
         trainer.add_filler()
-    with context.tracker() as tracker:
+    with context.tracker() as tracker, refusals_told(context):
         trained = train(trainer, context.stage, tracker)
     state = whole_state(trainer)
     if processes.is_first():

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from align import processes
-from align.errors import WorldSizeError
+from align.errors import InputError, WorldSizeError
 from align.yaml_files import load_yaml
 
 ASKED = "ALIGN_PROCESSES"
@@ -35,8 +35,8 @@ def check_world_size() -> None:
 
 def asked_processes() -> int | None:
     """How many processes were asked for: by `align launch`, or on the command line of `accelerate launch`."""
-    if given := os.environ.get(ASKED):
-        return int(given)
+    if os.environ.get(ASKED):
+        return processes.number_in_environment(ASKED, 1)
     import psutil
 
     try:
@@ -55,6 +55,26 @@ def asked_in(command: Sequence[str]) -> int | None:
     if number := options.get("num_processes"):
         return int(number) if number.isdigit() else None
     return configured_processes(Path(options["config_file"])) if "config_file" in options else None
+
+
+def check_config(config: Path) -> None:
+    """Have accelerate read a configuration file before anything is started with it.
+
+    Raises:
+        InputError: it is none.
+    """
+    number = load_yaml(config)[0].get("num_processes", 1)
+    if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+        raise InputError(f"{config}: num_processes: must be a whole number above 0, got {number!r}")
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    try:
+        load_config_from_file(str(config))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(
+            f"{config}: no configuration file of accelerate ({str(error).splitlines()[0]}); take one of "
+            "recipes/accelerate, or make one with `accelerate config --config_file FILE`"
+        ) from error
 
 
 def configured_processes(config: Path) -> int | None:

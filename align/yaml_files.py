@@ -107,9 +107,9 @@ def key_name(path: Iterable[str | int]) -> str:
     return name
 
 
-def nearest(word: str, choices: Iterable[str]) -> str | None:
+def nearest(word: str, choices: Iterable[str], cutoff: float = 0.6) -> str | None:
     """The choice that `word` is most likely a misspelling of, or None where nothing is close."""
-    matches = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)
+    matches = difflib.get_close_matches(word, list(choices), n=1, cutoff=cutoff)
     return matches[0] if matches else None
 
 
@@ -121,6 +121,8 @@ def problems_from(error: ValidationError, lines: Lines, model: type[BaseModel]) 
     faults: dict[KeyPath, list[str]] = {}
     for detail in error.errors(include_url=False):
         location = detail["loc"]
+        if detail["type"] == "invalid_key":
+            location = (*location[:-1], _as_written(detail["input"]))
         if detail["type"] == "missing":
             path = (*lines.known(location[:-1]), location[-1])
         else:
@@ -189,11 +191,11 @@ def _plain_words(detail: Mapping[str, Any], location: KeyPath, model: type[BaseM
     kind, given, context = detail["type"], detail["input"], detail.get("ctx", {})
     if kind == "missing":
         return MISSING
-    if kind == "extra_forbidden":
+    if kind in {"extra_forbidden", "invalid_key"}:
         return _unknown_key(str(location[-1]), _fields_at(model, location[:-1]))
     if kind in BOUNDS:
         word, limit = BOUNDS[kind]
-        return f"must be {word} {context[limit]:g}, got {_shown(given)}"
+        return f"must be {word} {_number(context[limit])}, got {_shown(given)}"
     if kind == "literal_error":
         return f"must be {context['expected']}, got {_shown(given)}"
     if kind == "finite_number":
@@ -210,6 +212,15 @@ def _plain_words(detail: Mapping[str, Any], location: KeyPath, model: type[BaseM
     if family in KINDS and (kind.endswith(("_type", "_parsing")) or kind == "int_from_float"):
         return f"expected {KINDS[family]}, got {_shown(given)}"
     return f"{detail['msg']}, got {_shown(given)}"
+
+
+def _as_written(key: Any) -> str:
+    """A key that YAML does not take for text."""
+    return str(key).lower() if isinstance(key, bool) else str(key)
+
+
+def _number(limit: float) -> str:
+    return str(limit) if isinstance(limit, int) else f"{limit:g}"
 
 
 def _unknown_key(key: str, fields: Sequence[str]) -> str:

@@ -6,7 +6,7 @@ Of an engine whose rows do not depend on each other, a server, only the missing 
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -34,28 +34,37 @@ def complete_all(
     Raises:
         AlignError: the backend left a request unanswered.
     """
-    work = _Work(backend.complete, backend.depends_on_batch, batch_size, description)
+    work = _Work(backend.complete, backend.depends_on_batch, batch_size, description, _completed)
     rows = _answer_all(work, requests, journal_path)
-    return {row_id: Completed(**row) for row_id, row in rows.items()}
+    return {row_id: _completed(row) for row_id, row in rows.items()}
 
 
 def score_all(
     backend: Backend, requests: Sequence[ChoiceRequest], batch_size: int, journal_path: Path | None, description: str
 ) -> dict[str, ChoiceScores]:
     """`complete_all` for the log-probabilities of choices."""
-    work = _Work(backend.choice_logprobs, backend.depends_on_batch, batch_size, description)
+    work = _Work(backend.choice_logprobs, backend.depends_on_batch, batch_size, description, _scores)
     rows = _answer_all(work, requests, journal_path)
-    return {row_id: ChoiceScores(row_id, tuple(row["logprobs"]), tuple(row["tokens"])) for row_id, row in rows.items()}
+    return {row_id: _scores(row) for row_id, row in rows.items()}
+
+
+def _completed(row: Mapping[str, Any]) -> Completed:
+    return Completed(**row)
+
+
+def _scores(row: Mapping[str, Any]) -> ChoiceScores:
+    return ChoiceScores(row["id"], tuple(row["logprobs"]), tuple(row["tokens"]))
 
 
 @dataclass(frozen=True)
 class _Work(Generic[Asked]):
-    """How requests are answered, and in what chunks."""
+    """How requests are answered, in what chunks, and how a kept answer is read."""
 
     answer: Callable[[Sequence[Asked], Progress], Iterable[Completed | ChoiceScores]]
     depends_on_batch: bool
     batch_size: int
     description: str
+    read: Callable[[Mapping[str, Any]], object]
 
 
 def _answer_all(work: _Work[Asked], requests: Sequence[Asked], journal_path: Path | None) -> dict[str, dict[str, Any]]:
@@ -68,10 +77,10 @@ def _answer_all(work: _Work[Asked], requests: Sequence[Asked], journal_path: Pat
     if journal_path is None:
         _answer_chunks(work, chunks, rows.__contains__, lambda row: rows.update({row["id"]: row}))
     else:
-        with Journal(journal_path, processes.rank()) as journal:
+        with Journal(journal_path, processes.rank(), work.read) as journal:
             _answer_chunks(work, processes.share(chunks), journal.__contains__, journal.append)
         processes.barrier()
-        with Journal(journal_path, processes.rank()) as journal:
+        with Journal(journal_path, processes.rank(), work.read) as journal:
             rows = journal.rows
     unanswered = [request.id for request in requests if request.id not in rows]
     if unanswered:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from align.errors import InputError
-from align.records import Conversation, Message, as_conversation, digest, parse_jsonl
+from align.records import Conversation, Message, as_conversation, digest, numbered_jsonl
 
 FILE_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -39,20 +39,37 @@ def is_file(path: str) -> bool:
     return looks_local or Path(path).exists()
 
 
+def file_fault(path: str) -> str | None:
+    """What is wrong with a local file of rows, as far as it shows without reading it; None where nothing does."""
+    local = Path(path).expanduser()
+    if not local.exists():
+        return f"no such file (looked in {Path.cwd()}); check the path"
+    if local.is_dir():
+        return f"is a folder; give a file in it, one of {', '.join(FILE_SUFFIXES)}"
+    if not local.is_file():
+        return "is a pipe or a device, which cannot be read twice; write the rows to a file"
+    if not local.name.endswith(FILE_SUFFIXES):
+        return f"cannot read this kind of file; give one of {', '.join(FILE_SUFFIXES)}"
+    return None
+
+
 def source_rows(source: Source) -> Iterator[tuple[str, Row]]:
     """(place for error messages, row) of a source, as many as its limit allows (see `drawn_rows`).
 
     Raises:
         InputError: no such file or dataset, a malformed line, or no rows.
     """
-    rows = _file_rows(Path(source.path).expanduser()) if is_file(source.path) else _hub_rows(source)
-    numbered: Iterable[tuple[int, Row]] = enumerate(rows, start=1)
+    local = is_file(source.path)
+    numbered: Iterable[tuple[int, Row]] = (
+        _file_rows(Path(source.path).expanduser()) if local else enumerate(_hub_rows(source), start=1)
+    )
+    counted = "line" if local and not source.path.endswith(".parquet") else "row"
     if source.limit is not None:
         numbered = drawn_rows(numbered, source.limit)
     empty = True
     for number, row in numbered:
         empty = False
-        yield f"{source.path}, row {number}", row
+        yield f"{source.path}, {counted} {number}", row
     if empty:
         raise InputError(f"{source.path}: no rows in it; give a file with at least one")
 
@@ -116,22 +133,21 @@ def merge_neighbours(conversation: Iterable[Message]) -> Conversation:
     return tuple(merged)
 
 
-def _file_rows(path: Path) -> Iterator[Row]:
-    if not path.is_file():
-        raise InputError(f"{path}: no such file (looked in {Path.cwd()}); check the path")
+def _file_rows(path: Path) -> Iterator[tuple[int, Row]]:
+    """Rows with their numbers: of a text file those of the lines, so that an editor finds them."""
+    if fault := file_fault(str(path)):
+        raise InputError(f"{path}: {fault}")
     if path.name.endswith(".parquet"):
-        yield from _parquet_rows(path)
-    elif path.name.endswith((".jsonl", ".jsonl.gz")):
-        yield from _jsonl_rows(path)
+        yield from enumerate(_parquet_rows(path), start=1)
     else:
-        raise InputError(f"{path}: cannot read this kind of file; give one of {', '.join(FILE_SUFFIXES)}")
+        yield from _jsonl_rows(path)
 
 
-def _jsonl_rows(path: Path) -> Iterator[Row]:
+def _jsonl_rows(path: Path) -> Iterator[tuple[int, Row]]:
     opener = gzip.open if path.suffix == ".gz" else open
     try:
         with opener(path, "rt", encoding="utf-8-sig") as lines:
-            yield from parse_jsonl(lines, str(path))
+            yield from numbered_jsonl(lines, str(path))
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise InputError(f"{path}: not whole ({error}); fetch it again") from None
     except UnicodeDecodeError as error:

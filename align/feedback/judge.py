@@ -26,6 +26,9 @@ ABSTAINED = "the judge abstained"
 TIE = "tie"
 BOTH_BREAK = "both break a hard principle"
 
+LEAST_PROBES = 4
+"""With fewer, even a judge that gets each right is within chance (Wilson's interval)."""
+
 KINDS: dict[str, type[Kind]] = {"choice": ByChoice, "contrast": ByContrast, "rule": ByRule}
 
 
@@ -187,6 +190,20 @@ def judge_problems(constitution: Constitution, block: JudgeBlock) -> list[str]:
     return [
         f"judge.kind: '{block.kind}' needs a principle with {kind.needs}, and constitution '{constitution.id}' has "
         "none; choose another kind, or add it to the principles"
+    ]
+
+
+def probe_problems(constitution: Constitution, block: JudgeBlock) -> list[str]:
+    """Why the probes cannot show this judge to be better than chance, even if it gets each right; empty if they can."""
+    if block.kind == "rule" or block.allow_chance:
+        return []
+    probes = sum(len(each.probes) for each in constitution.principles if KINDS[block.kind].can_judge_by(each))
+    if probes >= LEAST_PROBES:
+        return []
+    return [
+        f"judge.kind: a judge by '{block.kind}' must be shown to be better than chance before it labels, and "
+        f"constitution '{constitution.id}' has {probes} probes for that, too few; give its principles {LEAST_PROBES} "
+        "or more, choose `judge.kind: rule`, or set `judge.allow_chance: true`"
     ]
 
 

@@ -1,7 +1,6 @@
 """Language models and their tokenizers: load, adapt with LoRA, and save so that plain `from_pretrained` opens them."""
 
 import copy
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
@@ -23,9 +23,10 @@ from transformers import (
 from align.config import LoraBlock
 from align.data.chat import end_of_turn_ids
 from align.errors import InputError
+from align.models.fitting import vocabulary_fault, weights_fault
 from align.models.lora import dither, dithered
 from align.models.sources import resolve_model
-from align.processes import on_cpu
+from align.processes import number_in_environment, on_cpu
 
 __all__ = [
     "add_lora",
@@ -72,7 +73,7 @@ def default_device() -> torch.device:
     """This process's device: its GPU where there is one and `ACCELERATE_USE_CPU` is not set, else the CPU."""
     if on_cpu():
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cuda", number_in_environment("LOCAL_RANK", 0))
 
 
 def load_tokenizer(
@@ -102,7 +103,18 @@ def load_tokenizer(
         if tokenizer.eos_token_id is None:
             raise InputError(f"model {path}: its tokenizer has neither pad nor end token; set eos_token in its config")
         tokenizer.pad_token = tokenizer.eos_token
+    if fault := vocabulary_fault(tokenizer, _vocabulary(resolved, revision, trust_remote_code)):
+        raise InputError(f"model {path}: {fault}; put the tokenizer beside the weights that they were trained with")
     return tokenizer
+
+
+def _vocabulary(resolved: str, revision: str | None, trust_remote_code: bool) -> int | None:
+    """How many tokens the model knows; None where its configuration cannot be read, which loading it tells."""
+    try:
+        config = AutoConfig.from_pretrained(resolved, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError):
+        return None
+    return getattr(config.get_text_config(), "vocab_size", None)
 
 
 def load_causal_lm(
@@ -124,18 +136,15 @@ def load_causal_lm(
             use_safetensors=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise InputError(f"model {path}: cannot be loaded as a causal language model ({_first_line(error)})") from error
     if classifiers := [name for name in model.config.architectures or () if name.endswith(CLASSIFIER)]:
         raise InputError(
             f"model {path}: a {classifiers[0]}, which scores answers and writes none; give a language model, such as "
             "the folder of sft, dpo or ppo beside a reward model's"
         )
-    if missing := sorted(loading["missing_keys"]):
-        raise InputError(
-            f"model {path}: its weights lack {len(missing)} of the model's tensors, among them {missing[0]}; "
-            "give the folder of a whole causal language model"
-        )
+    if fault := weights_fault(model.config, loading):
+        raise InputError(f"model {path}: {fault}; give the folder of a whole causal language model")
     zero_dropout(model)
     return model.eval()
 

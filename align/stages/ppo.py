@@ -10,9 +10,11 @@ from typing import Any
 
 from align import processes
 from align.errors import InputError
-from align.records import Demonstration, Prompt, read_rows
+from align.records import Demonstration, Prompt, Split, read_rows
 from align.rl.settings import PpoBlock
 from align.stage import Context, Outcome, Stage
+
+SPLIT: Split = "rl"
 
 
 class Ppo(Stage):
@@ -24,6 +26,9 @@ class Ppo(Stage):
 
     def inputs(self, settings: PpoBlock) -> tuple[str, ...]:
         return ("sample", "sft", *(["reward"] if settings.reads_reward_stage else []))
+
+    def splits(self, settings: PpoBlock) -> tuple[Split, ...]:
+        return (SPLIT,)
 
     def files(self, settings: PpoBlock) -> tuple[str, ...]:
         modules = {source.function.partition(":")[0] for source in settings.rewards if source.function}
@@ -102,7 +107,7 @@ def _prompts(context: Context, tokenizer: Any) -> tuple[list[Any], int]:
     from align.data.chat import prompt_ids
     from align.rl.rollout import TokenizedPrompt
 
-    rows = [row for row in read_rows(context.inputs["sample"] / "prompts.jsonl", Prompt) if row.split == "rl"]
+    rows = [row for row in read_rows(context.inputs["sample"] / "prompts.jsonl", Prompt) if row.split == SPLIT]
     system = context.shared["model"].system_prompt
     tokenized = [TokenizedPrompt(row, tuple(prompt_ids(tokenizer, row.prompt, system))) for row in rows]
     kept = [prompt for prompt in tokenized if len(prompt.ids) <= context.settings.max_prompt_tokens]

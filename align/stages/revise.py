@@ -53,15 +53,26 @@ class ReviseStage(Stage):
     def inputs(self, settings: ReviseBlock) -> tuple[str, ...]:
         return ("sample",)
 
+    def splits(self, settings: ReviseBlock) -> tuple[Split, ...]:
+        return settings.splits
+
+    def check_upstream(self, settings: ReviseBlock, upstream: Mapping[str, Any]) -> list[str]:
+        sampled = upstream["sample"].splits if "sample" in upstream else settings.splits
+        return [
+            f"revise.splits: no prompt of the split '{split}' is completed; name it in `sample.splits` too"
+            for split in settings.splits
+            if split not in sampled
+        ]
+
     def check(self, settings: ReviseBlock, shared: Mapping[str, Any]) -> list[str]:
         from align.feedback.critique import revising_principles
-        from align.feedback.judge import judge_problems
+        from align.feedback.judge import judge_problems, probe_problems
 
         try:
             constitution = load_constitution(shared["constitution"])
         except InputError:
             return []
-        problems = judge_problems(constitution, shared["judge"])
+        problems = judge_problems(constitution, shared["judge"]) or probe_problems(constitution, shared["judge"])
         if not revising_principles(constitution):
             problems.append("constitution: no principle to revise by; give one a `text`, or `critique` and `revision`")
         return problems

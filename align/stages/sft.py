@@ -16,9 +16,11 @@ from align.config import Block, Fraction, ModelBlock, Number, OptimizerBlock, Pa
 from align.data.columns import demonstration_columns
 from align.data.pairs import read_demonstrations
 from align.errors import InputError
-from align.records import Demonstration, Prompt, Revision, Sample, read_rows, write_rows
+from align.records import Demonstration, Prompt, Revision, Sample, Split, read_rows, write_rows
 from align.repro import derive_seed
 from align.stage import Context, Outcome, Stage
+
+SPLIT: Split = "sft"
 
 
 class HelpfulBlock(Block):
@@ -61,6 +63,14 @@ class Sft(Stage):
 
     def files(self, settings: SftBlock) -> tuple[str, ...]:
         return tuple(source.path for source in settings.helpful.sources if Path(source.path).expanduser().exists())
+
+    def splits(self, settings: SftBlock) -> tuple[Split, ...]:
+        return (SPLIT,) if settings.revisions else ()
+
+    def check_upstream(self, settings: SftBlock, upstream: Mapping[str, Any]) -> list[str]:
+        if not settings.revisions or "revise" not in upstream or SPLIT in upstream["revise"].splits:
+            return []
+        return [f"sft.revisions: no sample of the split '{SPLIT}' is revised; name it in `revise.splits`"]
 
     def check(self, settings: SftBlock, shared: Mapping[str, Any]) -> list[str]:
         helpful = settings.helpful
@@ -154,7 +164,7 @@ def _accepted(revise: Path) -> dict[str, Demonstration]:
     return {
         row.prompt_id: Demonstration(row.id, row.prompt, row.completion, "revision")
         for row in rows
-        if row.accepted and row.split == "sft"
+        if row.accepted and row.split == SPLIT
     }
 
 
@@ -167,7 +177,7 @@ def _own_samples(sample: Path, block: HelpfulBlock, revisions: Mapping[str, Demo
     return [
         Demonstration(row.id, row.prompt, row.completion, "own")
         for row in read_rows(sample / "samples.jsonl", Sample)
-        if row.split == "sft"
+        if row.split == SPLIT
         and row.finish_reason == "stop"
         and row.completion.strip()
         and row.prompt_id not in revisions

@@ -193,8 +193,8 @@ def told(run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
     [
         ("", ["bad.jsonl: no rows in it"]),
         ('{"prompt": "One?"}\n{"prompt": "Two?"}\n{"prompt": "Thr\n', ["bad.jsonl", "line 3"]),
-        ('{"text": "One?", "topic": "numbers"}\n', ["bad.jsonl, row 1: no column with a prompt", "text, topic"]),
-        ('{"prompt": "One?"}\n{"prompt": "  "}\n', ["bad.jsonl, row 2: the prompt is empty"]),
+        ('{"text": "One?", "topic": "numbers"}\n', ["bad.jsonl, line 1: no column with a prompt", "text, topic"]),
+        ('{"prompt": "One?"}\n{"prompt": "  "}\n', ["bad.jsonl, line 2: the prompt is empty"]),
     ],
 )
 def test_prompts_that_cannot_be_used_are_told(

@@ -71,6 +71,7 @@ def test_a_process_that_fails_ends_the_run_at_once_and_its_error_is_told_once(fo
     assert done.returncode == 2
     assert done.stderr.count("letters.txt, line 3: not a letter; mend it") == 1
     assert done.stderr.endswith("letters.txt, line 3: not a letter; mend it\n")
+    assert "Traceback" not in done.stderr and "ChildFailedError" not in done.stderr
     assert time.monotonic() - start < 60
     assert not (folder / "runs/recipe/shared/letters").exists()
 

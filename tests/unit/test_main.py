@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from align.__main__ import main
-from align.recipe import recipe_model
+from align.recipe import load_recipe, recipe_model
 from align.records import Conversation
 from tests.fakes import add_fake_stages, remove_fake_stages
 
@@ -56,7 +56,7 @@ def test_the_plan_names_what_comes_next(capsys: pytest.CaptureFixture[str]) -> N
     shown = capsys.readouterr().out
     assert "letters   missing (next)" in shown
     assert "waits for letters" in shown
-    assert "Next: align run letters --recipe recipe.yaml --set 'seed=3'" in shown
+    assert "Next: align run letters --recipe recipe.yaml --set seed=3" in shown
 
 
 def test_bad_input_ends_with_two_and_a_message_without_a_traceback(capsys: pytest.CaptureFixture[str]) -> None:
@@ -179,3 +179,41 @@ def test_the_settings_are_printed_as_the_page_has_them(capsys: pytest.CaptureFix
 def test_chat_refuses_a_setting_out_of_its_range(option: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["chat", "some/model", option]) == 2
     assert "temperature must be a number from 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("letters: {}\ncapitals: {}\n", "no configuration file of accelerate"),
+        ("num_processes: eight\n", "num_processes: must be a whole number above 0, got 'eight'"),
+        ("", "is empty"),
+    ],
+)
+def test_a_file_that_does_not_configure_accelerate_is_refused(
+    content: str, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("config.yaml").write_text(content)
+    assert main(["launch", "letters", "--recipe", "recipe.yaml", "--accelerate-config", "config.yaml"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("config.yaml: ") and told in said
+    assert not Path("runs").exists()
+
+
+def test_a_stale_report_says_that_it_is_and_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import dataclasses
+
+    import align.__main__
+    from align.plan import make_plan
+
+    command = "`align run recipe.yaml --set seed=1`"
+    for state, told in (
+        ("stale", f"evaluate: the figures below are stale (seed: 0 → 1); make them anew with {command}\n"),
+        ("done", ""),
+        ("missing", ""),
+    ):
+        step = dataclasses.replace(make_plan(load_recipe("recipe.yaml"))["letters"], state=state, why="seed: 0 → 1")
+        monkeypatch.setattr(align.__main__, "make_plan", lambda recipe, step=step: {"evaluate": step})
+        assert main(["report", "recipe.yaml", "--set", "seed=1"]) == 0
+        assert capsys.readouterr().err == told

@@ -104,8 +104,8 @@ dpo: {bta: 1}
     assert faults(path) == [
         "recipe.yaml: 7 problems",
         "line 1  model.pth: no such setting; did you mean `path`?",
-        f"line 4  prompts.sources[0].path: no file missing.jsonl {here}",
-        f"line 5  constitution: no file nowhere.yaml {here}",
+        f"line 4  prompts.sources[0].path: missing.jsonl: no such file {here}; check the path",
+        f"line 5  constitution: nowhere.yaml: no such file {here}; check the path",
         "line 8  sample.sampling.temperature: expected a number, got true/false",
         "line 9  sample.sampling.max_new_tokens: expected a whole number, got 3.7",
         "line 10  reward: reads the results of `sft`, which this recipe lacks; add `sft: {}`",
@@ -214,12 +214,12 @@ def test_a_parent_must_be_there_and_stand_alone() -> None:
 def test_a_local_model_that_is_not_there_is_a_fault_and_a_hub_id_is_not() -> None:
     load_recipe("recipe.yaml", ["model.path=org/other"])
     for missing in ("./model", "/nowhere/model", "some.gguf", "a/b/c"):
-        assert "no file" in faults("recipe.yaml", f"model.path={missing}")[1]
+        assert "no such f" in faults("recipe.yaml", f"model.path={missing}")[1]
 
 
 def test_the_model_of_a_local_engine_is_looked_for_too() -> None:
     said = faults("recipe.yaml", "judge.engine={kind: local, model: ./judge}")
-    assert said[1].startswith("--set judge.engine.model: no file ./judge")
+    assert said[1].startswith("--set judge.engine.model: ./judge: no such folder")
     load_recipe("recipe.yaml", ["judge.engine={kind: openai, model: ./judge, base_url: 'http://localhost:1/v1'}"])
 
 

@@ -89,7 +89,7 @@ def test_conversations_go_both_ways() -> None:
 
 
 def test_a_malformed_line_is_named_by_its_number() -> None:
-    with pytest.raises(InputError, match=r"data\.jsonl, line 3: not JSON .* column 6.*2 rows before it are fine"):
+    with pytest.raises(InputError, match=r"data\.jsonl, line 3: not JSON .* column 6.*2 lines before it are fine"):
         list(parse_jsonl(['{"a": 1}\n', "\n", '{"a" 1}\n'], "data.jsonl"))
 
 

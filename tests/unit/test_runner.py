@@ -87,7 +87,7 @@ def test_a_stage_whose_inputs_are_missing_or_stale_says_what_to_run() -> None:
     with pytest.raises(InputError, match=r"reads the results of `letters`.*`align run recipe.yaml`"):
         run_stage(recipe(), "capitals")
     run_stage(recipe(), "letters")
-    with pytest.raises(InputError, match=r"`align run recipe.yaml --set 'letters.text=b'`"):
+    with pytest.raises(InputError, match=r"`align run recipe.yaml --set letters.text=b`"):
         run_stage(recipe("letters.text=b"), "capitals")
 
 

@@ -191,7 +191,7 @@ def test_a_bad_row_is_named_with_its_fault(tmp_path: Path, row: dict[str, Any], 
     fine = {"prompt": "p", "chosen": "a", "rejected": "b"}
     with pytest.raises(InputError, match=told) as error:
         read_pairs(write(tmp_path / "pairs.jsonl", fine, row))
-    assert "pairs.jsonl, row 2:" in str(error.value)
+    assert "pairs.jsonl, line 2:" in str(error.value)
 
 
 def test_a_malformed_line_is_named_by_number(tmp_path: Path) -> None:

@@ -157,10 +157,10 @@ def test_rows_with_a_split_of_their_own_keep_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "told"),
     [
-        ({"text": "a", "label": 1}, r"p\.jsonl, row 1: no column with a prompt .* the columns there are text, label"),
-        ({"prompt": "  "}, "row 1: the prompt is empty"),
-        ({"prompt": 3}, "row 1: `prompt` must be a text or a list"),
-        ({"prompt": [{"role": "user"}]}, "row 1: `prompt` must be a text or a list"),
+        ({"text": "a", "label": 1}, r"p\.jsonl, line 1: no column with a prompt .* the columns there are text, label"),
+        ({"prompt": "  "}, "line 1: the prompt is empty"),
+        ({"prompt": 3}, "line 1: `prompt` must be a text or a list"),
+        ({"prompt": [{"role": "user"}]}, "line 1: `prompt` must be a text or a list"),
         ({"prompt": "a", "split": "train"}, "`split` is 'train'; it must be one of sft, preference, rl, eval"),
         ({"prompt": "a\n", "messages": [], "split": 3}, "`split` is 3"),
         ({"messages": [TALK[1]]}, "the prompt is empty"),
@@ -180,7 +180,7 @@ def test_a_bad_row_is_named_with_its_fault(tmp_path: Path, row: dict[str, Any], 
     ],
 )
 def test_what_would_be_misread_is_refused(tmp_path: Path, row: dict[str, Any], told: str) -> None:
-    with pytest.raises(InputError, match=rf"prompts.jsonl, row 1: .*{told}"):
+    with pytest.raises(InputError, match=rf"prompts.jsonl, line 1: .*{told}"):
         read(write(tmp_path / "prompts.jsonl", row))
 
 

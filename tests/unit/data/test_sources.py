@@ -2,6 +2,7 @@
 
 import datetime
 import gzip
+import os
 from pathlib import Path
 from typing import Any
 
@@ -63,12 +64,31 @@ def rows(path: Path | str, limit: int | None = None) -> list[tuple[str, Any]]:
     return list(source_rows(PromptSource(path=str(path), limit=limit)))
 
 
-def test_rows_are_placed_by_file_and_number(tmp_path: Path) -> None:
+def test_rows_are_placed_by_the_lines_that_an_editor_counts(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
-    path.write_text('{"a": 1}\n\n{"a": 2}\n{"a": 3}\n')
+    path.write_text('{"a": 1}\n\n{"a": 3}\n{"a": 4}\n')
 
-    assert rows(path) == [(f"{path}, row {number}", {"a": number}) for number in (1, 2, 3)]
-    assert all(place == f"{path}, row {row['a']}" for place, row in rows(path, limit=2))
+    assert rows(path) == [(f"{path}, line {number}", {"a": number}) for number in (1, 3, 4)]
+    assert all(place == f"{path}, line {row['a']}" for place, row in rows(path, limit=2))
+
+
+def test_rows_of_a_table_are_counted(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.Table.from_pylist([{"a": 1}, {"a": 2}]), tmp_path / "a.parquet")
+
+    assert [place for place, _ in rows(tmp_path / "a.parquet")] == [f"{tmp_path}/a.parquet, row {n}" for n in (1, 2)]
+
+
+def test_what_is_no_file_of_rows_is_told_without_reading_it(tmp_path: Path) -> None:
+    (tmp_path / "folder.jsonl").mkdir()
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "rows.txt").write_text("")
+
+    for name, told in {"folder.jsonl": "is a folder", "pipe.jsonl": "is a pipe", "rows.txt": "this kind"}.items():
+        with pytest.raises(InputError, match=f"{name}: .*{told}"):
+            rows(tmp_path / name)
 
 
 def test_a_limit_holds_no_more_rows_than_it_takes() -> None:
