@@ -144,7 +144,7 @@ class TakenIn:
             if leaf.grad is not None and computed.requires_grad
         ]
         if reached:
-            torch.autograd.backward(*zip(*reached, strict=True))
+            torch.autograd.backward([computed for computed, _ in reached], [gradient for _, gradient in reached])
 
 
 @dataclass(frozen=True)
