@@ -21,7 +21,7 @@ MAX_REPETITION = 0.3
 """Share of repeated 4-grams above which a text counts as going round in circles."""
 MIN_REPETITION_WORDS = 12
 SAME_TEXT = 0.8
-"""Similarity (difflib's ratio) from which a revision counts as a text that was shown, given once more."""
+"""Similarity (difflib's ratio of words) from which a revision counts as a text that was shown, given once more."""
 
 
 @dataclass(frozen=True)
@@ -120,9 +120,11 @@ def without_preamble(text: str) -> str:
 
 
 def _is_nearly(shown: str, text: str) -> bool:
-    return (
-        bool(shown) and difflib.SequenceMatcher(None, _plain(shown), _plain(text), autojunk=False).ratio() >= SAME_TEXT
-    )
+    if not shown:
+        return False
+    # By words: by characters it takes milliseconds, more than all else that is done to a row.
+    matcher = difflib.SequenceMatcher(None, words(_plain(shown)), words(_plain(text)), autojunk=False)
+    return all(ratio() >= SAME_TEXT for ratio in (matcher.real_quick_ratio, matcher.quick_ratio, matcher.ratio))
 
 
 def _plain(text: str) -> str:
