@@ -75,6 +75,9 @@ class SeenOnDisk:
         """Whether the text comes for the first time; it has been seen from here on."""
         return self._database.execute("insert or ignore into seen values (?)", (text,)).rowcount == 1
 
+    def __contains__(self, text: str) -> bool:
+        return self._database.execute("select 1 from seen where text = ?", (text,)).fetchone() is not None
+
 
 def scratch_database(schema: str) -> sqlite3.Connection:
     """An empty database with this schema, in a temporary file: it takes 2 MB of memory however large it grows."""

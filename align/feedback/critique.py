@@ -139,7 +139,8 @@ class Loop:
         chain = step.chain
         text = without_preamble(revision.text)
         shown = tuple(text for example in step.examples for text in (example.completion, example.revision))
-        fault = caught_by(Revised(chain.completion, critique, text, revision.finish_reason, shown), self.filters)
+        revised = Revised(chain.completion, critique, text, revision.finish_reason, shown, self.critique)
+        fault = caught_by(revised, self.filters)
         made = Critique(
             id=digest([chain.sample.id, "critique", number]),
             prompt_id=chain.sample.prompt_id,

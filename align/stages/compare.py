@@ -16,6 +16,7 @@ from align.config import Block, EngineBlock, Integer, JudgeBlock, ModelBlock, Po
 from align.constitution import load_constitution
 from align.data.prompts import stream_drawn
 from align.errors import InputError
+from align.feedback.gates import CompareGatesBlock, Share, check_gates, gate_figures
 from align.generation import Completed, Request
 from align.records import (
     Comparison,
@@ -51,6 +52,7 @@ class CompareBlock(Block):
     principle: Literal["all", "draw"] = Field(
         "all", description="the judge averages over all principles that apply, or draws one for each comparison"
     )
+    gates: CompareGatesBlock = Field(default_factory=CompareGatesBlock)
     window: Positive = Field(DEFAULT_WINDOW, description=WINDOW_HELP)
 
 
@@ -61,6 +63,7 @@ class CompareStage(Stage):
     help = "label pairs of the SFT policy's completions by the constitution"
     settings = CompareBlock
     shares = ("model", "constitution", "judge")
+    only_gates = ("gates",)
     outputs = ("comparisons.jsonl", "pairs.jsonl", METRICS)
 
     def inputs(self, settings: CompareBlock) -> tuple[str, ...]:
@@ -111,8 +114,10 @@ class CompareStage(Stage):
         tally = ComparisonTally()
         pairs = compare_all(context, backend, judge, total, tally)
         counted = {**tally.counts(), **pairs}
-        measured = {"judge": report.as_figures(), **tally.figures()}
+        shares = {name: Share(tally.reasons[name], tally.comparisons) for name in ("cut", "identical")}
+        measured = {"judge": report.as_figures(), **tally.figures(), "gates": gate_figures(shares)}
         context.log_rows([{**counted, **measured}])
+        check_gates(self.name, settings.gates, shares, context.output / "comparisons.jsonl")
         return Outcome(counted, measured)
 
 

@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from align.config import Block, EngineBlock, Integer, JudgeBlock, ModelBlock, Positive, SamplingBlock
+from align.config import Block, EngineBlock, Fraction, Integer, JudgeBlock, ModelBlock, Positive, SamplingBlock
 from align.constitution import Constitution, load_constitution
 from align.errors import InputError
-from align.feedback.filters import OPTIONAL, FilterName
-from align.records import Revision, Sample, Split, digest, read_rows
+from align.feedback.filters import OPTIONAL, FilterName, refuses
+from align.feedback.gates import ReviseGatesBlock, Share, TextShares, check_gates, gate_figures
+from align.records import Prompt, Revision, Sample, Split, digest, read_rows
 from align.repro import derive_seed
 from align.stage import Context, Outcome, Stage
 from align.tracking import METRICS
-from align.windows import DEFAULT_WINDOW, WINDOW_HELP, RowFile, Window, windows
+from align.windows import DEFAULT_WINDOW, WINDOW_HELP, RowFile, SeenOnDisk, Window, windows
 
 if TYPE_CHECKING:
     from align.feedback.critique import Chain, Loop
@@ -40,6 +41,10 @@ class ReviseBlock(Block):
     principle: Literal["all", "draw"] = Field(
         "all", description="the judge averages over all principles that apply, or draws one for each revision"
     )
+    near_duplicates: Fraction | None = Field(
+        0.8, description="revisions that share so much with an earlier accepted one are rejected; null keeps them"
+    )
+    gates: ReviseGatesBlock = Field(default_factory=ReviseGatesBlock)
     window: Positive = Field(DEFAULT_WINDOW, description=WINDOW_HELP)
 
 
@@ -50,6 +55,7 @@ class ReviseStage(Stage):
     help = "criticise and revise the samples by the constitution"
     settings = ReviseBlock
     shares = ("model", "constitution", "judge")
+    only_gates = ("gates",)
     outputs = ("critiques.jsonl", "revisions.jsonl", "rejected.jsonl", METRICS)
 
     def inputs(self, settings: ReviseBlock) -> tuple[str, ...]:
@@ -113,9 +119,11 @@ class ReviseStage(Stage):
             filters=settings.filters,
         )
         tally = RevisionTally(settings.rounds)
-        revise_all(context, loop, judge, total, tally)
-        counted, measured = tally.counts(), {"judge": report.as_figures(), **tally.figures()}
+        shares = revise_all(context, loop, judge, total, tally)
+        measured = {"judge": report.as_figures(), **tally.figures(), "gates": gate_figures(shares)}
+        counted = tally.counts()
         context.log_rows(_logged(counted, measured))
+        check_gates(self.name, settings.gates, shares, context.output / "revisions.jsonl")
         return Outcome(counted, measured)
 
 
@@ -140,19 +148,57 @@ def count_samples(context: Context) -> int:
     return total
 
 
-def revise_all(context: Context, loop: "Loop", judge: "Judge", total: int, tally: "RevisionTally") -> None:
-    """Revise and judge every sample, window by window, and write and count what came out."""
+def benign_prompts(context: Context) -> SeenOnDisk:
+    """Ids of the prompts whose category or file the gates name benign.
+
+    Raises:
+        InputError: a name that no prompt goes by.
+    """
+    names = set(context.settings.gates.benign)
+    unknown, benign = set(names), SeenOnDisk()
+    path = context.inputs["sample"] / "prompts.jsonl"
+    for prompt in read_rows(path, Prompt) if names else ():
+        if found := names & {prompt.category, prompt.source}:
+            unknown -= found
+            benign.is_new(prompt.id)
+    if unknown:
+        raise InputError(f"revise.gates.benign: no prompt of category or file {min(unknown)!r} in {path}; remove it")
+    return benign
+
+
+def _made(tally: "RevisionTally") -> dict[str, Share]:
+    """What the gates limit of all the revisions that were made."""
+    return {
+        "refusal_only": Share(tally.reasons["refusal"], tally.samples),
+        "cut": Share(tally.reasons["cut"], tally.samples),
+        "not_accepted": Share(tally.samples - tally.accepted, tally.samples),
+    }
+
+
+def revise_all(context: Context, loop: "Loop", judge: "Judge", total: int, tally: "RevisionTally") -> dict[str, Share]:
+    """Revise and judge every sample, window by window, and write and count what came out; the shares for the gates."""
+    from align.feedback.near_duplicates import NearDuplicates
+
     settings: ReviseBlock = context.settings
+    benign, benign_refused, texts = benign_prompts(context), Share(), TextShares()
+    earlier = NearDuplicates(settings.near_duplicates) if settings.near_duplicates is not None else None
     critiques, revisions, rejected = (
         RowFile(context.output / name) for name in ("critiques.jsonl", "revisions.jsonl", "rejected.jsonl")
     )
     with critiques, revisions, rejected:
         for window in windows(chosen_samples(context), total, settings.window, context.output):
             for chain, row in revise_window(window, loop, judge, settings.rounds):
+                if row.accepted and earlier and earlier.is_repeated(row.completion, row.split):
+                    row = replace(row, accepted=False, reason="near-duplicate")
+                if row.accepted:
+                    texts.add(row.completion)
+                if row.prompt_id in benign:
+                    benign_refused.add(row.completion, refuses(row.completion))
                 for made in chain.rounds:
                     critiques.add(made)
                 (revisions if row.accepted else rejected).add(row)
                 tally.add(chain, row)
+    return {**texts.shares(), **_made(tally), "benign_refused": benign_refused}
 
 
 def revise_window(

@@ -212,7 +212,7 @@ def test_a_revision_that_is_worse_is_never_accepted(world: World, monkeypatch: p
 
     scripted(monkeypatch, spoil)
     world.run(SAMPLE, SampleBlock())
-    outcome = world.run(REVISE, ReviseBlock())
+    outcome = world.run(REVISE, ReviseBlock(critique=False))
 
     assert world.rows("revise/revisions.jsonl", Revision) == []
     assert outcome.counts["rejected: judged worse"] == outcome.counts["samples"]
