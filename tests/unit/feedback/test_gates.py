@@ -74,6 +74,15 @@ def test_every_gate_has_words_and_a_remedy() -> None:
     assert limits == WORDS_FOR.keys() == REMEDIES.keys()
 
 
+@pytest.mark.parametrize("name", WORDS_FOR)
+def test_every_limit_closes_its_gate(name: str) -> None:
+    kind = ReviseGatesBlock if name in ReviseGatesBlock.model_fields else CompareGatesBlock
+
+    check_gates("x", kind(**{name: 0.5}), {name: Share(100, 200)}, "rows")
+    with pytest.raises(GateClosed, match=f"x.gates.{name} is closed"):
+        check_gates("x", kind(**{name: 0.5}), {name: Share(101, 200)}, "rows")
+
+
 WORDS = [f"w{number}" for number in range(40)]
 
 
