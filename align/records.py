@@ -253,6 +253,11 @@ def write_rows(path: Path, rows: Iterable[Row]) -> int:
     count = 0
     with path.open("w", encoding="utf-8") as out:
         for row in rows:
-            out.write(json.dumps(row.to_json(), ensure_ascii=False) + "\n")
+            out.write(as_line(row))
             count += 1
     return count
+
+
+def as_line(row: Row) -> str:
+    """A record as its line of a JSONL file, with the newline."""
+    return json.dumps(row.to_json(), ensure_ascii=False) + "\n"

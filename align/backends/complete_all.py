@@ -79,9 +79,11 @@ def _answer_all(work: _Work[Asked], requests: Sequence[Asked], journal_path: Pat
     else:
         with Journal(journal_path, processes.rank(), work.read) as journal:
             _answer_chunks(work, processes.share(chunks), journal.__contains__, journal.append)
-        processes.barrier()
-        with Journal(journal_path, processes.rank(), work.read) as journal:
             rows = journal.rows
+        processes.barrier()
+        if processes.world_size() > 1:
+            with Journal(journal_path, processes.rank(), work.read) as journal:
+                rows = journal.rows
     unanswered = [request.id for request in requests if request.id not in rows]
     if unanswered:
         raise AlignError(

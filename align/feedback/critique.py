@@ -54,7 +54,8 @@ class Loop:
     """The loop over one engine. Finished steps are kept in `journal_path.<rank>`.
 
     `examples` worked examples are shown as earlier turns of the chat, those of the drawn principle nearest; `critique`
-    False asks for the revision at once; `filters` are those that apply besides 'cut' and 'empty'.
+    False asks for the revision at once; `filters` are those that apply besides 'cut' and 'empty'; `label` is said in
+    progress bars after the round.
     """
 
     constitution: Constitution
@@ -65,12 +66,13 @@ class Loop:
     critique: bool = True
     examples: int = 0
     filters: Collection[str] = OPTIONAL
+    label: str = ""
 
     def run(self, samples: Sequence[Sample], rounds: int) -> list[Chain]:
         """A chain for each sample, in order; every process gets all of them."""
         chains = [Chain(sample, sample.completion) for sample in samples]
         for number in range(1, rounds + 1):
-            chains = self._round(chains, number, f"{number}/{rounds}")
+            chains = self._round(chains, number, f"{number}/{rounds}{self.label}")
         return [self._ended(chain) for chain in chains]
 
     def _round(self, chains: Sequence[Chain], number: int, progress: str) -> list[Chain]:
@@ -137,7 +139,8 @@ class Loop:
         chain = step.chain
         text = without_preamble(revision.text)
         shown = tuple(text for example in step.examples for text in (example.completion, example.revision))
-        fault = caught_by(Revised(chain.completion, critique, text, revision.finish_reason, shown), self.filters)
+        revised = Revised(chain.completion, critique, text, revision.finish_reason, shown, self.critique)
+        fault = caught_by(revised, self.filters)
         made = Critique(
             id=digest([chain.sample.id, "critique", number]),
             prompt_id=chain.sample.prompt_id,

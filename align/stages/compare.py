@@ -1,22 +1,22 @@
 """compare: the SFT policy answers each prompt twice, and the judge says which answer follows the constitution better.
 
 The labels are soft (Bai et al. 2022, section 4.1): the reward model and DPO are trained on probabilities. Ties, cut,
-empty and identical completions stay in comparisons.jsonl with the reason, and make no pair.
+empty and identical completions stay in comparisons.jsonl with the reason, and make no pair. Rows stream from file to
+file, a window at a time.
 """
 
 import itertools
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from align import processes
 from align.config import Block, EngineBlock, Integer, JudgeBlock, ModelBlock, Positive, SamplingBlock
 from align.constitution import load_constitution
-from align.data.prompts import drawn_prompts
+from align.data.prompts import stream_drawn
 from align.errors import InputError
+from align.feedback.gates import CompareGatesBlock, Share, check_gates, gate_figures
 from align.generation import Completed, Request
 from align.records import (
     Comparison,
@@ -28,14 +28,16 @@ from align.records import (
     as_dicts,
     digest,
     read_rows,
-    write_rows,
 )
 from align.repro import derive_seed
 from align.stage import Context, Outcome, Stage
 from align.tracking import METRICS
+from align.windows import DEFAULT_WINDOW, WINDOW_HELP, RowFile, SeenOnDisk, Window, windows
 
 if TYPE_CHECKING:
     from align.feedback.judge import Judge
+    from align.feedback.tallies import ComparisonTally
+    from align.generation import Backend
 
 SPLIT: Split = "preference"
 
@@ -50,6 +52,8 @@ class CompareBlock(Block):
     principle: Literal["all", "draw"] = Field(
         "all", description="the judge averages over all principles that apply, or draws one for each comparison"
     )
+    gates: CompareGatesBlock = Field(default_factory=CompareGatesBlock)
+    window: Positive = Field(DEFAULT_WINDOW, description=WINDOW_HELP)
 
 
 class CompareStage(Stage):
@@ -59,6 +63,7 @@ class CompareStage(Stage):
     help = "label pairs of the SFT policy's completions by the constitution"
     settings = CompareBlock
     shares = ("model", "constitution", "judge")
+    only_gates = ("gates",)
     outputs = ("comparisons.jsonl", "pairs.jsonl", METRICS)
 
     def inputs(self, settings: CompareBlock) -> tuple[str, ...]:
@@ -85,80 +90,116 @@ class CompareStage(Stage):
         return judge_problems(constitution, shared["judge"]) or probe_problems(constitution, shared["judge"])
 
     def run(self, context: Context) -> Outcome:
+        from align.backends.open import open_backend
         from align.feedback.judge import examine_judge, open_judge, require_better_than_chance
+        from align.feedback.tallies import ComparisonTally
 
         settings: CompareBlock = context.settings
         judge_block: JudgeBlock = context.shared["judge"]
+        model: ModelBlock = context.shared["model"]
         seed = derive_seed(context.seed, self.name)
         judge = open_judge(
             judge_block,
-            context.shared["model"],
+            model,
             load_constitution(context.shared["constitution"]),
             draw_seed=seed if settings.principle == "draw" else None,
         )
         report = examine_judge(judge, context.output / "probes.journal")
         require_better_than_chance(judge, report)
 
-        comparisons = label(compared(context, seed), judge, context)
-        pairs = [pair for row in comparisons if (pair := pair_of(row))]
-        extra = revision_pairs(context) if settings.revision_pairs else []
-        if processes.is_first():
-            write_rows(context.output / "comparisons.jsonl", comparisons)
-            write_rows(context.output / "pairs.jsonl", {pair.id: pair for pair in (*pairs, *extra)}.values())
-        counted = {**counts(comparisons), "pairs": len(pairs), "revision_pairs": len(extra)}
-        measured = {"judge": report.as_figures(), **figures(comparisons)}
+        total = count_prompts(context)
+        if settings.revision_pairs:
+            require_revision_pairs(context)
+        backend = open_backend(EngineBlock(), model, path=str(context.inputs["sft"] / "model"))
+        tally = ComparisonTally()
+        pairs = compare_all(context, backend, judge, total, tally)
+        counted = {**tally.counts(), **pairs}
+        shares = {name: Share(tally.reasons[name], tally.comparisons) for name in ("cut", "identical")}
+        measured = {"judge": report.as_figures(), **tally.figures(), "gates": gate_figures(shares)}
         context.log_rows([{**counted, **measured}])
+        check_gates(self.name, settings.gates, shares, context.output / "comparisons.jsonl")
         return Outcome(counted, measured)
 
 
-def compared(context: Context, seed: int) -> list[Comparison]:
+def compare_all(
+    context: Context, backend: "Backend", judge: "Judge", total: int, tally: "ComparisonTally"
+) -> dict[str, int]:
+    """Compare every prompt's completions, window by window, and write and count what came out; how many pairs of each
+    kind there are."""
+    settings: CompareBlock = context.settings
+    counted = {"pairs": 0, "revision_pairs": 0}
+    seen = SeenOnDisk()
+    with RowFile(context.output / "comparisons.jsonl") as comparisons, RowFile(context.output / "pairs.jsonl") as pairs:
+
+        def add_pair(pair: PreferencePair, kind: str) -> None:
+            counted[kind] += 1
+            if seen.is_new(pair.id):
+                pairs.add(pair)
+
+        for window in windows(chosen_prompts(context), total, settings.window, context.output):
+            for row in label(compared(window, context, backend), judge, window):
+                comparisons.add(row)
+                tally.add(row)
+                if pair := pair_of(row):
+                    add_pair(pair, "pairs")
+        for pair in revision_pairs(context) if settings.revision_pairs else ():
+            add_pair(pair, "revision_pairs")
+    return counted
+
+
+def compared(window: Window[Prompt], context: Context, backend: "Backend") -> list[Comparison]:
     """Pairs of the SFT policy's completions, not judged yet; those not worth judging say why."""
     from align.backends.complete_all import complete_all
-    from align.backends.open import open_backend
 
     settings: CompareBlock = context.settings
-    model: ModelBlock = context.shared["model"]
-    prompts = chosen_prompts(context)
-    requests = {
-        (prompt.id, number): _request(prompt, number, settings.sampling, seed)
-        for prompt in prompts
-        for number in range(settings.completions)
-    }
-    backend = open_backend(EngineBlock(), model, path=str(context.inputs["sft"] / "model"))
+    seed = derive_seed(context.seed, CompareStage.name)
+    numbers = range(settings.completions)
     done = complete_all(
         backend,
-        list(requests.values()),
+        [_request(prompt, number, settings.sampling, seed) for prompt in window.rows for number in numbers],
         settings.sampling.batch_size,
-        context.output / "completions.journal",
-        "two answers a prompt" if settings.completions == 2 else f"{settings.completions} answers a prompt",
+        window.folder / "completions.journal",
+        f"{'two' if settings.completions == 2 else settings.completions} answers a prompt{window.label}",
     )
     return [
         _comparison(prompt, (first, second), done)
-        for prompt in prompts
-        for first, second in itertools.combinations(range(settings.completions), 2)
+        for prompt in window.rows
+        for first, second in itertools.combinations(numbers, 2)
     ]
 
 
-def chosen_prompts(context: Context) -> list[Prompt]:
-    """The prompts of the preference split, up to the limit.
+def chosen_prompts(context: Context) -> Iterator[Prompt]:
+    """The prompts of the preference split, up to the limit."""
+    path = context.inputs["sample"] / "prompts.jsonl"
+    return stream_drawn(
+        lambda: (prompt for prompt in read_rows(path, Prompt) if prompt.split == SPLIT),
+        context.settings.limit,
+        "compared",
+    )
+
+
+def count_prompts(context: Context) -> int:
+    """How many prompts are compared.
 
     Raises:
         InputError: there are none.
     """
-    path = context.inputs["sample"] / "prompts.jsonl"
-    prompts = [prompt for prompt in read_rows(path, Prompt) if prompt.split == SPLIT]
-    if not prompts:
-        raise InputError(f"{path}: no prompt in the split {SPLIT}; raise `prompts.split.{SPLIT}` or give more prompts")
-    return drawn_prompts(prompts, context.settings.limit, "compared")
+    total = sum(1 for _ in chosen_prompts(context))
+    if not total:
+        raise InputError(
+            f"{context.inputs['sample'] / 'prompts.jsonl'}: no prompt in the split {SPLIT}; raise "
+            f"`prompts.split.{SPLIT}` or give more prompts"
+        )
+    return total
 
 
-def label(comparisons: Sequence[Comparison], judge: "Judge", context: Context) -> list[Comparison]:
+def label(comparisons: Sequence[Comparison], judge: "Judge", window: Window[Prompt]) -> list[Comparison]:
     """The comparisons with the judge's verdicts."""
     from align.feedback.opinions import Question
 
     judged = [row for row in comparisons if not row.reason]
     questions = [Question(row.id, row.prompt, row.completion_a, row.completion_b, row.category) for row in judged]
-    answers = judge.compare(questions, context.output / "verdicts.journal", "judge")
+    answers = judge.compare(questions, window.folder / "verdicts.journal", f"judge{window.label}")
     verdicts = {row.id: verdict for row, verdict in zip(judged, answers, strict=True)}
     return [
         replace(
@@ -192,69 +233,37 @@ def pair_of(row: Comparison) -> PreferencePair | None:
     )
 
 
-def revision_pairs(context: Context) -> list[PreferencePair]:
-    """Accepted revisions of the preference split over their originals.
+def revision_pairs(context: Context) -> Iterator[PreferencePair]:
+    """Accepted revisions of the preference split over their originals."""
+    for row in read_rows(context.inputs["revise"] / "revisions.jsonl", Revision):
+        if row.accepted and row.split == SPLIT:
+            chosen, rejected = Message("assistant", row.completion), Message("assistant", row.original)
+            yield PreferencePair(
+                id=pair_id(row.prompt, chosen, rejected),
+                prompt=row.prompt,
+                chosen=(chosen,),
+                rejected=(rejected,),
+                probability=row.p_better,
+                source="revision",
+                category=row.category,
+            )
+
+
+def require_revision_pairs(context: Context) -> None:
+    """Stop before anything is asked where pairs are to be made of revisions and there are none.
 
     Raises:
-        InputError: revise made none of that split.
+        InputError: revise made none of the preference split.
     """
-    path = context.inputs["revise"] / "revisions.jsonl"
-    revisions = [row for row in read_rows(path, Revision) if row.accepted and row.split == SPLIT]
-    if not revisions:
+    if next(revision_pairs(context), None) is None:
         raise InputError(
-            f"{path}: no accepted revision in the split {SPLIT}; name it in `revise.splits` and `sample.splits`, "
-            "or leave out `compare.revision_pairs`"
+            f"{context.inputs['revise'] / 'revisions.jsonl'}: no accepted revision in the split {SPLIT}; name it in "
+            "`revise.splits` and `sample.splits`, or leave out `compare.revision_pairs`"
         )
-    return [
-        PreferencePair(
-            id=pair_id(row.prompt, chosen, rejected),
-            prompt=row.prompt,
-            chosen=(chosen,),
-            rejected=(rejected,),
-            probability=row.p_better,
-            source="revision",
-            category=row.category,
-        )
-        for row in revisions
-        for chosen, rejected in [(Message("assistant", row.completion), Message("assistant", row.original))]
-    ]
 
 
 def pair_id(prompt: Sequence[Message], chosen: Message, rejected: Message) -> str:
     return digest([as_dicts(tuple(prompt)), chosen.as_dict(), rejected.as_dict()])
-
-
-def counts(comparisons: Sequence[Comparison]) -> dict[str, int]:
-    """How many comparisons were decided, and how many were not for each reason."""
-    reasons = Counter(row.reason for row in comparisons if row.p_a is None)
-    undecided = {f"undecided: {reason}": count for reason, count in sorted(reasons.items())}
-    return {"comparisons": len(comparisons), "decided": len(comparisons) - sum(reasons.values()), **undecided}
-
-
-def figures(comparisons: Sequence[Comparison]) -> dict[str, Any]:
-    """Shares among the decided comparisons: what a judge that only looks at place or length would show, and how sure
-    the labels are; and the share of all that was left undecided."""
-    decided = [row for row in comparisons if row.p_a is not None]
-    if not decided:
-        return {}
-    sure = [max(row.p_a or 0.0, 1 - (row.p_a or 0.0)) for row in decided]
-    tenths = Counter(min(int(10 * p), 9) for p in sure)
-    a_wins = [row.p_a is not None and row.p_a > 0.5 for row in decided]
-    longer = [_longer_won(row, won) for row, won in zip(decided, a_wins, strict=True)]
-    return {
-        "a_chosen": sum(a_wins) / len(decided),
-        "longer_chosen": sum(longer) / len(decided),
-        "position_bias": sum(row.position_bias for row in decided) / len(decided),
-        "mean_probability": sum(sure) / len(decided),
-        "probability": {f"{10 * tenth}-{10 * tenth + 10}%": tenths[tenth] / len(decided) for tenth in range(5, 10)},
-        "undecided": 1 - len(decided) / len(comparisons),
-    }
-
-
-def _longer_won(row: Comparison, a_won: bool) -> float:
-    """1 where the longer completion was preferred, one half where both are as long."""
-    difference = len(row.completion_a) - len(row.completion_b)
-    return 0.5 if difference == 0 else float((difference > 0) == a_won)
 
 
 def _request(prompt: Prompt, number: int, sampling: SamplingBlock, seed: int) -> Request:

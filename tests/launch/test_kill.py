@@ -21,9 +21,9 @@ def newest(run: Path, pattern: str) -> int:
 
 
 PROGRESS: dict[str, tuple[Callable[[Path, str], int], str]] = {
-    "sample": (lines, ".partial/sample-*/samples.journal.*"),
-    "revise": (lines, ".partial/revise-*/steps.journal.*"),
-    "compare": (lines, ".partial/compare-*/completions.journal.*"),
+    "sample": (lines, ".partial/sample-*/windows/*/samples.journal.*"),
+    "revise": (lines, ".partial/revise-*/windows/*/steps.journal.*"),
+    "compare": (lines, ".partial/compare-*/windows/*/completions.journal.*"),
     "sft": (newest, ".partial/sft-*/checkpoint/checkpoint-*/complete"),
     "reward": (newest, ".partial/reward-*/checkpoint/checkpoint-*/complete"),
 }

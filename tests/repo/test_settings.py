@@ -33,7 +33,8 @@ def recipe_blocks() -> Iterator[type[Block]]:
 
 BLOCKS = sorted(set(recipe_blocks()), key=lambda kind: kind.__name__)
 TEXT = "\n".join(path.read_text(encoding="utf-8") for path in SOURCE.rglob("*.py"))
-READ_BY_NAME = {"SplitBlock"}  # its shares are read by the names of the splits
+# The shares of splits are read by the splits' names, and the limits of gates by the gates'.
+READ_BY_NAME = {"SplitBlock", "TextGatesBlock", "ReviseGatesBlock", "CompareGatesBlock"}
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda kind: kind.__name__)

@@ -212,7 +212,7 @@ def test_a_revision_that_is_worse_is_never_accepted(world: World, monkeypatch: p
 
     scripted(monkeypatch, spoil)
     world.run(SAMPLE, SampleBlock())
-    outcome = world.run(REVISE, ReviseBlock())
+    outcome = world.run(REVISE, ReviseBlock(critique=False))
 
     assert world.rows("revise/revisions.jsonl", Revision) == []
     assert outcome.counts["rejected: judged worse"] == outcome.counts["samples"]
@@ -425,7 +425,7 @@ def test_sampling_from_a_model_killed_outright_goes_on_to_the_same_bytes(
     undisturbed = tiny_sample(world, str(tiny_model_dir), "undisturbed")
     command = [sys.executable, "-c", KILLED, str(world.root), str(tiny_prompts), str(tiny_model_dir)]
     process = subprocess.Popen(command, cwd=Path(__file__).parents[2])
-    journal = world.root / "killed" / "samples.journal.0"
+    journal = world.root / "killed" / "windows" / "000001" / "samples.journal.0"
     deadline = time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline:
         if journal.exists() and journal.stat().st_size > 0:
