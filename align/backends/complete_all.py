@@ -62,6 +62,11 @@ class _Work(Generic[Asked]):
     batch_size: int
     description: str
 
+    def answers(self, chunk: Sequence[Asked]) -> int:
+        """How many answers a chunk is expected to give."""
+        following = sum(isinstance(request, Request) and request.follow_up is not None for request in chunk)
+        return len(chunk) + (following if self.depends_on_batch else 0)
+
 
 def _answer_all(work: _Work[Asked], requests: Sequence[Asked], journal_path: Path | None) -> dict[str, dict[str, Any]]:
     if len({request.id for request in requests}) < len(requests):
@@ -112,10 +117,10 @@ def _answer_chunks(
         for chunk, unanswered in zip(chunks, missing, strict=True)
         if unanswered
     ]
-    total, left = (sum(len(chunk) for chunk in some) for some in (chunks, todo))
+    total, left = (sum(map(work.answers, some)) for some in (chunks, todo))
     with RowBar(total, total - left, work.description) as bar:
         for chunk in todo:
-            bar.begin(len(chunk))
+            bar.begin(work.answers(chunk))
             for answered in work.answer(chunk, bar.part):
                 keep(dataclasses.asdict(answered))
                 bar.row()
