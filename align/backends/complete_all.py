@@ -92,7 +92,9 @@ def _answer_all(work: _Work[Asked], requests: Sequence[Asked], journal_path: Pat
     return {row_id: rows[row_id] for row_id in turns if row_id in rows}
 
 
-def _turns(request: Asked, answer_to: Callable[[str], dict[str, Any] | None]) -> Iterator[Asked]:
+def _turns(
+    request: Request | ChoiceRequest, answer_to: Callable[[str], dict[str, Any] | None]
+) -> Iterator[Request | ChoiceRequest]:
     """The request, and its follow-ups as far as answers to those before are there."""
     yield request
     answered = answer_to(request.id)

@@ -83,14 +83,13 @@ class LocalBackend:
         )
         tasks = [Task(request, self._prompt(request), request.seed) for request in requests]
         waiting = deque(sorted(tasks, key=lambda task: -len(task.prompt)))
-        turns, answered = sum(2 if request.follow_up else 1 for request in requests), 0
-        for task, tokens, reason in running.run(waiting):
+        turns = sum(2 if request.follow_up else 1 for request in requests)
+        for answered, (task, tokens, reason) in enumerate(running.run(waiting), start=1):
             completed = self._completed(task.key, tokens, reason)
             if task.key.follow_up:
                 request = task.key.follow_up(completed.text)
                 if _settings(request) == settings:
                     waiting.appendleft(Task(request, self._prompt(request), request.seed))
-            answered += 1
             progress(min(answered / turns, 1.0))
             yield completed
         self.read += running.read

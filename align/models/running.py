@@ -1,8 +1,8 @@
 """Completions by continuous batching: a row that has ended makes room for a prompt that waits.
 
-All rows take their next token in the same column of the cache, so a row is the columns from where it begins up to there,
-and one that joins is laid so that its prompt ends where the others stand. What a prompt has in common with an opening
-or with an earlier conversation is copied instead of computed.
+All rows take their next token in the same column of the cache, so a row is the columns from where it begins up to
+there, and one that joins is laid so that its prompt ends where the others stand. What a prompt has in common with an
+opening or with an earlier conversation is copied instead of computed.
 
 Shapes: R running rows, S columns in use, N rows that join, P columns of their longest prefix, L of their longest rest.
 """
