@@ -11,7 +11,9 @@ from align.records import Conversation, FinishReason
 class Request:
     """One completion to make. `prefill` is text put at the start of the assistant's turn and not returned.
 
-    The same request in the same batch gives the same completion: its randomness comes from `seed` alone.
+    The same request in the same batch gives the same completion: its randomness comes from `seed` alone. `follow_up`
+    makes the conversation's next request from the text of this one; an engine may answer it in the same call, where it
+    still has the conversation at hand, and whoever asks puts it again where the engine did not.
     """
 
     id: str
@@ -21,6 +23,7 @@ class Request:
     temperature: float = 1.0
     top_p: float = 1.0
     prefill: str = ""
+    follow_up: "Callable[[str], Request] | None" = None
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ class Backend(Protocol):
     """Whether the last bits of a row depend on which rows were asked for with it."""
 
     def complete(self, requests: Sequence[Request], progress: Progress = unheard) -> Iterator[Completed]:
-        """Complete each request once."""
+        """Complete each request once, and perhaps its follow-up."""
 
     def choice_logprobs(
         self, requests: Sequence[ChoiceRequest], progress: Progress = unheard

@@ -4,7 +4,7 @@ Each round draws one principle afresh and shows the latest completion alone; ear
 that a filter catches does not take the completion's place, so that one bad round does not spoil the next.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -79,11 +79,11 @@ class Loop:
         steps = {chain.sample.id: step for chain in chains if (step := self._step(chain, number))}
         critiques: dict[str, str] = {}
         if self.critique:
-            asked = {key: _ask(step.chat, step.critique_request) for key, step in steps.items()}
-            done = self._complete(asked, number, "critique", progress)
-            critiques = {key: completed.text.strip() for key, completed in done.items()}
-        asked = {key: _revision_chat(step, critiques.get(key)) for key, step in steps.items()}
-        revisions = self._complete(asked, number, "revision", progress)
+            critiques, revisions = self._criticised(steps, number, progress)
+        else:
+            asked = [self._request(key, _revision_chat(step, None), number, "revision") for key, step in steps.items()]
+            done = self._complete(asked, f"revision {progress}")
+            revisions = {key: done[request.id] for key, request in zip(steps, asked, strict=True)}
         return [
             self._revised(steps[key], number, critiques.get(key, ""), revisions[key])
             if (key := chain.sample.id) in steps
@@ -118,22 +118,37 @@ class Loop:
             turns = *_ask(turns, example.critique_request or requests[0]), Message("assistant", example.critique)
         return *_ask(turns, example.revision_request or requests[1]), Message("assistant", example.revision)
 
-    def _complete(self, chats: dict[str, Conversation], number: int, step: str, progress: str) -> dict[str, Completed]:
-        requests = {
-            key: Request(
-                id=f"{key}/{number}/{step}",
-                messages=messages,
-                seed=derive_seed(self.seed, step, key, number),
-                max_new_tokens=self.sampling.max_new_tokens,
-                temperature=self.sampling.temperature,
-                top_p=self.sampling.top_p,
+    def _criticised(
+        self, steps: Mapping[str, _Step], number: int, progress: str
+    ) -> tuple[dict[str, str], dict[str, Completed]]:
+        """Critiques and revisions by sample; a revision is asked for as soon as its critique is there."""
+
+        def revising(key: str, step: _Step) -> Callable[[str], Request]:
+            return lambda text: self._request(key, _revision_chat(step, text.strip()), number, "revision")
+
+        asked = [
+            replace(
+                self._request(key, _ask(step.chat, step.critique_request), number, "critique"),
+                follow_up=revising(key, step),
             )
-            for key, messages in chats.items()
-        }
-        done = complete_all(
-            self.backend, list(requests.values()), self.sampling.batch_size, self.journal_path, f"{step} {progress}"
+            for key, step in steps.items()
+        ]
+        done = self._complete(asked, f"critique and revision {progress}")
+        critiques = {key: done[request.id].text.strip() for key, request in zip(steps, asked, strict=True)}
+        return critiques, {key: done[_step_id(key, number, "revision")] for key in steps}
+
+    def _request(self, key: str, messages: Conversation, number: int, step: str) -> Request:
+        return Request(
+            id=_step_id(key, number, step),
+            messages=messages,
+            seed=derive_seed(self.seed, step, key, number),
+            max_new_tokens=self.sampling.max_new_tokens,
+            temperature=self.sampling.temperature,
+            top_p=self.sampling.top_p,
         )
-        return {key: done[request.id] for key, request in requests.items()}
+
+    def _complete(self, requests: Sequence[Request], description: str) -> dict[str, Completed]:
+        return complete_all(self.backend, requests, self.sampling.batch_size, self.journal_path, description)
 
     def _revised(self, step: _Step, number: int, critique: str, revision: Completed) -> Chain:
         chain = step.chain
@@ -179,6 +194,10 @@ def nearest_examples(examples: Sequence[Example], principle: Principle, count: i
     """At most `count` worked examples: the principle's own first among those taken, and last among those shown."""
     by_relevance = sorted(examples, key=lambda example: example.principle != principle.id)
     return tuple(by_relevance[:count][::-1])
+
+
+def _step_id(key: str, number: int, step: str) -> str:
+    return f"{key}/{number}/{step}"
 
 
 def _ask(turns: Conversation, request: str) -> Conversation:
