@@ -133,6 +133,9 @@ class JudgeBlock(Block):
         0.02, description="closer to one half than this is a tie"
     )
     batch_size: Positive = Field(32, description="requests scored together")
+    examples: Annotated[Integer, Field(ge=0)] = Field(
+        0, description="choice: worked choices shown before the question; they made Lee et al.'s judges worse"
+    )
     allow_chance: bool = Field(False, description="label even if the judge is not shown to be better than chance")
 
 

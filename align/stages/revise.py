@@ -181,7 +181,9 @@ def counts(judged: Sequence[Judged]) -> dict[str, int]:
 
 
 def figures(judged: Sequence[Judged], rounds: int) -> dict[str, Any]:
-    """By principle: draws, filtered revisions, accepted chains. By round: see `_of_round`."""
+    """By principle: draws, filtered revisions, accepted chains. By round: see `_of_round`. And use of evidence."""
+    from align.feedback.evidence import grounding
+
     draws, filtered, accepted = Counter[str](), Counter[str](), Counter[str]()
     for each in judged:
         for step, fault in zip(each.chain.rounds, each.chain.faults, strict=True):
@@ -195,6 +197,7 @@ def figures(judged: Sequence[Judged], rounds: int) -> dict[str, Any]:
             for name in sorted(draws)
         },
         "by_round": by_round,
+        **grounding([row for each in judged for row in each.chain.rounds]),
         "original_characters": _mean([len(each.chain.sample.completion) for each in judged]),
     }
 
