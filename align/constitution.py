@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 
 from align.config import Block, Positive
 from align.constitution_checks import Inherited, chosen, file_problems, reference_problems
@@ -55,6 +55,15 @@ class _Content(Block):
 
 class ConstitutionFile(_Content):
     """A constitution as written."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "anyOf": [
+                {"required": ["principles"], "properties": {"principles": {"minItems": 1}}},
+                {"required": ["extends"]},
+            ]
+        }
+    )
 
     extends: Texts = Field((), description="files that it begins from, relative to its own folder")
     include: tuple[Text, ...] = Field(

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
 from align.config import Block, Positive
 from align.sentences import CLOSERS, count_sentences, count_words, fold
@@ -28,6 +28,8 @@ Pattern = Annotated[str, Field(min_length=1), AfterValidator(_compiles)]
 
 class Rule(Block):
     """Exactly one check. Patterns are Python's, searched anywhere in the text, with `^` and `$` at each line's ends."""
+
+    model_config = ConfigDict(json_schema_extra={"minProperties": 1, "maxProperties": 1})
 
     ends_with: Text | None = None
     not_ends_with: Text | None = None

@@ -1,6 +1,7 @@
 """Evidence: what is found, how it is shown, and whether what is cited was shown; and worked choices beside it."""
 
 import math
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,13 @@ ASKED = (Message("system", "The Rhine."), Message("user", "How long is the Danub
 def grounded(tmp_path: Path) -> Constitution:
     (tmp_path / "facts").mkdir()
     (tmp_path / "facts/rivers.md").write_text(
-        "# Danube\n\nThe Danube is 2850 km long.\n\nIt ends in the Black Sea.\n\n# Rhine\n\nThe Rhine ends in the sea.\n"
+        "# Danube\n\nThe Danube is 2850 km long.\n\nIt ends in the Black Sea.\n\n"
+        "# Rhine\n\nThe Rhine ends in the sea.\n"
     )
-    (tmp_path / "facts/川.txt".replace("川", "kawa")).write_text("信濃川は日本で最も長い川で、全長は367キロである。\n")
+    (tmp_path / "facts/kawa.txt").write_text("信濃川は日本で最も長い川で、全長は367キロである。\n")
     (tmp_path / "c.yaml").write_text(
         "title: x\nsources: facts\npassages: 2\nprinciples:\n"
-        "  - {id: true-facts, text: State facts., opposite: Make facts up., critique: Is it true?, revision: Mend it.}\n"
+        "  - {id: true-facts, text: State facts., opposite: Make them up., critique: Is it true?, revision: Mend it.}\n"
         "  - {id: style, text: Be brief., opposite: Be long., sources: [], applies: [style]}\n"
     )
     return load_constitution(tmp_path / "c.yaml")
@@ -76,8 +78,8 @@ def sample(category: str = "") -> Sample:
     return Sample("s", "p", ASKED, "The Danube is 100 km long.", "stop", "sft", category)
 
 
-def run(grounded: Constitution, critique: str, **options: Any) -> tuple[Engine, Any]:
-    engine = Engine(lambda request: critique if request.id.endswith("critique") else "It is 2850 km long.")
+def run(grounded: Constitution, said: str, **options: Any) -> tuple[Engine, Any]:
+    engine = Engine(lambda request: said if request.id.endswith("critique") else "It is 2850 km long.")
     [chain] = Loop(grounded, engine, SamplingBlock(), seed=1, **options).run([sample()], rounds=1)
     return engine, chain.rounds[0]
 
@@ -117,11 +119,11 @@ def test_figures_say_nothing_of_evidence_where_there_is_none() -> None:
 @pytest.mark.parametrize("kind", ["choice", "contrast"])
 def test_the_judge_sees_the_same_passages_in_either_order(grounded: Constitution, kind: str) -> None:
     def score(request: ChoiceRequest, choice: str) -> float:
-        return -1.0 - len(choice) / 7 - ("(A) 2850" in request.messages[-1].content) / 3
+        return -(zlib.crc32(f"{request.messages} {choice}".encode()) % 997) / 301 - 0.01
 
     def asked(a: str, b: str) -> tuple[Engine, Any]:
         engine = Engine(score=score)
-        judge = Judge(grounded, JudgeBlock.model_validate({"kind": kind}), engine)
+        judge = Judge(grounded, JudgeBlock.model_validate({"kind": kind, "min_margin": 0}), engine)
         return engine, judge.compare([("q", ASKED, a, b, "")])[0]
 
     engine, there = asked("2850 km.", "The Rhine ends nowhere.")
