@@ -31,16 +31,16 @@ class Rule(Block):
 
     model_config = ConfigDict(json_schema_extra={"minProperties": 1, "maxProperties": 1})
 
-    ends_with: Text | None = None
-    not_ends_with: Text | None = None
-    contains: Text | None = None
-    excludes: Text | None = None
-    max_sentences: Positive | None = None
-    min_sentences: Positive | None = None
-    max_words: Positive | None = None
-    min_words: Positive | None = None
-    matches: Pattern | None = None
-    excludes_regex: Pattern | None = None
+    ends_with: Text | None = Field(None, description="how the text ends")
+    not_ends_with: Text | None = Field(None, description="how it does not end")
+    contains: Text | None = Field(None, description="what is in it")
+    excludes: Text | None = Field(None, description="what is not in it")
+    max_sentences: Positive | None = Field(None, description="sentences at most")
+    min_sentences: Positive | None = Field(None, description="sentences at least")
+    max_words: Positive | None = Field(None, description="words at most")
+    min_words: Positive | None = Field(None, description="words at least")
+    matches: Pattern | None = Field(None, description="a regular expression found in it")
+    excludes_regex: Pattern | None = Field(None, description="a regular expression not found in it")
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Self:
