@@ -14,7 +14,9 @@ def _not_bool(value: Any) -> Any:
 
 Integer = Annotated[int, BeforeValidator(_not_bool)]
 Number = Annotated[float, BeforeValidator(_not_bool), Field(allow_inf_nan=False)]
-Positive = Annotated[Integer, Field(gt=0)]
+# The limit stands before the validator, or pydantic leaves it out of a JSON schema.
+Positive = Annotated[int, Field(gt=0), BeforeValidator(_not_bool)]
+AboveZero = Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(_not_bool)]
 NonNegative = Annotated[Number, Field(ge=0)]
 Fraction = Annotated[Number, Field(ge=0, le=1)]
 SOURCE_PATH = "JSONL(.gz) or parquet file, or hub id"

@@ -13,12 +13,12 @@ from typing import Any, TypeVar
 
 from pydantic import ConfigDict, Field, ValidationError
 
-from align.config import Block, Positive
+from align.config import AboveZero, Block, Positive
 from align.constitution_checks import Inherited, chosen, file_problems, reference_problems
 from align.documents import read_documents
 from align.errors import FileProblems, InputError, Problem
 from align.paper import paper_content
-from align.principles import Example, Id, Language, Principle, Probe, Text, Texts, Turn, Weight, WorkedComparison
+from align.principles import Example, Id, Language, Principle, Probe, Text, Texts, Turn, WorkedComparison
 from align.records import digest
 from align.repro import derive_seed
 from align.yaml_files import Lines, load_yaml, problems_from
@@ -71,7 +71,11 @@ class ConstitutionFile(_Content):
     )
     exclude: tuple[Text, ...] = Field((), description="tags: of what is inherited, leave out what has one of these")
     drop: tuple[Id, ...] = Field((), description="ids of inherited principles to leave out")
-    weights: Mapping[Id, Weight] = Field({}, description="other weights for inherited principles, by id")
+    weights: Mapping[Id, AboveZero] = Field(
+        {},
+        description="other weights for inherited principles, by id",
+        json_schema_extra={"additionalProperties": False},
+    )
     sources: Texts | None = Field(None, description="folders of documents, relative to the constitution's own")
 
 

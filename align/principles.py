@@ -5,14 +5,13 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BeforeValidator, ConfigDict, Field, JsonValue, model_validator
 
-from align.config import Block, Number
+from align.config import AboveZero, Block
 from align.records import Conversation, Message
 from align.rules import Rule
 
 Text = Annotated[str, Field(min_length=1)]
 Id = Annotated[str, Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")]
 Language = Annotated[str, Field(pattern=r"^[A-Za-z]{2,3}(-[A-Za-z0-9]+)*$")]
-Weight = Annotated[Number, Field(gt=0)]
 T = TypeVar("T")
 
 
@@ -117,7 +116,7 @@ class Principle(Block):
     tier: str | None = Field(None, description="one of `tiers`; an earlier tier decides a conflict")
     framing: Literal["negative", "positive", "neutral"] = Field("neutral", description="for the reader")
     hard: bool = Field(False, description="decides before every tier, and its rule's violation rejects")
-    weight: Weight = Field(1.0, description="how much it counts within its tier, and how often it is drawn")
+    weight: AboveZero = Field(1.0, description="how much it counts within its tier, and how often it is drawn")
     applies: tuple[Text, ...] = Field((), description="categories of prompts; empty is all")
     sources: Texts | None = Field(None, description="folders of documents, instead of the constitution's; [] is none")
     rationale: str | None = Field(None, description="why; for the reader")
