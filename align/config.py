@@ -140,6 +140,12 @@ class JudgeBlock(Block):
     )
     allow_chance: bool = Field(False, description="label even if the judge is not shown to be better than chance")
 
+    @model_validator(mode="after")
+    def _of_its_kind(self) -> "JudgeBlock":
+        if self.kind != "choice" and self.examples:
+            raise ValueError(f"kind {self.kind} reads no examples; remove them, or set `kind: choice`")
+        return self
+
 
 class PromptSource(Block):
     """One file (or hub dataset) of prompts."""

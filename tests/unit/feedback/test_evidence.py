@@ -195,3 +195,9 @@ def test_requests_answer_in_the_round_of_their_principle(grounded: Constitution)
         return "x"
 
     Loop(grounded, Engine(never), SamplingBlock(), seed=1).run([sample("facts")], rounds=3)
+
+
+@pytest.mark.parametrize("kind", ["rule", "contrast"])
+def test_judges_that_choose_nothing_take_no_worked_choices(kind: str) -> None:
+    with pytest.raises(ValueError, match=f"kind {kind} reads no examples"):
+        JudgeBlock.model_validate({"kind": kind, "examples": 2})
