@@ -14,7 +14,8 @@ LIGHT = [
     *(
         f"align.{name}"
         for name in (
-            "__main__ artefacts config constitution constitution_checks constitution_schema documents errors launch make_rules paper_files plan plan_view principles processes recipe records "
+            "__main__ artefacts config constitution constitution_checks constitution_schema documents errors launch "
+            "make_rules paper_files plan plan_view principles processes recipe records "
             "report repro rules runner stage tracking world yaml_files"
         ).split()
     ),
