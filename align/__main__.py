@@ -88,13 +88,15 @@ def _add_recipe_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser
 
 def _add_constitution(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     constitution = verbs.add_parser("constitution", help="check or show constitutions")
-    kinds = constitution.add_subparsers(metavar="check|show", required=True)
+    kinds = constitution.add_subparsers(metavar="check|show|schema", required=True)
     check = kinds.add_parser("check", help="say what files hold, or every fault of theirs")
     check.add_argument("files", metavar="FILE", nargs="+")
     check.set_defaults(run=_check_constitutions)
     show = kinds.add_parser("show", help="print a constitution as it stands after `extends`")
     show.add_argument("file", metavar="FILE")
     show.set_defaults(run=_show_constitution)
+    schema = kinds.add_parser("schema", help="print the JSON schema, with which editors complete and check the files")
+    schema.set_defaults(run=_constitution_schema)
 
 
 def _add_looking(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -254,6 +256,12 @@ def _show_constitution(options: argparse.Namespace) -> None:
     from align.constitution_view import show_constitution
 
     show_constitution(options.file, Console())
+
+
+def _constitution_schema(options: argparse.Namespace) -> None:
+    from align.constitution_schema import schema_page
+
+    print(schema_page(), end="")
 
 
 def _chat(options: argparse.Namespace) -> None:

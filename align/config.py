@@ -14,7 +14,9 @@ def _not_bool(value: Any) -> Any:
 
 Integer = Annotated[int, BeforeValidator(_not_bool)]
 Number = Annotated[float, BeforeValidator(_not_bool), Field(allow_inf_nan=False)]
-Positive = Annotated[Integer, Field(gt=0)]
+# The limit stands before the validator, or pydantic leaves it out of a JSON schema.
+Positive = Annotated[int, Field(gt=0), BeforeValidator(_not_bool)]
+AboveZero = Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(_not_bool)]
 NonNegative = Annotated[Number, Field(ge=0)]
 Fraction = Annotated[Number, Field(ge=0, le=1)]
 SOURCE_PATH = "JSONL(.gz) or parquet file, or hub id"
@@ -133,7 +135,16 @@ class JudgeBlock(Block):
         0.02, description="closer to one half than this is a tie"
     )
     batch_size: Positive = Field(32, description="requests scored together")
+    examples: Annotated[Integer, Field(ge=0)] = Field(
+        0, description="choice: worked choices shown before the question; they made Lee et al.'s judges worse"
+    )
     allow_chance: bool = Field(False, description="label even if the judge is not shown to be better than chance")
+
+    @model_validator(mode="after")
+    def _of_its_kind(self) -> "JudgeBlock":
+        if self.kind != "choice" and self.examples:
+            raise ValueError(f"kind {self.kind} reads no examples; remove them, or set `kind: choice`")
+        return self
 
 
 class PromptSource(Block):

@@ -103,7 +103,10 @@ class Sample(Row):
 
 @dataclass(frozen=True)
 class Critique(Row):
-    """One round of critique and revision of one completion."""
+    """One round of critique and revision of one completion.
+
+    `evidence` has the ids of the passages that were shown, `cited` those that the critique cites, made-up ones too.
+    """
 
     id: str
     prompt_id: str
@@ -114,6 +117,8 @@ class Critique(Row):
     revision: str
     finish_reason: FinishReason
     seed: int = 0
+    evidence: tuple[str, ...] = ()
+    cited: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,14 @@ that a filter catches does not take the completion's place, so that one bad roun
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from align.backends.complete_all import complete_all
 from align.config import SamplingBlock
 from align.constitution import Constitution, Example, Principle, draw_principle
+from align.documents import Passage
+from align.feedback.evidence import Showing, citations, conversation_texts, with_passages
 from align.feedback.filters import OPTIONAL, Revised, caught_by, is_copy, without_preamble
 from align.feedback.judge import NO_PRINCIPLE
 from align.generation import Backend, Completed, Request
@@ -39,7 +42,7 @@ class Chain:
 
 @dataclass(frozen=True)
 class _Step:
-    """One round of one chain: the worked examples, the chat so far, and what is asked next."""
+    """One round of one chain: the worked examples, the chat so far, the passages shown, and what is asked next."""
 
     chain: Chain
     principle: Principle
@@ -47,6 +50,7 @@ class _Step:
     chat: Conversation
     critique_request: str
     revision_request: str
+    evidence: tuple[Passage, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -99,9 +103,23 @@ class Loop:
         )
         if principle is None or principle.requests is None:
             return None
-        examples = nearest_examples(self.constitution.examples, principle, self.examples)
+        examples = nearest_examples(self.constitution.worked_examples, principle, self.examples)
         chat = self._chat(chain, examples, principle.requests)
-        return _Step(chain, principle, examples, chat, *principle.requests)
+        texts = conversation_texts(sample.prompt, chain.completion)
+        shown = self._showing.passages(principle, texts)
+        return _Step(chain, principle, examples, chat, *self._with_passages(principle, shown), shown)
+
+    @cached_property
+    def _showing(self) -> Showing:
+        return Showing(self.constitution)
+
+    def _with_passages(self, principle: Principle, shown: Sequence[Passage]) -> tuple[str, str]:
+        """The requests for critique and revision, of which the first that is made has the passages."""
+        critique, revision = principle.requests or ("", "")
+        language = principle.language or self.constitution.language
+        if self.critique:
+            return with_passages(critique, shown, language, cite=True), revision
+        return critique, with_passages(revision, shown, language, cite=False)
 
     def _chat(self, chain: Chain, examples: Sequence[Example], requests: tuple[str, str]) -> Conversation:
         """Worked examples, then the sample's whole conversation with the latest completion as its last turn."""
@@ -166,6 +184,8 @@ class Loop:
             revision=revision.text,
             finish_reason=revision.finish_reason,
             seed=derive_seed(self.seed, "revision", chain.sample.id, number),
+            evidence=tuple(passage.id for passage in step.evidence),
+            cited=citations(critique),
         )
         was_revised = any(not earlier for earlier in chain.faults)
         return Chain(

@@ -16,6 +16,7 @@ from typing import Any
 from align.config import JudgeBlock, ModelBlock
 from align.constitution import Constitution, Principle, draw_principle
 from align.errors import InputError, JudgeAtChance
+from align.feedback.evidence import Showing
 from align.feedback.opinions import ByChoice, ByContrast, ByRule, Kind, Opinion, Question
 from align.generation import Backend
 from align.records import Message
@@ -104,6 +105,8 @@ class Judge:
         self.block = block
         self.draw_seed = draw_seed
         self.kind = _kind(block, constitution.language, backend)
+        if isinstance(self.kind, ByChoice | ByContrast):
+            self.kind = dataclasses.replace(self.kind, showing=Showing(constitution, block.examples))
         self.name = block.kind if backend is None else f"{block.kind}:{backend.name}"
         self.principles = tuple(filter(self.kind.can_judge_by, constitution.principles))
 

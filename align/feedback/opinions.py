@@ -13,7 +13,9 @@ from typing import ClassVar, NamedTuple
 
 from align.backends.complete_all import score_all
 from align.constitution import Principle
+from align.feedback.evidence import Showing
 from align.generation import Backend, ChoiceRequest, ChoiceScores
+from align.principles import WorkedComparison, in_language
 from align.records import Conversation, Message, as_dicts, digest
 
 MIN_OPTION_MASS = 0.01
@@ -95,6 +97,7 @@ class ByContrast(Kind):
     backend: Backend
     scale: float
     batch_size: int
+    showing: Showing | None = None
     needs = "a `text` and an `opposite`"
 
     @staticmethod
@@ -115,7 +118,9 @@ class ByContrast(Kind):
         return half_tanh(self.scale * value)
 
     def _requests(self, question: Question, principle: Principle) -> list[ChoiceRequest]:
-        texts = (principle.text, principle.opposite or "")
+        before = self.showing.before(principle, question.conversation, question.a, question.b) if self.showing else ""
+        ends = (principle.text, principle.opposite or "")
+        texts = [f"{before}\n\n{end}" if before else end for end in ends]
         return [
             choice_request(with_system(text, question.conversation), (completion,))
             for completion in (question.a, question.b)
@@ -130,6 +135,7 @@ class ByChoice(Kind):
     backend: Backend
     batch_size: int
     language: str
+    showing: Showing | None = None
     needs = "a `compare` or a `text`"
 
     @staticmethod
@@ -151,9 +157,24 @@ class ByChoice(Kind):
         return value
 
     def _request(self, question: Question, principle: Principle, first: str, second: str) -> ChoiceRequest:
-        frame = FRAMES.get(self.language, FRAMES["en"])
-        text = frame.format_choice(question.conversation, principle.question or "", first, second)
-        return choice_request((Message("user", text),), LETTERS)
+        text = self._frame(principle).format_choice(question.conversation, principle.question or "", first, second)
+        if self.showing is None:
+            return choice_request((Message("user", text),), LETTERS)
+        # Both completions, whichever comes first: the two orders are shown the same passages and choices.
+        before = self.showing.before(principle, question.conversation, question.a, question.b)
+        worked = self.showing.comparisons(principle, question.conversation, (question.a, question.b))
+        turns = [turn for number, each in enumerate(worked) for turn in self._worked(number, *each)]
+        return choice_request((*turns, Message("user", f"{before}\n\n{text}" if before else text)), LETTERS)
+
+    def _worked(self, number: int, worked: WorkedComparison, principle: Principle) -> Conversation:
+        """A choice that was made: the better completion stands first in every other one."""
+        right = number % 2
+        options = (worked.worse, worked.better) if right else (worked.better, worked.worse)
+        text = self._frame(principle).format_choice(worked.conversation, principle.question or "", *options)
+        return Message("user", text), Message("assistant", LETTERS[right])
+
+    def _frame(self, principle: Principle) -> "Frame":
+        return in_language(FRAMES, principle.language or self.language)
 
 
 LETTERS = ("A", "B")

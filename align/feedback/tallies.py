@@ -3,6 +3,7 @@
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+from align.feedback.evidence import grounding
 from align.records import Comparison, Revision
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ class RevisionTally:
         self._draws: Counter[str] = Counter()
         self._filtered: Counter[str] = Counter()
         self._accepted: Counter[str] = Counter()
+        self._evidence: Counter[str] = Counter()
         self._rounds = [_Round() for _ in range(rounds)]
 
     def add(self, chain: "Chain", row: Revision) -> None:
@@ -35,6 +37,7 @@ class RevisionTally:
             self._draws[made.principle_id] += 1
             self._filtered[made.principle_id] += bool(fault)
             self._accepted[made.principle_id] += row.accepted
+            self._evidence.update(grounding([made]).get("evidence", {}))
             of_round.add(len(made.revision), bool(fault))
         last = max((number for number, fault in enumerate(chain.faults) if not fault), default=None)
         if last is not None:
@@ -51,13 +54,14 @@ class RevisionTally:
         }
 
     def figures(self) -> dict[str, Any]:
-        """By principle: draws, filtered revisions, accepted chains. By round: see `_Round`."""
+        """By principle: draws, filtered revisions, accepted chains. By round: see `_Round`. And use of evidence."""
         return {
             "by_principle": {
                 name: {"draws": draws, "filtered": self._filtered[name], "accepted": self._accepted[name]}
                 for name, draws in sorted(self._draws.items())
             },
             "by_round": [each.figures() for each in self._rounds],
+            **({"evidence": dict(self._evidence)} if self._evidence else {}),
             "original_characters": _share(self.original_characters, self.samples),
         }
 
