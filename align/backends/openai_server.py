@@ -54,6 +54,9 @@ class OpenAIBackend:
             base_url=engine.base_url,
             timeout=engine.timeout_seconds,
             max_retries=0,
+            # On a connection that is used again, a reply that a server or proxy sent twice is taken for the answer to
+            # the next request. A new connection is nothing beside a completion.
+            default_headers={"Connection": "close"},
         )
         self._places = asyncio.Semaphore(_share_of_bound(engine.concurrency))
         self._loop: asyncio.AbstractEventLoop | None = None

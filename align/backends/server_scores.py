@@ -143,7 +143,7 @@ async def _logprobs_of_text(backend: "OpenAIBackend", request: ChoiceRequest, te
 
 
 async def _by_prompt_logprobs(backend: "OpenAIBackend", request: ChoiceRequest, text: str) -> list[float]:
-    """By vLLM's `prompt_logprobs`: of the conversation with the text, what comes after the tokens of the one without."""
+    """By vLLM's `prompt_logprobs`: those of the conversation with the text, less those of the one without."""
     with_text = ChoiceRequest(request.id, request.messages, (), prefill=request.prefill + text)
     try:
         whole = await backend.chat(with_text, 1, temperature=0.0, extra_body={"prompt_logprobs": 0})
@@ -181,8 +181,8 @@ async def _by_echo(backend: "OpenAIBackend", request: ChoiceRequest, text: str) 
 def _cannot_score(backend: "OpenAIBackend") -> InputError:
     return InputError(
         f"engine {backend.name}: the server does not show the log-probabilities of a given text; use "
-        "`judge.kind: choice`, `engine.kind: local`, vLLM, or, where the server can echo completions (llama-cpp-python), "
-        "name the served model's tokenizer in engine.tokenizer"
+        "`judge.kind: choice`, `engine.kind: local`, vLLM, or, where the server can echo completions "
+        "(llama-cpp-python), name the served model's tokenizer in engine.tokenizer"
     )
 
 
