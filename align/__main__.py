@@ -44,6 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_run(verbs)
     _add_recipe_verbs(verbs)
     _add_constitution(verbs)
+    _add_engine(verbs)
     _add_looking(verbs)
     return parser
 
@@ -95,6 +96,17 @@ def _add_constitution(verbs: "argparse._SubParsersAction[argparse.ArgumentParser
     show = kinds.add_parser("show", help="print a constitution as it stands after `extends`")
     show.add_argument("file", metavar="FILE")
     show.set_defaults(run=_show_constitution)
+
+
+def _add_engine(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    engine = verbs.add_parser("engine", help="find out what an engine can do")
+    kinds = engine.add_subparsers(metavar="check", required=True)
+    text = "try the engines of a recipe, a server, or a model in this process, and print what each can do"
+    check = kinds.add_parser("check", help=text, description=text)
+    _add_recipe_options(check)
+    check.add_argument("--base-url", metavar="URL", help="a server's address, which mostly ends in /v1")
+    check.add_argument("--model", metavar="MODEL", help="the name that the server serves, or a model to be loaded here")
+    check.set_defaults(run=_check_engines)
 
 
 def _add_looking(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -254,6 +266,22 @@ def _show_constitution(options: argparse.Namespace) -> None:
     from align.constitution_view import show_constitution
 
     show_constitution(options.file, Console())
+
+
+def _check_engines(options: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from align.config import EngineBlock, ModelBlock
+    from align.engine_check_view import engines_of, print_engine_checks
+
+    if options.recipe:
+        recipe = _recipe(options, options.recipe)
+        print_engine_checks(engines_of(recipe), recipe.shared["model"], Console())
+        return
+    if not options.model:
+        raise InputError("which engine? Add --recipe FILE, or --model MODEL with or without --base-url URL")
+    server = {"kind": "openai", "model": options.model, "base_url": options.base_url} if options.base_url else {}
+    print_engine_checks({"engine": EngineBlock(**server)}, ModelBlock(path=options.model), Console())
 
 
 def _chat(options: argparse.Namespace) -> None:

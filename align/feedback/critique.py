@@ -54,7 +54,8 @@ class Loop:
     """The loop over one engine. Finished steps are kept in `journal_path.<rank>`.
 
     `examples` worked examples are shown as earlier turns of the chat, those of the drawn principle nearest; `critique`
-    False asks for the revision at once; `filters` are those that apply besides 'cut' and 'empty'.
+    False asks for the revision at once; `filters` are those that apply besides 'cut' and 'empty'; `critic` writes the
+    critiques where that is another engine.
     """
 
     constitution: Constitution
@@ -65,6 +66,7 @@ class Loop:
     critique: bool = True
     examples: int = 0
     filters: Collection[str] = OPTIONAL
+    critic: Backend | None = None
 
     def run(self, samples: Sequence[Sample], rounds: int) -> list[Chain]:
         """A chain for each sample, in order; every process gets all of them."""
@@ -128,8 +130,9 @@ class Loop:
             )
             for key, messages in chats.items()
         }
+        backend = self.critic if self.critic and step == "critique" else self.backend
         done = complete_all(
-            self.backend, list(requests.values()), self.sampling.batch_size, self.journal_path, f"{step} {progress}"
+            backend, list(requests.values()), self.sampling.batch_size, self.journal_path, f"{step} {progress}"
         )
         return {key: done[request.id] for key, request in requests.items()}
 
