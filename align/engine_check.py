@@ -33,11 +33,13 @@ def check_engine(engine: EngineBlock, model: ModelBlock) -> list[Finding]:
     Raises:
         AlignError: it cannot be opened or reached, or completes nothing.
     """
-    backend = open_backend(engine, model)
+    # A person waits for the answer, and one that takes many tries is worth knowing of.
+    backend = open_backend(engine.model_copy(update={"max_retries": min(engine.max_retries, 2)}), model)
+    completions = _completions(backend)
     scores = [_tried("choices of a word", _letters, backend), _tried("log-probabilities of a text", _text, backend)]
     return [
-        *([_listed(backend)] if isinstance(backend, OpenAIBackend) else []),
-        *_completions(backend),
+        *([_tried("lists the model", _listed, backend)] if isinstance(backend, OpenAIBackend) else []),
+        *completions,
         _tried("draws follow the seed", _seeds, backend),
         _tried("goes on with an unfinished answer", _unfinished, backend),
         *scores,
@@ -59,11 +61,10 @@ def _tried(what: str, look: "Callable[..., tuple[bool, str]]", *given: object) -
         return Finding(what, False, str(error))
 
 
-def _listed(backend: OpenAIBackend) -> Finding:
+def _listed(backend: OpenAIBackend) -> tuple[bool, str]:
     names = backend.models()
-    model = str(backend.engine.model)
     shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-    return Finding(f"lists the model {model!r}", model in names, shown or "none")
+    return backend.engine.model in names, shown or "none"
 
 
 def _completions(backend: Backend) -> list[Finding]:

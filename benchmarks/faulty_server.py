@@ -135,6 +135,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = fault in ("drop", "delay", "truncate") or not reply
         self.wfile.write(reply[: len(reply) // 2] if fault == "truncate" else reply)
 
+    def do_GET(self) -> None:
+        self.wfile.write(self._http(200, json.dumps({"object": "list", "data": [{"id": "served"}]}).encode()))
+
     def _reply(self, fault: str, body: dict[str, Any]) -> bytes:
         """All bytes of the reply; none where the connection is to be dropped."""
         if fault == "drop":

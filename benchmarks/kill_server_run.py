@@ -6,8 +6,8 @@
 
 Starts `python -m llama_cpp.server` on SmolLM2-135M, a server before it that drops, delays, garbles, cuts, repeats and
 rate-limits replies, and `align run sample`, which it kills at random moments and starts again. Then it checks that
-every prompt is there once, that the texts are those of an undisturbed run, and that no more requests were ever in flight
-than the engine's bound. Exit code 1 where one of these fails.
+every prompt is there once, that the texts are those of an undisturbed run, and that no more requests were ever in
+flight than the engine's bound. Exit code 1 where one of these fails.
 """
 
 import argparse

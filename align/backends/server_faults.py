@@ -53,7 +53,7 @@ def passes(error: Exception) -> bool:
     """Whether the same request may succeed later: a rate limit, a server's fault, a broken connection or reply."""
     if not isinstance(error, openai.APIStatusError):
         return isinstance(error, TimeoutError | openai.APIConnectionError | MalformedReply)
-    if error.status_code not in _PASSING_STATUS and error.status_code < 500:
+    if error.status_code not in _PASSING_STATUS and (error.status_code < 500 or error.status_code == 501):
         return False
     lasting = any(words in str(error).lower() for words in _LASTING_WORDS)
     return not lasting and (asked_pause(error) or 0.0) <= LONGEST_ASKED_FOR

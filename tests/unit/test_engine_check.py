@@ -11,7 +11,7 @@ from align.__main__ import main
 
 def plain(path, body):
     """A server without log-probabilities that obeys seeds and limits."""
-    text = f"{body['messages'][-1]['content'][:9]} {body['seed'] if body.get('temperature') else 'greedy'}"
+    text = f"{body['messages'][-1]['content'][:9]} {body.get('seed') if body.get('temperature') else 'greedy'}"
     return chat_reply(text, "length" if body["max_tokens"] < 5 else "stop")
 
 
@@ -28,6 +28,7 @@ def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_server_without_log_probabilities_can_serve_a_judge_by_choice(capsys: pytest.CaptureFixture[str]) -> None:
     with FaultyServer(plain) as server:
         said = checked(capsys, "--base-url", server.base_url, "--model", "served")
+    assert "lists the model yes served" in said
     assert "ends its turn by itself yes finish reason stop" in said
     assert "says when it is cut yes finish reason length" in said
     assert "draws follow the seed yes same seed, same text; other seed, other text; greedy, the same twice" in said
