@@ -173,7 +173,7 @@ def test_a_server_that_contradicts_itself_about_a_text_is_not_believed():
 
 
 def test_a_server_that_scores_no_text_says_what_to_use_instead():
-    with FaultyServer() as server, pytest.raises(InputError, match=r"does not show .* judge\.kind: choice"):
+    with FaultyServer() as server, pytest.raises(InputError, match=r"does not show .*judge\.kind: choice"):
         backend_of(server).choice_logprobs([ChoiceRequest("q", (Message("user", "where"),), ("on the mat",))])
 
 
