@@ -44,6 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_run(verbs)
     _add_recipe_verbs(verbs)
     _add_constitution(verbs)
+    _add_engine(verbs)
     _add_looking(verbs)
     return parser
 
@@ -97,6 +98,17 @@ def _add_constitution(verbs: "argparse._SubParsersAction[argparse.ArgumentParser
     show.set_defaults(run=_show_constitution)
     schema = kinds.add_parser("schema", help="print the JSON schema, with which editors complete and check the files")
     schema.set_defaults(run=_constitution_schema)
+
+
+def _add_engine(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    engine = verbs.add_parser("engine", help="find out what an engine can do")
+    kinds = engine.add_subparsers(metavar="check", required=True)
+    text = "try the engines of a recipe, a server, or a model in this process, and print what each can do"
+    check = kinds.add_parser("check", help=text, description=text)
+    _add_recipe_options(check)
+    check.add_argument("--base-url", metavar="URL", help="a server's address, which mostly ends in /v1")
+    check.add_argument("--model", metavar="MODEL", help="the name that the server serves, or a model to be loaded here")
+    check.set_defaults(run=_check_engines)
 
 
 def _add_looking(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -262,6 +274,22 @@ def _constitution_schema(options: argparse.Namespace) -> None:
     from align.constitution_schema import schema_page
 
     print(schema_page(), end="")
+
+
+def _check_engines(options: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from align.config import EngineBlock, ModelBlock
+    from align.engine_check_view import engines_of, print_engine_checks
+
+    if options.recipe:
+        recipe = _recipe(options, options.recipe)
+        print_engine_checks(engines_of(recipe), recipe.shared["model"], Console())
+        return
+    if not options.model:
+        raise InputError("which engine? Add --recipe FILE, or --model MODEL with or without --base-url URL")
+    server = {"kind": "openai", "model": options.model, "base_url": options.base_url} if options.base_url else {}
+    print_engine_checks({"engine": EngineBlock(**server)}, ModelBlock(path=options.model), Console())
 
 
 def _chat(options: argparse.Namespace) -> None:

@@ -89,7 +89,7 @@ class SamplingBlock(Block):
     batch_size: Positive = Field(32, description="completions made together, in each process")
 
 
-OF_SERVERS = ("base_url", "api_key_env")
+OF_SERVERS = ("base_url", "api_key_env", "votes", "tokenizer", "extra")
 """Keys of an engine that a server alone reads."""
 
 
@@ -103,10 +103,24 @@ class EngineBlock(Block):
     kind: Literal["local", "openai"] = Field("local", description="this machine, or a server")
     model: str | None = Field(None, description="another model than the recipe's; for a server, the name it serves")
     base_url: str | None = Field(None, description="the server's address; OpenAI's own without one")
-    api_key_env: str = Field("OPENAI_API_KEY", description="the environment variable that holds the key; never the key")
-    concurrency: Positive = Field(8, description="requests to a server at a time")
-    timeout_seconds: Annotated[Number, Field(gt=0)] = Field(120.0, description="for a server's answer")
-    max_retries: Annotated[Integer, Field(ge=0)] = Field(6, description="of a request that a server did not answer")
+    votes: Positive = Field(8, description="samples that decide between letters where a server shows no probabilities")
+    tokenizer: str | None = Field(
+        None, description="the served model's, to score texts by echoed completions; null does without"
+    )
+    extra: dict[str, Any] = Field({}, description="more keys of every request, such as `{top_k: 0, min_p: 0}`")
+
+    # What follows changes no answer, only whether there is one: excluded, it makes nothing stale, and a stage that
+    # a slow server has ended goes on with a longer timeout.
+    api_key_env: str = Field(
+        "OPENAI_API_KEY", exclude=True, description="the environment variable that holds the key; never the key"
+    )
+    concurrency: Positive = Field(8, exclude=True, description="requests to a server at a time, over all processes")
+    timeout_seconds: Annotated[Number, Field(gt=0)] = Field(
+        120.0, exclude=True, description="for a server's whole answer"
+    )
+    max_retries: Annotated[Integer, Field(ge=0)] = Field(
+        6, exclude=True, description="of a request that a server did not answer"
+    )
 
     @model_validator(mode="after")
     def _of_its_kind(self) -> "EngineBlock":

@@ -50,7 +50,8 @@ class ChoiceRequest:
 class ChoiceScores:
     """For each choice, the sum of its tokens' log-probabilities in nats, and how many tokens that was.
 
-    A server that shows only the first token's alternatives gives -inf for a choice that is not among them.
+    A server that shows only the first token's alternatives gives -inf for a choice that is not among them; one that
+    shows none is asked for samples, and the log-probabilities are those of the votes.
     """
 
     id: str
@@ -73,6 +74,10 @@ class Backend(Protocol):
     """Names model and engine in the rows it makes; never holds a secret."""
     depends_on_batch: bool
     """Whether the last bits of a row depend on which rows were asked for with it."""
+
+    @property
+    def choice_method(self) -> str:
+        """How choices of one word are scored, in words: by log-probabilities, or by a vote of samples."""
 
     def complete(self, requests: Sequence[Request], progress: Progress = unheard) -> Iterator[Completed]:
         """Complete each request once, and perhaps its follow-up."""

@@ -51,6 +51,7 @@ class LocalBackend:
     """
 
     depends_on_batch = True
+    choice_method = "log-probabilities"
 
     def __init__(self, model: Any, tokenizer: Any, *, name: str, system_prompt: str | None = None) -> None:
         self.name = name

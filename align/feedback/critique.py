@@ -59,7 +59,7 @@ class Loop:
 
     `examples` worked examples are shown as earlier turns of the chat, those of the drawn principle nearest; `critique`
     False asks for the revision at once; `filters` are those that apply besides 'cut' and 'empty'; `label` is said in
-    progress bars after the round.
+    progress bars after the round; `critic` writes the critiques where that is another engine.
     """
 
     constitution: Constitution
@@ -71,6 +71,7 @@ class Loop:
     examples: int = 0
     filters: Collection[str] = OPTIONAL
     label: str = ""
+    critic: Backend | None = None
 
     def run(self, samples: Sequence[Sample], rounds: int) -> list[Chain]:
         """A chain for each sample, in order; every process gets all of them."""
@@ -82,7 +83,9 @@ class Loop:
     def _round(self, chains: Sequence[Chain], number: int, progress: str) -> list[Chain]:
         steps = {chain.sample.id: step for chain in chains if (step := self._step(chain, number))}
         critiques: dict[str, str] = {}
-        if self.critique:
+        if self.critique and self.critic:
+            critiques, revisions = self._criticised_by_another(self.critic, steps, number, progress)
+        elif self.critique:
             critiques, revisions = self._criticised(steps, number, progress)
         else:
             asked = [self._request(key, _revision_chat(step, None), number, "revision") for key, step in steps.items()]
@@ -154,6 +157,22 @@ class Loop:
         done = self._complete(asked, f"critique and revision {progress}")
         critiques = {key: done[request.id].text.strip() for key, request in zip(steps, asked, strict=True)}
         return critiques, {key: done[_step_id(key, number, "revision")] for key in steps}
+
+    def _criticised_by_another(
+        self, critic: Backend, steps: Mapping[str, _Step], number: int, progress: str
+    ) -> tuple[dict[str, str], dict[str, Completed]]:
+        """Likewise, all critiques by another engine first."""
+        asked = [
+            self._request(key, _ask(step.chat, step.critique_request), number, "critique")
+            for key, step in steps.items()
+        ]
+        done = complete_all(critic, asked, self.sampling.batch_size, self.journal_path, f"critique {progress}")
+        critiques = {key: done[request.id].text.strip() for key, request in zip(steps, asked, strict=True)}
+        requests = [
+            self._request(key, _revision_chat(step, critiques[key]), number, "revision") for key, step in steps.items()
+        ]
+        revised = self._complete(requests, f"revision {progress}")
+        return critiques, {key: revised[_step_id(key, number, "revision")] for key in steps}
 
     def _request(self, key: str, messages: Conversation, number: int, step: str) -> Request:
         return Request(

@@ -58,7 +58,10 @@ class PrincipleResult:
 
 @dataclass(frozen=True)
 class JudgeReport:
-    """Share of probes that the judge got right, with its 95% interval (Wilson), and by principle."""
+    """Share of probes that the judge got right, with its 95% interval (Wilson), and by principle.
+
+    `scored_by` says whether the engine gives log-probabilities, or samples that vote; empty where none is asked.
+    """
 
     judge: str
     accuracy: float
@@ -67,6 +70,7 @@ class JudgeReport:
     n: int
     position_bias: float
     by_principle: dict[str, PrincipleResult]
+    scored_by: str = ""
 
     def as_figures(self) -> dict[str, Any]:
         """The report for a manifest."""
@@ -245,7 +249,12 @@ def examine_judge(judge: Judge, journal_path: Path | None = None) -> JudgeReport
     n = len(right)
     low, high = wilson_interval(sum(right), n)
     bias = sum(opinion.position_bias for opinion in opinions if opinion) / max(n, 1)
-    return JudgeReport(judge.name, sum(right) / n if n else 0.5, low, high, n, bias, by_principle)
+    accuracy = sum(right) / n if n else 0.5
+    return JudgeReport(judge.name, accuracy, low, high, n, bias, by_principle, _scored_by(judge))
+
+
+def _scored_by(judge: Judge) -> str:
+    return judge.kind.backend.choice_method if isinstance(judge.kind, ByChoice | ByContrast) else ""
 
 
 def require_better_than_chance(judge: Judge, report: JudgeReport) -> None:

@@ -36,6 +36,7 @@ class ReviseBlock(Block):
     splits: tuple[Split, ...] = Field(("sft",), description="the splits whose samples are revised")
     sampling: SamplingBlock = Field(default_factory=SamplingBlock)
     engine: EngineBlock = Field(default_factory=EngineBlock)
+    critic: EngineBlock | None = Field(None, description="writes the critiques; `engine` does where this is null")
     examples: Annotated[Integer, Field(ge=0)] = Field(2, description="worked examples shown before each request")
     filters: tuple[FilterName, ...] = Field(OPTIONAL, description="besides 'cut' and 'empty', which always apply")
     principle: Literal["all", "draw"] = Field(
@@ -117,6 +118,7 @@ class ReviseStage(Stage):
             critique=settings.critique,
             examples=settings.examples,
             filters=settings.filters,
+            critic=open_backend(settings.critic, model) if settings.critic and settings.critique else None,
         )
         tally = RevisionTally(settings.rounds)
         shares = revise_all(context, loop, judge, total, tally)
