@@ -6,6 +6,7 @@ From a hub id, or a JSONL(.gz) or parquet file. Formats, told apart row by row:
 |---|---|
 | prompt, chosen, rejected | texts, or message lists (TRL's plain and conversational formats) |
 | chosen, rejected | whole conversations |
+| text_correct, text_incorrect | whole conversations (the Constitutional AI paper's comparisons) |
 | prompt, completion | texts or message lists (demonstrations) |
 | messages | a whole conversation, its last turn the completion (demonstrations) |
 
@@ -100,6 +101,7 @@ def read_demonstrations(source: PairSource, counts: Counter[str] | None = None) 
 
 def _pair(row: Row, place: str) -> PreferencePair | str:
     """The row's pair, or why it is left out."""
+    row = _as_chosen(row)
     _require(row, ("chosen", "rejected"), place)
     prompt, chosen = _split(_conversation(row, "chosen", place))
     other_prompt, rejected = _split(_conversation(row, "rejected", place))
@@ -122,7 +124,15 @@ def _pair(row: Row, place: str) -> PreferencePair | str:
     )
 
 
+def _as_chosen(row: Row) -> Row:
+    """A row of the paper's comparisons, whose `prompt` is a question to a judge about both, under the usual names."""
+    if "chosen" in row or not {"text_correct", "text_incorrect"} <= row.keys():
+        return row
+    return {"chosen": row["text_correct"], "rejected": row["text_incorrect"]}
+
+
 def _demonstration(row: Row, place: str) -> Conversation:
+    row = _as_chosen(row)
     if "messages" in row:
         return parse_messages(row["messages"], "messages", place)
     if "chosen" in row:
