@@ -8,13 +8,16 @@ Each pair is taken from the side that the judge prefers: `confidence` is the pro
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from rich.console import Console
 
+from align.artefacts import read_manifest
 from align.records import Row
-from align.sheets import Sheet
+from align.sheets import Sheet, print_sheet
 from align.statistics import (
     Estimate,
     clustered_wilson_estimate,
@@ -85,10 +88,10 @@ def calibration_figures(judged: Sequence[JudgedPair], margin: float = 0.0) -> di
 
 
 def calibration_slope(confidences: ArrayLike, agreed: ArrayLike) -> Estimate | None:
-    """What the log-odds must be multiplied by to fit best (Cox 1958): 1 for calibrated labels, below it for overconfident
-    ones, 0 for labels that tell nothing. Its inverse is the temperature of Guo et al. 2017, section 4.
+    """What the log-odds must be multiplied by to fit best (Cox 1958).
 
-    The maximum of the likelihood of a logistic model without a constant, found by bisection, with its Wald interval.
+    1 for calibrated labels, below it for overconfident ones, 0 for labels that tell nothing. Its inverse is the
+    temperature of Guo et al. 2017, section 4. The maximum of the likelihood of a logistic model without a constant, found by bisection, with its Wald interval.
     None where there is none: no log-odds, or labels that are always right or always wrong.
 
     Args:
@@ -155,8 +158,8 @@ def _label_figures(decided: Sequence[JudgedPair]) -> dict[str, Any]:
 def _position_figures(judged: Sequence[JudgedPair]) -> dict[str, float]:
     """How much the place counts, over the pairs that the judge had any opinion on.
 
-    `same_place` is the share for which the first place, or the second, is preferred in both orders: where what the place
-    adds is more than what the completions make.
+    `same_place` is the share for which the first place, or the second, is preferred in both orders: where the place
+    makes more than the completions do, by the principles' mean.
     """
     seen = [pair for pair in judged if pair.p_by_principle]
     if not seen:
@@ -207,6 +210,20 @@ def calibration_sheets(figures: Mapping[str, Any], title: str) -> list[Sheet]:
     return sheets
 
 
+def print_calibration(figures: Mapping[str, Any], title: str, console: Console | None = None) -> None:
+    """Show the figures of a judge."""
+    for sheet in calibration_sheets(figures, title):
+        print_sheet(sheet, console or Console())
+
+
+def print_published_calibration(directory: Path, console: Console | None = None) -> None:
+    """Show the figures in a folder that `compare` published; nothing where there are none."""
+    manifest = read_manifest(directory)
+    if manifest is not None and "calibration" in manifest.figures:
+        title = f"{directory.parent.parent.name}/{directory.parent.name}, the judge of compare"
+        print_calibration(manifest.figures["calibration"], title, console)
+
+
 def _accuracy_sheet(figures: Mapping[str, Any], title: str) -> Sheet:
     by_source, baselines = figures["accuracy_by_source"], figures["baselines"]
     rows = [
@@ -230,8 +247,8 @@ def _accuracy_remarks(figures: Mapping[str, Any]) -> list[str]:
     remarks = [f"undecided: {undecided}"] if undecided else []
     if figures["position_bias"]:
         remarks.append(
-            f"Place: the first has {0.5 + figures['position_bias']:.0%} of the probability; the same place is preferred "
-            f"in both orders for {figures['same_place']:.0%} of the pairs."
+            f"Place: the first has {0.5 + figures['position_bias']:.0%} of the probability; the same place is "
+            f"preferred in both orders for {figures['same_place']:.0%} of the pairs."
         )
     return remarks
 

@@ -53,4 +53,4 @@ class WorldSizeError(InputError):
 
 
 class JudgeAtChance(InputError):
-    """The judge cannot tell the better from the worse of a constitution's probes."""
+    """The judge cannot tell the better from the worse of a constitution's probes, or of pairs that people labelled."""

@@ -52,12 +52,12 @@ def _wilson(share: float, n: float, confidence: float) -> tuple[float, float]:
 
 
 def clustered_wilson_estimate(values: ArrayLike, clusters: Sequence[str], confidence: float = 0.95) -> Estimate:
-    """A share with Wilson's interval, widened where values of one cluster resemble each other: pairs of one prompt, say.
+    """A share with Wilson's interval, wider where values of one cluster resemble each other: pairs of one prompt, say.
 
     n is divided by the design effect, the variance of the share over clusters as a multiple of the binomial one (Kish
     1965; Korn and Graubard 1998), never by less than 1. Where every cluster has one value this is Wilson's interval
-    itself; where every cluster has copies of one value, it is that of one value a cluster. Unlike resampling it does not
-    claim much of few clusters.
+    itself; where every cluster has copies of one value, it is that of one value a cluster. Unlike resampling it does
+    not claim much of few clusters.
 
     Args:
         values: (N,) in [0, 1].

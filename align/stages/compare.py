@@ -13,8 +13,20 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from align import processes
-from align.config import Block, EngineBlock, Integer, JudgeBlock, ModelBlock, Positive, SamplingBlock
+from align.calibration import JudgedPair, calibration_figures, print_calibration
+from align.config import (
+    Block,
+    EngineBlock,
+    Fraction,
+    Integer,
+    JudgeBlock,
+    ModelBlock,
+    PairSource,
+    Positive,
+    SamplingBlock,
+)
 from align.constitution import load_constitution
+from align.data.pairs import gather_pairs
 from align.data.prompts import drawn_prompts
 from align.errors import InputError
 from align.generation import Completed, Request
@@ -38,6 +50,18 @@ if TYPE_CHECKING:
     from align.feedback.judge import Judge
 
 SPLIT: Split = "preference"
+CALIBRATION = "calibration.jsonl"
+
+
+class CalibrationBlock(Block):
+    """Pairs that people labelled, on which the judge is tested before it labels."""
+
+    human: Annotated[tuple[PairSource, ...], Field(min_length=1)] = Field(
+        description="preference pairs that people labelled"
+    )
+    min_accuracy: Annotated[Fraction, Field(ge=0.5, lt=1)] = Field(
+        0.5, description="the 95% interval of the judge's accuracy on them must lie above this"
+    )
 
 
 class CompareBlock(Block):
@@ -50,6 +74,9 @@ class CompareBlock(Block):
     principle: Literal["all", "draw"] = Field(
         "all", description="the judge averages over all principles that apply, or draws one for each comparison"
     )
+    calibration: CalibrationBlock | None = Field(
+        None, description="test the judge on human pairs first; `judge.allow_chance` goes on all the same"
+    )
 
 
 class CompareStage(Stage):
@@ -59,7 +86,7 @@ class CompareStage(Stage):
     help = "label pairs of the SFT policy's completions by the constitution"
     settings = CompareBlock
     shares = ("model", "constitution", "judge")
-    outputs = ("comparisons.jsonl", "pairs.jsonl", METRICS)
+    outputs = ("comparisons.jsonl", "pairs.jsonl", CALIBRATION, METRICS)
 
     def inputs(self, settings: CompareBlock) -> tuple[str, ...]:
         return ("sample", "revise", "sft") if settings.revision_pairs else ("sample", "sft")
@@ -98,6 +125,7 @@ class CompareStage(Stage):
         )
         report = examine_judge(judge, context.output / "probes.journal")
         require_better_than_chance(judge, report)
+        tested = calibrate(judge, context) if settings.calibration else {}
 
         comparisons = label(compared(context, seed), judge, context)
         pairs = [pair for row in comparisons if (pair := pair_of(row))]
@@ -106,9 +134,29 @@ class CompareStage(Stage):
             write_rows(context.output / "comparisons.jsonl", comparisons)
             write_rows(context.output / "pairs.jsonl", {pair.id: pair for pair in (*pairs, *extra)}.values())
         counted = {**counts(comparisons), "pairs": len(pairs), "revision_pairs": len(extra)}
-        measured = {"judge": report.as_figures(), **figures(comparisons)}
+        measured = {"judge": report.as_figures(), **tested, **figures(comparisons)}
         context.log_rows([{**counted, **measured}])
         return Outcome(counted, measured)
+
+
+def calibrate(judge: "Judge", context: Context) -> dict[str, Any]:
+    """What the judge is worth on the human pairs, shown, and for the manifest.
+
+    Raises:
+        JudgeAtChance: it is not shown to agree with people often enough.
+    """
+    from align.feedback.human_pairs import judge_pairs, require_agreement
+
+    block: CalibrationBlock = context.settings.calibration
+    left_out: Counter[str] = Counter()
+    pairs = gather_pairs(None, block.human, left_out)
+    judged: list[JudgedPair] = judge_pairs(judge, pairs, context.output / "calibration.journal")
+    found = calibration_figures(judged, judge.block.min_margin)
+    if processes.is_first():
+        write_rows(context.output / CALIBRATION, judged)
+        print_calibration(found, f"{context.run_name}, {judge.name}")
+    require_agreement(judge, found, block.min_accuracy)
+    return {"calibration": {**found, "read": dict(left_out)}}
 
 
 def compared(context: Context, seed: int) -> list[Comparison]:
