@@ -91,8 +91,9 @@ def calibration_slope(confidences: ArrayLike, agreed: ArrayLike) -> Estimate | N
     """What the log-odds must be multiplied by to fit best (Cox 1958).
 
     1 for calibrated labels, below it for overconfident ones, 0 for labels that tell nothing. Its inverse is the
-    temperature of Guo et al. 2017, section 4. The maximum of the likelihood of a logistic model without a constant, found by bisection, with its Wald interval.
-    None where there is none: no log-odds, or labels that are always right or always wrong.
+    temperature of Guo et al. 2017, section 4. The maximum of the likelihood of a logistic model without a constant,
+    found by bisection, with its Wald interval. None where there is none: no log-odds, or labels that are always right
+    or always wrong.
 
     Args:
         confidences: (N,) in [0, 1].
