@@ -78,7 +78,7 @@ def _with_required(content: dict[str, Any]) -> dict[str, Any]:
     filled = {
         name: value | required.get(name, {}) if isinstance(value, dict) else value for name, value in content.items()
     }
-    if "calibration" in content.get("compare", {}):
+    if content.get("compare", {}).get("calibration") is not None:
         filled["compare"] = {"calibration": content["compare"]["calibration"] | {"human": [{"path": "p"}]}}
     return filled
 

@@ -64,7 +64,7 @@ def one(source: PairSource) -> PreferencePair:
             "rejected": "\n\nAssistant: No.",
         },
         {
-            "prompt": "\n\nConsider the following conversation … Options:\n (A) [[[No.]]]\n (B) [[[Hello: how are you?]]]",
+            "prompt": "\n\nConsider … Options:\n (A) [[[No.]]]\n (B) [[[Hello: how are you?]]]",
             "corrects": [" (B)"],
             "incorrects": [" (A)"],
             "text_correct": "\n\nHuman: Say hello.\n\nAssistant: Hello: how are you?",
