@@ -125,12 +125,13 @@ class CompareStage(Stage):
         )
         report = examine_judge(judge, context.output / "probes.journal")
         require_better_than_chance(judge, report)
-        tested = calibrate(judge, context) if settings.calibration else {}
+        human, tested = calibrate(judge, context) if settings.calibration else ([], {})
 
         comparisons = label(compared(context, seed), judge, context)
         pairs = [pair for row in comparisons if (pair := pair_of(row))]
         extra = revision_pairs(context) if settings.revision_pairs else []
         if processes.is_first():
+            write_rows(context.output / CALIBRATION, human)
             write_rows(context.output / "comparisons.jsonl", comparisons)
             write_rows(context.output / "pairs.jsonl", {pair.id: pair for pair in (*pairs, *extra)}.values())
         counted = {**counts(comparisons), "pairs": len(pairs), "revision_pairs": len(extra)}
@@ -139,8 +140,8 @@ class CompareStage(Stage):
         return Outcome(counted, measured)
 
 
-def calibrate(judge: "Judge", context: Context) -> dict[str, Any]:
-    """What the judge is worth on the human pairs, shown, and for the manifest.
+def calibrate(judge: "Judge", context: Context) -> tuple[list[JudgedPair], dict[str, Any]]:
+    """What the judge says of the human pairs, and what it is worth on them: shown, and for the manifest.
 
     Raises:
         JudgeAtChance: it is not shown to agree with people often enough.
@@ -150,13 +151,12 @@ def calibrate(judge: "Judge", context: Context) -> dict[str, Any]:
     block: CalibrationBlock = context.settings.calibration
     left_out: Counter[str] = Counter()
     pairs = gather_pairs(None, block.human, left_out)
-    judged: list[JudgedPair] = judge_pairs(judge, pairs, context.output / "calibration.journal")
+    judged = judge_pairs(judge, pairs, context.output / "calibration.journal")
     found = calibration_figures(judged, judge.block.min_margin)
     if processes.is_first():
-        write_rows(context.output / CALIBRATION, judged)
         print_calibration(found, f"{context.run_name}, {judge.name}")
     require_agreement(judge, found, block.min_accuracy)
-    return {"calibration": {**found, "read": dict(left_out)}}
+    return judged, {"calibration": {**found, "read": dict(left_out)}}
 
 
 def compared(context: Context, seed: int) -> list[Comparison]:
