@@ -239,7 +239,7 @@ def test_a_judge_is_tested_on_human_pairs_with_tables_json_and_rows(capsys: pyte
 def test_a_recipe_s_judge_is_tested_on_the_pairs_that_the_recipe_names(capsys: pytest.CaptureFixture[str]) -> None:
     write_pairs("pairs.jsonl")
     Path("judged.yaml").write_text(
-        "model: {path: wheel:none}\nconstitution: small.yaml\njudge: {kind: rule}\n"
+        "model: {path: some/model}\nconstitution: small.yaml\njudge: {kind: rule}\n"
         "prompts: {sources: [{path: pairs.jsonl}]}\nsample: {}\nsft: {revisions: false, helpful: {sources: "
         "[{path: pairs.jsonl}]}}\ncompare: {calibration: {human: [{path: pairs.jsonl}]}}\n"
     )
