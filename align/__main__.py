@@ -45,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_recipe_verbs(verbs)
     _add_constitution(verbs)
     _add_engine(verbs)
+    _add_judge(verbs)
     _add_looking(verbs)
     return parser
 
@@ -109,6 +110,24 @@ def _add_engine(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     check.add_argument("--base-url", metavar="URL", help="a server's address, which mostly ends in /v1")
     check.add_argument("--model", metavar="MODEL", help="the name that the server serves, or a model to be loaded here")
     check.set_defaults(run=_check_engines)
+
+
+def _add_judge(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    judge = verbs.add_parser("judge", help="test a judge")
+    kinds = judge.add_subparsers(metavar="calibrate", required=True)
+    text = "how far a judge's soft labels are those of people, on pairs that people labelled"
+    calibrate = kinds.add_parser("calibrate", help=text, description=text)
+    _add_recipe_options(calibrate)
+    calibrate.add_argument("--model", metavar="MODEL", help="without a recipe: the model that judges")
+    calibrate.add_argument("--kind", choices=("choice", "contrast", "rule"), help="without a recipe: how it judges")
+    calibrate.add_argument("--pairs", metavar="FILE", nargs="+", default=[], help="JSONL(.gz), parquet or hub id")
+    calibrate.add_argument("--hub-split", metavar="NAME", default="train", help="of hub datasets (default: train)")
+    calibrate.add_argument("--limit", metavar="N", type=_positive, help="pairs of each, drawn by a hash of the content")
+    calibrate.add_argument("--draw", action="store_true", help="one drawn principle a pair; without it, all that apply")
+    calibrate.add_argument("--output", metavar="DIR", type=Path, help="default: a folder in runs/calibration")
+    calibrate.add_argument("--plot", metavar="FILE", type=Path, help="where the reliability plot goes")
+    calibrate.add_argument("--json", metavar="FILE", type=Path, help="where the figures go")
+    calibrate.set_defaults(run=_calibrate)
 
 
 def _add_looking(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -228,7 +247,11 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _print_results(recipe: Recipe) -> None:
-    """What the reward model is worth, then the report where the recipe evaluates, or the folder of every stage."""
+    """What judge and reward model are worth, then the report where the recipe evaluates, else every stage's folder."""
+    if "compare" in recipe.settings:
+        from align.calibration import print_published_calibration
+
+        print_published_calibration(recipe.directory("compare"))
     if "reward" in recipe.settings:
         from align.held_out import print_published_held_out
 
@@ -290,6 +313,30 @@ def _check_engines(options: argparse.Namespace) -> None:
         raise InputError("which engine? Add --recipe FILE, or --model MODEL with or without --base-url URL")
     server = {"kind": "openai", "model": options.model, "base_url": options.base_url} if options.base_url else {}
     print_engine_checks({"engine": EngineBlock(**server)}, ModelBlock(path=options.model), Console())
+
+
+def _calibrate(options: argparse.Namespace) -> None:
+    from dataclasses import replace
+
+    from align.calibration_view import main as calibrate
+    from align.calibration_view import of_options, of_recipe
+    from align.config import PairSource
+
+    if options.recipe and (options.model or options.kind):
+        raise InputError("--model and --kind are for a judge without a recipe; use --set model.path=… or judge.kind=…")
+    if options.recipe is None and options.set:
+        raise InputError("--set changes a recipe; add --recipe FILE")
+    tested = (
+        of_recipe(_recipe(options, options.recipe))
+        if options.recipe
+        else of_options(options.constitution, options.model, options.kind)
+    )
+    if options.pairs:
+        sources = (PairSource(path=path, limit=options.limit, hub_split=options.hub_split) for path in options.pairs)
+        tested = replace(tested, pairs=tuple(sources))
+    if options.draw:
+        tested = replace(tested, draws=True)
+    calibrate(tested, output=options.output, plot=options.plot, json=options.json)
 
 
 def _chat(options: argparse.Namespace) -> None:

@@ -20,6 +20,8 @@ AboveZero = Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(_
 NonNegative = Annotated[Number, Field(ge=0)]
 Fraction = Annotated[Number, Field(ge=0, le=1)]
 SOURCE_PATH = "JSONL(.gz) or parquet file, or hub id"
+HUB_FOLDER = "only what is in this folder of a hub dataset, such as helpful-base"
+HUMAN_SHARE = "share of human pairs in the mix; of the others, or of these, some are left out; null takes all"
 LIMIT = "at most this many rows, drawn by a hash of their content; null takes all"
 
 
@@ -167,6 +169,7 @@ class PromptSource(Block):
     path: str = Field(description=SOURCE_PATH)
     limit: Positive | None = Field(None, description=LIMIT)
     hub_split: str = Field("train", description="of a hub dataset")
+    hub_folder: str | None = Field(None, description=HUB_FOLDER)
     column: str | None = Field(None, description="column with the prompt; found by itself in the known formats")
     category: str | None = Field(None, description="category given to rows that have none")
 
@@ -193,6 +196,8 @@ class PairSource(Block):
     path: str = Field(description=SOURCE_PATH)
     limit: Positive | None = Field(None, description=LIMIT)
     hub_split: str = Field("train", description="of a hub dataset")
+    hub_folder: str | None = Field(None, description=HUB_FOLDER)
+    name: str | None = Field(None, description="what counts and tables call these rows, in the place of `human`")
 
 
 class TrackingBlock(Block):

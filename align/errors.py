@@ -57,4 +57,4 @@ class GateClosed(AlignError):
 
 
 class JudgeAtChance(InputError):
-    """The judge cannot tell the better from the worse of a constitution's probes."""
+    """The judge cannot tell the better from the worse of a constitution's probes, or of pairs that people labelled."""

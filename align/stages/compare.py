@@ -6,14 +6,28 @@ file, a window at a time.
 """
 
 import itertools
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from align.config import Block, EngineBlock, Integer, JudgeBlock, ModelBlock, Positive, SamplingBlock
+from align import processes
+from align.calibration import JudgedPair, calibration_figures, print_calibration
+from align.config import (
+    Block,
+    EngineBlock,
+    Fraction,
+    Integer,
+    JudgeBlock,
+    ModelBlock,
+    PairSource,
+    Positive,
+    SamplingBlock,
+)
 from align.constitution import load_constitution
+from align.data.pairs import gather_pairs
 from align.data.prompts import stream_drawn
 from align.errors import InputError
 from align.feedback.gates import CompareGatesBlock, Share, check_gates, gate_figures
@@ -28,6 +42,7 @@ from align.records import (
     as_dicts,
     digest,
     read_rows,
+    write_rows,
 )
 from align.repro import derive_seed
 from align.stage import Context, Outcome, Stage
@@ -40,6 +55,18 @@ if TYPE_CHECKING:
     from align.generation import Backend
 
 SPLIT: Split = "preference"
+CALIBRATION = "calibration.jsonl"
+
+
+class CalibrationBlock(Block):
+    """Pairs that people labelled, on which the judge is tested before it labels."""
+
+    human: Annotated[tuple[PairSource, ...], Field(min_length=1)] = Field(
+        description="preference pairs that people labelled"
+    )
+    min_accuracy: Annotated[Fraction, Field(ge=0.5, lt=1)] = Field(
+        0.5, description="the 95% interval of the judge's accuracy on them must lie above this"
+    )
 
 
 class CompareBlock(Block):
@@ -51,6 +78,9 @@ class CompareBlock(Block):
     limit: Positive | None = Field(None, description="at most this many prompts, drawn by their content")
     principle: Literal["all", "draw"] = Field(
         "all", description="the judge averages over all principles that apply, or draws one for each comparison"
+    )
+    calibration: CalibrationBlock | None = Field(
+        None, description="test the judge on human pairs first; `judge.allow_chance` goes on all the same"
     )
     gates: CompareGatesBlock = Field(default_factory=CompareGatesBlock)
     window: Positive = Field(DEFAULT_WINDOW, description=WINDOW_HELP)
@@ -64,7 +94,7 @@ class CompareStage(Stage):
     settings = CompareBlock
     shares = ("model", "constitution", "judge")
     only_gates = ("gates",)
-    outputs = ("comparisons.jsonl", "pairs.jsonl", METRICS)
+    outputs = ("comparisons.jsonl", "pairs.jsonl", CALIBRATION, METRICS)
 
     def inputs(self, settings: CompareBlock) -> tuple[str, ...]:
         return ("sample", "revise", "sft") if settings.revision_pairs else ("sample", "sft")
@@ -106,7 +136,10 @@ class CompareStage(Stage):
         )
         report = examine_judge(judge, context.output / "probes.journal")
         require_better_than_chance(judge, report)
+        human, tested = calibrate(judge, context) if settings.calibration else ([], {})
 
+        if processes.is_first():
+            write_rows(context.output / CALIBRATION, human)
         total = count_prompts(context)
         if settings.revision_pairs:
             require_revision_pairs(context)
@@ -115,7 +148,7 @@ class CompareStage(Stage):
         pairs = compare_all(context, backend, judge, total, tally)
         counted = {**tally.counts(), **pairs}
         shares = {name: Share(tally.reasons[name], tally.comparisons) for name in ("cut", "identical")}
-        measured = {"judge": report.as_figures(), **tally.figures(), "gates": gate_figures(shares)}
+        measured = {"judge": report.as_figures(), **tested, **tally.figures(), "gates": gate_figures(shares)}
         context.log_rows([{**counted, **measured}])
         check_gates(self.name, settings.gates, shares, context.output / "comparisons.jsonl")
         return Outcome(counted, measured)
@@ -145,6 +178,25 @@ def compare_all(
         for pair in revision_pairs(context) if settings.revision_pairs else ():
             add_pair(pair, "revision_pairs")
     return counted
+
+
+def calibrate(judge: "Judge", context: Context) -> tuple[list[JudgedPair], dict[str, Any]]:
+    """What the judge says of the human pairs, and what it is worth on them: shown, and for the manifest.
+
+    Raises:
+        JudgeAtChance: it is not shown to agree with people often enough.
+    """
+    from align.feedback.human_pairs import judge_pairs, require_agreement
+
+    block: CalibrationBlock = context.settings.calibration
+    left_out: Counter[str] = Counter()
+    pairs = gather_pairs(None, block.human, left_out)
+    judged = judge_pairs(judge, pairs, context.output / "calibration.journal")
+    found = calibration_figures(judged, judge.block.min_margin)
+    if processes.is_first():
+        print_calibration(found, f"{context.run_name}, {judge.name}")
+    require_agreement(judge, found, block.min_accuracy)
+    return judged, {"calibration": {**found, "read": dict(left_out)}}
 
 
 def compared(window: Window[Prompt], context: Context, backend: "Backend") -> list[Comparison]:

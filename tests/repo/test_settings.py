@@ -76,9 +76,12 @@ def test_a_setting_is_described_and_its_default_is_accepted(setting: Setting) ->
 def _with_required(content: dict[str, Any]) -> dict[str, Any]:
     """The content with the keys that its blocks cannot do without."""
     required = {"model": {"path": "m"}, "prompts": {"sources": [{"path": "p"}]}}
-    return {
+    filled = {
         name: value | required.get(name, {}) if isinstance(value, dict) else value for name, value in content.items()
     }
+    if content.get("compare", {}).get("calibration") is not None:
+        filled["compare"] = {"calibration": content["compare"]["calibration"] | {"human": [{"path": "p"}]}}
+    return filled
 
 
 def test_naming_one_key_of_a_block_leaves_the_defaults_of_the_others() -> None:
