@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from align import processes
+from align.artefacts import write_json
 from align.config import Block, EngineBlock, Integer, JudgeBlock, ModelBlock, Positive, SamplingBlock
 from align.constitution import load_constitution
 from align.data.prompts import drawn_prompts
@@ -34,6 +35,7 @@ from align.stage import Context, Outcome, Stage
 from align.tracking import METRICS
 
 if TYPE_CHECKING:
+    from align.feedback.agreement import Agreement
     from align.feedback.judge import Judge
 
 SPLIT = "preference"
@@ -58,7 +60,7 @@ class CompareStage(Stage):
     help = "label pairs of the SFT policy's completions by the constitution"
     settings = CompareBlock
     shares = ("model", "constitution", "judge")
-    outputs = ("comparisons.jsonl", "pairs.jsonl", METRICS)
+    outputs = ("comparisons.jsonl", "pairs.jsonl", "agreement.json", METRICS)
 
     def inputs(self, settings: CompareBlock) -> tuple[str, ...]:
         return ("sample", "revise", "sft") if settings.revision_pairs else ("sample", "sft")
@@ -72,6 +74,7 @@ class CompareStage(Stage):
             return []
 
     def run(self, context: Context) -> Outcome:
+        from align.feedback.agreement import agreement_figures
         from align.feedback.judge import examine_judge, open_judge, require_better_than_chance
 
         settings: CompareBlock = context.settings
@@ -92,10 +95,13 @@ class CompareStage(Stage):
         if processes.is_first():
             write_rows(context.output / "comparisons.jsonl", comparisons)
             write_rows(context.output / "pairs.jsonl", {pair.id: pair for pair in (*pairs, *extra)}.values())
+        agreement = agreement_of(comparisons, judge)
+        if processes.is_first():
+            write_json(context.output / "agreement.json", agreement.as_json())
         counted = {**counts(comparisons), "pairs": len(pairs), "revision_pairs": len(extra)}
         measured = {"judge": report.as_figures(), **figures(comparisons)}
         context.log_rows([{**counted, **measured}])
-        return Outcome(counted, measured)
+        return Outcome(counted, {**measured, "agreement": agreement_figures(agreement)})
 
 
 def compared(context: Context, seed: int) -> list[Comparison]:
@@ -160,6 +166,15 @@ def label(comparisons: Sequence[Comparison], judge: "Judge", context: Context) -
         else row
         for row in comparisons
     ]
+
+
+def agreement_of(comparisons: Sequence[Comparison], judge: "Judge") -> "Agreement":
+    """How the judge's principles relate to each other over the comparisons."""
+    from align.feedback.agreement import Labelled, agreement_between
+
+    labels = [Labelled(row.p_a, row.p_a_by_principle) for row in comparisons]
+    names = [principle.id for principle in judge.principles]
+    return agreement_between(names, labels, tie_margin=judge.block.min_margin)
 
 
 def pair_of(row: Comparison) -> PreferencePair | None:
