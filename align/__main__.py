@@ -114,6 +114,14 @@ def _add_constitution_diff(kinds: "argparse._SubParsersAction[argparse.ArgumentP
     diff.add_argument("--json", metavar="FILE", type=Path, help="and as JSON")
     diff.set_defaults(run=_diff_constitutions)
 
+    text = "by principle: draws, faults found, revisions accepted, wins, agreement with the rest and with people"
+    stats = kinds.add_parser("stats", help=text, description=text)
+    stats.add_argument("run_folder", metavar="RUN", type=Path)
+    stats.add_argument("--constitution", metavar="FILE", type=Path, help="the run's own (default: the shipped one)")
+    stats.add_argument("--human", metavar="FILE", type=Path, help="preferences of people, judged by the run's judge")
+    stats.add_argument("--limit", metavar="N", type=_positive, default=300, help="pairs of them (default: 300)")
+    stats.set_defaults(run=_constitution_stats)
+
 
 def _add_looking(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     chat = verbs.add_parser("chat", help="talk to a model")
@@ -282,6 +290,12 @@ def _diff_constitutions(options: argparse.Namespace) -> None:
         html=options.html,
         json=options.json,
     )
+
+
+def _constitution_stats(options: argparse.Namespace) -> None:
+    from align.constitution_stats_view import main as stats
+
+    stats(options.run_folder, constitution=options.constitution, human=options.human, limit=options.limit)
 
 
 def _chat(options: argparse.Namespace) -> None:

@@ -151,6 +151,11 @@ def labels_of(judge: Judge, pairs: Sequence[Pair]) -> list[Label]:
     return [Label(verdict.p_a, verdict.by_principle) for verdict in judge.compare(questions)]
 
 
+def open_settings_judge(constitution: Constitution, settings: JudgeSettings) -> Judge:
+    """A judge by these settings that averages over all principles."""
+    return Judge(constitution, settings.block, _backend(settings))
+
+
 def _backend(settings: JudgeSettings) -> Backend | None:
     if settings.block.kind == "rule" or settings.model is None:
         return None

@@ -79,11 +79,8 @@ def _key_changes(principle: str, old: Mapping[str, Any], new: Mapping[str, Any])
     for key in dict.fromkeys((*old, *new)):
         before, after = old.get(key), new.get(key)
         if before != after:
-            text = (
-                _count_change(before, after)
-                if key in (_PROBES, "examples")
-                else word_diff(*map(_as_text, (before, after)))
-            )
+            counted = key in (_PROBES, "examples")
+            text = _count_change(before, after) if counted else word_diff(_as_text(before), _as_text(after))
             yield Change("changed", principle, key, text)
 
 

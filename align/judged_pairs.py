@@ -64,7 +64,7 @@ def preferred_pairs(path: Path) -> list[Pair]:
 
 def probe_pairs(constitutions: Iterable[Constitution]) -> list[Pair]:
     """Every probe of the constitutions as a pair, each once, the better completion first."""
-    pairs = {}
+    pairs: dict[str, Pair] = {}
     for principle in (each for constitution in constitutions for each in constitution.principles):
         for probe in principle.probes:
             prompt = (Message("user", probe.prompt),)

@@ -131,7 +131,7 @@ def shared_principles(
             if name in row[1].by_principle and name in row[2].by_principle
         ]
         if rows:
-            own = [[_alone(label, name) for label in (before, after)] for _, before, after in rows]
+            own = [(_alone(before, name), _alone(after, name)) for _, before, after in rows]
             moved = movement([pair for pair, _, _ in rows], [a for a, _ in own], [b for _, b in own], seed)
             found.append(SharedPrinciple(name, moved))
     return found
