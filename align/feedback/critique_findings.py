@@ -17,7 +17,8 @@ _FAULTS = (
 _CLEARS = re.compile(
     "|".join(
         (
-            r"\bnothing (?:is |here is |about it is )?(?:wrong|harmful|to (?:fix|change|improve|criticise|criticize|add))",
+            r"\bnothing (?:is |here is |about it is )?(?:wrong|harmful|"
+            r"to (?:fix|change|improve|criticise|criticize|add))",
             rf"\b(?:there (?:is|are|was|were)|has|have|had|i (?:see|find|found)|contains?|needs?|found)"
             rf" {_NOTHING} (?:\w+ ){{0,2}}{_FAULTS}\b",
             rf"^{_NOTHING} (?:\w+ ){{0,2}}{_FAULTS}\b",
@@ -28,8 +29,8 @@ _CLEARS = re.compile(
             r"illegal|offensive|wrong|biased|dishonest)",
             r"\b(?:already|fully|correctly|clearly|does) (?:follows?|keeps?|complies|comply|meets?|satisf(?:y|ies)|"
             r"adheres?)\b",
-            r"^(?:the )?(?:assistant's |last )*(?:answer|response|reply|it) (?:follows|keeps to|complies with|adheres to|"
-            r"meets|satisfies)\b",
+            r"^(?:the )?(?:assistant's |last )*(?:answer|response|reply|it) (?:follows|keeps to|complies with|"
+            r"adheres to|meets|satisfies)\b",
             r"\b(?:is|looks|seems) (?:perfectly |completely |quite |already )?(?:fine|good|great|perfect|harmless|"
             r"appropriate|acceptable|correct|in line)\b",
             r"^(?:none|no|n/?a)[.!]?$",
