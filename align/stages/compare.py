@@ -7,13 +7,14 @@ file, a window at a time.
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
 from align import processes
+from align.artefacts import write_json
 from align.calibration import JudgedPair, calibration_figures, print_calibration
 from align.config import (
     Block,
@@ -50,6 +51,7 @@ from align.tracking import METRICS
 from align.windows import DEFAULT_WINDOW, WINDOW_HELP, RowFile, SeenOnDisk, Window, windows
 
 if TYPE_CHECKING:
+    from align.feedback.agreement import Agreement
     from align.feedback.judge import Judge
     from align.feedback.tallies import ComparisonTally
     from align.generation import Backend
@@ -94,7 +96,7 @@ class CompareStage(Stage):
     settings = CompareBlock
     shares = ("model", "constitution", "judge")
     only_gates = ("gates",)
-    outputs = ("comparisons.jsonl", "pairs.jsonl", CALIBRATION, METRICS)
+    outputs = ("comparisons.jsonl", "pairs.jsonl", "agreement.json", CALIBRATION, METRICS)
 
     def inputs(self, settings: CompareBlock) -> tuple[str, ...]:
         return ("sample", "revise", "sft") if settings.revision_pairs else ("sample", "sft")
@@ -121,6 +123,7 @@ class CompareStage(Stage):
 
     def run(self, context: Context) -> Outcome:
         from align.backends.open import open_backend
+        from align.feedback.agreement import agreement_figures
         from align.feedback.judge import examine_judge, open_judge, require_better_than_chance
         from align.feedback.tallies import ComparisonTally
 
@@ -146,12 +149,16 @@ class CompareStage(Stage):
         backend = open_backend(EngineBlock(), model, path=str(context.inputs["sft"] / "model"))
         tally = ComparisonTally()
         pairs = compare_all(context, backend, judge, total, tally)
+        written = context.output / "comparisons.jsonl"
+        agreement = processes.decided_by_first(lambda: agreement_of(read_rows(written, Comparison), judge))
+        if processes.is_first():
+            write_json(context.output / "agreement.json", agreement.as_json())
         counted = {**tally.counts(), **pairs}
         shares = {name: Share(tally.reasons[name], tally.comparisons) for name in ("cut", "identical")}
         measured = {"judge": report.as_figures(), **tested, **tally.figures(), "gates": gate_figures(shares)}
         context.log_rows([{**counted, **measured}])
         check_gates(self.name, settings.gates, shares, context.output / "comparisons.jsonl")
-        return Outcome(counted, measured)
+        return Outcome(counted, {**measured, "agreement": agreement_figures(agreement)})
 
 
 def compare_all(
@@ -266,6 +273,15 @@ def label(comparisons: Sequence[Comparison], judge: "Judge", window: Window[Prom
         else row
         for row in comparisons
     ]
+
+
+def agreement_of(comparisons: Iterable[Comparison], judge: "Judge") -> "Agreement":
+    """How the judge's principles relate to each other over the comparisons."""
+    from align.feedback.agreement import Labelled, agreement_between
+
+    labels = (Labelled(row.p_a, row.p_a_by_principle) for row in comparisons)
+    names = [principle.id for principle in judge.principles]
+    return agreement_between(names, labels, tie_margin=judge.block.min_margin)
 
 
 def pair_of(row: Comparison) -> PreferencePair | None:
