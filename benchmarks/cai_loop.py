@@ -130,15 +130,15 @@ def same_share(ours: Outcome, plain: Outcome) -> tuple[float, float]:
     )
 
 
-def compare(dtype: str, count: int) -> list[str]:
-    """One dtype's rows of the table; a short run warms up either side."""
+def compare(dtype: str, count: int, new_tokens: int) -> list[str]:
+    """One dtype's rows of the table; a short run warms up."""
     import torch
 
     model, tokenizer = load_causal_lm(MODEL, getattr(torch, dtype)), load_tokenizer(MODEL)
-    samples = make_samples(model, tokenizer, count, NEW_TOKENS)
+    samples = make_samples(model, tokenizer, count, new_tokens)
     run(LocalBackend(model, tokenizer, name="warm"), samples[:2], 2, 1)
-    ours = run(LocalBackend(model, tokenizer, name="ours"), samples)
-    plain = run(PlainEngine(model, tokenizer), samples)
+    ours = run(LocalBackend(model, tokenizer, name="ours"), samples, new_tokens)
+    plain = run(PlainEngine(model, tokenizer), samples, new_tokens)
     first, whole = same_share(ours, plain)
     rows = []
     for name, outcome in (("plain loop", plain), ("align", ours)):
@@ -149,23 +149,29 @@ def compare(dtype: str, count: int) -> list[str]:
     return rows
 
 
+def write_down(text: str) -> None:
+    """Put the table between its marks in docs/benchmarks.md."""
+    page = DOCS.read_text(encoding="utf-8")
+    before, _, rest = page.partition(MARKS[0])
+    after = rest.partition(MARKS[1])[2]
+    DOCS.write_text(f"{before}{MARKS[0]}\n\n{text}\n\n{MARKS[1]}{after}", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=COUNT, help="prompts")
+    parser.add_argument("--new-tokens", type=int, default=NEW_TOKENS, help="at most, a turn")
     parser.add_argument("--dtype", choices=DTYPES, action="append", help="both unless given")
     parser.add_argument("--write", action="store_true", help="put the table into docs/benchmarks.md")
     arguments = parser.parse_args()
     lines = [
         "| | s | prompts a minute | times the plain loop | prompt tokens read | first turns equal | chains equal |",
         "|---|---|---|---|---|---|---|",
-        *(row for dtype in arguments.dtype or DTYPES for row in compare(dtype, arguments.count)),
+        *(row for dtype in arguments.dtype or DTYPES for row in compare(dtype, arguments.count, arguments.new_tokens)),
     ]
     print("\n".join(lines))
     if arguments.write:
-        page = DOCS.read_text(encoding="utf-8")
-        before, _, rest = page.partition(MARKS[0])
-        text = "\n".join(lines)
-        DOCS.write_text(f"{before}{MARKS[0]}\n\n{text}\n\n{MARKS[1]}{rest.partition(MARKS[1])[2]}", encoding="utf-8")
+        write_down("\n".join(lines))
 
 
 if __name__ == "__main__":
