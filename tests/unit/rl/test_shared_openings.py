@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, GradientState
 
 from align.config import LoraBlock, OptimizerBlock
 from align.records import Message, Prompt
@@ -53,8 +53,9 @@ def test_a_pass_has_its_own_openings_where_there_are_more_of_them_than_rows_in_a
 
 @pytest.fixture
 def fresh_accelerate():
-    """Without the precision that an earlier accelerator of this process was opened with."""
+    """Without what an earlier accelerator of this process left: its precision, and whether gradients are to be kept."""
     AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
 
