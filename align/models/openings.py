@@ -29,10 +29,6 @@ class Openings:
         """Nothing in common."""
         return cls([[]], [0] * max(rows, 1))
 
-    def of(self, rows: Sequence[int]) -> "Openings":
-        """The same openings for some of the rows."""
-        return Openings(self.ids, [self.of_row[row] for row in rows])
-
     @property
     def spared(self) -> int:
         """Positions that need not go through the model because rows share them."""

@@ -31,8 +31,5 @@ class SharedOpenings:
 
     def backward(self) -> None:
         """Add the openings' part of the gradient, after the backward passes of all micro-batches."""
-        if not self._taken_in:  # leaving the last micro-batch's state of accumulation as it is
-            return
-        with self._updates.accumulate(last=False):
-            for taken_in in self._taken_in.values():
-                taken_in.backward()
+        for taken_in in self._taken_in.values():
+            taken_in.backward()
