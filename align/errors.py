@@ -58,3 +58,8 @@ class GateClosed(AlignError):
 
 class JudgeAtChance(InputError):
     """The judge cannot tell the better from the worse of a constitution's probes, or of pairs that people labelled."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what a library's error says, or its kind where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
