@@ -83,16 +83,15 @@ class Loop:
     def _round(self, chains: Sequence[Chain], number: int, progress: str) -> list[Chain]:
         steps = {chain.sample.id: step for chain in chains if (step := self._step(chain, number))}
         critiques: dict[str, str] = {}
-        if self.critique and self.critic:
-            critiques, revisions = self._criticised_by_another(self.critic, steps, number, progress)
-        elif self.critique:
-            critiques, revisions = self._criticised(steps, number, progress)
-        else:
-            asked = [self._request(key, _revision_chat(step, None), number, "revision") for key, step in steps.items()]
-            done = self._complete(asked, f"revision {progress}")
-            revisions = {key: done[request.id] for key, request in zip(steps, asked, strict=True)}
+        done: dict[str, Completed] = {}
+        if self.critique:
+            done = self._criticised(steps, number, progress)
+            critiques = {key: done[_step_id(key, number, "critique")].text.strip() for key in steps}
+        if self.critic or not self.critique:
+            asked = [self._revision_request(key, step, number, critiques.get(key)) for key, step in steps.items()]
+            done |= self._complete(self.backend, asked, f"revision {progress}")
         return [
-            self._revised(steps[key], number, critiques.get(key, ""), revisions[key])
+            self._revised(steps[key], number, critiques.get(key, ""), done[_step_id(key, number, "revision")])
             if (key := chain.sample.id) in steps
             else replace(chain, fault=NO_PRINCIPLE)
             for chain in chains
@@ -139,40 +138,23 @@ class Loop:
             turns = *_ask(turns, example.critique_request or requests[0]), Message("assistant", example.critique)
         return *_ask(turns, example.revision_request or requests[1]), Message("assistant", example.revision)
 
-    def _criticised(
-        self, steps: Mapping[str, _Step], number: int, progress: str
-    ) -> tuple[dict[str, str], dict[str, Completed]]:
-        """Critiques and revisions by sample; a revision is asked for as soon as its critique is there."""
-
-        def revising(key: str, step: _Step) -> Callable[[str], Request]:
-            return lambda text: self._request(key, _revision_chat(step, text.strip()), number, "revision")
-
-        asked = [
-            replace(
-                self._request(key, _ask(step.chat, step.critique_request), number, "critique"),
-                follow_up=revising(key, step),
-            )
+    def _criticised(self, steps: Mapping[str, _Step], number: int, progress: str) -> dict[str, Completed]:
+        """Critiques by request id; with each its revision, unless another engine is the critic."""
+        asked = {
+            key: self._request(key, _ask(step.chat, step.critique_request), number, "critique")
             for key, step in steps.items()
-        ]
-        done = self._complete(asked, f"critique and revision {progress}")
-        critiques = {key: done[request.id].text.strip() for key, request in zip(steps, asked, strict=True)}
-        return critiques, {key: done[_step_id(key, number, "revision")] for key in steps}
+        }
+        if self.critic:
+            return self._complete(self.critic, list(asked.values()), f"critique {progress}")
 
-    def _criticised_by_another(
-        self, critic: Backend, steps: Mapping[str, _Step], number: int, progress: str
-    ) -> tuple[dict[str, str], dict[str, Completed]]:
-        """Likewise, all critiques by another engine first."""
-        asked = [
-            self._request(key, _ask(step.chat, step.critique_request), number, "critique")
-            for key, step in steps.items()
-        ]
-        done = complete_all(critic, asked, self.sampling.batch_size, self.journal_path, f"critique {progress}")
-        critiques = {key: done[request.id].text.strip() for key, request in zip(steps, asked, strict=True)}
-        requests = [
-            self._request(key, _revision_chat(step, critiques[key]), number, "revision") for key, step in steps.items()
-        ]
-        revised = self._complete(requests, f"revision {progress}")
-        return critiques, {key: revised[_step_id(key, number, "revision")] for key in steps}
+        def revising(key: str) -> Callable[[str], Request]:
+            return lambda text: self._revision_request(key, steps[key], number, text.strip())
+
+        followed = [replace(request, follow_up=revising(key)) for key, request in asked.items()]
+        return self._complete(self.backend, followed, f"critique and revision {progress}")
+
+    def _revision_request(self, key: str, step: _Step, number: int, critique: str | None) -> Request:
+        return self._request(key, _revision_chat(step, critique), number, "revision")
 
     def _request(self, key: str, messages: Conversation, number: int, step: str) -> Request:
         return Request(
@@ -184,8 +166,8 @@ class Loop:
             top_p=self.sampling.top_p,
         )
 
-    def _complete(self, requests: Sequence[Request], description: str) -> dict[str, Completed]:
-        return complete_all(self.backend, requests, self.sampling.batch_size, self.journal_path, description)
+    def _complete(self, backend: Backend, requests: Sequence[Request], description: str) -> dict[str, Completed]:
+        return complete_all(backend, requests, self.sampling.batch_size, self.journal_path, description)
 
     def _revised(self, step: _Step, number: int, critique: str, revision: Completed) -> Chain:
         chain = step.chain
