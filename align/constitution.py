@@ -117,6 +117,12 @@ class Constitution(_Content):
         """
         return {principle.id: principle for principle in self.principles}[principle_id]
 
+    def rank(self, principle: Principle) -> int:
+        """How early a principle decides a conflict: hard ones first, then tier by tier, then those of no tier."""
+        if principle.hard:
+            return -1
+        return self.tiers.index(principle.tier) if principle.tier in self.tiers else len(self.tiers)
+
     def sources_of(self, principle: Principle) -> tuple[str, ...]:
         """The folders whose passages are shown with the principle."""
         return self.sources if principle.sources is None else principle.sources

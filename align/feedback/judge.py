@@ -108,9 +108,7 @@ class Judge:
         self.constitution = constitution
         self.block = block
         self.draw_seed = draw_seed
-        self.kind = _kind(block, constitution.language, backend)
-        if isinstance(self.kind, ByChoice | ByContrast):
-            self.kind = dataclasses.replace(self.kind, showing=Showing(constitution, block.examples))
+        self.kind = _kind(block, constitution, backend)
         self.name = block.kind if backend is None else f"{block.kind}:{backend.name}"
         self.principles = tuple(filter(self.kind.can_judge_by, constitution.principles))
 
@@ -170,8 +168,7 @@ class Judge:
 
     def _tiers(self, given: Sequence[tuple[Principle, Opinion]]) -> list[list[tuple[Principle, Opinion]]]:
         """The opinions that decide together, those that decide first in front."""
-        order = {tier: place for place, tier in enumerate(self.constitution.tiers)}
-        ranks = [-1 if each.hard else order.get(each.tier or "", len(order)) for each, _ in given]
+        ranks = [self.constitution.rank(principle) for principle, _ in given]
         return [
             [opinion for opinion, its_rank in zip(given, ranks, strict=True) if its_rank == rank]
             for rank in sorted(set(ranks))
@@ -275,11 +272,12 @@ def require_better_than_chance(judge: Judge, report: JudgeReport) -> None:
     )
 
 
-def _kind(block: JudgeBlock, language: str, backend: Backend | None) -> Kind:
+def _kind(block: JudgeBlock, constitution: Constitution, backend: Backend | None) -> Kind:
     if block.kind == "rule":
         return ByRule(block.scale)
     if backend is None:
         raise ValueError(f"a judge by {block.kind} asks a model; give it a backend")
+    showing = Showing(constitution, block.examples)
     if block.kind == "contrast":
-        return ByContrast(backend, block.scale, block.batch_size)
-    return ByChoice(backend, block.batch_size, language)
+        return ByContrast(backend, showing, block.scale, block.batch_size)
+    return ByChoice(backend, showing, block.batch_size, constitution.language)

@@ -95,9 +95,9 @@ class ByContrast(Kind):
     """
 
     backend: Backend
+    showing: Showing
     scale: float
     batch_size: int
-    showing: Showing | None = None
     needs = "a `text` and an `opposite`"
 
     @staticmethod
@@ -118,7 +118,7 @@ class ByContrast(Kind):
         return half_tanh(self.scale * value)
 
     def _requests(self, question: Question, principle: Principle) -> list[ChoiceRequest]:
-        before = self.showing.before(principle, question.conversation, question.a, question.b) if self.showing else ""
+        before = self.showing.before(principle, question.conversation, question.a, question.b)
         ends = (principle.text, principle.opposite or "")
         texts = [f"{before}\n\n{end}" if before else end for end in ends]
         return [
@@ -133,9 +133,9 @@ class ByChoice(Kind):
     """Value: half the difference of the leans towards the first place in the orders A, B and B, A."""
 
     backend: Backend
+    showing: Showing
     batch_size: int
     language: str
-    showing: Showing | None = None
     needs = "a `compare` or a `text`"
 
     @staticmethod
@@ -158,8 +158,6 @@ class ByChoice(Kind):
 
     def _request(self, question: Question, principle: Principle, first: str, second: str) -> ChoiceRequest:
         text = self._frame(principle).format_choice(question.conversation, principle.question or "", first, second)
-        if self.showing is None:
-            return choice_request((Message("user", text),), LETTERS)
         # Both completions, whichever comes first: the two orders are shown the same passages and choices.
         before = self.showing.before(principle, question.conversation, question.a, question.b)
         worked = self.showing.comparisons(principle, question.conversation, (question.a, question.b))
