@@ -13,9 +13,7 @@ from align.feedback.critique_findings import finds_fault
 from align.feedback.judge import BOTH_BREAK, TIE
 from align.judged_pairs import COMPARE, COMPARISONS
 from align.label_changes import Label, Pair, side_of
-from align.records import Comparison, Critique, Revision, read_rows
-
-JUDGED_WORSE = "judged worse"
+from align.records import JUDGED_WORSE, Comparison, Critique, Revision, read_rows
 
 
 @dataclass(frozen=True)
@@ -124,8 +122,7 @@ def run_agreement(rows: RunRows, constitution: Constitution | None = None) -> Ag
 
 def conflicts_between_tiers(agreement: Agreement, constitution: Constitution) -> Share:
     """Of the conflicts between principles of different tiers that were decided, those that the earlier tier's won."""
-    order = {tier: place for place, tier in enumerate(constitution.tiers)}
-    ranks = {each.id: -1 if each.hard else order.get(each.tier or "", len(order)) for each in constitution.principles}
+    ranks = {each.id: constitution.rank(each) for each in constitution.principles}
     names = agreement.principles
     earlier = [
         (i, j)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from align.backends.open import open_backend
 from align.backends.openai_server import OpenAIBackend
+from align.backends.server_scores import LETTERS_QUESTION
 from align.config import EngineBlock, ModelBlock
 from align.errors import AlignError
 from align.generation import Backend, ChoiceRequest, Completed, Request
@@ -14,7 +15,6 @@ from align.records import Message
 
 SHORT = (Message("user", "What is the capital of France? Answer with one word."),)
 LONG = (Message("user", "Tell me a long story about a cat and a dog in a garden."),)
-LETTER = (Message("user", "Which letter comes first in the alphabet? Answer with one letter, A or B."),)
 BEGUN = "The capital of France is Par"
 
 
@@ -96,7 +96,7 @@ def _unfinished(backend: Backend) -> tuple[bool, str]:
 
 
 def _letters(backend: Backend) -> tuple[bool, str]:
-    [scores] = backend.choice_logprobs([ChoiceRequest("letters", LETTER, ("A", "B"))])
+    [scores] = backend.choice_logprobs([ChoiceRequest("letters", LETTERS_QUESTION, ("A", "B"))])
     count = backend.alternatives if isinstance(backend, OpenAIBackend) else 0
     shown = f", {count} alternatives" if count else ""
     values = ", ".join(f"{letter} {value:.2f}" for letter, value in zip("AB", scores.logprobs, strict=True))

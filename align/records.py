@@ -121,12 +121,15 @@ class Critique(Row):
     cited: tuple[str, ...] = ()
 
 
+JUDGED_WORSE = "judged worse"
+
+
 @dataclass(frozen=True)
 class Revision(Row):
     """What the loop made of a sample: the completion after the last round, and whether the judge preferred it.
 
     `p_better` is the judge's probability that the revision is better than the original; `reason` says why a rejected
-    revision was rejected ('judged worse', or the name of a filter), and is empty for an accepted one.
+    revision was rejected (`JUDGED_WORSE`, or the name of a filter), and is empty for an accepted one.
     """
 
     id: str

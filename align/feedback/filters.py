@@ -101,8 +101,12 @@ def adds_emoji(revised: Revised) -> bool:
 
 def is_repetitive(revised: Revised) -> bool:
     """It says the same over and over."""
-    long_enough = len(words(revised.text)) >= MIN_REPETITION_WORDS
-    return long_enough and repetition(revised.text) > MAX_REPETITION
+    return goes_in_circles(revised.text)
+
+
+def goes_in_circles(text: str) -> bool:
+    """More of a text that is long enough to tell is repeated than `MAX_REPETITION`."""
+    return len(words(text)) >= MIN_REPETITION_WORDS and repetition(text) > MAX_REPETITION
 
 
 FILTERS: dict[str, Callable[[Revised], bool]] = {

@@ -13,8 +13,8 @@ from pydantic import Field
 
 from align.config import Block, Fraction, Positive
 from align.errors import GateClosed
-from align.feedback.filters import MAX_REPETITION, MIN_REPETITION_WORDS, has_emoji
-from align.metrics import repetition, words
+from align.feedback.filters import goes_in_circles, has_emoji
+from align.metrics import words
 from align.sentences import fold, sentences
 from align.windows import scratch_database
 
@@ -111,8 +111,7 @@ class TextShares:
         """A text that would be trained on."""
         self._rows += 1
         self._shares["emoji"].add(text, has_emoji(text))
-        long_enough = len(words(text)) >= MIN_REPETITION_WORDS
-        self._shares["repetition"].add(text, long_enough and repetition(text) > MAX_REPETITION)
+        self._shares["repetition"].add(text, goes_in_circles(text))
         closing = fold(found[-1]) if (found := sentences(text)) else ""
         self._count_edge("same_closing", closing)
         self._count_edge("same_opening", " ".join(words(fold(text))[:OPENING_WORDS]))

@@ -16,7 +16,7 @@ from align.constitution import Constitution, load_constitution
 from align.errors import InputError
 from align.feedback.filters import OPTIONAL, FilterName, refuses
 from align.feedback.gates import ReviseGatesBlock, Share, TextShares, check_gates, gate_figures
-from align.records import Prompt, Revision, Sample, Split, digest, read_rows
+from align.records import JUDGED_WORSE, Prompt, Revision, Sample, Split, digest, read_rows
 from align.repro import derive_seed
 from align.stage import Context, Outcome, Stage
 from align.tracking import METRICS
@@ -243,7 +243,7 @@ def _logged(counted: Mapping[str, int], measured: Mapping[str, Any]) -> list[dic
 def _row(chain: "Chain", fault: str, verdict: "Verdict | None") -> Revision:
     p_better = verdict.p_a if verdict and verdict.p_a is not None else 0.5
     accepted = not fault and p_better > 0.5
-    reason = fault or (verdict.reason if verdict else "") or "judged worse"
+    reason = fault or (verdict.reason if verdict else "") or JUDGED_WORSE
     return Revision(
         id=digest([chain.sample.id, "revision"]),
         prompt_id=chain.sample.prompt_id,
