@@ -69,19 +69,41 @@ def read_manifest(directory: Path) -> Manifest | None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that a reader sees the old file or the new one, never half of one."""
+    """`write_text` of a value as JSON."""
+    write_text(path, json_text(value))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that a reader sees the old one or the new one, never half of one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
+
+
+def write_asked(path: Path, text: str, option: str) -> None:
+    """`write_text` of a file that the command line named with an option.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    try:
+        write_text(path, text)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror}); choose another place with {option}") from None
+
+
+def json_text(value: Any) -> str:
+    """A value as JSON, the same text for the same value."""
+    return json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True) + "\n"
 
 
 def write_json_if_changed(path: Path, value: Any) -> bool:
     """`write_json`, leaving the file and its time alone where it says the same already; returns whether it wrote."""
-    text = json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True) + "\n"
+    text = json_text(value)
     if path.exists() and path.read_text(encoding="utf-8") == text:
         return False
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, value)
+    write_text(path, text)
     return True
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from align.artefacts import write_json
+from align.artefacts import json_text, write_asked
 from align.calibration import calibration_figures, calibration_sheets
 from align.calibration_plot import draw_reliability
 from align.config import JudgeBlock, ModelBlock, PairSource
@@ -25,7 +25,7 @@ from align.plots import can_plot, require_matplotlib
 from align.recipe import Recipe
 from align.records import PreferencePair, digest, write_rows
 from align.repro import derive_seed
-from align.sheets import print_sheet
+from align.sheets import print_sheet, print_written
 
 FOLDER = Path("runs/calibration")
 
@@ -111,12 +111,13 @@ def main(
     written = [json or folder / "calibration.json"]
     sources = [source.model_dump(mode="json") for source in tested.pairs]
     left_out = {name: count for name, count in counts.items() if count}
-    _write(written[0], {"judge": judge.name, "sources": sources, "left_out": left_out, **figures})
+    found = {"judge": judge.name, "sources": sources, "left_out": left_out, **figures}
+    write_asked(written[0], json_text(found), "--json")
     if figures["decided"] and (plot or can_plot()):
         written.append(plot or folder / "reliability.svg")
         draw_reliability(figures, title, written[-1])
     for path in (*written, folder / "judged.jsonl"):
-        console.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
+        print_written(path, console)
 
 
 def _gathered(sources: Sequence[PairSource], counts: Counter[str]) -> list[PreferencePair]:
@@ -131,10 +132,3 @@ def _folder_name(tested: Tested, pairs: Sequence[PreferencePair]) -> str:
     asked: list[Any] = [tested.judge.model_dump(mode="json"), tested.model.model_dump(mode="json"), model_digest(model)]
     asked += [tested.constitution.digest, tested.draws and tested.seed, [pair.id for pair in pairs]]
     return f"{tested.constitution.id}-{tested.judge.kind}-{digest(asked, 8)}"
-
-
-def _write(path: Path, value: dict[str, object]) -> None:
-    try:
-        write_json(path, value)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror}); choose another place with --json") from None

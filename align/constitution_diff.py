@@ -18,12 +18,12 @@ from typing import Any
 from align.constitution import Constitution, load_constitution
 from align.constitution_texts import Change, text_changes
 from align.errors import InputError
+from align.feedback.agreement import Label
 from align.feedback.judge import Judge, JudgeReport, examine_judge, judge_problems
 from align.feedback.opinions import Question
 from align.generation import Backend
 from align.judged_pairs import JudgeSettings
 from align.label_changes import (
-    Label,
     Movement,
     Pair,
     PrinciplePull,

@@ -4,22 +4,19 @@
         --pairs runs/quickstart/style-asking-0a1b2c3d --html diff.html
 """
 
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 
-from align.artefacts import write_json
+from align.artefacts import json_text, write_asked
 from align.constitution import load_constitution
 from align.constitution_diff import PLACEBO, ConstitutionDiff, Labelling, beside, diff_constitutions
-from align.errors import InputError
 from align.judged_pairs import drawn_pairs, judge_of_run, named_judge, pairs_of, probe_pairs
-from align.label_changes import Movement, Pair
-from align.records import Conversation
+from align.label_changes import Movement
 from align.report import share_text
-from align.sheets import Sheet, page, print_sheet
+from align.sheets import Sheet, conversation_text, page, print_sheet, print_written
 
 NONE = "–"
 
@@ -69,9 +66,11 @@ def main(
     for sheet in sheets:
         print_sheet(sheet, console)
     if html:
-        _write(html, page(f"{diff.a.constitution.id} beside {diff.b.constitution.id}", sheets), console)
+        write_asked(html, page(f"{diff.a.constitution.id} beside {diff.b.constitution.id}", sheets), "--html")
+        print_written(html, console)
     if json:
-        _write_json(json, diff, console)
+        write_asked(json, json_text(diff.as_json()), "--json")
+        print_written(json, console)
 
 
 def diff_sheets(diff: ConstitutionDiff, source: str) -> Iterator[Sheet]:
@@ -174,7 +173,7 @@ def _largest_sheets(diff: ConstitutionDiff) -> Iterator[Sheet]:
             f"{name}: " + ", ".join(f"{key} {p:.2f}" for key, p in label.by_principle.items())
             for name, label in (("A", one), ("B", other))
         )
-        title = f"{rank}. largest change: {_shown(pair)}"
+        title = f"{rank}. largest change: {conversation_text(pair.prompt)}"
         yield Sheet(title, ("completion", "text", "p under A", "p under B"), rows, (f"p(first) {by}",), labels=2)
 
 
@@ -182,30 +181,5 @@ def _p(p_a: float | None, turned: bool) -> str:
     return "undecided" if p_a is None else f"{1 - p_a if turned else p_a:.2f}"
 
 
-def _shown(pair: Pair) -> str:
-    prompt: Conversation = pair.prompt
-    if len(prompt) == 1:
-        return prompt[0].content
-    return "\n".join(f"{message.role}: {message.content}" for message in prompt)
-
-
 def _share(share: float | None) -> str:
     return NONE if share is None else f"{share:.0%}"
-
-
-def _write(path: Path, text: str, console: Console) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror}); choose another place with --html") from None
-    console.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
-
-
-def _write_json(path: Path, diff: ConstitutionDiff, console: Console) -> None:
-    try:
-        write_json(path, diff.as_json())
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror}); choose another place with --json") from None
-    console.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)

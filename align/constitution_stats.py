@@ -8,11 +8,11 @@ from pathlib import Path
 from align.artefacts import stage_folder
 from align.constitution import Constitution
 from align.errors import InputError
-from align.feedback.agreement import Agreement, Labelled, agreement_between
+from align.feedback.agreement import Agreement, Label, agreement_between, side_of
 from align.feedback.critique_findings import finds_fault
 from align.feedback.judge import BOTH_BREAK, TIE
 from align.judged_pairs import COMPARE, COMPARISONS
-from align.label_changes import Label, Pair, side_of
+from align.label_changes import Pair
 from align.records import JUDGED_WORSE, Comparison, Critique, Revision, read_rows
 
 
@@ -117,7 +117,7 @@ def run_agreement(rows: RunRows, constitution: Constitution | None = None) -> Ag
     """How the principles that judged the run's comparisons relate to each other."""
     judged = {name for row in rows.comparisons for name in row.p_a_by_principle}
     names = [name for name in principle_names(rows, constitution) if name in judged]
-    return agreement_between(names, [Labelled(row.p_a, row.p_a_by_principle) for row in rows.comparisons])
+    return agreement_between(names, [Label(row.p_a, row.p_a_by_principle) for row in rows.comparisons])
 
 
 def conflicts_between_tiers(agreement: Agreement, constitution: Constitution) -> Share:

@@ -20,9 +20,9 @@ from align.constitution_stats import (
     run_agreement,
 )
 from align.errors import InputError
-from align.feedback.agreement import Agreement, Shares
+from align.feedback.agreement import Agreement, Label, Shares
 from align.judged_pairs import drawn_pairs, judge_of_run, preferred_pairs
-from align.label_changes import Label, Pair
+from align.label_changes import Pair
 from align.sheets import Sheet, print_sheet
 
 NONE = "–"

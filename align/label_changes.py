@@ -1,12 +1,11 @@
 """How the labels of the same pairs move when the constitution changes: flips, size, who pulls where."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from align.feedback.agreement import Label, side_of
 from align.records import Conversation
 from align.statistics import Estimate, clustered_share_estimate
-
-TIE_MARGIN = 0.02
 
 
 @dataclass(frozen=True)
@@ -20,22 +19,6 @@ class Pair:
     b: str
     category: str = ""
     a_preferred: bool | None = None
-
-
-@dataclass(frozen=True)
-class Label:
-    """The probability that A is better (None: undecided), and by principle."""
-
-    p_a: float | None
-    by_principle: Mapping[str, float]
-
-    @property
-    def or_half(self) -> float:
-        return 0.5 if self.p_a is None else self.p_a
-
-    @property
-    def side(self) -> int:
-        return side_of(self.p_a, 0.0)
 
 
 @dataclass(frozen=True)
@@ -78,13 +61,6 @@ class SharedPrinciple:
 
     principle: str
     movement: Movement
-
-
-def side_of(p: float | None, margin: float = TIE_MARGIN) -> int:
-    """1 for A, -1 for B, 0 for neither."""
-    if p is None or abs(p - 0.5) <= margin:
-        return 0
-    return 1 if p > 0.5 else -1
 
 
 def movement(pairs: Sequence[Pair], one: Sequence[Label], other: Sequence[Label], seed: int = 0) -> Movement:

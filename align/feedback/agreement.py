@@ -14,16 +14,33 @@ TIE_MARGIN = 0.02
 CLEAR_MARGIN = 0.1
 """A preference is clear where its probability is further from one half than this."""
 
+COUNTED = ("judged", "decided", "alike", "opposed", "won")
+
 Counts = tuple[tuple[int, ...], ...]
 Shares = tuple[tuple[float | None, ...], ...]
 
 
+def side_of(p: float | None, margin: float = TIE_MARGIN) -> int:
+    """1 for A, -1 for B, 0 for neither."""
+    if p is None or abs(p - 0.5) <= margin:
+        return 0
+    return 1 if p > 0.5 else -1
+
+
 @dataclass(frozen=True)
-class Labelled:
+class Label:
     """One pair's label: the probability that A is better, as a whole (None: undecided) and by principle."""
 
     p_a: float | None
     by_principle: Mapping[str, float]
+
+    @property
+    def or_half(self) -> float:
+        return 0.5 if self.p_a is None else self.p_a
+
+    @property
+    def side(self) -> int:
+        return side_of(self.p_a, 0.0)
 
 
 @dataclass(frozen=True)
@@ -54,34 +71,52 @@ class Agreement:
 
     def as_json(self) -> dict[str, Any]:
         """The matrices and what they count, for a file."""
-        counts = {name: getattr(self, name) for name in ("judged", "decided", "alike", "opposed", "won")}
+        counts = {name: getattr(self, name) for name in COUNTED}
         return {"principles": self.principles, "agreement": self.agreement, "conflict": self.conflict, **counts}
+
+
+class AgreementTally:
+    """Counts how each two of the principles relate, one labelled pair at a time."""
+
+    def __init__(
+        self, principles: Sequence[str], tie_margin: float = TIE_MARGIN, clear_margin: float = CLEAR_MARGIN
+    ) -> None:
+        self._place = {name: number for number, name in enumerate(principles)}
+        self._margins = tie_margin, clear_margin
+        self._counts = {name: [[0] * len(self._place) for _ in self._place] for name in COUNTED}
+
+    def add(self, label: Label) -> None:
+        """A pair's label."""
+        counts, (tie_margin, clear_margin) = self._counts, self._margins
+        given = [
+            (self._place[name], side_of(p, tie_margin), side_of(p, clear_margin))
+            for name, p in label.by_principle.items()
+            if name in self._place
+        ]
+        for (i, side, clear), (j, other_side, other_clear) in itertools.product(given, repeat=2):
+            is_opposed = clear * other_clear < 0
+            counts["judged"][i][j] += 1
+            counts["decided"][i][j] += side * other_side != 0
+            counts["alike"][i][j] += side * other_side > 0
+            counts["opposed"][i][j] += is_opposed
+            counts["won"][i][j] += is_opposed and clear == label.side
+
+    def agreement(self) -> Agreement:
+        """What the labels so far say."""
+        return Agreement(tuple(self._place), **{name: tuple(map(tuple, rows)) for name, rows in self._counts.items()})
 
 
 def agreement_between(
     principles: Sequence[str],
-    labels: Iterable[Labelled],
+    labels: Iterable[Label],
     tie_margin: float = TIE_MARGIN,
     clear_margin: float = CLEAR_MARGIN,
 ) -> Agreement:
     """How each two of the principles relate over the labelled pairs."""
-    place = {name: number for number, name in enumerate(principles)}
-    found = {name: [[0] * len(place) for _ in place] for name in ("judged", "decided", "alike", "opposed", "won")}
+    tally = AgreementTally(principles, tie_margin, clear_margin)
     for label in labels:
-        whole = _side(label.p_a, 0.0)
-        given = [
-            (place[name], _side(p, tie_margin), _side(p, clear_margin))
-            for name, p in label.by_principle.items()
-            if name in place
-        ]
-        for (i, side, clear), (j, other_side, other_clear) in itertools.product(given, repeat=2):
-            is_opposed = clear * other_clear < 0
-            found["judged"][i][j] += 1
-            found["decided"][i][j] += side * other_side != 0
-            found["alike"][i][j] += side * other_side > 0
-            found["opposed"][i][j] += is_opposed
-            found["won"][i][j] += is_opposed and clear == whole
-    return Agreement(tuple(principles), **{name: tuple(map(tuple, counts)) for name, counts in found.items()})
+        tally.add(label)
+    return tally.agreement()
 
 
 def agreement_figures(found: Agreement) -> dict[str, dict[str, float]]:
@@ -93,13 +128,6 @@ def agreement_figures(found: Agreement) -> dict[str, dict[str, float]]:
             if found.judged[i][j]:
                 figures[f"{other} × {one}"] = {name: share for name, share in shares.items() if share is not None}
     return figures
-
-
-def _side(p: float | None, margin: float) -> int:
-    """1 for A, -1 for B, 0 for neither."""
-    if p is None or abs(p - 0.5) <= margin:
-        return 0
-    return 1 if p > 0.5 else -1
 
 
 def _shares(counts: Counts, of: Counts) -> Shares:

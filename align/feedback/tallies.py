@@ -1,8 +1,10 @@
 """What revise and compare count and measure of their rows, added up one row at a time."""
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from align.feedback.agreement import AgreementTally, Label
 from align.feedback.evidence import grounding
 from align.records import Comparison, Revision
 
@@ -93,9 +95,10 @@ class _Round:
 
 
 class ComparisonTally:
-    """Counts and figures of comparisons."""
+    """Counts and figures of comparisons, and how the principles agree on them."""
 
-    def __init__(self) -> None:
+    def __init__(self, principles: Sequence[str], tie_margin: float) -> None:
+        self.agreement = AgreementTally(principles, tie_margin)
         self.comparisons = 0
         self.decided = 0
         self.reasons: Counter[str] = Counter()
@@ -107,6 +110,7 @@ class ComparisonTally:
 
     def add(self, row: Comparison) -> None:
         self.comparisons += 1
+        self.agreement.add(Label(row.p_a, row.p_a_by_principle))
         if row.p_a is None:
             self.reasons[row.reason] += 1
             return

@@ -7,7 +7,7 @@ file, a window at a time.
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -51,7 +51,6 @@ from align.tracking import METRICS
 from align.windows import DEFAULT_WINDOW, WINDOW_HELP, RowFile, SeenOnDisk, Window, windows
 
 if TYPE_CHECKING:
-    from align.feedback.agreement import Agreement
     from align.feedback.judge import Judge
     from align.feedback.tallies import ComparisonTally
     from align.generation import Backend
@@ -147,10 +146,9 @@ class CompareStage(Stage):
         if settings.revision_pairs:
             require_revision_pairs(context)
         backend = open_backend(EngineBlock(), model, path=str(context.inputs["sft"] / "model"))
-        tally = ComparisonTally()
+        tally = ComparisonTally([principle.id for principle in judge.principles], judge.block.min_margin)
         pairs = compare_all(context, backend, judge, total, tally)
-        written = context.output / "comparisons.jsonl"
-        agreement = processes.decided_by_first(lambda: agreement_of(read_rows(written, Comparison), judge))
+        agreement = tally.agreement.agreement()
         if processes.is_first():
             write_json(context.output / "agreement.json", agreement.as_json())
         counted = {**tally.counts(), **pairs}
@@ -273,15 +271,6 @@ def label(comparisons: Sequence[Comparison], judge: "Judge", window: Window[Prom
         else row
         for row in comparisons
     ]
-
-
-def agreement_of(comparisons: Iterable[Comparison], judge: "Judge") -> "Agreement":
-    """How the judge's principles relate to each other over the comparisons."""
-    from align.feedback.agreement import Labelled, agreement_between
-
-    labels = (Labelled(row.p_a, row.p_a_by_principle) for row in comparisons)
-    names = [principle.id for principle in judge.principles]
-    return agreement_between(names, labels, tie_margin=judge.block.min_margin)
 
 
 def pair_of(row: Comparison) -> PreferencePair | None:

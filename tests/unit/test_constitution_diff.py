@@ -13,8 +13,9 @@ from align.artefacts import Manifest, write_json
 from align.config import JudgeBlock, ModelBlock
 from align.constitution import Constitution, Principle, load_constitution
 from align.constitution_texts import text_changes, word_diff
+from align.feedback.agreement import Label
 from align.judged_pairs import drawn_pairs, named_judge, pairs_of, preferred_pairs
-from align.label_changes import Label, Pair, beyond, largest, movement, pulls, shared_principles
+from align.label_changes import Pair, beyond, largest, movement, pulls, shared_principles
 from align.records import Comparison, Message, write_rows
 
 CONSTITUTIONS = Path(__file__).parents[2] / "constitutions"

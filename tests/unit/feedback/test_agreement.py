@@ -5,14 +5,14 @@ import json
 from hypothesis import given
 from hypothesis import strategies as st
 
-from align.feedback.agreement import Agreement, Labelled, agreement_between, agreement_figures
+from align.feedback.agreement import Agreement, Label, agreement_between, agreement_figures
 
 NAMES = ("asks", "calm", "short")
 # 128ths are exact under 1 - p, so the exchange of A and B is too.
 PROBABILITY = st.integers(0, 128).map(lambda part: part / 128)
 LABELS = st.lists(
     st.builds(
-        Labelled,
+        Label,
         p_a=st.none() | PROBABILITY,
         by_principle=st.dictionaries(st.sampled_from(NAMES), PROBABILITY),
     ),
@@ -20,18 +20,18 @@ LABELS = st.lists(
 )
 
 
-def exchanged(label: Labelled) -> Labelled:
+def exchanged(label: Label) -> Label:
     p_a = None if label.p_a is None else 1 - label.p_a
-    return Labelled(p_a, {name: 1 - p for name, p in label.by_principle.items()})
+    return Label(p_a, {name: 1 - p for name, p in label.by_principle.items()})
 
 
 def test_counts_are_those_worked_by_hand() -> None:
     labels = [
-        Labelled(0.9, {"asks": 0.9, "calm": 0.8}),
-        Labelled(0.8, {"asks": 0.9, "calm": 0.1}),
-        Labelled(0.3, {"asks": 0.3, "calm": 0.55}),  # apart, but calm is not clear
-        Labelled(None, {"asks": 0.9, "calm": 0.5}),  # calm prefers neither
-        Labelled(0.9, {"asks": 0.9}),
+        Label(0.9, {"asks": 0.9, "calm": 0.8}),
+        Label(0.8, {"asks": 0.9, "calm": 0.1}),
+        Label(0.3, {"asks": 0.3, "calm": 0.55}),  # apart, but calm is not clear
+        Label(None, {"asks": 0.9, "calm": 0.5}),  # calm prefers neither
+        Label(0.9, {"asks": 0.9}),
     ]
     found = agreement_between(("asks", "calm"), labels)
     assert found.judged == ((5, 4), (4, 4))
@@ -43,7 +43,7 @@ def test_counts_are_those_worked_by_hand() -> None:
 
 
 @given(LABELS)
-def test_matrices_are_what_counting_pair_by_pair_gives(labels: list[Labelled]) -> None:
+def test_matrices_are_what_counting_pair_by_pair_gives(labels: list[Label]) -> None:
     found = agreement_between(NAMES, labels)
     for i, one in enumerate(NAMES):
         for j, other in enumerate(NAMES):
@@ -63,7 +63,7 @@ def test_matrices_are_what_counting_pair_by_pair_gives(labels: list[Labelled]) -
 
 
 @given(LABELS)
-def test_matrices_are_symmetric_and_a_principle_agrees_with_itself(labels: list[Labelled]) -> None:
+def test_matrices_are_symmetric_and_a_principle_agrees_with_itself(labels: list[Label]) -> None:
     found = agreement_between(NAMES, labels)
     for matrix in (found.agreement, found.conflict, found.judged, found.decided):
         assert matrix == tuple(zip(*matrix, strict=True))
@@ -73,12 +73,12 @@ def test_matrices_are_symmetric_and_a_principle_agrees_with_itself(labels: list[
 
 
 @given(LABELS)
-def test_exchanging_a_and_b_changes_nothing(labels: list[Labelled]) -> None:
+def test_exchanging_a_and_b_changes_nothing(labels: list[Label]) -> None:
     assert agreement_between(NAMES, map(exchanged, labels)) == agreement_between(NAMES, labels)
 
 
 @given(LABELS)
-def test_a_conflict_is_won_by_one_side_at_most(labels: list[Labelled]) -> None:
+def test_a_conflict_is_won_by_one_side_at_most(labels: list[Label]) -> None:
     found: Agreement = agreement_between(NAMES, labels)
     for i in range(len(NAMES)):
         for j in range(len(NAMES)):
