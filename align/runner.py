@@ -9,6 +9,7 @@ import os
 import shlex
 import shutil
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -68,6 +69,8 @@ def _settle_environment() -> None:
         os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
     if not processes.is_first():
         os.environ.update(HF_HUB_DISABLE_PROGRESS_BARS="1", TRANSFORMERS_VERBOSITY="error")
+    # A renamed attribute that trl and peft still read, again and again in the midst of progress bars.
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 
 
 def find_step(recipe: Recipe, plan: Plan, stage: str) -> Step:
