@@ -132,6 +132,9 @@ class JudgeBlock(Block):
     min_margin: Annotated[Number, Field(ge=0, lt=0.5)] = Field(
         0.02, description="closer to one half than this is a tie"
     )
+    min_option_mass: Fraction = Field(
+        0.01, description="choice: with less probability on the two letters together, the judge abstains"
+    )
     batch_size: Positive = Field(32, description="requests scored together")
     allow_chance: bool = Field(False, description="label even if the judge is not shown to be better than chance")
 

@@ -9,7 +9,7 @@ well may judge ethics at chance.
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from align.constitution import Constitution, Principle, draw_principle
 from align.errors import InputError, JudgeAtChance
 from align.feedback.opinions import ByChoice, ByContrast, ByRule, Kind, Opinion, Question
 from align.generation import Backend
-from align.records import Message
+from align.records import Message, OpinionScores
 from align.statistics import wilson_interval
 
 NO_PRINCIPLE = "no principle applies"
@@ -38,13 +38,14 @@ class Verdict:
 
     `p_a` is the probability that A is better, None where nothing was decided; `reason` then says why.
     `by_principle` has each principle's own probability, `position_bias` the mean over principles of the probability
-    given to the place shown first, minus one half.
+    given to the place shown first, minus one half; `scores` is what all of it was made of.
     """
 
     p_a: float | None
     by_principle: dict[str, float]
     position_bias: float = 0.0
     reason: str = ""
+    scores: tuple[OpinionScores, ...] = field(default=(), compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -119,15 +120,10 @@ class Judge:
         """
         asked = [Question(*question) for question in questions]
         chosen = [self._principles_for(question) for question in asked]
-        opinions = iter(
-            self.kind.opinions(
-                [(question, principle) for question, some in zip(asked, chosen, strict=True) for principle in some],
-                journal_path,
-                description,
-            )
-        )
+        each = [(question, principle) for question, some in zip(asked, chosen, strict=True) for principle in some]
+        scores = iter(self.kind.ask(each, journal_path, description))
         return [
-            self._verdict(question, [(principle, next(opinions)) for principle in some])
+            self._verdict(question, [(principle, next(scores)) for principle in some])
             for question, some in zip(asked, chosen, strict=True)
         ]
 
@@ -137,14 +133,16 @@ class Judge:
         drawn = draw_principle(self.principles, self.draw_seed, "judge", question.id, category=question.category)
         return [drawn] if drawn else []
 
-    def _verdict(self, question: Question, opinions: Sequence[tuple[Principle, Opinion | None]]) -> Verdict:
+    def _verdict(self, question: Question, scored: Sequence[tuple[Principle, tuple[OpinionScores, ...]]]) -> Verdict:
+        opinions = [(principle, self.kind.opinion((question, principle), scores)) for principle, scores in scored]
         given = [(principle, opinion) for principle, opinion in opinions if opinion is not None]
         by_principle = {principle.id: self._probability(self.kind.lean(each.value)) for principle, each in given}
         bias = sum(opinion.position_bias for _, opinion in given) / max(len(given), 1)
         lean, reason = self._decide(question, given)
         if lean is None:
             reason = NO_PRINCIPLE if not opinions else ABSTAINED if not given else reason
-        return Verdict(None if lean is None else self._probability(lean), by_principle, bias, reason)
+        rows = tuple(row for _, scores in scored for row in scores)
+        return Verdict(None if lean is None else self._probability(lean), by_principle, bias, reason, rows)
 
     def _decide(self, question: Question, given: Sequence[tuple[Principle, Opinion]]) -> tuple[float | None, str]:
         """The lean towards A (probability minus one half), or None and why."""
@@ -270,4 +268,4 @@ def _kind(block: JudgeBlock, language: str, backend: Backend | None) -> Kind:
         raise ValueError(f"a judge by {block.kind} asks a model; give it a backend")
     if block.kind == "contrast":
         return ByContrast(backend, block.scale, block.batch_size)
-    return ByChoice(backend, block.batch_size, language)
+    return ByChoice(backend, block.batch_size, language, block.min_option_mass)

@@ -6,7 +6,7 @@ places: every step from scores to probability is odd, also in floating point.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, NamedTuple
@@ -14,10 +14,7 @@ from typing import ClassVar, NamedTuple
 from align.backends.complete_all import score_all
 from align.constitution import Principle
 from align.generation import Backend, ChoiceRequest, ChoiceScores
-from align.records import Conversation, Message, as_dicts, digest
-
-MIN_OPTION_MASS = 0.01
-"""Share of the next token's probability that the two letters must have together, for a choice to mean anything."""
+from align.records import Conversation, Message, OpinionScores, as_dicts, digest
 
 
 class Question(NamedTuple):
@@ -55,8 +52,19 @@ class Kind(ABC):
         """Whether the principle has what this kind needs."""
 
     @abstractmethod
+    def ask(
+        self, asked: Sequence[Asked], journal_path: Path | None, description: str
+    ) -> list[tuple[OpinionScores, ...]]:
+        """What the engine gives for each question and principle; nothing where no engine is asked."""
+
+    @abstractmethod
+    def opinion(self, asked: Asked, scores: Sequence[OpinionScores]) -> Opinion | None:
+        """What follows from the scores; None where the judge abstains."""
+
     def opinions(self, asked: Sequence[Asked], journal_path: Path | None, description: str) -> list[Opinion | None]:
         """An opinion for each question and principle; None where the judge abstains."""
+        given = self.ask(asked, journal_path, description)
+        return [self.opinion(each, scores) for each, scores in zip(asked, given, strict=True)]
 
     @abstractmethod
     def lean(self, value: float) -> float:
@@ -74,11 +82,14 @@ class ByRule(Kind):
     def can_judge_by(principle: Principle) -> bool:
         return principle.rule is not None
 
-    def opinions(self, asked: Sequence[Asked], journal_path: Path | None, description: str) -> list[Opinion | None]:
-        return [
-            Opinion(float(principle.keeps_rule(question.a)) - float(principle.keeps_rule(question.b)))
-            for question, principle in asked
-        ]
+    def ask(
+        self, asked: Sequence[Asked], journal_path: Path | None, description: str
+    ) -> list[tuple[OpinionScores, ...]]:
+        return [()] * len(asked)
+
+    def opinion(self, asked: Asked, scores: Sequence[OpinionScores]) -> Opinion | None:
+        question, principle = asked
+        return Opinion(float(principle.keeps_rule(question.a)) - float(principle.keeps_rule(question.b)))
 
     def lean(self, value: float) -> float:
         return half_tanh(self.scale * value)
@@ -101,15 +112,20 @@ class ByContrast(Kind):
     def can_judge_by(principle: Principle) -> bool:
         return bool(principle.text and principle.opposite)
 
-    def opinions(self, asked: Sequence[Asked], journal_path: Path | None, description: str) -> list[Opinion | None]:
+    def ask(
+        self, asked: Sequence[Asked], journal_path: Path | None, description: str
+    ) -> list[tuple[OpinionScores, ...]]:
         requests = [self._requests(question, principle) for question, principle in asked]
         scores = score_once([each for four in requests for each in four], self, journal_path, description)
-        means = {row_id: row.logprobs[0] / max(row.tokens[0], 1) for row_id, row in scores.items()}
-        values = [
-            (means[a.id] - means[a_opposite.id]) - (means[b.id] - means[b_opposite.id])
-            for a, a_opposite, b, b_opposite in requests
+        return [
+            tuple(_row(each, view, scores[request.id]) for view, request in zip(CONTRAST_VIEWS, four, strict=True))
+            for each, four in zip(asked, requests, strict=True)
         ]
-        return [Opinion(value) if math.isfinite(value) else None for value in values]
+
+    def opinion(self, asked: Asked, scores: Sequence[OpinionScores]) -> Opinion | None:
+        a, a_opposite, b, b_opposite = (nats(row.logprobs[0]) / max(row.tokens[0], 1) for row in scores)
+        value = (a - a_opposite) - (b - b_opposite)
+        return Opinion(value) if math.isfinite(value) else None
 
     def lean(self, value: float) -> float:
         return half_tanh(self.scale * value)
@@ -130,13 +146,16 @@ class ByChoice(Kind):
     backend: Backend
     batch_size: int
     language: str
+    min_option_mass: float
     needs = "a `compare` or a `text`"
 
     @staticmethod
     def can_judge_by(principle: Principle) -> bool:
         return principle.question is not None
 
-    def opinions(self, asked: Sequence[Asked], journal_path: Path | None, description: str) -> list[Opinion | None]:
+    def ask(
+        self, asked: Sequence[Asked], journal_path: Path | None, description: str
+    ) -> list[tuple[OpinionScores, ...]]:
         requests = [
             (
                 self._request(question, principle, question.a, question.b),
@@ -145,7 +164,23 @@ class ByChoice(Kind):
             for question, principle in asked
         ]
         scores = score_once([each for both in requests for each in both], self, journal_path, description)
-        return [_both_orders(scores[a_first.id], scores[b_first.id]) for a_first, b_first in requests]
+        return [
+            tuple(_row(each, view, scores[request.id]) for view, request in zip(ORDERS, both, strict=True))
+            for each, both in zip(asked, requests, strict=True)
+        ]
+
+    def opinion(self, asked: Asked, scores: Sequence[OpinionScores]) -> Opinion | None:
+        a_first, b_first = (self._lean_to_first(row) for row in scores)
+        if a_first is None or b_first is None:
+            return None
+        return Opinion((a_first - b_first) / 2, (a_first + b_first) / 2)
+
+    def _lean_to_first(self, row: OpinionScores) -> float | None:
+        """Normalised probability of the first letter minus one half; None where neither letter was likely at all."""
+        mass = row.option_mass or 0.0
+        if mass == 0 or mass < self.min_option_mass:
+            return None
+        return half_tanh(nats(row.logprobs[0]) - nats(row.logprobs[1]))
 
     def lean(self, value: float) -> float:
         return value
@@ -157,6 +192,8 @@ class ByChoice(Kind):
 
 
 LETTERS = ("A", "B")
+ORDERS = ("ab", "ba")
+CONTRAST_VIEWS = ("a", "a opposite", "b", "b opposite")
 
 
 @dataclass(frozen=True)
@@ -215,16 +252,26 @@ def score_once(
     return score_all(kind.backend, list(different.values()), kind.batch_size, journal_path, description)
 
 
-def _both_orders(a_first: ChoiceScores, b_first: ChoiceScores) -> Opinion | None:
-    leans = [_lean_to_first(scores) for scores in (a_first, b_first)]
-    if leans[0] is None or leans[1] is None:
-        return None
-    return Opinion((leans[0] - leans[1]) / 2, (leans[0] + leans[1]) / 2)
+def nats(logprob: float | None) -> float:
+    """A stored log-probability as a number again."""
+    return -math.inf if logprob is None else logprob
 
 
-def _lean_to_first(scores: ChoiceScores) -> float | None:
-    """Normalised probability of the first letter minus one half; None where neither letter was likely at all."""
-    first, second = scores.logprobs
-    if math.exp(first) + math.exp(second) < MIN_OPTION_MASS:
-        return None
-    return half_tanh(first - second)
+def option_mass(logprobs: Iterable[float | None]) -> float:
+    """Probability of the options together; options that are tokens of their own exclude one another."""
+    return sum(math.exp(nats(logprob)) for logprob in logprobs)
+
+
+def _row(asked: Asked, view: str, scores: ChoiceScores) -> OpinionScores:
+    question, principle = asked
+    logprobs = tuple(logprob if math.isfinite(logprob) else None for logprob in scores.logprobs)
+    return OpinionScores(
+        id=digest([question.id, principle.id, view]),
+        comparison_id=question.id,
+        principle_id=principle.id,
+        view=view,
+        request_id=scores.id,
+        logprobs=logprobs,
+        tokens=scores.tokens,
+        option_mass=option_mass(logprobs) if view in ORDERS else None,
+    )

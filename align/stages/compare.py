@@ -1,18 +1,21 @@
 """compare: the SFT policy answers each prompt twice, and the judge says which answer follows the constitution better.
 
 The labels are soft (Bai et al. 2022, section 4.1): the reward model and DPO are trained on probabilities. Ties, cut,
-empty and identical completions stay in comparisons.jsonl with the reason, and make no pair.
+empty and identical completions stay in comparisons.jsonl with the reason, and make no pair. What the judge's engine
+gave stands in opinions.jsonl, and the principles in constitution.json: `align relabel` makes labels of them again.
 """
 
 import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
 from align import processes
+from align.artefacts import write_json
 from align.config import Block, EngineBlock, Integer, JudgeBlock, ModelBlock, Positive, SamplingBlock
 from align.constitution import load_constitution
 from align.data.prompts import drawn_prompts
@@ -21,6 +24,7 @@ from align.generation import Completed, Request
 from align.records import (
     Comparison,
     Message,
+    OpinionScores,
     PreferencePair,
     Prompt,
     Revision,
@@ -59,7 +63,7 @@ class CompareStage(Stage):
     help = "label pairs of the SFT policy's completions by the constitution"
     settings = CompareBlock
     shares = ("model", "constitution", "judge")
-    outputs = ("comparisons.jsonl", "pairs.jsonl", METRICS)
+    outputs = ("comparisons.jsonl", "pairs.jsonl", "opinions.jsonl", "constitution.json", METRICS)
 
     def inputs(self, settings: CompareBlock) -> tuple[str, ...]:
         return ("sample", "revise", "sft") if settings.revision_pairs else ("sample", "sft")
@@ -99,14 +103,21 @@ class CompareStage(Stage):
         report = examine_judge(judge, context.output / "probes.journal")
         require_better_than_chance(judge, report)
 
-        comparisons = label(compared(context, seed), judge, context)
+        comparisons, opinions = label(compared(context, seed), judge, context.output / "verdicts.journal")
         pairs = [pair for row in comparisons if (pair := pair_of(row))]
         extra = revision_pairs(context) if settings.revision_pairs else []
         if processes.is_first():
             write_rows(context.output / "comparisons.jsonl", comparisons)
             write_rows(context.output / "pairs.jsonl", {pair.id: pair for pair in (*pairs, *extra)}.values())
-        counted = {**counts(comparisons), "pairs": len(pairs), "revision_pairs": len(extra)}
-        measured = {"judge": report.as_figures(), **figures(comparisons)}
+            write_rows(context.output / "opinions.jsonl", opinions)
+            write_json(context.output / "constitution.json", judge.constitution.model_dump(mode="json"))
+        counted = {
+            **counts(comparisons),
+            **opinion_counts(comparisons, opinions),
+            "pairs": len(pairs),
+            "revision_pairs": len(extra),
+        }
+        measured = {"judge": report.as_figures(), **figures(comparisons), **option_figures(opinions)}
         context.log_rows([{**counted, **measured}])
         return Outcome(counted, measured)
 
@@ -152,15 +163,17 @@ def chosen_prompts(context: Context) -> list[Prompt]:
     return drawn_prompts(prompts, context.settings.limit, "compared")
 
 
-def label(comparisons: Sequence[Comparison], judge: "Judge", context: Context) -> list[Comparison]:
-    """The comparisons with the judge's verdicts."""
+def label(
+    comparisons: Sequence[Comparison], judge: "Judge", journal_path: Path | None = None
+) -> tuple[list[Comparison], list[OpinionScores]]:
+    """The comparisons with the judge's verdicts, and the scores that these were made of."""
     from align.feedback.opinions import Question
 
     judged = [row for row in comparisons if not row.reason]
     questions = [Question(row.id, row.prompt, row.completion_a, row.completion_b, row.category) for row in judged]
-    answers = judge.compare(questions, context.output / "verdicts.journal", "judge")
+    answers = judge.compare(questions, journal_path, "judge")
     verdicts = {row.id: verdict for row, verdict in zip(judged, answers, strict=True)}
-    return [
+    labelled = [
         replace(
             row,
             p_a=verdict.p_a,
@@ -173,6 +186,7 @@ def label(comparisons: Sequence[Comparison], judge: "Judge", context: Context) -
         else row
         for row in comparisons
     ]
+    return labelled, [scores for verdict in answers for scores in verdict.scores]
 
 
 def pair_of(row: Comparison) -> PreferencePair | None:
@@ -229,6 +243,20 @@ def counts(comparisons: Sequence[Comparison]) -> dict[str, int]:
     reasons = Counter(row.reason for row in comparisons if row.p_a is None)
     undecided = {f"undecided: {reason}": count for reason, count in sorted(reasons.items())}
     return {"comparisons": len(comparisons), "decided": len(comparisons) - sum(reasons.values()), **undecided}
+
+
+def opinion_counts(comparisons: Sequence[Comparison], opinions: Sequence[OpinionScores]) -> dict[str, int]:
+    """How many opinions an engine was asked for, one for each comparison and principle, and how many it abstained
+    from."""
+    asked = {(row.comparison_id, row.principle_id) for row in opinions}
+    given = {(row.id, name) for row in comparisons for name in row.p_a_by_principle}
+    return {"opinions": len(asked), "opinions_abstained": len(asked - given)} if asked else {}
+
+
+def option_figures(opinions: Sequence[OpinionScores]) -> dict[str, float]:
+    """Mean probability of the two letters together, of a judge that chooses."""
+    masses = [row.option_mass for row in opinions if row.option_mass is not None]
+    return {"option_mass": sum(masses) / len(masses)} if masses else {}
 
 
 def figures(comparisons: Sequence[Comparison]) -> dict[str, Any]:
