@@ -135,8 +135,32 @@ class JudgeBlock(Block):
     min_option_mass: Fraction = Field(
         0.01, description="choice: with less probability on the two letters together, the judge abstains"
     )
+    chain_of_thought: bool = Field(False, description="choice: the judge reasons before it chooses")
+    chain_of_thought_range: tuple[Fraction, Fraction] = Field(
+        (0.4, 0.6), description="probabilities after a chain of thought, and these alone, stay in it (Bai et al. 2022)"
+    )
+    reasoning: SamplingBlock = Field(
+        default_factory=lambda: SamplingBlock(max_new_tokens=256), description="how the chain of thought is drawn"
+    )
+    examples: Annotated[Integer, Field(ge=0)] = Field(
+        0, description="choice: worked comparisons shown first; they mostly make judges worse (Lee et al. 2023)"
+    )
     batch_size: Positive = Field(32, description="requests scored together")
     allow_chance: bool = Field(False, description="label even if the judge is not shown to be better than chance")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "JudgeBlock":
+        low, high = self.chain_of_thought_range
+        if not low < 0.5 or abs(low + high - 1) > 1e-9:
+            raise ValueError(
+                "chain_of_thought_range must lie evenly about one half, such as [0.4, 0.6]: exchanging the completions "
+                "exchanges the probabilities"
+            )
+        if self.kind != "choice" and (self.chain_of_thought or self.examples):
+            raise ValueError(f"kind {self.kind} takes neither chain_of_thought nor examples; remove them")
+        if self.chain_of_thought and 0.5 - low <= self.min_margin:
+            raise ValueError("chain_of_thought_range leaves nothing but ties; widen it, or lower min_margin")
+        return self
 
 
 class PromptSource(Block):

@@ -59,6 +59,32 @@ class Example(Block):
         return tuple(Message(turn.role, turn.content) for turn in self.prompt)
 
 
+class WorkedComparison(Block):
+    """A worked choice between two completions, which a judge may be shown before it chooses itself."""
+
+    prompt: Annotated[tuple[Turn, ...], Field(min_length=1)]
+    better: Text
+    worse: Text
+    reasoning: Annotated[Text | None, Field(description="what is thought before the choice; names `answer`")] = None
+    answer: Annotated[Literal["A", "B"] | None, Field(description="where the better one stands; drawn if null")] = None
+    principle: str | None = None
+
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _one_turn(cls, value: Any) -> Any:
+        return [{"role": "user", "content": value}] if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _reasons_for_an_answer(self) -> Self:
+        if self.reasoning and self.answer is None:
+            raise ValueError("a reasoning names its `answer`: set it to A or B, where the better one stands")
+        return self
+
+    @property
+    def conversation(self) -> Conversation:
+        return tuple(Message(turn.role, turn.content) for turn in self.prompt)
+
+
 class Principle(Block):
     """One principle: what it asks, how completions are revised towards it, and how judges are asked about it."""
 
@@ -125,6 +151,7 @@ class _Content(Block):
     tiers: tuple[str, ...] = ()
     principles: tuple[Principle, ...] = ()
     examples: tuple[Example, ...] = ()
+    comparisons: tuple[WorkedComparison, ...] = ()
 
 
 class ConstitutionFile(_Content):
@@ -143,6 +170,11 @@ class Constitution(_Content):
     """A constitution after `extends`: at least one principle, ids unique. `id` is the file's stem."""
 
     id: str
+
+    @property
+    def worked_comparisons(self) -> tuple[WorkedComparison, ...]:
+        """Every worked choice."""
+        return self.comparisons
 
     @property
     def digest(self) -> str:
@@ -258,6 +290,7 @@ def _merged(constitution_id: str, written: ConstitutionFile, parents: Sequence[C
         tiers=written.tiers or tuple(tiers),
         principles=tuple(principles.values()),
         examples=written.examples or tuple(_inherited_examples(parents, principles)),
+        comparisons=written.comparisons or tuple(each for parent in parents for each in parent.comparisons),
     )
 
 

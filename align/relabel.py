@@ -136,7 +136,7 @@ def recorded_judge(labelled: Labelled, settings: _Settings, constitution: Consti
     name = next((row.judge.partition(":")[2] for row in labelled.comparisons if row.judge), "")
     backend = RecordedBackend(labelled.opinions, name) if settings.judge.kind != "rule" else None
     draw_seed = seed if settings.compare.principle == "draw" else None
-    return Judge(constitution, settings.judge, backend, draw_seed=draw_seed)
+    return Judge(constitution, settings.judge, backend, draw_seed=draw_seed, seed=seed)
 
 
 def _stored_constitution(path: Path) -> Constitution:

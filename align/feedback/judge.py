@@ -17,6 +17,7 @@ from align.config import JudgeBlock, ModelBlock
 from align.constitution import Constitution, Principle, draw_principle
 from align.errors import InputError, JudgeAtChance
 from align.feedback.opinions import ByChoice, ByContrast, ByRule, Kind, Opinion, Question
+from align.feedback.worked import usable_comparisons
 from align.generation import Backend
 from align.records import Message, OpinionScores
 from align.statistics import wilson_interval
@@ -86,6 +87,7 @@ class Judge:
     Args:
         draw_seed: with a seed, one applicable principle is drawn for each question (Bai et al. 2022, section 4.1);
             None averages over all of them.
+        seed: of chains of thought, and of what worked choices show.
 
     Raises:
         InputError: no principle has what this kind of judge needs.
@@ -98,13 +100,14 @@ class Judge:
         backend: Backend | None = None,
         *,
         draw_seed: int | None = None,
+        seed: int = 0,
     ) -> None:
         if problems := judge_problems(constitution, block):
             raise InputError("\n".join(problems))
         self.constitution = constitution
         self.block = block
         self.draw_seed = draw_seed
-        self.kind = _kind(block, constitution.language, backend)
+        self.kind = _kind(block, constitution, backend, seed)
         self.name = block.kind if backend is None else f"{block.kind}:{backend.name}"
         self.principles = tuple(filter(self.kind.can_judge_by, constitution.principles))
 
@@ -184,7 +187,7 @@ def judge_problems(constitution: Constitution, block: JudgeBlock) -> list[str]:
     """Why this kind of judge cannot read the constitution; empty where it can."""
     kind = KINDS[block.kind]
     if any(kind.can_judge_by(principle) for principle in constitution.principles):
-        return []
+        return _example_problems(constitution, block)
     return [
         f"judge.kind: '{block.kind}' needs a principle with {kind.needs}, and constitution '{constitution.id}' has "
         "none; choose another kind, or add it to the principles"
@@ -205,22 +208,34 @@ def probe_problems(constitution: Constitution, block: JudgeBlock) -> list[str]:
     ]
 
 
+def _example_problems(constitution: Constitution, block: JudgeBlock) -> list[str]:
+    there = len(usable_comparisons(constitution, block))
+    if block.examples <= there:
+        return []
+    reasoned = " with a `reasoning`" if block.chain_of_thought else ""
+    return [
+        f"judge.examples: {block.examples} are asked for, and constitution '{constitution.id}' has {there} worked "
+        f"`comparisons`{reasoned}; add some, or ask for fewer"
+    ]
+
+
 def open_judge(
     block: JudgeBlock,
     model: ModelBlock,
     constitution: Constitution,
     *,
     draw_seed: int | None = None,
+    seed: int = 0,
     backend: Backend | None = None,
 ) -> Judge:
     """The judge that a recipe describes, on its own engine, or on a `backend` that is open already."""
     if block.kind == "rule":
-        return Judge(constitution, block, draw_seed=draw_seed)
+        return Judge(constitution, block, draw_seed=draw_seed, seed=seed)
     if backend is None:
         from align.backends.open import open_backend
 
         backend = open_backend(block.engine, model)
-    return Judge(constitution, block, backend, draw_seed=draw_seed)
+    return Judge(constitution, block, backend, draw_seed=draw_seed, seed=seed)
 
 
 def examine_judge(judge: Judge, journal_path: Path | None = None) -> JudgeReport:
@@ -261,11 +276,11 @@ def require_better_than_chance(judge: Judge, report: JudgeReport) -> None:
     )
 
 
-def _kind(block: JudgeBlock, language: str, backend: Backend | None) -> Kind:
+def _kind(block: JudgeBlock, constitution: Constitution, backend: Backend | None, seed: int) -> Kind:
     if block.kind == "rule":
         return ByRule(block.scale)
     if backend is None:
         raise ValueError(f"a judge by {block.kind} asks a model; give it a backend")
     if block.kind == "contrast":
         return ByContrast(backend, block.scale, block.batch_size)
-    return ByChoice(backend, block.batch_size, language, block.min_option_mass)
+    return ByChoice(backend, block, constitution, seed)

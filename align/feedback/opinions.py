@@ -6,15 +6,18 @@ places: every step from scores to probability is odd, also in floating point.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
-from align.backends.complete_all import score_all
-from align.constitution import Principle
-from align.generation import Backend, ChoiceRequest, ChoiceScores
+from align.backends.complete_all import complete_all, score_all
+from align.config import JudgeBlock
+from align.constitution import Constitution, Principle
+from align.feedback.worked import Shown, worked_choices
+from align.generation import Backend, ChoiceRequest, ChoiceScores, Completed, Request
 from align.records import Conversation, Message, OpinionScores, as_dicts, digest
+from align.repro import derive_seed
 
 
 class Question(NamedTuple):
@@ -141,32 +144,38 @@ class ByContrast(Kind):
 
 @dataclass(frozen=True)
 class ByChoice(Kind):
-    """Value: half the difference of the leans towards the first place in the orders A, B and B, A."""
+    """Value: half the difference of the leans towards the first place in the orders A, B and B, A.
+
+    Worked choices come first as turns of the chat, where the block asks for some. With a chain of thought the judge
+    writes it, and is then asked for the letter.
+    """
 
     backend: Backend
-    batch_size: int
-    language: str
-    min_option_mass: float
+    block: JudgeBlock
+    constitution: Constitution
+    seed: int
     needs = "a `compare` or a `text`"
 
     @staticmethod
     def can_judge_by(principle: Principle) -> bool:
         return principle.question is not None
 
+    @property
+    def batch_size(self) -> int:
+        return self.block.batch_size
+
     def ask(
         self, asked: Sequence[Asked], journal_path: Path | None, description: str
     ) -> list[tuple[OpinionScores, ...]]:
-        requests = [
-            (
-                self._request(question, principle, question.a, question.b),
-                self._request(question, principle, question.b, question.a),
-            )
-            for question, principle in asked
-        ]
-        scores = score_once([each for both in requests for each in both], self, journal_path, description)
+        chats = {(number, view): self._chat(each, view) for number, each in enumerate(asked) for view in ORDERS}
+        thoughts = self._think(chats, journal_path, description) if self.block.chain_of_thought else {}
+        requests = {
+            place: choice_request(self._concluded(chat, thoughts.get(place)), LETTERS) for place, chat in chats.items()
+        }
+        scores = score_once(list(requests.values()), self, journal_path, description)
         return [
-            tuple(_row(each, view, scores[request.id]) for view, request in zip(ORDERS, both, strict=True))
-            for each, both in zip(asked, requests, strict=True)
+            tuple(_row(each, view, scores[requests[number, view].id], thoughts.get((number, view))) for view in ORDERS)
+            for number, each in enumerate(asked)
         ]
 
     def opinion(self, asked: Asked, scores: Sequence[OpinionScores]) -> Opinion | None:
@@ -178,17 +187,66 @@ class ByChoice(Kind):
     def _lean_to_first(self, row: OpinionScores) -> float | None:
         """Normalised probability of the first letter minus one half; None where neither letter was likely at all."""
         mass = row.option_mass or 0.0
-        if mass == 0 or mass < self.min_option_mass:
+        if mass == 0 or mass < self.block.min_option_mass:
             return None
         return half_tanh(nats(row.logprobs[0]) - nats(row.logprobs[1]))
 
     def lean(self, value: float) -> float:
-        return value
+        if not self.block.chain_of_thought:
+            return value
+        most = 0.5 - self.block.chain_of_thought_range[0]
+        return max(-most, min(most, value))
 
-    def _request(self, question: Question, principle: Principle, first: str, second: str) -> ChoiceRequest:
-        frame = FRAMES.get(self.language, FRAMES["en"])
-        text = frame.format_choice(question.conversation, principle.question or "", first, second)
-        return choice_request((Message("user", text),), LETTERS)
+    @property
+    def frame(self) -> "Frame":
+        return FRAMES.get(self.constitution.language, FRAMES["en"])
+
+    def _chat(self, asked: Asked, view: str) -> Conversation:
+        """Worked choices, then the question with the completions in this order."""
+        question, principle = asked
+        places = (question.a, question.b) if view == ORDERS[0] else (question.b, question.a)
+        worked = worked_choices(self.constitution, self.block, self.seed, question.conversation, question.category)
+        return *(turn for each in worked for turn in self._worked(each)), self._question(
+            Shown(question.conversation, principle.question or "", places)
+        )
+
+    def _question(self, shown: Shown) -> Message:
+        last = self.frame.think if self.block.chain_of_thought else self.frame.ask
+        return Message("user", self.frame.format_choice(shown.conversation, shown.question, *shown.places, last))
+
+    def _worked(self, shown: Shown) -> Conversation:
+        answer = Message("assistant", shown.answer)
+        if not self.block.chain_of_thought:
+            return self._question(shown), answer
+        return *self._concluded((self._question(shown),), shown.reasoning), answer
+
+    def _concluded(self, chat: Conversation, thought: Completed | str | None) -> Conversation:
+        """The chat up to where the letter is asked for."""
+        if thought is None:
+            return chat
+        text = thought if isinstance(thought, str) else thought.text.strip()
+        return *chat, Message("assistant", text), Message("user", self.frame.conclude)
+
+    def _think(
+        self, chats: Mapping[tuple[int, str], Conversation], journal_path: Path | None, description: str
+    ) -> dict[tuple[int, str], Completed]:
+        """What the judge thinks of each chat. The draw follows from what is asked, so that asked twice it is one."""
+        requests = {place: self._thinking(chat) for place, chat in chats.items()}
+        different = {request.id: request for request in requests.values()}
+        done = complete_all(
+            self.backend,
+            list(different.values()),
+            self.block.reasoning.batch_size,
+            journal_path,
+            f"{description}: reasoning",
+        )
+        return {place: done[request.id] for place, request in requests.items()}
+
+    def _thinking(self, chat: Conversation) -> Request:
+        sampling = self.block.reasoning
+        drawn = (sampling.max_new_tokens, sampling.temperature, sampling.top_p)
+        seed = derive_seed(self.seed, "reasoning", digest(as_dicts(chat)))
+        return Request(digest([as_dicts(chat), "reasoning", *drawn, seed]), chat, seed, *drawn)
 
 
 LETTERS = ("A", "B")
@@ -204,12 +262,14 @@ class Frame:
     user: str
     assistant: str
     ask: str
+    think: str
+    conclude: str
 
-    def format_choice(self, conversation: Conversation, question: str, first: str, second: str) -> str:
+    def format_choice(self, conversation: Conversation, question: str, first: str, second: str, last: str) -> str:
         names = {"user": self.user, "assistant": self.assistant}
         turns = [f"{names[turn.role]}: {turn.content}" for turn in conversation if turn.role in names]
         options = [f"({letter}) {text}" for letter, text in zip(LETTERS, (first, second), strict=True)]
-        return "\n\n".join([self.conversation, *turns, question, *options, self.ask])
+        return "\n\n".join([self.conversation, *turns, question, *options, last])
 
 
 FRAMES = {
@@ -218,12 +278,16 @@ FRAMES = {
         "User",
         "Assistant",
         "Which response is it? Answer with one letter, A or B.",
+        "Which response is it? Think step by step about both before you decide.",
+        "So which response is it? Answer with one letter, A or B.",
     ),
     "ja": Frame(
         "次はユーザーとアシスタントの会話です。",
         "ユーザー",
         "アシスタント",
         "どちらの回答ですか。AかBの一文字で答えてください。",
+        "どちらの回答ですか。決める前に、両方について順を追って考えてください。",
+        "では、どちらの回答ですか。AかBの一文字で答えてください。",
     ),
 }
 
@@ -262,7 +326,7 @@ def option_mass(logprobs: Iterable[float | None]) -> float:
     return sum(math.exp(nats(logprob)) for logprob in logprobs)
 
 
-def _row(asked: Asked, view: str, scores: ChoiceScores) -> OpinionScores:
+def _row(asked: Asked, view: str, scores: ChoiceScores, thought: Completed | None = None) -> OpinionScores:
     question, principle = asked
     logprobs = tuple(logprob if math.isfinite(logprob) else None for logprob in scores.logprobs)
     return OpinionScores(
@@ -274,4 +338,7 @@ def _row(asked: Asked, view: str, scores: ChoiceScores) -> OpinionScores:
         logprobs=logprobs,
         tokens=scores.tokens,
         option_mass=option_mass(logprobs) if view in ORDERS else None,
+        reasoning=thought.text if thought else "",
+        reasoning_id=thought.id if thought else "",
+        reasoning_end=thought.finish_reason if thought else "",
     )

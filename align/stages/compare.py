@@ -99,6 +99,7 @@ class CompareStage(Stage):
             context.shared["model"],
             load_constitution(context.shared["constitution"]),
             draw_seed=seed if settings.principle == "draw" else None,
+            seed=seed,
         )
         report = examine_judge(judge, context.output / "probes.journal")
         require_better_than_chance(judge, report)
