@@ -206,9 +206,19 @@ class TrackingBlock(Block):
 
 
 class RewardSourceBlock(Block):
-    """One source of scores: the reward stage, a sequence classifier, or a Python function. Exactly one is named."""
+    """One source of scores: the reward stage, the judge itself, a sequence classifier, or a Python function.
+
+    Exactly one is named.
+    """
 
     stage: Literal["reward"] | None = Field(None, description="the recipe's reward stage")
+    judge: Literal["direct"] | None = Field(
+        None,
+        description="the recipe's judge scores each completion by the constitution (direct RLAIF, Lee et al. 2023)",
+    )
+    principle: Literal["all", "draw"] = Field(
+        "all", description="of a judge: the mean over all principles that apply, or one drawn for each completion"
+    )
     model: str | None = Field(None, description="a sequence classifier: hub id or local folder")
     revision: str | None = Field(None, description="of a hub id: branch, tag or commit")
     label: str | None = Field(None, description="the classifier's output, by name or number, if it has several")
@@ -226,13 +236,15 @@ class RewardSourceBlock(Block):
     def key(self) -> str:
         """The source's name in figures."""
         folder = (self.model or "").rstrip("/").removesuffix("/model").rpartition("/")[2]
-        return self.name or self.stage or folder or (self.function or "").rpartition(":")[2]
+        return self.name or self.stage or (self.judge and "judge") or folder or (self.function or "").rpartition(":")[2]
 
     @model_validator(mode="after")
-    def _one_of_three(self) -> "RewardSourceBlock":
-        named = [key for key in ("stage", "model", "function") if getattr(self, key) is not None]
+    def _one_of_four(self) -> "RewardSourceBlock":
+        named = [key for key in ("stage", "judge", "model", "function") if getattr(self, key) is not None]
         if len(named) != 1:
-            raise ValueError(f"name one of stage, model and function; named: {', '.join(named) or 'none'}")
+            raise ValueError(f"name one of stage, judge, model and function; named: {', '.join(named) or 'none'}")
+        if self.judge is None and self.principle != "all":
+            raise ValueError("principle: for a `judge` alone; remove it")
         if self.model is None and (of_model := {"revision", "label", "reads"} & self.model_fields_set):
             raise ValueError(f"{', '.join(sorted(of_model))}: for a `model` alone; remove it")
         module, colon, function = (self.function or "module:function").partition(":")

@@ -246,16 +246,24 @@ def examine_judge(judge: Judge, journal_path: Path | None = None) -> JudgeReport
         for number, probe in enumerate(principle.probes)
     ]
     opinions = judge.kind.opinions(asked, journal_path, "probes")
-    right = [0.5 if not opinion or opinion.value == 0 else float(opinion.value > 0) for opinion in opinions]
+    values = [opinion.value if opinion else None for opinion in opinions]
+    bias = sum(opinion.position_bias for opinion in opinions if opinion) / max(len(opinions), 1)
+    return probe_report(judge, [principle for _, principle in asked], values, bias)
+
+
+def probe_report(
+    judge: Judge, asked_by: Sequence[Principle], values: Sequence[float | None], position_bias: float = 0.0
+) -> JudgeReport:
+    """The report of probes by their principles: a value above 0 is right, 0 and None are undecided."""
+    right = [0.5 if not value else float(value > 0) for value in values]
     by_principle = {}
     for principle in judge.principles:
-        own = [each for each, (_, asked_by) in zip(right, asked, strict=True) if asked_by is principle]
+        own = [each for each, asker in zip(right, asked_by, strict=True) if asker is principle]
         if own:
             by_principle[principle.id] = PrincipleResult(sum(own), len(own))
     n = len(right)
     low, high = wilson_interval(sum(right), n)
-    bias = sum(opinion.position_bias for opinion in opinions if opinion) / max(n, 1)
-    return JudgeReport(judge.name, sum(right) / n if n else 0.5, low, high, n, bias, by_principle)
+    return JudgeReport(judge.name, sum(right) / n if n else 0.5, low, high, n, position_bias, by_principle)
 
 
 def require_better_than_chance(judge: Judge, report: JudgeReport) -> None:

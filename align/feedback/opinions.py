@@ -264,12 +264,19 @@ class Frame:
     ask: str
     think: str
     conclude: str
+    mark: str
 
     def format_choice(self, conversation: Conversation, question: str, first: str, second: str, last: str) -> str:
         names = {"user": self.user, "assistant": self.assistant}
         turns = [f"{names[turn.role]}: {turn.content}" for turn in conversation if turn.role in names]
         options = [f"({letter}) {text}" for letter, text in zip(LETTERS, (first, second), strict=True)]
         return "\n\n".join([self.conversation, *turns, question, *options, last])
+
+    def format_mark(self, conversation: Conversation, completion: str, principle: str) -> str:
+        """The conversation with one completion, and what asks for its mark."""
+        names = {"user": self.user, "assistant": self.assistant}
+        turns = [f"{names[turn.role]}: {turn.content}" for turn in conversation if turn.role in names]
+        return "\n\n".join([self.conversation, *turns, f"{self.assistant}: {completion}", principle, self.mark])
 
 
 FRAMES = {
@@ -280,6 +287,8 @@ FRAMES = {
         "Which response is it? Answer with one letter, A or B.",
         "Which response is it? Think step by step about both before you decide.",
         "So which response is it? Answer with one letter, A or B.",
+        "How well does the assistant's last response follow this? Answer with one digit, from 1 (not at all) to 9 "
+        "(entirely).",
     ),
     "ja": Frame(
         "次はユーザーとアシスタントの会話です。",
@@ -288,6 +297,7 @@ FRAMES = {
         "どちらの回答ですか。AかBの一文字で答えてください。",
         "どちらの回答ですか。決める前に、両方について順を追って考えてください。",
         "では、どちらの回答ですか。AかBの一文字で答えてください。",
+        "アシスタントの最後の回答はこれにどれほど従っていますか。1（全く従っていない）から9（完全に従っている）までの一つの数字で答えてください。",
     ),
 }
 
