@@ -116,13 +116,11 @@ def expected_mark(logprobs: Sequence[float], min_option_mass: float) -> float | 
 
 
 def _marks(kind: ByChoice, asked: Sequence[Scored]) -> list[float | None]:
-    requests = [
-        choice_request(
-            (Message("user", kind.frame.format_mark(prompt, completion, principle.text or question)),), MARKS
-        )
+    texts = [
+        kind.frame.format_mark(prompt, completion, principle.text or principle.question or "")
         for prompt, completion, principle in asked
-        for question in [principle.question or ""]
     ]
+    requests = [choice_request((Message("user", text),), MARKS) for text in texts]
     scores = _answered(kind.backend, requests, kind.batch_size)
     return [expected_mark(scores[each.id].logprobs, kind.block.min_option_mass) for each in requests]
 

@@ -39,12 +39,10 @@ class Ppo(Stage):
     def check(self, settings: PpoBlock, shared: Mapping[str, Any]) -> list[str]:
         from align.feedback.judge import judge_problems
 
+        if not settings.asks_judge:
+            return []
         try:
-            return (
-                judge_problems(load_constitution(shared["constitution"]), shared["judge"])
-                if settings.asks_judge
-                else []
-            )
+            return judge_problems(load_constitution(shared["constitution"]), shared["judge"])
         except InputError:
             return []
 
@@ -71,7 +69,7 @@ class Ppo(Stage):
         policy = context.inputs["sft"] / "model"
         tokenizer = load_tokenizer(str(policy), trust_remote_code=model_block.trust_remote_code)
         prompts, too_long = _prompts(context, tokenizer)
-        judged = _direct_scores(context, [prompt.row for prompt in prompts]) if settings.asks_judge else {}
+        judged = _direct_scores(context, [each.prompt for each in prompts]) if settings.asks_judge else {}
         dtype = compute_dtype(model_block.precision)
         reward = reward_folder(context.inputs["reward"]) if settings.reads_reward_stage else None
         if reward is not None and settings.score.normalise != "held_out":
