@@ -44,9 +44,8 @@ def engine_of(made: Judge) -> Engine:
 
 
 def sure_of_tea(request: ChoiceRequest, choice: str) -> float:
-    asked = next(
-        message.content for message in request.messages if "(A) tea" in message.content or "(B) tea" in message.content
-    )
+    texts = [message.content for message in request.messages]
+    asked = next(text for text in texts if "(A) tea" in text or "(B) tea" in text)
     return -1e-6 if ("(A) tea" in asked) == (choice == "A") else -12.0
 
 
@@ -125,13 +124,8 @@ def test_with_a_chain_of_thought_worked_choices_are_those_that_reason() -> None:
     made = judge({"chain_of_thought": True, "examples": 2}, sure_of_tea)
     made.compare([("q", TALK, "tea", "coffee", "")])
 
-    shown = engine_of(made).choices[0].messages[:8]
-    assert [message.content for message in shown[1::2]] == [
-        "Thought 1: (B) is right.",
-        "B",
-        "Thought 3: (B) is right.",
-        "B",
-    ]
+    said = [message.content for message in engine_of(made).choices[0].messages[1:8:2]]
+    assert said == ["Thought 1: (B) is right.", "B", "Thought 3: (B) is right.", "B"]
     assert judge_problems(made.constitution, JudgeBlock(chain_of_thought=True, examples=3)) == [
         "judge.examples: 3 are asked for, and constitution 'test' has 2 worked `comparisons` with a `reasoning`; add "
         "some, or ask for fewer"
@@ -199,17 +193,11 @@ def test_draws_are_the_same_at_any_batch_size_and_after_any_kill(tmp_path: Path,
     questions = [(f"q{number}", TALK, f"tea {number}", f"coffee {number}", "") for number in range(9)]
 
     def run(batch_size: int, journal: Path | None, dies_after: float = math.inf, first: int = 0) -> Any:
-        block = {
-            "batch_size": batch_size,
-            "chain_of_thought": thinks,
-            "examples": 1,
-            "reasoning": {"batch_size": batch_size},
-        }
-        made = judge(block, dice(1), draw_seed=4, seed=4)
+        sizes = {"batch_size": batch_size, "reasoning": {"batch_size": batch_size}}
+        made = judge({**sizes, "chain_of_thought": thinks, "examples": 1}, dice(1), draw_seed=4, seed=4)
         engine_of(made).left = dies_after
-        return made.compare(questions[first:], journal), [
-            row for each in made.compare(questions[first:], journal) for row in each.scores
-        ]
+        found = made.compare(questions[first:], journal)
+        return found, [row for verdict in found for row in verdict.scores]
 
     whole = run(32, None)
     assert run(1, None) == run(5, None) == whole
