@@ -67,8 +67,8 @@ def test_a_judge_that_scores_directly_teaches_its_rules(tiny_model_dir, tmp_path
     block = settings(iterations=16)
     build_trainer(tiny_model_dir, tmp_path / "run", block, reward=ScoresReward(DirectScores(judge))).train()
     scores = [json.loads(line)["score"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    assert scores[0] < 0.6
-    assert sum(scores[-3:]) / 3 > 0.8
+    assert scores[0] < 0.3
+    assert sum(scores[-3:]) / 3 > 0.6
 
 
 def test_demonstrations_mixed_in_become_likelier(tiny_model_dir, tmp_path):
