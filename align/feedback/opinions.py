@@ -237,7 +237,7 @@ class ByChoice(Kind):
             self.backend,
             list(different.values()),
             self.block.reasoning.batch_size,
-            journal_path,
+            journal_path and journal_path.with_name(f"reasoning-{journal_path.name}"),
             f"{description}: reasoning",
         )
         return {place: done[request.id] for place, request in requests.items()}
