@@ -44,6 +44,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_run(verbs)
     _add_recipe_verbs(verbs)
     _add_constitution(verbs)
+    _add_engine(verbs)
+    _add_judge(verbs)
     _add_looking(verbs)
     return parser
 
@@ -87,14 +89,73 @@ def _add_recipe_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser
 
 
 def _add_constitution(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    constitution = verbs.add_parser("constitution", help="check or show constitutions")
-    kinds = constitution.add_subparsers(metavar="check|show", required=True)
+    constitution = verbs.add_parser("constitution", help="check, show or compare constitutions")
+    kinds = constitution.add_subparsers(metavar="check|show|schema|diff|stats", required=True)
     check = kinds.add_parser("check", help="say what files hold, or every fault of theirs")
     check.add_argument("files", metavar="FILE", nargs="+")
     check.set_defaults(run=_check_constitutions)
     show = kinds.add_parser("show", help="print a constitution as it stands after `extends`")
     show.add_argument("file", metavar="FILE")
     show.set_defaults(run=_show_constitution)
+    schema = kinds.add_parser("schema", help="print the JSON schema, with which editors complete and check the files")
+    schema.set_defaults(run=_constitution_schema)
+    _add_constitution_diff(kinds)
+
+
+def _add_constitution_diff(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    text = "what differs between two constitutions: their texts, and the labels a judge gives the same pairs"
+    diff = kinds.add_parser("diff", help=text, description=text)
+    diff.add_argument("a", metavar="A", type=Path)
+    diff.add_argument("b", metavar="B", type=Path)
+    pairs = diff.add_mutually_exclusive_group()
+    pairs.add_argument("--pairs", metavar="FILE|RUN", type=Path, help="preferences, or a run whose compare is done")
+    pairs.add_argument("--recipe", metavar="RECIPE", help="the pairs of this recipe's run under its constitution")
+    diff.add_argument("--judge", choices=("rule", "contrast", "choice"), help="(default: the run's own; else rule)")
+    diff.add_argument("--judge-model", metavar="MODEL", help="the model that judges; by contrast unless said otherwise")
+    diff.add_argument("--draw", action="store_true", help="draw one principle a pair, A with two seeds")
+    diff.add_argument("--null", metavar="FILE", type=Path, help="A in other words (default: A-paraphrased.yaml)")
+    diff.add_argument("--placebo", metavar="FILE", type=Path, help="(default: placebo.yaml beside A)")
+    diff.add_argument("--limit", metavar="N", type=_positive, default=300, help="pairs judged (default: 300)")
+    diff.add_argument("--html", metavar="FILE", type=Path, help="write the difference as a page too")
+    diff.add_argument("--json", metavar="FILE", type=Path, help="and as JSON")
+    diff.set_defaults(run=_diff_constitutions)
+
+    text = "by principle: draws, faults found, revisions accepted, wins, agreement with the rest and with people"
+    stats = kinds.add_parser("stats", help=text, description=text)
+    stats.add_argument("run_folder", metavar="RUN", type=Path)
+    stats.add_argument("--constitution", metavar="FILE", type=Path, help="the run's own (default: the shipped one)")
+    stats.add_argument("--human", metavar="FILE", type=Path, help="preferences of people, judged by the run's judge")
+    stats.add_argument("--limit", metavar="N", type=_positive, default=300, help="pairs of them (default: 300)")
+    stats.set_defaults(run=_constitution_stats)
+
+
+def _add_engine(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    engine = verbs.add_parser("engine", help="find out what an engine can do")
+    kinds = engine.add_subparsers(metavar="check", required=True)
+    text = "try the engines of a recipe, a server, or a model in this process, and print what each can do"
+    check = kinds.add_parser("check", help=text, description=text)
+    _add_recipe_options(check)
+    check.add_argument("--base-url", metavar="URL", help="a server's address, which mostly ends in /v1")
+    check.add_argument("--model", metavar="MODEL", help="the name that the server serves, or a model to be loaded here")
+    check.set_defaults(run=_check_engines)
+
+
+def _add_judge(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    judge = verbs.add_parser("judge", help="test a judge")
+    kinds = judge.add_subparsers(metavar="calibrate", required=True)
+    text = "how far a judge's soft labels are those of people, on pairs that people labelled"
+    calibrate = kinds.add_parser("calibrate", help=text, description=text)
+    _add_recipe_options(calibrate)
+    calibrate.add_argument("--model", metavar="MODEL", help="without a recipe: the model that judges")
+    calibrate.add_argument("--kind", choices=("choice", "contrast", "rule"), help="without a recipe: how it judges")
+    calibrate.add_argument("--pairs", metavar="FILE", nargs="+", default=[], help="JSONL(.gz), parquet or hub id")
+    calibrate.add_argument("--hub-split", metavar="NAME", default="train", help="of hub datasets (default: train)")
+    calibrate.add_argument("--limit", metavar="N", type=_positive, help="pairs of each, drawn by a hash of the content")
+    calibrate.add_argument("--draw", action="store_true", help="one drawn principle a pair; without it, all that apply")
+    calibrate.add_argument("--output", metavar="DIR", type=Path, help="default: a folder in runs/calibration")
+    calibrate.add_argument("--plot", metavar="FILE", type=Path, help="where the reliability plot goes")
+    calibrate.add_argument("--json", metavar="FILE", type=Path, help="where the figures go")
+    calibrate.set_defaults(run=_calibrate)
 
 
 def _add_looking(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -226,7 +287,11 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _print_results(recipe: Recipe) -> None:
-    """What the reward model is worth, then the report where the recipe evaluates, or the folder of every stage."""
+    """What judge and reward model are worth, then the report where the recipe evaluates, else every stage's folder."""
+    if "compare" in recipe.settings:
+        from align.calibration import print_published_calibration
+
+        print_published_calibration(recipe.directory("compare"))
     if "reward" in recipe.settings:
         from align.held_out import print_published_held_out
 
@@ -266,6 +331,77 @@ def _show_constitution(options: argparse.Namespace) -> None:
     from align.constitution_view import show_constitution
 
     show_constitution(options.file, Console())
+
+
+def _constitution_schema(options: argparse.Namespace) -> None:
+    from align.constitution_schema import schema_page
+
+    print(schema_page(), end="")
+
+
+def _check_engines(options: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from align.config import EngineBlock, ModelBlock
+    from align.engine_check_view import engines_of, print_engine_checks
+
+    if options.recipe:
+        recipe = _recipe(options, options.recipe)
+        print_engine_checks(engines_of(recipe), recipe.shared["model"], Console())
+        return
+    if not options.model:
+        raise InputError("which engine? Add --recipe FILE, or --model MODEL with or without --base-url URL")
+    server = {"kind": "openai", "model": options.model, "base_url": options.base_url} if options.base_url else {}
+    print_engine_checks({"engine": EngineBlock(**server)}, ModelBlock(path=options.model), Console())
+
+
+def _calibrate(options: argparse.Namespace) -> None:
+    from dataclasses import replace
+
+    from align.calibration_view import main as calibrate
+    from align.calibration_view import of_options, of_recipe
+    from align.config import PairSource
+
+    if options.recipe and (options.model or options.kind):
+        raise InputError("--model and --kind are for a judge without a recipe; use --set model.path=… or judge.kind=…")
+    if options.recipe is None and options.set:
+        raise InputError("--set changes a recipe; add --recipe FILE")
+    tested = (
+        of_recipe(_recipe(options, options.recipe))
+        if options.recipe
+        else of_options(options.constitution, options.model, options.kind)
+    )
+    if options.pairs:
+        sources = (PairSource(path=path, limit=options.limit, hub_split=options.hub_split) for path in options.pairs)
+        tested = replace(tested, pairs=tuple(sources))
+    if options.draw:
+        tested = replace(tested, draws=True)
+    calibrate(tested, output=options.output, plot=options.plot, json=options.json)
+
+
+def _diff_constitutions(options: argparse.Namespace) -> None:
+    from align.constitution_diff_view import main as diff
+
+    pairs = load_recipe(options.recipe).directory("compare") if options.recipe else options.pairs
+    diff(
+        options.a,
+        options.b,
+        pairs=pairs,
+        kind=options.judge,
+        model=options.judge_model,
+        draws=options.draw,
+        null=options.null,
+        placebo=options.placebo,
+        limit=options.limit,
+        html=options.html,
+        json=options.json,
+    )
+
+
+def _constitution_stats(options: argparse.Namespace) -> None:
+    from align.constitution_stats_view import main as stats
+
+    stats(options.run_folder, constitution=options.constitution, human=options.human, limit=options.limit)
 
 
 def _chat(options: argparse.Namespace) -> None:

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,8 @@ MANIFEST = "manifest.json"
 PARTIAL = ".partial"
 SHARED_RUN = "shared"
 """The folder, beside the runs of a recipe, of stages that do not depend on the constitution."""
+SECONDS_BETWEEN_SYNCS = 1.0
+"""A journal waits for the disk no more often than this: it takes milliseconds, which quick engines have not."""
 
 
 @dataclass(frozen=True)
@@ -66,19 +69,41 @@ def read_manifest(directory: Path) -> Manifest | None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that a reader sees the old file or the new one, never half of one."""
+    """`write_text` of a value as JSON."""
+    write_text(path, json_text(value))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that a reader sees the old one or the new one, never half of one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
+
+
+def write_asked(path: Path, text: str, option: str) -> None:
+    """`write_text` of a file that the command line named with an option.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    try:
+        write_text(path, text)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror}); choose another place with {option}") from None
+
+
+def json_text(value: Any) -> str:
+    """A value as JSON, the same text for the same value."""
+    return json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True) + "\n"
 
 
 def write_json_if_changed(path: Path, value: Any) -> bool:
     """`write_json`, leaving the file and its time alone where it says the same already; returns whether it wrote."""
-    text = json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True) + "\n"
+    text = json_text(value)
     if path.exists() and path.read_text(encoding="utf-8") == text:
         return False
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, value)
+    write_text(path, text)
     return True
 
 
@@ -143,7 +168,7 @@ class Journal:
 
     Opening it reads what is there, drops a last line that a kill cut short, and keeps the first row of each id. Each
     process appends to a file of its own (`path.rank`), and reads everybody's: so a run goes on with any number of
-    processes.
+    processes. All its rows are held in memory: long work takes a journal for each window (`align.windows`).
     """
 
     def __init__(self, path: Path, rank: int = 0, check: Callable[[Mapping[str, Any]], object] = len) -> None:
@@ -164,21 +189,31 @@ class Journal:
                 row = _journal_row(part, number, line, check)
                 self.rows.setdefault(row["id"], row)
         self._file = own.open("a", encoding="utf-8")
+        self._synced = time.monotonic()
 
     def __contains__(self, row_id: str) -> bool:
         return row_id in self.rows
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Add a finished row, on disk before this returns; a row whose id is there already is left alone."""
+        """Add a finished row; a row whose id is there already is left alone.
+
+        A kill cannot take it any more; a machine that loses its power loses what it did in the last second.
+        """
         if row["id"] in self.rows:
             return
         self.rows[row["id"]] = dict(row)
         self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
         self._file.flush()
-        os.fsync(self._file.fileno())
+        if time.monotonic() - self._synced > SECONDS_BETWEEN_SYNCS:
+            self._sync()
 
     def close(self) -> None:
+        self._sync()
         self._file.close()
+
+    def _sync(self) -> None:
+        os.fsync(self._file.fileno())
+        self._synced = time.monotonic()
 
     def __enter__(self) -> "Journal":
         return self

@@ -4,13 +4,12 @@
         --null runs/quickstart/style-asking-paraphrased-8c9d0e1f --html comparison.html
 """
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from rich.console import Console
 
-from align.errors import InputError
+from align.artefacts import write_asked
 from align.records import Conversation
 from align.report import number_text, share_difference_text, share_text
 from align.run_comparison import (
@@ -25,7 +24,7 @@ from align.run_comparison import (
     shared_policies,
     unlike_settings,
 )
-from align.sheets import Sheet, page, print_sheet
+from align.sheets import Sheet, conversation_text, page, print_sheet, print_written
 
 
 def main(
@@ -52,8 +51,8 @@ def main(
     for sheet in sheets:
         print_sheet(sheet, console)
     if html:
-        _write(html, page(f"{a.report.run} beside {b.report.run}", sheets))
-        console.print(f"wrote {html}", markup=False, highlight=False, soft_wrap=True)
+        write_asked(html, page(f"{a.report.run} beside {b.report.run}", sheets), "--html")
+        print_written(html, console)
 
 
 def comparison_sheets(a: Run, b: Run, null: Run | None, limit: int) -> Iterator[Sheet]:
@@ -85,7 +84,7 @@ def _completion_sheets(a: Run, b: Run, limit: int) -> Iterator[Sheet]:
             rows = prompts.setdefault(one.prompt_id, (one.prompt, []))[1]
             rows.append((policy, one.completion, other.completion))
     for prompt, rows in list(prompts.values())[:limit]:
-        yield Sheet(_shown(prompt), ("policy", "A", "B"), tuple(rows), labels=3)
+        yield Sheet(conversation_text(prompt), ("policy", "A", "B"), tuple(rows), labels=3)
 
 
 def _figures_sheet(a: Run, b: Run) -> Sheet:
@@ -150,18 +149,3 @@ def _null_sheet(a: Run, b: Run, null: Run) -> Sheet:
     return Sheet(
         "beside the null run C", ("policy", "rule", "A", "B - A", "C - A", "B moved further"), rows, (remark,), labels=2
     )
-
-
-def _shown(prompt: Conversation) -> str:
-    if len(prompt) == 1:
-        return prompt[0].content
-    return "\n".join(f"{message.role}: {message.content}" for message in prompt)
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror}); choose another place with --html") from None

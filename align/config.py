@@ -14,10 +14,14 @@ def _not_bool(value: Any) -> Any:
 
 Integer = Annotated[int, BeforeValidator(_not_bool)]
 Number = Annotated[float, BeforeValidator(_not_bool), Field(allow_inf_nan=False)]
-Positive = Annotated[Integer, Field(gt=0)]
+# The limit stands before the validator, or pydantic leaves it out of a JSON schema.
+Positive = Annotated[int, Field(gt=0), BeforeValidator(_not_bool)]
+AboveZero = Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(_not_bool)]
 NonNegative = Annotated[Number, Field(ge=0)]
 Fraction = Annotated[Number, Field(ge=0, le=1)]
 SOURCE_PATH = "JSONL(.gz) or parquet file, or hub id"
+HUB_FOLDER = "only what is in this folder of a hub dataset, such as helpful-base"
+HUMAN_SHARE = "share of human pairs in the mix; of the others, or of these, some are left out; null takes all"
 LIMIT = "at most this many rows, drawn by a hash of their content; null takes all"
 
 
@@ -87,7 +91,7 @@ class SamplingBlock(Block):
     batch_size: Positive = Field(32, description="completions made together, in each process")
 
 
-OF_SERVERS = ("base_url", "api_key_env")
+OF_SERVERS = ("base_url", "api_key_env", "votes", "tokenizer", "extra")
 """Keys of an engine that a server alone reads."""
 
 
@@ -101,10 +105,24 @@ class EngineBlock(Block):
     kind: Literal["local", "openai"] = Field("local", description="this machine, or a server")
     model: str | None = Field(None, description="another model than the recipe's; for a server, the name it serves")
     base_url: str | None = Field(None, description="the server's address; OpenAI's own without one")
-    api_key_env: str = Field("OPENAI_API_KEY", description="the environment variable that holds the key; never the key")
-    concurrency: Positive = Field(8, description="requests to a server at a time")
-    timeout_seconds: Annotated[Number, Field(gt=0)] = Field(120.0, description="for a server's answer")
-    max_retries: Annotated[Integer, Field(ge=0)] = Field(6, description="of a request that a server did not answer")
+    votes: Positive = Field(8, description="samples that decide between letters where a server shows no probabilities")
+    tokenizer: str | None = Field(
+        None, description="the served model's, to score texts by echoed completions; null does without"
+    )
+    extra: dict[str, Any] = Field({}, description="more keys of every request, such as `{top_k: 0, min_p: 0}`")
+
+    # What follows changes no answer, only whether there is one: excluded, it makes nothing stale, and a stage that
+    # a slow server has ended goes on with a longer timeout.
+    api_key_env: str = Field(
+        "OPENAI_API_KEY", exclude=True, description="the environment variable that holds the key; never the key"
+    )
+    concurrency: Positive = Field(8, exclude=True, description="requests to a server at a time, over all processes")
+    timeout_seconds: Annotated[Number, Field(gt=0)] = Field(
+        120.0, exclude=True, description="for a server's whole answer"
+    )
+    max_retries: Annotated[Integer, Field(ge=0)] = Field(
+        6, exclude=True, description="of a request that a server did not answer"
+    )
 
     @model_validator(mode="after")
     def _of_its_kind(self) -> "EngineBlock":
@@ -142,10 +160,10 @@ class JudgeBlock(Block):
     reasoning: SamplingBlock = Field(
         default_factory=lambda: SamplingBlock(max_new_tokens=256), description="how the chain of thought is drawn"
     )
-    examples: Annotated[Integer, Field(ge=0)] = Field(
-        0, description="choice: worked comparisons shown first; they mostly make judges worse (Lee et al. 2023)"
-    )
     batch_size: Positive = Field(32, description="requests scored together")
+    examples: Annotated[Integer, Field(ge=0)] = Field(
+        0, description="choice: worked choices shown before the question; they made Lee et al.'s judges worse"
+    )
     allow_chance: bool = Field(False, description="label even if the judge is not shown to be better than chance")
 
     @model_validator(mode="after")
@@ -156,8 +174,10 @@ class JudgeBlock(Block):
                 "chain_of_thought_range must lie evenly about one half, such as [0.4, 0.6]: exchanging the completions "
                 "exchanges the probabilities"
             )
-        if self.kind != "choice" and (self.chain_of_thought or self.examples):
-            raise ValueError(f"kind {self.kind} takes neither chain_of_thought nor examples; remove them")
+        if self.kind != "choice" and self.examples:
+            raise ValueError(f"kind {self.kind} reads no examples; remove them, or set `kind: choice`")
+        if self.kind != "choice" and self.chain_of_thought:
+            raise ValueError(f"kind {self.kind} takes no chain_of_thought; remove it, or set `kind: choice`")
         if self.chain_of_thought and 0.5 - low <= self.min_margin:
             raise ValueError("chain_of_thought_range leaves nothing but ties; widen it, or lower min_margin")
         return self
@@ -169,6 +189,7 @@ class PromptSource(Block):
     path: str = Field(description=SOURCE_PATH)
     limit: Positive | None = Field(None, description=LIMIT)
     hub_split: str = Field("train", description="of a hub dataset")
+    hub_folder: str | None = Field(None, description=HUB_FOLDER)
     column: str | None = Field(None, description="column with the prompt; found by itself in the known formats")
     category: str | None = Field(None, description="category given to rows that have none")
 
@@ -195,6 +216,8 @@ class PairSource(Block):
     path: str = Field(description=SOURCE_PATH)
     limit: Positive | None = Field(None, description=LIMIT)
     hub_split: str = Field("train", description="of a hub dataset")
+    hub_folder: str | None = Field(None, description=HUB_FOLDER)
+    name: str | None = Field(None, description="what counts and tables call these rows, in the place of `human`")
 
 
 class TrackingBlock(Block):

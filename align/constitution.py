@@ -1,185 +1,108 @@
 """Constitutions: the principles that steer a run, read from one YAML file (or the Constitutional AI paper's own JSON).
 
-The schema is `ConstitutionFile`, whose principles are `Principle`s. A constitution's identity is a digest of its
+The format is `ConstitutionFile`, whose principles are `Principle`s. A constitution's identity is a digest of its
 content after `extends`: comments and the order of keys don't change it, one letter of a text does.
 """
 
 import re
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, TypeVar
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import ConfigDict, Field, ValidationError
 
-from align.config import Block, Number
-from align.errors import FileProblems, Problem
+from align.config import AboveZero, Block, Positive
+from align.constitution_checks import Inherited, chosen, file_problems, reference_problems
+from align.documents import read_documents
+from align.errors import FileProblems, InputError, Problem
 from align.paper import paper_content
-from align.records import Conversation, Message, digest
+from align.principles import Example, Id, Language, Principle, Probe, Text, Texts, Turn, WorkedComparison
+from align.records import digest
 from align.repro import derive_seed
-from align.rules import Rule
-from align.yaml_files import KeyPath, Lines, load_yaml, nearest, problems_from
+from align.yaml_files import Lines, load_yaml, problems_from
 
-Text = Annotated[str, Field(min_length=1)]
-
-
-class Probe(Block):
-    """Two completions of a prompt of which one plainly follows the principle better: does a judge see it?"""
-
-    prompt: Text
-    better: Text
-    worse: Text
-
-
-class Turn(Block):
-    """One message of a worked example's conversation."""
-
-    role: Literal["user", "assistant"]
-    content: Text
-
-
-class Example(Block):
-    """A worked example of critique and revision; without requests of its own it takes those of its principle."""
-
-    prompt: Annotated[tuple[Turn, ...], Field(min_length=1)]
-    completion: Text
-    critique: Text
-    revision: Text
-    critique_request: Text | None = None
-    revision_request: Text | None = None
-    principle: str | None = None
-
-    @field_validator("prompt", mode="before")
-    @classmethod
-    def _one_turn(cls, value: Any) -> Any:
-        return [{"role": "user", "content": value}] if isinstance(value, str) else value
-
-    @property
-    def conversation(self) -> Conversation:
-        return tuple(Message(turn.role, turn.content) for turn in self.prompt)
-
-
-class WorkedComparison(Block):
-    """A worked choice between two completions, which a judge may be shown before it chooses itself."""
-
-    prompt: Annotated[tuple[Turn, ...], Field(min_length=1)]
-    better: Text
-    worse: Text
-    reasoning: Annotated[Text | None, Field(description="what is thought before the choice; names `answer`")] = None
-    answer: Annotated[Literal["A", "B"] | None, Field(description="where the better one stands; drawn if null")] = None
-    principle: str | None = None
-
-    @field_validator("prompt", mode="before")
-    @classmethod
-    def _one_turn(cls, value: Any) -> Any:
-        return [{"role": "user", "content": value}] if isinstance(value, str) else value
-
-    @model_validator(mode="after")
-    def _reasons_for_an_answer(self) -> Self:
-        if self.reasoning and self.answer is None:
-            raise ValueError("a reasoning names its `answer`: set it to A or B, where the better one stands")
-        return self
-
-    @property
-    def conversation(self) -> Conversation:
-        return tuple(Message(turn.role, turn.content) for turn in self.prompt)
-
-
-class Principle(Block):
-    """One principle: what it asks, how completions are revised towards it, and how judges are asked about it."""
-
-    id: Annotated[str, Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")]
-    text: Annotated[str, Field(description="the principle as an instruction to the assistant")] = ""
-    opposite: Annotated[Text | None, Field(description="the opposite instruction, for the contrast judge")] = None
-    critique: Annotated[Text | None, Field(description="the request for a critique")] = None
-    revision: Annotated[Text | None, Field(description="the request for a revision")] = None
-    compare: Annotated[Text | None, Field(description="the question put to a choosing judge")] = None
-    rule: Rule | None = None
-    tier: str | None = None
-    framing: Literal["negative", "positive", "neutral"] = "neutral"
-    hard: Annotated[bool, Field(description="decides before every tier, and its rule's violation rejects")] = False
-    weight: Annotated[Number, Field(gt=0)] = 1.0
-    applies: Annotated[tuple[str, ...], Field(description="categories of prompts; empty is all")] = ()
-    rationale: str | None = None
-    probes: tuple[Probe, ...] = ()
-
-    @model_validator(mode="after")
-    def _says_something(self) -> Self:
-        if (self.critique is None) != (self.revision is None):
-            raise ValueError("critique and revision go together; give both or none")
-        if not (self.text or self.critique or self.compare):
-            raise ValueError("needs a `text`: the principle as an instruction to the assistant")
-        return self
-
-    def applies_to(self, category: str) -> bool:
-        return not self.applies or category in self.applies
-
-    def keeps_rule(self, text: str) -> bool:
-        """Whether the text keeps the principle's rule; True where it has none."""
-        return self.rule is None or self.rule.holds(text)
-
-    @property
-    def requests(self) -> tuple[str, str] | None:
-        """What asks for a critique and for a revision; None for a principle that is only for comparing."""
-        if self.critique and self.revision:
-            return self.critique, self.revision
-        if not self.text:
-            return None
-        return (
-            f"Point out where the assistant's last answer does not follow this principle: {self.text}",
-            f"Rewrite the assistant's last answer so that it follows this principle: {self.text} "
-            "Write only the rewritten answer.",
-        )
-
-    @property
-    def question(self) -> str | None:
-        """What a choosing judge is asked; None for a principle that is only for revising."""
-        if self.compare or not self.text:
-            return self.compare
-        return f"Choose the response that follows this principle better: {self.text}"
+__all__ = [
+    "Constitution",
+    "ConstitutionFile",
+    "Example",
+    "Principle",
+    "Probe",
+    "Turn",
+    "WorkedComparison",
+    "constitution_key",
+    "draw_principle",
+    "load_constitution",
+]
 
 
 class _Content(Block):
     """What a constitution holds, before and after `extends`."""
 
-    title: Text
-    version: Text = "1"
-    licence: str = ""
-    source: str = ""
-    language: str = "en"
-    preamble: str | None = None
-    tiers: tuple[str, ...] = ()
-    principles: tuple[Principle, ...] = ()
-    examples: tuple[Example, ...] = ()
-    comparisons: tuple[WorkedComparison, ...] = ()
+    title: Text = Field(description="what it is called")
+    version: Text = Field("1", description="of the file, in quotes")
+    licence: str = Field("", description="under which it may be used")
+    source: str = Field("", description="where it comes from")
+    language: Language = Field("en", description="of its texts, such as en or ja")
+    preamble: str | None = Field(None, description="why; for the reader")
+    tiers: tuple[Text, ...] = Field((), description="names of tiers, the one that decides first in front")
+    passages: Positive = Field(3, description="how many passages of `sources` are shown at most")
+    principles: tuple[Principle, ...] = Field((), description="what completions are revised and judged by")
+    examples: tuple[Example, ...] = Field((), description="worked critiques and revisions")
+    comparisons: tuple[WorkedComparison, ...] = Field((), description="worked choices")
 
 
 class ConstitutionFile(_Content):
     """A constitution as written."""
 
-    extends: tuple[str, ...] = ()
-    drop: tuple[str, ...] = ()
+    model_config = ConfigDict(
+        json_schema_extra={
+            "anyOf": [
+                {"required": ["principles"], "properties": {"principles": {"minItems": 1}}},
+                {"required": ["extends"]},
+            ]
+        }
+    )
 
-    @field_validator("extends", mode="before")
-    @classmethod
-    def _one_parent(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str) else value
+    extends: Texts = Field((), description="files that it begins from, relative to its own folder")
+    include: tuple[Text, ...] = Field(
+        (), description="tags: of what is inherited, take what has one of these; all if empty"
+    )
+    exclude: tuple[Text, ...] = Field((), description="tags: of what is inherited, leave out what has one of these")
+    drop: tuple[Id, ...] = Field((), description="ids of inherited principles to leave out")
+    weights: Mapping[Id, AboveZero] = Field(
+        {},
+        description="other weights for inherited principles, by id",
+        json_schema_extra={"additionalProperties": False},
+    )
+    sources: Texts | None = Field(None, description="folders of documents, relative to the constitution's own")
 
 
 class Constitution(_Content):
-    """A constitution after `extends`: at least one principle, ids unique. `id` is the file's stem."""
+    """A constitution after `extends`: at least one principle, ids unique. `id` is the file's stem.
+
+    Every principle says its language and its sources, which are paths from here; `documents` has the digest of each.
+    """
 
     id: str
-
-    @property
-    def worked_comparisons(self) -> tuple[WorkedComparison, ...]:
-        """Every worked choice."""
-        return self.comparisons
+    sources: tuple[str, ...] = ()
+    documents: dict[str, str] = Field(default_factory=dict)
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the canonical content, without the id."""
-        return digest(self.model_dump(mode="json", exclude={"id"}, exclude_defaults=True), length=64)
+        """SHA-256 of the canonical content, without the id: what is the default is not in it, nor where files stand."""
+        return digest(self._canonical(), length=64)
+
+    def _canonical(self) -> dict[str, Any]:
+        content = self.model_dump(mode="json", exclude={"id", "sources", "documents"}, exclude_defaults=True)
+        for principle, written in zip(self.principles, content.get("principles", ()), strict=True):
+            if written.get("language") == self.language:
+                del written["language"]
+            written.pop("sources", None)
+            if sources := self.sources_of(principle):
+                written["sources"] = [self.documents.get(source, source) for source in sources]
+        return content
 
     @property
     def key(self) -> str:
@@ -193,6 +116,36 @@ class Constitution(_Content):
             KeyError: there is none.
         """
         return {principle.id: principle for principle in self.principles}[principle_id]
+
+    def rank(self, principle: Principle) -> int:
+        """How early a principle decides a conflict: hard ones first, then tier by tier, then those of no tier."""
+        if principle.hard:
+            return -1
+        return self.tiers.index(principle.tier) if principle.tier in self.tiers else len(self.tiers)
+
+    def sources_of(self, principle: Principle) -> tuple[str, ...]:
+        """The folders whose passages are shown with the principle."""
+        return self.sources if principle.sources is None else principle.sources
+
+    @cached_property
+    def worked_examples(self) -> tuple[Example, ...]:
+        """Every worked critique and revision: the constitution's, then those inside its principles."""
+        own = (
+            Example(**dict(example), principle=principle.id)
+            for principle in self.principles
+            for example in principle.examples
+        )
+        return *self.examples, *own
+
+    @cached_property
+    def worked_comparisons(self) -> tuple[WorkedComparison, ...]:
+        """Every worked choice: the constitution's, then those inside its principles."""
+        own = (
+            WorkedComparison(**dict(comparison), principle=principle.id)
+            for principle in self.principles
+            for comparison in principle.comparisons
+        )
+        return *self.comparisons, *own
 
 
 def load_constitution(path: str | Path) -> Constitution:
@@ -227,18 +180,24 @@ def draw_principle(
 
 
 def _load(path: Path, below: tuple[Path, ...]) -> Constitution:
-    resolved = path.resolve()
-    if resolved in below:
-        chain = " → ".join(part.name for part in (*below[below.index(resolved) :], resolved))
-        raise FileProblems(str(below[-1]), [Problem("extends", f"goes round in a circle: {chain}")])
     if path.is_dir() or path.suffix == ".json":
         return _from_paper(path)
-    written, lines = _read(path)
-    parents = [_load(_parent(path, name, lines), (*below, resolved)) for name in written.extends]
-    constitution = _merged(_safe(path.stem), written, parents)
-    if problems := list(_reference_problems(written, constitution, parents, lines)):
-        raise FileProblems(str(path), problems)
-    return constitution
+    content, lines = load_yaml(path)
+    problems = list(file_problems(content, lines, path.parent))
+    parents, unread = _parents(path, content, lines, (*below, path.resolve()), problems)
+    if parents is not None:
+        problems += reference_problems(content, lines, _inherited(parents))
+    try:
+        written = ConstitutionFile.model_validate(content)
+    except ValidationError as error:
+        problems += problems_from(error, lines, ConstitutionFile)
+    if problems:
+        unread.insert(0, FileProblems(str(path), [replace(each, line=each.line or 1) for each in problems]))
+    if len(unread) == 1:
+        raise unread[0]
+    if unread:
+        raise InputError("\n".join(str(error) for error in unread))
+    return _merged(path, written, parents or [])
 
 
 def _from_paper(path: Path) -> Constitution:
@@ -253,102 +212,94 @@ def _safe(stem: str) -> str:
     return re.sub(r"[^\w.-]+", "-", stem)
 
 
-def _read(path: Path) -> tuple[ConstitutionFile, Lines]:
-    content, lines = load_yaml(path)
-    problems = list(_duplicate_ids(content, lines))
-    try:
-        written = ConstitutionFile.model_validate(content)
-        problems += _probe_problems(written, lines)
-    except ValidationError as error:
-        problems += problems_from(error, lines, ConstitutionFile)
-    if problems:
-        raise FileProblems(str(path), problems)
-    return written, lines
+def _parents(
+    path: Path, content: Mapping[str, Any], lines: Lines, below: tuple[Path, ...], problems: list[Problem]
+) -> tuple[list[Constitution] | None, list[InputError]]:
+    """The parents, None unless every one could be read; and the faults of their own files.
+
+    What is wrong with `extends` itself is added to `problems`.
+    """
+    names = content.get("extends", [])
+    names = [names] if isinstance(names, str) else names
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        return None, []
+    parents, faults = [], []
+    for index, name in enumerate(names):
+        parent = path.parent / name
+        if fault := _not_a_parent(parent, name, below):
+            problems.append(Problem("extends", fault, lines.of(("extends", index))))
+            continue
+        try:
+            parents.append(_load(parent, below))
+        except InputError as error:
+            faults.append(error)
+    return parents if len(parents) == len(names) else None, faults
 
 
-def _parent(path: Path, name: str, lines: Lines) -> Path:
-    parent = path.parent / name
+def _not_a_parent(parent: Path, name: str, below: tuple[Path, ...]) -> str:
+    """Why a constitution cannot extend this one; empty where it can."""
     if not parent.exists():
-        fault = f"no file {name} beside {path.name}; paths are relative to the constitution's own folder"
-        raise FileProblems(str(path), [Problem("extends", fault, lines.of(("extends",)))])
-    return parent
+        return f"no file {name} beside {below[-1].name}; paths are relative to the constitution's own folder"
+    if (resolved := parent.resolve()) in below:
+        chain = " → ".join(part.name for part in (*below[below.index(resolved) :], resolved))
+        return f"goes round in a circle: {chain}"
+    return ""
 
 
-def _merged(constitution_id: str, written: ConstitutionFile, parents: Sequence[Constitution]) -> Constitution:
+def _inherited(parents: Sequence[Constitution]) -> Inherited:
+    """What parents hold together: of principles with the same id, and of tiers named twice, one each."""
+    principles = {principle.id: principle for parent in parents for principle in parent.principles}
+    return Inherited(principles, tuple(dict.fromkeys(tier for parent in parents for tier in parent.tiers)))
+
+
+def _merged(path: Path, written: ConstitutionFile, parents: Sequence[Constitution]) -> Constitution:
     """The child's own words where it has them; principles by id, a child's in the place of its parent's."""
-    inherited = [principle for parent in parents for principle in parent.principles if principle.id not in written.drop]
-    principles = {principle.id: principle for principle in (*inherited, *written.principles)}
-    tiers = dict.fromkeys(tier for parent in parents for tier in parent.tiers)
+    inherited = _inherited(parents)
+    taken = chosen(inherited.principles.values(), written.include, written.exclude)
+    kept = [
+        principle.model_copy(update={"weight": written.weights.get(principle.id, principle.weight)})
+        for principle in taken
+        if principle.id not in written.drop
+    ]
+    sources = _sources(path, written, parents)
+    own = [_resolved(principle, path.parent, written.language, sources) for principle in written.principles]
+    principles = {principle.id: principle for principle in (*kept, *own)}
+    named = {source for principle in principles.values() for source in principle.sources or ()}
     return Constitution(
-        id=constitution_id,
+        id=_safe(path.stem),
         title=written.title,
         version=written.version,
         licence=written.licence,
         source=written.source,
         language=written.language,
         preamble=written.preamble,
-        tiers=written.tiers or tuple(tiers),
+        tiers=written.tiers or tuple(inherited.tiers),
+        passages=written.passages,
         principles=tuple(principles.values()),
-        examples=written.examples or tuple(_inherited_examples(parents, principles)),
-        comparisons=written.comparisons or tuple(each for parent in parents for each in parent.comparisons),
+        examples=written.examples or tuple(_kept(principles, (each.examples for each in parents))),
+        comparisons=written.comparisons or tuple(_kept(principles, (each.comparisons for each in parents))),
+        sources=sources,
+        documents={source: read_documents(Path(source)).digest for source in sorted(named)},
     )
 
 
-def _inherited_examples(parents: Sequence[Constitution], principles: Iterable[str]) -> Iterator[Example]:
+def _sources(path: Path, written: ConstitutionFile, parents: Sequence[Constitution]) -> tuple[str, ...]:
+    """The constitution's folders, as paths from here: its own, or those of its parents where it names none."""
+    if written.sources is not None:
+        return tuple(str(path.parent / name) for name in written.sources)
+    return tuple(dict.fromkeys(source for parent in parents for source in parent.sources))
+
+
+def _resolved(principle: Principle, folder: Path, language: str, sources: tuple[str, ...]) -> Principle:
+    """The principle with what it takes from its constitution: a child may have another language and other sources."""
+    if principle.sources is not None:
+        sources = tuple(str(folder / name) for name in principle.sources)
+    return principle.model_copy(update={"language": principle.language or language, "sources": sources})
+
+
+Worked = TypeVar("Worked", Example, WorkedComparison)
+
+
+def _kept(principles: Iterable[str], worked: Iterable[tuple[Worked, ...]]) -> Iterator[Worked]:
     kept = {None, *principles}
-    return (example for parent in parents for example in parent.examples if example.principle in kept)
-
-
-def _duplicate_ids(content: dict[str, Any], lines: Lines) -> Iterator[Problem]:
-    """Found before the schema is checked, so that they are reported with its faults."""
-    principles = content.get("principles")
-    first: dict[str, KeyPath] = {}
-    for index, principle in enumerate(principles if isinstance(principles, list) else ()):
-        name = principle.get("id") if isinstance(principle, dict) else None
-        path: KeyPath = ("principles", index, "id")
-        if isinstance(name, str) and first.setdefault(name, path) != path:
-            fault = f"'{name}' is taken by the principle on line {lines.of(first[name])}; ids must be unique"
-            yield Problem(f"principles[{index}].id", fault, lines.of(path))
-
-
-def _probe_problems(written: ConstitutionFile, lines: Lines) -> Iterator[Problem]:
-    """Probes on which a principle's own rule disagrees."""
-    for index, principle in enumerate(written.principles):
-        for number, probe in enumerate(principle.probes if principle.rule else ()):
-            for key, text, expected in (("better", probe.better, True), ("worse", probe.worse, False)):
-                if principle.keeps_rule(text) != expected:
-                    fault = f"must {'keep' if expected else 'break'} the principle's rule ({principle.rule})"
-                    path = ("principles", index, "probes", number, key)
-                    yield Problem(f"{principle.id}: probes[{number}].{key}", fault, lines.of(path))
-
-
-def _reference_problems(
-    written: ConstitutionFile, constitution: Constitution, parents: Sequence[Constitution], lines: Lines
-) -> Iterator[Problem]:
-    """Names that name nothing: tiers, dropped principles, the examples' principles; and nothing to go by at all."""
-    if not constitution.principles:
-        yield Problem("principles", "a constitution needs at least one principle", lines.of(("principles",)))
-    ids = {principle.id for principle in constitution.principles}
-    inherited = {principle.id for parent in parents for principle in parent.principles}
-    for index, name in enumerate(written.drop):
-        if name not in inherited:
-            yield Problem("drop", _unknown(name, "inherited principle", inherited), lines.of(("drop", index)))
-    for index, example in enumerate(written.examples):
-        if example.principle is not None and example.principle not in ids:
-            path: KeyPath = ("examples", index, "principle")
-            yield Problem(f"examples[{index}].principle", _unknown(example.principle, "principle", ids), lines.of(path))
-    own = {principle.id: index for index, principle in enumerate(written.principles)}
-    for principle in constitution.principles:
-        if principle.tier is not None and principle.tier not in constitution.tiers:
-            path = ("principles", own[principle.id], "tier") if principle.id in own else ("tiers",)
-            yield Problem(f"{principle.id}.tier", _unknown(principle.tier, "tier", constitution.tiers), lines.of(path))
-    for tier, count in Counter(written.tiers).items():
-        if count > 1:
-            yield Problem("tiers", f"'{tier}' is there {count} times; keep one", lines.of(("tiers",)))
-
-
-def _unknown(name: str, kind: str, known: Iterable[str]) -> str:
-    names = sorted(known)
-    match = nearest(name, names)
-    remedy = f"did you mean `{match}`?" if match else f"there are {', '.join(names) or 'none'}"
-    return f"'{name}' is no {kind}; {remedy}"
+    return (each for some in worked for each in some if each.principle in kept)

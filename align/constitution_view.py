@@ -42,9 +42,33 @@ def show_constitution(path: str, console: Console) -> None:
         if of_tier and constitution.tiers:
             console.print(f"\n[bold]tier: {escape(tier or 'none')}[/]", highlight=False)
         for principle in of_tier:
-            console.print(f"\n[cyan]{principle.id}[/]  {escape(_traits(principle))}", highlight=False)
-            text = principle.text or principle.critique or principle.compare or ""
-            console.print(f"  {escape(text.strip())}", highlight=False)
+            _show_principle(constitution, principle, console)
+    for example in constitution.examples:
+        console.print(f"\n[bold]example[/]  {escape(_first_words(example.prompt[-1].content))}", highlight=False)
+    for comparison in constitution.comparisons:
+        console.print(f"\n[bold]choice[/]  {escape(_first_words(comparison.prompt[-1].content))}", highlight=False)
+
+
+def _show_principle(constitution: Constitution, principle: Principle, console: Console) -> None:
+    console.print(f"\n[cyan]{principle.id}[/]  {escape(_traits(constitution, principle))}", highlight=False)
+    parts = {
+        "": principle.text,
+        "not: ": principle.opposite,
+        "critique: ": principle.critique,
+        "revision: ": principle.revision,
+        "choice: ": principle.compare,
+        "why: ": principle.rationale,
+        "examples: ": "; ".join(_first_words(each.prompt[-1].content) for each in principle.examples),
+        "choices: ": "; ".join(_first_words(each.prompt[-1].content) for each in principle.comparisons),
+    }
+    for name, text in parts.items():
+        if text:
+            console.print(f"  {name}{escape(text.strip())}", highlight=False)
+
+
+def _first_words(text: str, width: int = 60) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= width else f"{line[: width - 1]}…"
 
 
 def _summary(constitution: Constitution) -> str:
@@ -52,17 +76,22 @@ def _summary(constitution: Constitution) -> str:
         f"{len(constitution.principles)} principles",
         f"{sum(principle.rule is not None for principle in constitution.principles)} with a rule",
         f"{sum(len(principle.probes) for principle in constitution.principles)} probes",
-        f"{len(constitution.examples)} examples",
+        f"{len(constitution.worked_examples)} examples",
+        *([f"{len(constitution.worked_comparisons)} choices"] if constitution.worked_comparisons else []),
+        *([f"{len(constitution.documents)} folders of documents"] if constitution.documents else []),
         constitution.language,
         constitution.key,
     ]
     return ", ".join(parts)
 
 
-def _traits(principle: Principle) -> str:
+def _traits(constitution: Constitution, principle: Principle) -> str:
     traits = [
         *([f"weight {principle.weight:g}"] if principle.weight != 1 else []),
         *(["hard"] if principle.hard else []),
+        *([f"tags {', '.join(principle.tags)}"] if principle.tags else []),
+        *([f"in {principle.language}"] if principle.language not in (None, constitution.language) else []),
+        *([f"by the documents in {', '.join(sources)}"] if (sources := constitution.sources_of(principle)) else []),
         *([f"only for {', '.join(principle.applies)}"] if principle.applies else []),
         *([f"rule: {principle.rule}"] if principle.rule else []),
     ]

@@ -52,5 +52,14 @@ class WorldSizeError(InputError):
     """The number of processes that started is not the number that was asked for."""
 
 
+class GateClosed(AlignError):
+    """What was generated is not fit to be trained on: a share over its limit; the rows and their journals are kept."""
+
+
 class JudgeAtChance(InputError):
-    """The judge cannot tell the better from the worse of a constitution's probes."""
+    """The judge cannot tell the better from the worse of a constitution's probes, or of pairs that people labelled."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what a library's error says, or its kind where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

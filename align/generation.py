@@ -11,7 +11,9 @@ from align.records import Conversation, FinishReason
 class Request:
     """One completion to make. `prefill` is text put at the start of the assistant's turn and not returned.
 
-    The same request in the same batch gives the same completion: its randomness comes from `seed` alone.
+    The same request in the same batch gives the same completion: its randomness comes from `seed` alone. `follow_up`
+    makes the conversation's next request from the text of this one; an engine may answer it in the same call, where it
+    still has the conversation at hand, and whoever asks puts it again where the engine did not.
     """
 
     id: str
@@ -21,6 +23,7 @@ class Request:
     temperature: float = 1.0
     top_p: float = 1.0
     prefill: str = ""
+    follow_up: "Callable[[str], Request] | None" = None
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,8 @@ class ChoiceRequest:
 class ChoiceScores:
     """For each choice, the sum of its tokens' log-probabilities in nats, and how many tokens that was.
 
-    A server that shows only the first token's alternatives gives -inf for a choice that is not among them.
+    A server that shows only the first token's alternatives gives -inf for a choice that is not among them; one that
+    shows none is asked for samples, and the log-probabilities are those of the votes.
     """
 
     id: str
@@ -71,8 +75,12 @@ class Backend(Protocol):
     depends_on_batch: bool
     """Whether the last bits of a row depend on which rows were asked for with it."""
 
+    @property
+    def choice_method(self) -> str:
+        """How choices of one word are scored, in words: by log-probabilities, or by a vote of samples."""
+
     def complete(self, requests: Sequence[Request], progress: Progress = unheard) -> Iterator[Completed]:
-        """Complete each request once."""
+        """Complete each request once, and perhaps its follow-up."""
 
     def choice_logprobs(
         self, requests: Sequence[ChoiceRequest], progress: Progress = unheard

@@ -5,14 +5,12 @@ from typing import Any
 
 import numpy as np
 
-from align.errors import InputError
+from align import plots
 from align.overoptimisation import REWARDS
 from align.overoptimisation_run import Curve, Study
 
 COLOURS = {"proxy": "#d98a00", "gold": "#1f6fb4"}
 MARKERS = {"proxy": "o", "gold": "s"}
-# Text stays text, so the file is small; ids come from a fixed salt, so the same study gives the same bytes.
-STYLE = {"svg.fonttype": "none", "svg.hashsalt": "align", "font.size": 9}
 
 
 def require_matplotlib() -> None:
@@ -21,13 +19,7 @@ def require_matplotlib() -> None:
     Raises:
         InputError: it is.
     """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise InputError(
-            "the plot needs matplotlib, which the extra `plots` brings: pip install 'align-rlhf[plots]'; "
-            "or leave it out with --no-plot"
-        ) from None
+    plots.require_matplotlib("it out with --no-plot")
 
 
 def draw(study: Study, path: Path) -> None:
@@ -40,17 +32,14 @@ def draw(study: Study, path: Path) -> None:
     import matplotlib
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(plots.STYLE):
         figure = Figure(figsize=(8, 3.4), layout="constrained")
         panels = figure.subplots(1, len(study.curves), sharey=True)
         for panel, curve in zip(panels, study.curves, strict=True):
             _draw_curve(panel, curve)
         panels[0].set_ylabel("reward above SFT's, in its standard deviations")
         panels[-1].legend(frameon=False)
-        try:
-            figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path}: cannot be written ({error}); choose another place with --plot") from None
+        plots.save_figure(figure, path)
 
 
 def _draw_curve(panel: Any, curve: Curve) -> None:

@@ -15,7 +15,7 @@ from align.errors import InputError
 from align.overoptimisation import REWARDS, Coefficient
 from align.overoptimisation_plot import draw, require_matplotlib
 from align.overoptimisation_run import Curve, Study, load_study
-from align.sheets import Sheet, print_sheet
+from align.sheets import Sheet, print_sheet, print_written
 
 STEM = "overoptimisation"
 SHOWN_POINTS = 12
@@ -45,7 +45,7 @@ def main(
         written.append(plot or run / f"{STEM}.svg")
         draw(study, written[-1])
     for path in written:
-        console.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
+        print_written(path, console)
 
 
 def study_sheets(study: Study) -> Iterator[Sheet]:

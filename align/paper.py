@@ -5,8 +5,8 @@
 | CritiqueRevisionInstructions.json | principles with critique and revision |
 | RLMadisonInstructions.json | principles with a question to compare by |
 | CritiqueRevisionFewShotPrompts.json | worked examples |
-| RLMadisonFewShotPrompts.json | probes, one to a comparing principle in turn; worked comparisons |
-| RLMadisonPrecogFewShotPrompts.json | worked comparisons with a chain of thought |
+| RLMadisonFewShotPrompts.json | probes and worked choices, one to a comparing principle in turn |
+| RLMadisonPrecogFewShotPrompts.json | worked choices with a chain of thought |
 
 The paper's lists for revising and for comparing are two lists, and stay so. `render_*` undo the parsing byte for byte.
 """
@@ -72,7 +72,7 @@ def paper_content(path: Path) -> dict[str, Any]:
         "source": "supplement of Bai et al. 2022, arXiv 2212.08073",
         "principles": principles,
         "examples": read.get(EXAMPLES, []),
-        "comparisons": [*read.get(PROBES, []), *read.get(REASONED, [])],
+        "comparisons": read.get(REASONED, []),
     }
 
 
@@ -106,7 +106,12 @@ def _framed(kind: str, text: str) -> str:
     return f"{before}{text}{after}"
 
 
-def _unframed(kind: str, text: str) -> str:
+def unframed(kind: str, text: str) -> str:
+    """What stands between the two parts of a frame: of `critique`, `revision` or `compare`.
+
+    Raises:
+        ValueError: the text is not framed so.
+    """
     before, after = _FRAMES[kind]
     if not (text.startswith(before) and text.endswith(after)):
         raise ValueError(f"expected {before!r} … {after!r}, found {text[:40]!r}")
@@ -117,15 +122,15 @@ def _critiques(content: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [
         {
             "id": name,
-            "critique": _unframed("critique", "".join(entry["prompt"])),
-            "revision": _unframed("revision", entry["edit_request"]),
+            "critique": unframed("critique", "".join(entry["prompt"])),
+            "revision": unframed("revision", entry["edit_request"]),
         }
         for name, entry in content.items()
     ]
 
 
 def _questions(content: list[str]) -> list[dict[str, Any]]:
-    return [{"id": f"choice{number}", "compare": _unframed("compare", text)} for number, text in enumerate(content)]
+    return [{"id": f"choice{number}", "compare": unframed("compare", text)} for number, text in enumerate(content)]
 
 
 def _examples(content: list[str]) -> list[dict[str, Any]]:
@@ -182,7 +187,9 @@ def _reasoned_choice(text: str) -> dict[str, Any]:
 
 
 def _with_probes(principles: list[dict[str, Any]], probes: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{**principle, "probes": probes[number :: len(principles)]} for number, principle in enumerate(principles)]
+    """Each principle with its share of the probes, which are worked choices as well."""
+    shares = [probes[number :: len(principles)] for number in range(len(principles))]
+    return [{**each, "probes": own, "comparisons": own} for each, own in zip(principles, shares, strict=True)]
 
 
 _PARSERS: dict[str, Callable[[Any], list[dict[str, Any]]]] = {

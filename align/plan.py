@@ -26,7 +26,8 @@ SHOWN_CHANGES = 3
 @dataclass(frozen=True)
 class Step:
     """One stage of a recipe as it stands. `waits_for` are the inputs that aren't done, and there is no fingerprint
-    before they are; `why` says what made the result stale, or what the stage waits for."""
+    before they are; `work` is the fingerprint without what only decides on publication, and names the folder that is
+    worked in; `why` says what made the result stale, or what the stage waits for."""
 
     stage: str
     directory: Path
@@ -34,6 +35,7 @@ class Step:
     inputs: Mapping[str, str]
     waits_for: tuple[str, ...]
     fingerprint: str | None
+    work: str | None
     state: State
     why: str
 
@@ -92,10 +94,16 @@ def _step(recipe: Recipe, stage: str, upstream: Plan) -> Step:
     waits_for = tuple(name for name in names if not upstream[name].is_done)
     inputs = {name: _content(upstream[name].directory) for name in names if name not in waits_for}
     fingerprint = None if waits_for else digest({"slice": own, "inputs": inputs})
-    state, why = _state(directory, manifest, own, inputs, fingerprint)
+    work = None if waits_for else digest({"slice": _without_gates(own), "inputs": inputs})
+    state, why = _state(directory, manifest, own, inputs, fingerprint, work)
     if waits_for:
         why = "; ".join([*([why] if why else []), f"waits for {', '.join(waits_for)}"])
-    return Step(stage, directory, own, inputs, waits_for, fingerprint, state, why)
+    return Step(stage, directory, own, inputs, waits_for, fingerprint, work, state, why)
+
+
+def _without_gates(own: Slice) -> Slice:
+    gates = all_stages()[own["stage"]].only_gates
+    return {**own, "settings": {key: value for key, value in own["settings"].items() if key not in gates}}
 
 
 def _content(directory: Path) -> str:
@@ -105,9 +113,14 @@ def _content(directory: Path) -> str:
 
 
 def _state(
-    directory: Path, manifest: Manifest | None, own: Slice, inputs: Mapping[str, str], fingerprint: str | None
+    directory: Path,
+    manifest: Manifest | None,
+    own: Slice,
+    inputs: Mapping[str, str],
+    fingerprint: str | None,
+    work: str | None,
 ) -> tuple[State, str]:
-    unfinished = directory.parent / PARTIAL / f"{directory.name}-{fingerprint}"
+    unfinished = directory.parent / PARTIAL / f"{directory.name}-{work}"
     if unfinished.is_dir() and any(unfinished.iterdir()):
         return "interrupted", "goes on from where it was"
     if manifest is None:

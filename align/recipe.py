@@ -188,7 +188,7 @@ def _model_key(block: Named) -> tuple[str, str | None]:
     if isinstance(block, ModelBlock):
         return "path", block.path
     if isinstance(block, EngineBlock):
-        return "model", block.model if block.kind == "local" else None
+        return ("model", block.model) if block.kind == "local" else ("tokenizer", block.tokenizer)
     return "model", block.model if isinstance(block, RewardSourceBlock) else None
 
 

@@ -103,7 +103,10 @@ class Sample(Row):
 
 @dataclass(frozen=True)
 class Critique(Row):
-    """One round of critique and revision of one completion."""
+    """One round of critique and revision of one completion.
+
+    `evidence` has the ids of the passages that were shown, `cited` those that the critique cites, made-up ones too.
+    """
 
     id: str
     prompt_id: str
@@ -114,6 +117,11 @@ class Critique(Row):
     revision: str
     finish_reason: FinishReason
     seed: int = 0
+    evidence: tuple[str, ...] = ()
+    cited: tuple[str, ...] = ()
+
+
+JUDGED_WORSE = "judged worse"
 
 
 @dataclass(frozen=True)
@@ -121,7 +129,7 @@ class Revision(Row):
     """What the loop made of a sample: the completion after the last round, and whether the judge preferred it.
 
     `p_better` is the judge's probability that the revision is better than the original; `reason` says why a rejected
-    revision was rejected ('judged worse', or the name of a filter), and is empty for an accepted one.
+    revision was rejected (`JUDGED_WORSE`, or the name of a filter), and is empty for an accepted one.
     """
 
     id: str
@@ -277,6 +285,11 @@ def write_rows(path: Path, rows: Iterable[Row]) -> int:
     count = 0
     with path.open("w", encoding="utf-8") as out:
         for row in rows:
-            out.write(json.dumps(row.to_json(), ensure_ascii=False) + "\n")
+            out.write(as_line(row))
             count += 1
     return count
+
+
+def as_line(row: Row) -> str:
+    """A record as its line of a JSONL file, with the newline."""
+    return json.dumps(row.to_json(), ensure_ascii=False) + "\n"

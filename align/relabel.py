@@ -17,20 +17,13 @@ from align.backends.recorded import RecordedBackend
 from align.config import Block, JudgeBlock
 from align.constitution import Constitution, load_constitution
 from align.errors import FileProblems, InputError, Problem
+from align.feedback.agreement import agreement_figures
 from align.feedback.judge import Judge
+from align.feedback.tallies import ComparisonTally
 from align.recipe_files import apply_override
 from align.records import Comparison, OpinionScores, PreferencePair, digest, read_rows, write_rows
 from align.repro import derive_seed, environment
-from align.stages.compare import (
-    STAGE,
-    CompareBlock,
-    counts,
-    figures,
-    label,
-    opinion_counts,
-    option_figures,
-    pair_of,
-)
+from align.stages.compare import STAGE, CompareBlock, label, pair_of
 from align.yaml_files import Lines, problems_from
 
 FREE = (
@@ -42,7 +35,7 @@ FREE = (
     "compare.principle",
 )
 """Keys that only decide what becomes of the scores."""
-FILES = ("comparisons.jsonl", "pairs.jsonl", "opinions.jsonl", "constitution.json")
+FILES = ("comparisons.jsonl", "pairs.jsonl", "opinions.jsonl", "constitution.json", "agreement.json")
 
 
 class _Settings(Block):
@@ -90,16 +83,22 @@ def relabel(
     settings = _settings(labelled.manifest, overrides)
     judge = recorded_judge(labelled, settings, _chosen(labelled, constitution, principles))
     rows = [_unjudged(row) if row.judge else row for row in labelled.comparisons]
-    comparisons, opinions = label(rows, judge)
+    answered = label(rows, judge)
+    comparisons = [row for row, _ in answered]
+    tally = ComparisonTally([principle.id for principle in judge.principles], judge.block.min_margin)
+    for row, scores in answered:
+        tally.add(row, scores)
+    agreement = tally.agreement.agreement()
     judged = [pair for row in comparisons if (pair := pair_of(row))]
     kept = [pair for pair in labelled.pairs if pair.source == "revision"]
     output.mkdir(parents=True)
     write_rows(output / "comparisons.jsonl", comparisons)
-    write_rows(output / "pairs.jsonl", {pair.id: pair for pair in (*judged, *kept)}.values())
-    write_rows(output / "opinions.jsonl", opinions)
+    write_rows(output / "pairs.jsonl", _first_of_each([*judged, *kept]))
+    write_rows(output / "opinions.jsonl", (each for _, scores in answered for each in scores))
+    write_json(output / "agreement.json", agreement.as_json())
     write_json(output / "constitution.json", judge.constitution.model_dump(mode="json"))
-    counted = {**counts(comparisons), **opinion_counts(comparisons, opinions), "pairs": len(judged)}
-    measured = {**figures(comparisons), **option_figures(opinions)}
+    counted = {**tally.counts(), "pairs": len(judged)}
+    measured = {**tally.figures(), "agreement": agreement_figures(agreement)}
     _write_manifest(labelled, output, settings, judge.constitution, counted, measured)
     return counted
 
@@ -176,6 +175,14 @@ def _chosen(labelled: Labelled, path: str | None, ids: Sequence[str]) -> Constit
         return constitution
     kept = tuple(principle for principle in constitution.principles if principle.id in ids)
     return constitution.model_copy(update={"principles": kept})
+
+
+def _first_of_each(pairs: Sequence[PreferencePair]) -> list[PreferencePair]:
+    """Of several pairs of the same two texts the first, as where they were made."""
+    first: dict[str, PreferencePair] = {}
+    for pair in pairs:
+        first.setdefault(pair.id, pair)
+    return list(first.values())
 
 
 def _unjudged(row: Comparison) -> Comparison:

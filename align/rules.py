@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
 from align.config import Block, Positive
 from align.sentences import CLOSERS, count_sentences, count_words, fold
@@ -29,16 +29,18 @@ Pattern = Annotated[str, Field(min_length=1), AfterValidator(_compiles)]
 class Rule(Block):
     """Exactly one check. Patterns are Python's, searched anywhere in the text, with `^` and `$` at each line's ends."""
 
-    ends_with: Text | None = None
-    not_ends_with: Text | None = None
-    contains: Text | None = None
-    excludes: Text | None = None
-    max_sentences: Positive | None = None
-    min_sentences: Positive | None = None
-    max_words: Positive | None = None
-    min_words: Positive | None = None
-    matches: Pattern | None = None
-    excludes_regex: Pattern | None = None
+    model_config = ConfigDict(json_schema_extra={"minProperties": 1, "maxProperties": 1})
+
+    ends_with: Text | None = Field(None, description="how the text ends")
+    not_ends_with: Text | None = Field(None, description="how it does not end")
+    contains: Text | None = Field(None, description="what is in it")
+    excludes: Text | None = Field(None, description="what is not in it")
+    max_sentences: Positive | None = Field(None, description="sentences at most")
+    min_sentences: Positive | None = Field(None, description="sentences at least")
+    max_words: Positive | None = Field(None, description="words at most")
+    min_words: Positive | None = Field(None, description="words at least")
+    matches: Pattern | None = Field(None, description="a regular expression found in it")
+    excludes_regex: Pattern | None = Field(None, description="a regular expression not found in it")
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Self:

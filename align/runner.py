@@ -52,7 +52,8 @@ def run_stage(recipe: Recipe, stage: str) -> bool:
     run = step.directory.parent
     with disk_faults_told(run, run / PARTIAL), _alone(run, stage):
         partial = _partial(run, step)
-        if read_manifest(partial) is None:
+        finished = read_manifest(partial)
+        if finished is None or finished.fingerprint != step.fingerprint:
             _work(recipe, step, partial)
         if processes.is_first():
             _publish(partial, step)
@@ -134,11 +135,11 @@ def _make_folder(folder: Path) -> None:
 
 def _partial(run: Path, step: Step) -> Path:
     """The folder that the processes work in, made by the first."""
-    assert step.fingerprint is not None
+    assert step.work is not None
     if processes.is_first():
-        partial_directory(run, step.stage, step.fingerprint)
+        partial_directory(run, step.stage, step.work)
     processes.barrier()
-    return run / PARTIAL / f"{step.stage}-{step.fingerprint}"
+    return run / PARTIAL / f"{step.stage}-{step.work}"
 
 
 def _work(recipe: Recipe, step: Step, partial: Path) -> None:

@@ -4,12 +4,15 @@ import html
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from align.records import Conversation
 
 _KEPT = "\n\u200c\u200d"  # joiners hold emoji and Indic letters together
 _LABEL_WIDTH = 8
@@ -112,3 +115,15 @@ def _cells(sheet: Sheet, row: Sequence[str]) -> str:
 
 def _escaped(text: str) -> str:
     return html.escape(printable(text))
+
+
+def print_written(path: Path, console: Console) -> None:
+    """Say that a file was written, so that its path can be copied."""
+    console.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
+
+
+def conversation_text(conversation: Conversation) -> str:
+    """A conversation to be read: its one message, or every message after its role."""
+    if len(conversation) == 1:
+        return conversation[0].content
+    return "\n".join(f"{message.role}: {message.content}" for message in conversation)

@@ -63,6 +63,8 @@ class Stage(ABC):
     with its own block they are its slice of the recipe, and a change in the slice makes it stale. It gets None for one
     that is among `optional` too and that the recipe lacks; without the others the recipe is at fault. `outputs` are
     the files and folders it publishes, relative to its folder; one that is not always there may be missing.
+    `only_gates` names settings that only decide whether the result may be published: another value goes on with the
+    work that is there.
     """
 
     name: ClassVar[str]
@@ -70,6 +72,7 @@ class Stage(ABC):
     settings: ClassVar[type[Block]]
     shares: ClassVar[tuple[str, ...]] = ()
     optional: ClassVar[tuple[str, ...]] = ()
+    only_gates: ClassVar[tuple[str, ...]] = ()
     outputs: ClassVar[tuple[str, ...]]
     uses_processes: ClassVar[bool] = True
 

@@ -41,13 +41,42 @@ def wilson_interval(successes: float, n: int, confidence: float = 0.95) -> tuple
     _check_confidence(confidence)
     if not 0 <= successes <= n:
         raise ValueError(f"successes must lie in [0, {n}], got {successes}")
-    if n == 0:
-        return 0.0, 1.0
+    return _wilson(successes / n, n, confidence) if n else (0.0, 1.0)
+
+
+def _wilson(share: float, n: float, confidence: float) -> tuple[float, float]:
     z = NormalDist().inv_cdf(0.5 + confidence / 2)
-    share = successes / n
     centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * (share * (1 - share) / n + z**2 / (4 * n**2)) ** 0.5
     return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def clustered_wilson_estimate(values: ArrayLike, clusters: Sequence[str], confidence: float = 0.95) -> Estimate:
+    """A share with Wilson's interval, wider where values of one cluster resemble each other: pairs of one prompt, say.
+
+    n is divided by the design effect, the variance of the share over clusters as a multiple of the binomial one (Kish
+    1965; Korn and Graubard 1998), never by less than 1. Where every cluster has one value this is Wilson's interval
+    itself; where every cluster has copies of one value, it is that of one value a cluster. Unlike resampling it does
+    not claim much of few clusters.
+
+    Args:
+        values: (N,) in [0, 1].
+        clusters: (N,) the name of each value's cluster.
+
+    Raises:
+        ValueError: as many clusters' names as values are needed, values outside [0, 1], or none.
+    """
+    sample = _vector(values)
+    _check_within(sample, 0, 1)
+    if len(clusters) != len(sample):
+        raise ValueError(f"each value needs a cluster, got {len(sample)} values and {len(clusters)} clusters")
+    _, place = np.unique(np.asarray(clusters), return_inverse=True)
+    mean, n = float(sample.mean()), len(sample)
+    binomial = n * mean * (1 - mean)
+    # Clusters that all agree show no variance to compare: each then counts once.
+    between = float((np.bincount(place, weights=sample - mean) ** 2).sum())
+    effect = max(1.0, between / binomial) if binomial > 0 else n / (place.max() + 1)
+    return Estimate(mean, *_wilson(mean, n / effect, confidence), n)
 
 
 def bootstrap_interval(
@@ -141,12 +170,15 @@ def paired_share_difference(
     return _bounded(_differences(first, second), -1, 1, seed, resamples, confidence)
 
 
-def reliability_bins(probabilities: ArrayLike, outcomes: ArrayLike, bins: int = 10) -> list[ReliabilityBin]:
-    """The bins of equal width that hold any prediction (Guo et al. 2017, section 2).
+def reliability_bins(
+    probabilities: ArrayLike, outcomes: ArrayLike, bins: int | Sequence[float] = 10
+) -> list[ReliabilityBin]:
+    """The bins that hold any prediction (Guo et al. 2017, section 2).
 
     Args:
         probabilities: (N,) predicted, in [0, 1].
         outcomes: (N,) what happened: 0 or 1, or a soft label between.
+        bins: how many of equal width, or their edges, rising; what lies outside is put into the nearest bin.
 
     Raises:
         ValueError: lengths that differ, values outside [0, 1], nothing to bin, or no bins.
@@ -156,10 +188,10 @@ def reliability_bins(probabilities: ArrayLike, outcomes: ArrayLike, bins: int = 
         raise ValueError(f"each probability needs an outcome, got {len(predicted)} and {len(happened)}")
     _check_within(predicted, 0, 1)
     _check_within(happened, 0, 1)
-    if bins < 1:
-        raise ValueError(f"bins must be 1 or more, got {bins}")
-    edges = np.arange(bins + 1) / bins
-    places = np.clip(np.searchsorted(edges, predicted, side="left") - 1, 0, bins - 1)
+    edges = np.arange(bins + 1) / bins if isinstance(bins, int) else np.asarray(bins, dtype=np.float64)
+    if len(edges) < 2 or (np.diff(edges) <= 0).any():
+        raise ValueError(f"bins must be 1 or more, or rising edges, got {bins}")
+    places = np.clip(np.searchsorted(edges, predicted, side="left") - 1, 0, len(edges) - 2)
     return [
         ReliabilityBin(
             low=float(edges[place]),
@@ -168,12 +200,14 @@ def reliability_bins(probabilities: ArrayLike, outcomes: ArrayLike, bins: int = 
             mean_probability=float(predicted[places == place].mean()),
             share=float(happened[places == place].mean()),
         )
-        for place in range(bins)
+        for place in range(len(edges) - 1)
         if (places == place).any()
     ]
 
 
-def expected_calibration_error(probabilities: ArrayLike, outcomes: ArrayLike, bins: int = 10) -> float:
+def expected_calibration_error(
+    probabilities: ArrayLike, outcomes: ArrayLike, bins: int | Sequence[float] = 10
+) -> float:
     """Mean gap between predicted and observed shares, weighted by bin (Naeini et al. 2015; Guo et al. 2017, eq. 3)."""
     filled = reliability_bins(probabilities, outcomes, bins)
     total = sum(each.count for each in filled)

@@ -26,7 +26,7 @@ from align.config import ModelBlock
 from align.data.chat import end_of_turn_ids
 from align.data.columns import IGNORED
 from align.epoch_rows import TakesRowsInOrder
-from align.errors import InputError, NotFinite
+from align.errors import InputError, NotFinite, first_line
 from align.models.policy import add_lora, load_causal_lm, save_model
 from align.stage import Context
 from align.trl_bridge import Trained, not_finite, train, whole_state, with_labels
@@ -318,10 +318,9 @@ def refusals_told(context: Context) -> Iterator[None]:
         raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).parts
         if not options or not {"trl", "transformers"} & set(raised_in):
             raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         names = ", ".join(options)
         raise InputError(
-            f"{context.stage}.trl: TRL refuses these options ({reason}); mend or remove one of {names}"
+            f"{context.stage}.trl: TRL refuses these options ({first_line(error)}); mend or remove one of {names}"
         ) from error
 
 

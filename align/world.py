@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from align import processes
-from align.errors import InputError, WorldSizeError
+from align.errors import InputError, WorldSizeError, first_line
 from align.yaml_files import load_yaml
 
 ASKED = "ALIGN_PROCESSES"
@@ -72,7 +72,7 @@ def check_config(config: Path) -> None:
         load_config_from_file(str(config))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(
-            f"{config}: no configuration file of accelerate ({str(error).splitlines()[0]}); take one of "
+            f"{config}: no configuration file of accelerate ({first_line(error)}); take one of "
             "recipes/accelerate, or make one with `accelerate config --config_file FILE`"
         ) from error
 

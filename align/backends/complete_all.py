@@ -6,7 +6,7 @@ Of an engine whose rows do not depend on each other, a server, only the missing 
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -23,7 +23,7 @@ Asked = TypeVar("Asked", Request, ChoiceRequest)
 def complete_all(
     backend: Backend, requests: Sequence[Request], batch_size: int, journal_path: Path | None, description: str
 ) -> dict[str, Completed]:
-    """Every request's completion by id, in every process.
+    """Every request's completion, and its follow-up's, by id, in every process.
 
     Args:
         batch_size: requests a chunk.
@@ -35,7 +35,12 @@ def complete_all(
         AlignError: the backend left a request unanswered.
     """
     work = _Work(backend.complete, backend.depends_on_batch, batch_size, description, _completed)
-    rows = _answer_all(work, requests, journal_path)
+    rows: dict[str, dict[str, Any]] = {}
+    asked = list(requests)
+    while asked:
+        rows |= _answer_all(work, asked, journal_path)
+        next_turns = [request.follow_up(rows[request.id]["text"]) for request in asked if request.follow_up]
+        asked = [request for request in next_turns if request.id not in rows]
     return {row_id: _completed(row) for row_id, row in rows.items()}
 
 
@@ -66,6 +71,11 @@ class _Work(Generic[Asked]):
     description: str
     read: Callable[[Mapping[str, Any]], object]
 
+    def answers(self, chunk: Sequence[Asked]) -> int:
+        """How many answers a chunk is expected to give."""
+        following = sum(isinstance(request, Request) and request.follow_up is not None for request in chunk)
+        return len(chunk) + (following if self.depends_on_batch else 0)
+
 
 def _answer_all(work: _Work[Asked], requests: Sequence[Asked], journal_path: Path | None) -> dict[str, dict[str, Any]]:
     if len({request.id for request in requests}) < len(requests):
@@ -75,37 +85,55 @@ def _answer_all(work: _Work[Asked], requests: Sequence[Asked], journal_path: Pat
     chunks = [ordered[start : start + work.batch_size] for start in range(0, len(ordered), work.batch_size)]
     rows: dict[str, dict[str, Any]] = {}
     if journal_path is None:
-        _answer_chunks(work, chunks, rows.__contains__, lambda row: rows.update({row["id"]: row}))
+        _answer_chunks(work, chunks, rows.get, lambda row: rows.update({row["id"]: row}))
     else:
         with Journal(journal_path, processes.rank(), work.read) as journal:
-            _answer_chunks(work, processes.share(chunks), journal.__contains__, journal.append)
-        processes.barrier()
-        with Journal(journal_path, processes.rank(), work.read) as journal:
+            _answer_chunks(work, processes.share(chunks), journal.rows.get, journal.append)
             rows = journal.rows
+        processes.barrier()
+        if processes.world_size() > 1:
+            with Journal(journal_path, processes.rank(), work.read) as journal:
+                rows = journal.rows
     unanswered = [request.id for request in requests if request.id not in rows]
     if unanswered:
         raise AlignError(
             f"{work.description}: the engine left {len(unanswered)} requests unanswered, first {unanswered[0]}"
         )
-    return {request.id: rows[request.id] for request in requests}
+    turns = [turn.id for request in requests for turn in _turns(request, rows.get)]
+    return {row_id: rows[row_id] for row_id in turns if row_id in rows}
+
+
+def _turns(
+    request: Request | ChoiceRequest, answer_to: Callable[[str], dict[str, Any] | None]
+) -> Iterator[Request | ChoiceRequest]:
+    """The request, and its follow-ups as far as answers to those before are there."""
+    yield request
+    answered = answer_to(request.id)
+    if isinstance(request, Request) and request.follow_up and answered is not None:
+        yield from _turns(request.follow_up(answered["text"]), answer_to)
 
 
 def _answer_chunks(
     work: _Work[Asked],
     chunks: Sequence[Sequence[Asked]],
-    is_answered: Callable[[str], bool],
+    answer_to: Callable[[str], dict[str, Any] | None],
     keep: Callable[[dict[str, Any]], None],
 ) -> None:
-    missing = [[request for request in chunk if not is_answered(request.id)] for chunk in chunks]
+    def is_answered(request: Asked) -> bool:
+        # An engine whose rows depend on each other makes a chunk's follow-ups with it, so they are part of the chunk.
+        turns = _turns(request, answer_to) if work.depends_on_batch else [request]
+        return all(answer_to(turn.id) is not None for turn in turns)
+
+    missing = [[request for request in chunk if not is_answered(request)] for chunk in chunks]
     todo = [
         chunk if work.depends_on_batch else unanswered
         for chunk, unanswered in zip(chunks, missing, strict=True)
         if unanswered
     ]
-    total, left = (sum(len(chunk) for chunk in some) for some in (chunks, todo))
+    total, left = (sum(map(work.answers, some)) for some in (chunks, todo))
     with RowBar(total, total - left, work.description) as bar:
         for chunk in todo:
-            bar.begin(len(chunk))
+            bar.begin(work.answers(chunk))
             for answered in work.answer(chunk, bar.part):
                 keep(dataclasses.asdict(answered))
                 bar.row()

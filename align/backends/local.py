@@ -1,5 +1,6 @@
 """The engine that runs a causal language model in this process."""
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -11,7 +12,17 @@ from align.data.chat import prompt_ids, token_ids
 from align.generation import ChoiceRequest, ChoiceScores, Completed, Progress, Request, unheard
 from align.models.decode import decode
 from align.models.logprobs import completion_logprobs
+from align.models.openings import can_share
 from align.models.policy import stop_token_ids
+from align.models.running import Running, Task
+from align.models.wrapped import inner_model
+from align.records import FinishReason
+
+RUNNING_ROWS = 64
+"""Completions that are written at a time, where as many are asked for."""
+
+KEPT_TOKENS = 2**15
+"""Tokens of openings and ended conversations whose keys and values are kept during a call."""
 
 SCORED_TOKENS = 4096
 """Positions, padding included, of one scoring pass."""
@@ -34,44 +45,75 @@ class _Choice:
 class LocalBackend:
     """Completions and choices by a causal LM in this process.
 
-    The requests of one call are one batch wherever they share their sampling settings: the caller cuts its work into
-    calls of the size that memory allows.
+    Requests of one call that share their sampling settings run together, at most `RUNNING_ROWS` at a time; one that
+    ends is replaced by one that waits. Nothing is remembered from call to call, so that a call's results are a function
+    of its requests alone. `read` counts the prompt tokens that completions took through the model.
     """
 
     depends_on_batch = True
+    choice_method = "log-probabilities"
 
     def __init__(self, model: Any, tokenizer: Any, *, name: str, system_prompt: str | None = None) -> None:
         self.name = name
+        self.read = 0
         self._model = model
         self._tokenizer = tokenizer
         self._system_prompt = system_prompt
         self._stop_ids = stop_token_ids(model, tokenizer)
 
     def complete(self, requests: Sequence[Request], progress: Progress = unheard) -> Iterator[Completed]:
-        """Complete each request once. Progress is told after each token: rows come when all of a batch have ended."""
+        """Complete each request and its follow-ups, longest first; progress counts follow-ups as they come up."""
         done = 0
-        for _, group in groupby(sorted(requests, key=_settings), key=_settings):
+        for settings, group in groupby(sorted(requests, key=_settings), key=_settings):
             batch = list(group)
-            yield from self._complete_batch(batch, _within(progress, done, len(batch), len(requests)))
+            answers = self._continuous if can_share(inner_model(self._model).config) else self._together
+            yield from answers(batch, settings, _within(progress, done, len(batch), len(requests)))
             done += len(batch)
 
-    def _complete_batch(self, requests: Sequence[Request], progress: Progress) -> Iterator[Completed]:
-        max_new_tokens, temperature, top_p = _settings(requests[0])
+    def _continuous(
+        self, requests: Sequence[Request], settings: tuple[int, float, float], progress: Progress
+    ) -> Iterator[Completed]:
+        """Requests of the same settings, and their follow-ups, through a running batch."""
+        running = Running(
+            self._model,
+            rows=RUNNING_ROWS,
+            kept_tokens=KEPT_TOKENS,
+            stop_ids=self._stop_ids,
+            pad_id=self._tokenizer.pad_token_id,
+            **_as_options(settings),
+        )
+        tasks = [Task(request, self._prompt(request), request.seed) for request in requests]
+        waiting = deque(sorted(tasks, key=lambda task: -len(task.prompt)))
+        turns = sum(2 if request.follow_up else 1 for request in requests)
+        for answered, (task, tokens, reason) in enumerate(running.run(waiting), start=1):
+            completed = self._completed(task.key, tokens, reason)
+            if task.key.follow_up:
+                request = task.key.follow_up(completed.text)
+                if _settings(request) == settings:
+                    waiting.appendleft(Task(request, self._prompt(request), request.seed))
+            progress(min(answered / turns, 1.0))
+            yield completed
+        self.read += running.read
+
+    def _together(
+        self, requests: Sequence[Request], settings: tuple[int, float, float], progress: Progress
+    ) -> Iterator[Completed]:
+        """Requests of the same settings as one batch, for models whose cache rows cannot be picked from."""
         decoded = decode(
             self._model,
             [self._prompt(request) for request in requests],
             seeds=[request.seed for request in requests],
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
             stop_ids=self._stop_ids,
             pad_id=self._tokenizer.pad_token_id,
             progress=progress,
+            **_as_options(settings),
         )
         for request, tokens, reason in zip(requests, decoded.tokens, decoded.finish_reasons, strict=True):
-            words = tokens[:-1] if reason == "stop" else tokens
-            text = self._tokenizer.decode(words, skip_special_tokens=True)
-            yield Completed(request.id, text, reason, len(tokens))
+            yield self._completed(request, tokens, reason)
+
+    def _completed(self, request: Request, tokens: list[int], reason: FinishReason) -> Completed:
+        words = tokens[:-1] if reason == "stop" else tokens
+        return Completed(request.id, self._tokenizer.decode(words, skip_special_tokens=True), reason, len(tokens))
 
     def choice_logprobs(
         self, requests: Sequence[ChoiceRequest], progress: Progress = unheard
@@ -116,6 +158,10 @@ class LocalBackend:
 def _within(progress: Progress, before: int, rows: int, of: int) -> Progress:
     """Progress of some rows of many, told as that of all."""
     return lambda share: progress((before + share * rows) / of)
+
+
+def _as_options(settings: tuple[int, float, float]) -> dict[str, Any]:
+    return dict(zip(("max_new_tokens", "temperature", "top_p"), settings, strict=True))
 
 
 def _settings(request: Request) -> tuple[int, float, float]:

@@ -1,31 +1,38 @@
-"""The engine that asks an OpenAI-compatible server: OpenAI's own, or vLLM, SGLang, llama.cpp and others."""
+"""The engine that asks an OpenAI-compatible server: OpenAI's own, or vLLM, SGLang, TGI, llama.cpp and others."""
 
-import math
+import asyncio
 import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+import queue
+import threading
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import openai
 
+from align import processes
+from align.backends import server_scores
+from align.backends.server_faults import explained, try_until_answered
+from align.backends.server_replies import ChatReply, Reply, TextReply, read_reply
 from align.config import EngineBlock
 from align.data.chat import with_system_prompt
 from align.errors import AlignError, InputError
 from align.generation import ChoiceRequest, ChoiceScores, Completed, Progress, Request, unheard
-from align.records import FinishReason, as_dicts
+from align.records import as_dicts
 
-TOP_LOGPROBS = 20
-"""Alternatives asked for; the most that the protocol allows."""
+LONGEST_WORD = 12
+"""Characters of a choice that the alternatives for one token may hold."""
 
 Asked = TypeVar("Asked", Request, ChoiceRequest)
 Answered = TypeVar("Answered")
+Shape = TypeVar("Shape", bound=Reply)
 
 
 class OpenAIBackend:
-    """Completions and single-token choices from a server, `concurrency` requests at a time.
+    """Completions and log-probabilities from a server, at most `concurrency` requests at a time.
 
-    Requests that meet a rate limit, a fault of the server or a timeout are tried again with growing pauses,
-    `max_retries` times.
+    A request that meets a rate limit, a fault of the server, a timeout or a broken reply is tried again with growing
+    pauses, `max_retries` times, and keeps its place meanwhile: a server in trouble is asked less. Once one has failed
+    for good no other is begun, and those under way are still handed over. Several processes share the bound.
     """
 
     depends_on_batch = False
@@ -34,20 +41,55 @@ class OpenAIBackend:
         if not engine.model:
             raise InputError("engine.model: a server needs the name of the model it serves")
         self.name = f"openai:{engine.model}"
-        self._engine = engine
-        self._system_prompt = system_prompt
+        self.engine = engine
+        self.system_prompt = system_prompt
         self._key = os.environ.get(engine.api_key_env, "")
         if not self._key and engine.base_url is None:
             raise InputError(
                 f"engine.api_key_env: the environment variable {engine.api_key_env} is not set; export the key in it, "
                 "or name a server of your own in engine.base_url"
             )
-        self._client = openai.OpenAI(
+        self._client = openai.AsyncOpenAI(
             api_key=self._key or "none",
             base_url=engine.base_url,
             timeout=engine.timeout_seconds,
-            max_retries=engine.max_retries,
+            max_retries=0,
+            # On a connection that is used again, a reply that a server or proxy sent twice is taken for the answer to
+            # the next request. A new connection is nothing beside a completion.
+            default_headers={"Connection": "close"},
         )
+        self._places = asyncio.Semaphore(_share_of_bound(engine.concurrency))
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._alternatives: int | None = None
+        self._has_scored = False
+        self._tokenizer: Any = None
+
+    @property
+    def alternatives(self) -> int:
+        """How many alternatives for the next token the server shows; 0 where choices are put to the vote.
+
+        It is asked once, by a request of its own.
+
+        Raises:
+            AlignError: the server does not answer, or refuses.
+        """
+        if self._alternatives is None:
+            self._alternatives = self.ask(server_scores.most_alternatives(self))
+        return self._alternatives
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer of `engine.tokenizer`, loaded at first use."""
+        if self._tokenizer is None:
+            from align.models.policy import load_tokenizer
+
+            self._tokenizer = load_tokenizer(str(self.engine.tokenizer))
+        return self._tokenizer
+
+    @property
+    def choice_method(self) -> str:
+        """How choices of one word are scored, in words."""
+        return "log-probabilities" if self.alternatives else f"vote of {self.engine.votes} samples"
 
     def complete(self, requests: Sequence[Request], progress: Progress = unheard) -> Iterator[Completed]:
         """Complete each request once; results come as they finish."""
@@ -56,93 +98,144 @@ class OpenAIBackend:
     def choice_logprobs(
         self, requests: Sequence[ChoiceRequest], progress: Progress = unheard
     ) -> Iterator[ChoiceScores]:
-        """Score choices of one short token each by the server's alternatives for the first token.
+        """Score choices: words by the alternatives for one token or by a vote, whole texts where the server can.
 
         Raises:
-            InputError: a choice is longer than a letter or a word, or the server gives no log-probabilities.
+            InputError: the server gives no log-probabilities of a given text, or wrong ones.
         """
-        for request in requests:
-            for choice in request.choices:
-                if len(choice.split()) != 1 or len(choice) > 12:
-                    raise InputError(
-                        f"engine {self.name}: a server shows the log-probabilities of the next token alone, so it "
-                        f"cannot score the text {choice[:40]!r}; use `judge.kind: choice`, or `engine.kind: local`"
-                    )
-        return self._each(self._choose, requests)
+        alternatives = self.alternatives
+        if all(_is_word(choice) for request in requests for choice in request.choices):
+            score = server_scores.by_alternatives if alternatives else server_scores.by_vote
+            return self._each(lambda request: score(self, request), requests)
+        if not self._has_scored:
+            self.ask(server_scores.check_scoring(self))
+            self._has_scored = True
+        return self._each(lambda request: server_scores.of_texts(self, request), requests)
 
-    def _each(self, answer: Callable[[Asked], Answered], requests: Sequence[Asked]) -> Iterator[Answered]:
-        pool = ThreadPoolExecutor(max_workers=self._engine.concurrency)
+    def models(self) -> list[str]:
+        """The models that the server lists."""
+
+        async def listed() -> list[str]:
+            return [model.id async for model in self._client.models.list()]
+
+        return self.ask(self._tried(listed))
+
+    def ask(self, question: Awaitable[Answered]) -> Answered:
+        """What comes of a coroutine on this engine's loop."""
+
+        async def awaited() -> Answered:
+            return await question
+
         try:
-            for future in as_completed([pool.submit(answer, request) for request in requests]):
-                yield future.result()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+            return asyncio.run_coroutine_threadsafe(awaited(), self._running_loop()).result()
+        except Exception as error:
+            raise self.told(error) from None
 
-    def _complete(self, request: Request) -> Completed:
-        answer = self._ask(
+    async def chat(self, request: Request | ChoiceRequest, max_new_tokens: int, **options: Any) -> ChatReply:
+        """The reply to a conversation, checked; tried again as the engine's settings say."""
+        messages = as_dicts(with_system_prompt(request.messages, self.system_prompt))
+        extra = {**self.engine.extra, **options.pop("extra_body", {})}
+        if request.prefill:
+            messages.append({"role": "assistant", "content": request.prefill})
+            # Understood by vLLM and SGLang; llama.cpp's own server goes on with a last assistant's message by itself.
+            extra |= {"continue_final_message": True, "add_generation_prompt": False}
+        # OpenAI's newer models refuse the old name of the limit, which is the one that other servers know.
+        options["max_completion_tokens" if self.engine.base_url is None else "max_tokens"] = max_new_tokens
+        create: Any = self._client.chat.completions.with_raw_response.create
+        return await self._reply(
+            ChatReply, lambda: create(model=self.engine.model, messages=messages, extra_body=extra, **options)
+        )
+
+    async def echo(self, prompt: str) -> TextReply:
+        """The reply to a text that the server is asked to repeat with the log-probability of each token."""
+        create: Any = self._client.completions.with_raw_response.create
+        options = {"max_tokens": 1, "temperature": 0.0, "echo": True, "logprobs": 1}
+        return await self._reply(TextReply, lambda: create(model=self.engine.model, prompt=prompt, **options))
+
+    def told(self, error: Exception) -> Exception:
+        """A fault as the person is told it; those of this program are left as they are."""
+        if isinstance(error, AlignError):
+            return error
+        return explained(error, self.engine, self._key)
+
+    async def _complete(self, request: Request) -> Completed:
+        reply = await self.chat(
             request,
             request.max_new_tokens,
             temperature=request.temperature,
             top_p=request.top_p,
             seed=request.seed % 2**31,
         )
-        text = (answer.choices[0].message.content or "").removeprefix(request.prefill)
-        tokens = answer.usage.completion_tokens if answer.usage else len(text.split())
-        # Anything but a stop (a length limit, a content filter) left a text that is not whole.
-        reason: FinishReason = "stop" if answer.choices[0].finish_reason == "stop" else "length"
-        return Completed(request.id, text, reason, tokens)
+        text = reply.text.removeprefix(request.prefill)
+        tokens = reply.usage.completion_tokens if reply.usage else len(text.split())
+        return Completed(request.id, text, reply.finish_reason, tokens)
 
-    def _choose(self, request: ChoiceRequest) -> ChoiceScores:
-        answer = self._ask(request, 1, temperature=1.0, logprobs=True, top_logprobs=TOP_LOGPROBS)
-        shown = answer.choices[0].logprobs
-        if shown is None or not shown.content:
-            raise InputError(
-                f"engine {self.name}: the server gave no log-probabilities, which `judge.kind: choice` needs; "
-                "switch them on in the server, use another, or use `engine.kind: local`"
-            )
-        alternatives = [(each.token.strip(), each.logprob) for each in shown.content[0].top_logprobs]
-        logprobs = tuple(
-            _log_sum_exp([logprob for token, logprob in alternatives if token == choice.strip()])
-            for choice in request.choices
-        )
-        return ChoiceScores(request.id, logprobs, (1,) * len(request.choices))
+    async def _reply(self, shape: type[Shape], send: Callable[[], Awaitable[Any]]) -> Shape:
+        async def once() -> Shape:
+            return read_reply(shape, (await send()).http_response.content)
 
-    def _ask(self, request: Request | ChoiceRequest, max_new_tokens: int, **options: Any) -> Any:
-        # OpenAI's newer models refuse the old name of the limit, which is the one that other servers know.
-        options["max_completion_tokens" if self._engine.base_url is None else "max_tokens"] = max_new_tokens
-        messages: list[Any] = [*as_dicts(with_system_prompt(request.messages, self._system_prompt))]
-        if request.prefill:
-            messages.append({"role": "assistant", "content": request.prefill})
-            # Understood by vLLM and SGLang; llama.cpp goes on with a last assistant's message by itself.
-            options["extra_body"] = {"continue_final_message": True, "add_generation_prompt": False}
+        return await self._tried(once)
+
+    async def _tried(self, once: Callable[[], Awaitable[Answered]]) -> Answered:
+        return await try_until_answered(once, retries=self.engine.max_retries, seconds=self.engine.timeout_seconds)
+
+    def _each(self, answer: Callable[[Asked], Awaitable[Answered]], requests: Sequence[Asked]) -> Iterator[Answered]:
+        results: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        work = asyncio.run_coroutine_threadsafe(self._answer_all(answer, requests, results), self._running_loop())
         try:
-            return self._client.chat.completions.create(model=str(self._engine.model), messages=messages, **options)
-        except openai.OpenAIError as error:
-            raise self._explained(error) from None
+            while (result := results.get()) is not _END:
+                if isinstance(result, Exception):
+                    raise self.told(result) from None
+                yield result
+        finally:
+            work.cancel()
 
-    def _explained(self, error: openai.OpenAIError) -> AlignError:
-        """The fault, where it is and the remedy; never what might hold the key."""
-        server = self._engine.base_url or "https://api.openai.com"
-        if isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError):
-            return InputError(f"engine {server}: refused the key; check the variable {self._engine.api_key_env}")
-        if isinstance(error, openai.NotFoundError):
-            return InputError(
-                f"engine {server}: has no model {self._engine.model!r}, or is not such a server; "
-                "check engine.model and engine.base_url (which mostly ends in /v1)"
-            )
-        tried = f"after {self._engine.max_retries} retries; what was finished is kept: run the same command again"
-        if isinstance(error, openai.APITimeoutError):
-            return AlignError(f"engine {server}: no answer in {self._engine.timeout_seconds:g} seconds, {tried}")
-        if isinstance(error, openai.APIConnectionError):
-            return InputError(f"engine {server}: cannot be reached, {tried} once it runs, or change engine.base_url")
-        said = str(error).replace(self._key, "***") if self._key else str(error)
-        if isinstance(error, openai.RateLimitError | openai.InternalServerError):
-            return AlignError(f"engine {server}: {said[:300]} ({tried})")
-        return InputError(f"engine {server}: refused the request: {said[:300]}")
+    async def _answer_all(
+        self,
+        answer: Callable[[Asked], Awaitable[Answered]],
+        requests: Sequence[Asked],
+        results: "queue.SimpleQueue[Any]",
+    ) -> None:
+        """Put each answer into the queue as it comes, then the first fault or the end."""
+        faults: list[Exception] = []
+
+        async def answered(request: Asked) -> None:
+            async with self._places:
+                if faults:
+                    return
+                try:
+                    results.put(await answer(request))
+                except Exception as error:
+                    faults.append(error)
+
+        await asyncio.gather(*(answered(request) for request in requests))
+        results.put(faults[0] if faults else _END)
+
+    def _running_loop(self) -> asyncio.AbstractEventLoop:
+        """A loop in a thread of its own, so that replies are read and timed while the caller does other things."""
+        if self._loop is None:
+            self._loop = asyncio.new_event_loop()
+            threading.Thread(target=self._loop.run_forever, name=self.name, daemon=True).start()
+        return self._loop
 
 
-def _log_sum_exp(logprobs: Sequence[float]) -> float:
-    if not logprobs:
-        return -math.inf
-    peak = max(logprobs)
-    return peak + math.log(sum(math.exp(logprob - peak) for logprob in logprobs))
+_END = object()
+
+
+def _is_word(choice: str) -> bool:
+    return len(choice.split()) == 1 and len(choice) <= LONGEST_WORD
+
+
+def _share_of_bound(concurrency: int) -> int:
+    """This process's part of the requests that all may have under way together.
+
+    Raises:
+        InputError: there are more processes than requests allowed.
+    """
+    parts, number = processes.world_size(), processes.rank()
+    if parts > concurrency:
+        raise InputError(
+            f"engine.concurrency: {concurrency} requests at a time cannot be shared out among {parts} processes; "
+            "raise it, or start fewer"
+        )
+    return concurrency // parts + (number < concurrency % parts)

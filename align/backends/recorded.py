@@ -15,6 +15,7 @@ class RecordedBackend:
     """
 
     depends_on_batch = False
+    choice_method = "repeated from opinions.jsonl"
 
     def __init__(self, rows: Iterable[OpinionScores], name: str) -> None:
         self.name = name

@@ -14,6 +14,7 @@ class ScriptedBackend:
     """
 
     depends_on_batch = False
+    choice_method = "log-probabilities"
 
     def __init__(
         self,

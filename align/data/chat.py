@@ -37,8 +37,14 @@ def prompt_ids(
     Raises:
         InputError: the template refuses the conversation (roles in an order it does not know, mostly).
     """
-    prompt = _render(tokenizer, with_system_prompt(conversation, system_prompt), add_generation_prompt=True)
-    return token_ids(tokenizer, prompt + prefill)
+    return token_ids(tokenizer, prompt_text(tokenizer, conversation, system_prompt, prefill))
+
+
+def prompt_text(
+    tokenizer: ChatTokenizer, conversation: Conversation, system_prompt: str | None = None, prefill: str = ""
+) -> str:
+    """The text whose ids `prompt_ids` gives."""
+    return _render(tokenizer, with_system_prompt(conversation, system_prompt), add_generation_prompt=True) + prefill
 
 
 def completion_ids(tokenizer: ChatTokenizer, text: str) -> list[int]:

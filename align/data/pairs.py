@@ -6,6 +6,7 @@ From a hub id, or a JSONL(.gz) or parquet file. Formats, told apart row by row:
 |---|---|
 | prompt, chosen, rejected | texts, or message lists (TRL's plain and conversational formats) |
 | chosen, rejected | whole conversations |
+| text_correct, text_incorrect | whole conversations (the Constitutional AI paper's comparisons) |
 | prompt, completion | texts or message lists (demonstrations) |
 | messages | a whole conversation, its last turn the completion (demonstrations) |
 
@@ -46,7 +47,7 @@ def read_pairs(source: PairSource, counts: Counter[str] | None = None) -> list[P
     counts = Counter() if counts is None else counts
     pairs: dict[str, PreferencePair] = {}
     for place, row in source_rows(source):
-        pair = _pair(row, place)
+        pair = _pair(row, place, source.name)
         if isinstance(pair, str):
             counts[f"pairs_{pair}"] += 1
         elif pair.id in pairs:
@@ -56,22 +57,60 @@ def read_pairs(source: PairSource, counts: Counter[str] | None = None) -> list[P
     return _some(pairs, source, counts)
 
 
-def gather_pairs(ai: Path | None, human: Iterable[PairSource], counts: Counter[str]) -> list[PreferencePair]:
+def gather_pairs(
+    ai: Path | None, human: Iterable[PairSource], counts: Counter[str], human_share: float | None = None
+) -> list[PreferencePair]:
     """The judge's pairs in the file `ai`, then those of the human sources, each content once.
+
+    Args:
+        human_share: the share of human pairs to mix them by, in (0, 1): of the side that has too many, the pairs whose
+            ids hash lowest are kept, and the others counted. None takes all.
 
     Raises:
         InputError: there are none, or as for `read_pairs`.
     """
     labelled = list(read_rows(ai, PreferencePair)) if ai is not None else []
     preferred = [pair for source in human for pair in read_pairs(source, counts)]
-    pairs: dict[str, PreferencePair] = {}
-    for pair in labelled + preferred:
-        pairs.setdefault(pair.id, pair)
-    repeated = len(labelled) + len(preferred) - len(pairs)
+    of_ai = {pair.id: pair for pair in labelled}
+    of_people = {pair.id: pair for pair in preferred if pair.id not in of_ai}
+    repeated = len(labelled) + len(preferred) - len(of_ai) - len(of_people)
     counts.update(pairs_ai=len(labelled), pairs_human=len(preferred), pairs_repeated=repeated)
-    if not pairs:
+    if human_share is not None:
+        wanted = mix_sizes(len(of_ai), len(of_people), human_share)
+        sides = [_lowest(side.values(), size) for side, size in zip((of_ai, of_people), wanted, strict=True)]
+        counts.update(pairs_ai_left_out=len(of_ai) - wanted[0], pairs_human_left_out=len(of_people) - wanted[1])
+    else:
+        sides = [list(of_ai.values()), list(of_people.values())]
+    if not any(sides):
         raise InputError(f"{ai or 'human pairs'}: no pair to train on; the manifest beside it counts what was left out")
-    return list(pairs.values())
+    return sides[0] + sides[1]
+
+
+def mix_sizes(ai: int, human: int, human_share: float) -> tuple[int, int]:
+    """The largest (AI, human) numbers of pairs, out of so many, of which `human_share` are human, to the nearest."""
+    enough = round(ai * human_share / (1 - human_share))
+    return (ai, enough) if enough <= human else (min(ai, round(human * (1 - human_share) / human_share)), human)
+
+
+def _lowest(pairs: Iterable[PreferencePair], size: int) -> list[PreferencePair]:
+    """As many of the pairs, those whose ids hash lowest, in their order: more pairs on the other side keep these."""
+    every = list(pairs)
+    kept = {pair.id for pair in sorted(every, key=lambda pair: digest(["mixed", pair.id]))[:size]}
+    return [pair for pair in every if pair.id in kept]
+
+
+def pairs_by_source(pairs: Iterable[PreferencePair]) -> dict[str, int]:
+    """How many pairs come from where: 'ai', 'revision', 'human', or the names of their sources."""
+    return dict(sorted(Counter(pair.source for pair in pairs).items()))
+
+
+def mix_faults(stage: str, ai: bool, human: tuple[PairSource, ...], human_share: float | None) -> list[str]:
+    """What is wrong with a stage's `ai`, `human` and `human_share`, each with its key."""
+    if not ai and not human:
+        return [f"{stage}.human: no pairs to train on; give some, or set `ai: true`"]
+    if human_share is not None and not (ai and human):
+        return [f"{stage}.human_share: nothing to mix; give `human` pairs and set `ai: true`, or remove it"]
+    return []
 
 
 def read_demonstrations(source: PairSource, counts: Counter[str] | None = None) -> list[Demonstration]:
@@ -94,12 +133,13 @@ def read_demonstrations(source: PairSource, counts: Counter[str] | None = None) 
         else:
             key = digest([as_dicts(prompt), completion.content])
             counts["demonstrations_repeated"] += key in found
-            found.setdefault(key, Demonstration(key, prompt, completion.content, source.path))
+            found.setdefault(key, Demonstration(key, prompt, completion.content, source.name or source.path))
     return _some(found, source, counts)
 
 
-def _pair(row: Row, place: str) -> PreferencePair | str:
+def _pair(row: Row, place: str, name: str | None = None) -> PreferencePair | str:
     """The row's pair, or why it is left out."""
+    row = _as_chosen(row)
     _require(row, ("chosen", "rejected"), place)
     prompt, chosen = _split(_conversation(row, "chosen", place))
     other_prompt, rejected = _split(_conversation(row, "rejected", place))
@@ -117,12 +157,20 @@ def _pair(row: Row, place: str) -> PreferencePair | str:
         chosen=(chosen,),
         rejected=(rejected,),
         probability=_probability(row, place),
-        source=str(row.get("source") or "human"),
+        source=name or str(row.get("source") or "human"),
         category=str(row.get("category") or ""),
     )
 
 
+def _as_chosen(row: Row) -> Row:
+    """A row of the paper's comparisons, whose `prompt` is a question to a judge about both, under the usual names."""
+    if "chosen" in row or not {"text_correct", "text_incorrect"} <= row.keys():
+        return row
+    return {"chosen": row["text_correct"], "rejected": row["text_incorrect"]}
+
+
 def _demonstration(row: Row, place: str) -> Conversation:
+    row = _as_chosen(row)
     if "messages" in row:
         return parse_messages(row["messages"], "messages", place)
     if "chosen" in row:

@@ -13,7 +13,8 @@ Conversations stay whole: every turn before the last answer is part of the promp
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+import heapq
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -29,11 +30,17 @@ from align.data.sources import (
 from align.errors import InputError
 from align.records import SPLITS, Conversation, Message, Prompt, Split, as_dicts, digest
 from align.repro import derive_seed
+from align.windows import SeenOnDisk
 
 COLUMNS = ("prompt", "messages", "question", "instruction", "chosen")
 
 
 def read_prompts(block: PromptsBlock) -> list[Prompt]:
+    """All of `stream_prompts` at once."""
+    return list(stream_prompts(block))
+
+
+def stream_prompts(block: PromptsBlock) -> Iterator[Prompt]:
     """Every prompt of the sources, each content once, in their order; the first source's category and split hold.
 
     Raises:
@@ -42,12 +49,12 @@ def read_prompts(block: PromptsBlock) -> list[Prompt]:
     """
     if problems := split_problems(block.split):
         raise InputError("\n".join(problems))
-    prompts: dict[str, Prompt] = {}
+    seen = SeenOnDisk()
     for source in block.sources:
         for place, row in source_rows(source):
             prompt = _prompt(row, place, source, block.split)
-            prompts.setdefault(prompt.id, prompt)
-    return list(prompts.values())
+            if seen.is_new(prompt.id):
+                yield prompt
 
 
 def split_problems(split: SplitBlock) -> list[str]:
@@ -84,6 +91,16 @@ def drawn_prompts(prompts: Sequence[Prompt], limit: int | None, purpose: str) ->
     lowest = sorted(prompts, key=lambda prompt: derive_seed(0, purpose, prompt.id))[:limit]
     chosen = {prompt.id for prompt in lowest}
     return [prompt for prompt in prompts if prompt.id in chosen]
+
+
+def stream_drawn(read: Callable[[], Iterable[Prompt]], limit: int | None, purpose: str) -> Iterator[Prompt]:
+    """`drawn_prompts` of prompts that can be read twice, of which it holds none."""
+    if limit is None:
+        yield from read()
+        return
+    lowest = heapq.nsmallest(limit, (derive_seed(0, purpose, prompt.id) for prompt in read()))
+    if lowest:
+        yield from (prompt for prompt in read() if derive_seed(0, purpose, prompt.id) <= lowest[-1])
 
 
 def _prompt(row: Row, place: str, source: PromptSource, shares: SplitBlock) -> Prompt:

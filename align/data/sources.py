@@ -31,6 +31,8 @@ class Source(Protocol):
     def limit(self) -> int | None: ...
     @property
     def hub_split(self) -> str: ...
+    @property
+    def hub_folder(self) -> str | None: ...
 
 
 def is_file(path: str) -> bool:
@@ -173,13 +175,13 @@ def _hub_rows(source: Source) -> Iterator[Row]:
     import datasets
 
     try:
-        yield from datasets.load_dataset(source.path, split=source.hub_split)
+        yield from datasets.load_dataset(source.path, data_dir=source.hub_folder, split=source.hub_split)
     except Exception as error:
         offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in {"1", "true", "yes", "on"}
         remedy = (
             "HF_HUB_OFFLINE is set: unset it, or give a local file"
             if offline
-            else "check the name, `hub_split` and the network, or give a local file"
+            else "check the name, `hub_split`, `hub_folder` and the network, or give a local file"
         )
         raise InputError(
             f"{source.path}: not a local file, and as a hub dataset it cannot be loaded "

@@ -4,13 +4,16 @@ Each round draws one principle afresh and shows the latest completion alone; ear
 that a filter catches does not take the completion's place, so that one bad round does not spoil the next.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from align.backends.complete_all import complete_all
 from align.config import SamplingBlock
 from align.constitution import Constitution, Example, Principle, draw_principle
+from align.documents import Passage
+from align.feedback.evidence import Showing, citations, conversation_texts, with_passages
 from align.feedback.filters import OPTIONAL, Revised, caught_by, is_copy, without_preamble
 from align.feedback.judge import NO_PRINCIPLE
 from align.generation import Backend, Completed, Request
@@ -39,7 +42,7 @@ class Chain:
 
 @dataclass(frozen=True)
 class _Step:
-    """One round of one chain: the worked examples, the chat so far, and what is asked next."""
+    """One round of one chain: the worked examples, the chat so far, the passages shown, and what is asked next."""
 
     chain: Chain
     principle: Principle
@@ -47,6 +50,7 @@ class _Step:
     chat: Conversation
     critique_request: str
     revision_request: str
+    evidence: tuple[Passage, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,8 @@ class Loop:
     """The loop over one engine. Finished steps are kept in `journal_path.<rank>`.
 
     `examples` worked examples are shown as earlier turns of the chat, those of the drawn principle nearest; `critique`
-    False asks for the revision at once; `filters` are those that apply besides 'cut' and 'empty'.
+    False asks for the revision at once; `filters` are those that apply besides 'cut' and 'empty'; `label` is said in
+    progress bars after the round; `critic` writes the critiques where that is another engine.
     """
 
     constitution: Constitution
@@ -65,25 +70,28 @@ class Loop:
     critique: bool = True
     examples: int = 0
     filters: Collection[str] = OPTIONAL
+    label: str = ""
+    critic: Backend | None = None
 
     def run(self, samples: Sequence[Sample], rounds: int) -> list[Chain]:
         """A chain for each sample, in order; every process gets all of them."""
         chains = [Chain(sample, sample.completion) for sample in samples]
         for number in range(1, rounds + 1):
-            chains = self._round(chains, number, f"{number}/{rounds}")
+            chains = self._round(chains, number, f"{number}/{rounds}{self.label}")
         return [self._ended(chain) for chain in chains]
 
     def _round(self, chains: Sequence[Chain], number: int, progress: str) -> list[Chain]:
         steps = {chain.sample.id: step for chain in chains if (step := self._step(chain, number))}
         critiques: dict[str, str] = {}
+        done: dict[str, Completed] = {}
         if self.critique:
-            asked = {key: _ask(step.chat, step.critique_request) for key, step in steps.items()}
-            done = self._complete(asked, number, "critique", progress)
-            critiques = {key: completed.text.strip() for key, completed in done.items()}
-        asked = {key: _revision_chat(step, critiques.get(key)) for key, step in steps.items()}
-        revisions = self._complete(asked, number, "revision", progress)
+            done = self._criticised(steps, number, progress)
+            critiques = {key: done[_step_id(key, number, "critique")].text.strip() for key in steps}
+        if self.critic or not self.critique:
+            asked = [self._revision_request(key, step, number, critiques.get(key)) for key, step in steps.items()]
+            done |= self._complete(self.backend, asked, f"revision {progress}")
         return [
-            self._revised(steps[key], number, critiques.get(key, ""), revisions[key])
+            self._revised(steps[key], number, critiques.get(key, ""), done[_step_id(key, number, "revision")])
             if (key := chain.sample.id) in steps
             else replace(chain, fault=NO_PRINCIPLE)
             for chain in chains
@@ -97,9 +105,23 @@ class Loop:
         )
         if principle is None or principle.requests is None:
             return None
-        examples = nearest_examples(self.constitution.examples, principle, self.examples)
+        examples = nearest_examples(self.constitution.worked_examples, principle, self.examples)
         chat = self._chat(chain, examples, principle.requests)
-        return _Step(chain, principle, examples, chat, *principle.requests)
+        texts = conversation_texts(sample.prompt, chain.completion)
+        shown = self._showing.passages(principle, texts)
+        return _Step(chain, principle, examples, chat, *self._with_passages(principle, shown), shown)
+
+    @cached_property
+    def _showing(self) -> Showing:
+        return Showing(self.constitution)
+
+    def _with_passages(self, principle: Principle, shown: Sequence[Passage]) -> tuple[str, str]:
+        """The requests for critique and revision, of which the first that is made has the passages."""
+        critique, revision = principle.requests or ("", "")
+        language = principle.language or self.constitution.language
+        if self.critique:
+            return with_passages(critique, shown, language, cite=True), revision
+        return critique, with_passages(revision, shown, language, cite=False)
 
     def _chat(self, chain: Chain, examples: Sequence[Example], requests: tuple[str, str]) -> Conversation:
         """Worked examples, then the sample's whole conversation with the latest completion as its last turn."""
@@ -116,28 +138,43 @@ class Loop:
             turns = *_ask(turns, example.critique_request or requests[0]), Message("assistant", example.critique)
         return *_ask(turns, example.revision_request or requests[1]), Message("assistant", example.revision)
 
-    def _complete(self, chats: dict[str, Conversation], number: int, step: str, progress: str) -> dict[str, Completed]:
-        requests = {
-            key: Request(
-                id=f"{key}/{number}/{step}",
-                messages=messages,
-                seed=derive_seed(self.seed, step, key, number),
-                max_new_tokens=self.sampling.max_new_tokens,
-                temperature=self.sampling.temperature,
-                top_p=self.sampling.top_p,
-            )
-            for key, messages in chats.items()
+    def _criticised(self, steps: Mapping[str, _Step], number: int, progress: str) -> dict[str, Completed]:
+        """Critiques by request id; with each its revision, unless another engine is the critic."""
+        asked = {
+            key: self._request(key, _ask(step.chat, step.critique_request), number, "critique")
+            for key, step in steps.items()
         }
-        done = complete_all(
-            self.backend, list(requests.values()), self.sampling.batch_size, self.journal_path, f"{step} {progress}"
+        if self.critic:
+            return self._complete(self.critic, list(asked.values()), f"critique {progress}")
+
+        def revising(key: str) -> Callable[[str], Request]:
+            return lambda text: self._revision_request(key, steps[key], number, text.strip())
+
+        followed = [replace(request, follow_up=revising(key)) for key, request in asked.items()]
+        return self._complete(self.backend, followed, f"critique and revision {progress}")
+
+    def _revision_request(self, key: str, step: _Step, number: int, critique: str | None) -> Request:
+        return self._request(key, _revision_chat(step, critique), number, "revision")
+
+    def _request(self, key: str, messages: Conversation, number: int, step: str) -> Request:
+        return Request(
+            id=_step_id(key, number, step),
+            messages=messages,
+            seed=derive_seed(self.seed, step, key, number),
+            max_new_tokens=self.sampling.max_new_tokens,
+            temperature=self.sampling.temperature,
+            top_p=self.sampling.top_p,
         )
-        return {key: done[request.id] for key, request in requests.items()}
+
+    def _complete(self, backend: Backend, requests: Sequence[Request], description: str) -> dict[str, Completed]:
+        return complete_all(backend, requests, self.sampling.batch_size, self.journal_path, description)
 
     def _revised(self, step: _Step, number: int, critique: str, revision: Completed) -> Chain:
         chain = step.chain
         text = without_preamble(revision.text)
         shown = tuple(text for example in step.examples for text in (example.completion, example.revision))
-        fault = caught_by(Revised(chain.completion, critique, text, revision.finish_reason, shown), self.filters)
+        revised = Revised(chain.completion, critique, text, revision.finish_reason, shown, self.critique)
+        fault = caught_by(revised, self.filters)
         made = Critique(
             id=digest([chain.sample.id, "critique", number]),
             prompt_id=chain.sample.prompt_id,
@@ -148,6 +185,8 @@ class Loop:
             revision=revision.text,
             finish_reason=revision.finish_reason,
             seed=derive_seed(self.seed, "revision", chain.sample.id, number),
+            evidence=tuple(passage.id for passage in step.evidence),
+            cited=citations(critique),
         )
         was_revised = any(not earlier for earlier in chain.faults)
         return Chain(
@@ -176,6 +215,10 @@ def nearest_examples(examples: Sequence[Example], principle: Principle, count: i
     """At most `count` worked examples: the principle's own first among those taken, and last among those shown."""
     by_relevance = sorted(examples, key=lambda example: example.principle != principle.id)
     return tuple(by_relevance[:count][::-1])
+
+
+def _step_id(key: str, number: int, step: str) -> str:
+    return f"{key}/{number}/{step}"
 
 
 def _ask(turns: Conversation, request: str) -> Conversation:

@@ -117,7 +117,7 @@ def expected_mark(logprobs: Sequence[float], min_option_mass: float) -> float | 
 
 def _marks(kind: ByChoice, asked: Sequence[Scored]) -> list[float | None]:
     texts = [
-        kind.frame.format_mark(prompt, completion, principle.text or principle.question or "")
+        kind.frame(principle).format_mark(prompt, completion, principle.text or principle.question or "")
         for prompt, completion, principle in asked
     ]
     requests = [choice_request((Message("user", text),), MARKS) for text in texts]

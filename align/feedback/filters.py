@@ -8,25 +8,25 @@ import difflib
 import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from align.metrics import repetition, words
 from align.records import FinishReason
 from align.sentences import fold, sentences
 
-FilterName = Literal["preamble", "critique", "copy", "example", "refusal", "repetition"]
-OPTIONAL: tuple[FilterName, ...] = ("preamble", "critique", "copy", "example", "refusal", "repetition")
+FilterName = Literal["preamble", "no_critique", "critique", "copy", "example", "refusal", "repetition", "emoji"]
+OPTIONAL: tuple[FilterName, ...] = get_args(FilterName)
 
 MAX_REPETITION = 0.3
 """Share of repeated 4-grams above which a text counts as going round in circles."""
 MIN_REPETITION_WORDS = 12
 SAME_TEXT = 0.8
-"""Similarity (difflib's ratio) from which a revision counts as a text that was shown, given once more."""
+"""Similarity (difflib's ratio of words) from which a revision counts as a text that was shown, given once more."""
 
 
 @dataclass(frozen=True)
 class Revised:
-    """A revision with what it was made from; `critique` is empty where none was asked for.
+    """A revision with what it was made from; `criticised` says whether a critique was asked for.
 
     `examples` are the completions and revisions of the worked examples that were shown.
     """
@@ -36,6 +36,7 @@ class Revised:
     text: str
     finish_reason: FinishReason
     examples: tuple[str, ...] = ()
+    criticised: bool = False
 
 
 def is_cut(revised: Revised) -> bool:
@@ -52,6 +53,13 @@ def has_preamble(revised: Revised) -> bool:
     """It talks about itself before it begins, or after it has ended."""
     text = _plain(revised.text)
     return bool(_PREAMBLE.match(text) or _LABEL.match(text) or _AFTERWORD.search(text))
+
+
+def lacks_critique(revised: Revised) -> bool:
+    """The critique that was asked for is empty, or is the answer that it should judge, given once more."""
+    if not revised.criticised:
+        return False
+    return not any(map(str.isalnum, revised.critique)) or _is_nearly(revised.original, revised.critique)
 
 
 def is_critique(revised: Revised) -> bool:
@@ -75,21 +83,43 @@ def is_bare_refusal(revised: Revised) -> bool:
     return bool(found) and all(_REFUSAL.search(_plain(sentence)) for sentence in found)
 
 
+def refuses(text: str) -> bool:
+    """Its first sentence declines, whatever is explained or offered after it."""
+    found = sentences(text)
+    return bool(found) and bool(_REFUSAL.search(_plain(found[0])))
+
+
+def has_emoji(text: str) -> bool:
+    """A pictograph, flag or the like is in it."""
+    return bool(_EMOJI.search(text))
+
+
+def adds_emoji(revised: Revised) -> bool:
+    """It has emoji, and the original has none."""
+    return has_emoji(revised.text) and not has_emoji(revised.original)
+
+
 def is_repetitive(revised: Revised) -> bool:
     """It says the same over and over."""
-    long_enough = len(words(revised.text)) >= MIN_REPETITION_WORDS
-    return long_enough and repetition(revised.text) > MAX_REPETITION
+    return goes_in_circles(revised.text)
+
+
+def goes_in_circles(text: str) -> bool:
+    """More of a text that is long enough to tell is repeated than `MAX_REPETITION`."""
+    return len(words(text)) >= MIN_REPETITION_WORDS and repetition(text) > MAX_REPETITION
 
 
 FILTERS: dict[str, Callable[[Revised], bool]] = {
     "cut": is_cut,
     "empty": is_empty,
     "preamble": has_preamble,
+    "no_critique": lacks_critique,
     "critique": is_critique,
     "copy": is_copy,
     "example": is_example,
     "refusal": is_bare_refusal,
     "repetition": is_repetitive,
+    "emoji": adds_emoji,
 }
 
 
@@ -120,9 +150,11 @@ def without_preamble(text: str) -> str:
 
 
 def _is_nearly(shown: str, text: str) -> bool:
-    return (
-        bool(shown) and difflib.SequenceMatcher(None, _plain(shown), _plain(text), autojunk=False).ratio() >= SAME_TEXT
-    )
+    if not shown:
+        return False
+    # By words: by characters it takes milliseconds, more than all else that is done to a row.
+    matcher = difflib.SequenceMatcher(None, words(_plain(shown)), words(_plain(text)), autojunk=False)
+    return all(ratio() >= SAME_TEXT for ratio in (matcher.real_quick_ratio, matcher.quick_ratio, matcher.ratio))
 
 
 def _plain(text: str) -> str:
@@ -130,6 +162,7 @@ def _plain(text: str) -> str:
     return fold(text).translate(_STRAIGHT).strip().lstrip("*_# ")
 
 
+_EMOJI = re.compile("[\U0001f000-\U0001faff\u2600-\u27bf\u2b50\u2b55\ufe0f]")
 _STRAIGHT = {0x2019: "'"}
 _QUOTES = {('"', '"'), ("“", "”"), ("「", "」")}
 _NEW = r"(?:revised|rewritten|re-written|improved|updated|corrected|edited|modified|better|new|possible|suggested)"

@@ -16,8 +16,8 @@ from typing import Any
 from align.config import JudgeBlock, ModelBlock
 from align.constitution import Constitution, Principle, draw_principle
 from align.errors import InputError, JudgeAtChance
+from align.feedback.evidence import Showing, usable_comparisons
 from align.feedback.opinions import ByChoice, ByContrast, ByRule, Kind, Opinion, Question
-from align.feedback.worked import usable_comparisons
 from align.generation import Backend
 from align.records import Message, OpinionScores
 from align.statistics import wilson_interval
@@ -59,7 +59,10 @@ class PrincipleResult:
 
 @dataclass(frozen=True)
 class JudgeReport:
-    """Share of probes that the judge got right, with its 95% interval (Wilson), and by principle."""
+    """Share of probes that the judge got right, with its 95% interval (Wilson), and by principle.
+
+    `scored_by` says whether the engine gives log-probabilities, or samples that vote; empty where none is asked.
+    """
 
     judge: str
     accuracy: float
@@ -68,6 +71,7 @@ class JudgeReport:
     n: int
     position_bias: float
     by_principle: dict[str, PrincipleResult]
+    scored_by: str = ""
 
     def as_figures(self) -> dict[str, Any]:
         """The report for a manifest."""
@@ -164,8 +168,7 @@ class Judge:
 
     def _tiers(self, given: Sequence[tuple[Principle, Opinion]]) -> list[list[tuple[Principle, Opinion]]]:
         """The opinions that decide together, those that decide first in front."""
-        order = {tier: place for place, tier in enumerate(self.constitution.tiers)}
-        ranks = [-1 if each.hard else order.get(each.tier or "", len(order)) for each, _ in given]
+        ranks = [self.constitution.rank(principle) for principle, _ in given]
         return [
             [opinion for opinion, its_rank in zip(given, ranks, strict=True) if its_rank == rank]
             for rank in sorted(set(ranks))
@@ -209,7 +212,7 @@ def probe_problems(constitution: Constitution, block: JudgeBlock) -> list[str]:
 
 
 def _example_problems(constitution: Constitution, block: JudgeBlock) -> list[str]:
-    there = len(usable_comparisons(constitution, block))
+    there = len(usable_comparisons(constitution, block.chain_of_thought))
     if block.examples <= there:
         return []
     reasoned = " with a `reasoning`" if block.chain_of_thought else ""
@@ -263,7 +266,12 @@ def probe_report(
             by_principle[principle.id] = PrincipleResult(sum(own), len(own))
     n = len(right)
     low, high = wilson_interval(sum(right), n)
-    return JudgeReport(judge.name, sum(right) / n if n else 0.5, low, high, n, position_bias, by_principle)
+    accuracy = sum(right) / n if n else 0.5
+    return JudgeReport(judge.name, accuracy, low, high, n, position_bias, by_principle, _scored_by(judge))
+
+
+def _scored_by(judge: Judge) -> str:
+    return judge.kind.backend.choice_method if isinstance(judge.kind, ByChoice | ByContrast) else ""
 
 
 def require_better_than_chance(judge: Judge, report: JudgeReport) -> None:
@@ -289,6 +297,7 @@ def _kind(block: JudgeBlock, constitution: Constitution, backend: Backend | None
         return ByRule(block.scale)
     if backend is None:
         raise ValueError(f"a judge by {block.kind} asks a model; give it a backend")
+    showing = Showing(constitution, block.examples, reasoned=block.chain_of_thought, seed=seed)
     if block.kind == "contrast":
-        return ByContrast(backend, block.scale, block.batch_size)
-    return ByChoice(backend, block, constitution, seed)
+        return ByContrast(backend, showing, block.scale, block.batch_size)
+    return ByChoice(backend, showing, block, constitution.language, seed)

@@ -13,9 +13,10 @@ from typing import ClassVar, NamedTuple
 
 from align.backends.complete_all import complete_all, score_all
 from align.config import JudgeBlock
-from align.constitution import Constitution, Principle
-from align.feedback.worked import Shown, worked_choices
+from align.constitution import Principle
+from align.feedback.evidence import Showing
 from align.generation import Backend, ChoiceRequest, ChoiceScores, Completed, Request
+from align.principles import WorkedComparison, in_language
 from align.records import Conversation, Message, OpinionScores, as_dicts, digest
 from align.repro import derive_seed
 
@@ -107,6 +108,7 @@ class ByContrast(Kind):
     """
 
     backend: Backend
+    showing: Showing
     scale: float
     batch_size: int
     needs = "a `text` and an `opposite`"
@@ -134,7 +136,9 @@ class ByContrast(Kind):
         return half_tanh(self.scale * value)
 
     def _requests(self, question: Question, principle: Principle) -> list[ChoiceRequest]:
-        texts = (principle.text, principle.opposite or "")
+        before = self.showing.before(principle, question.conversation, question.a, question.b)
+        ends = (principle.text, principle.opposite or "")
+        texts = [f"{before}\n\n{end}" if before else end for end in ends]
         return [
             choice_request(with_system(text, question.conversation), (completion,))
             for completion in (question.a, question.b)
@@ -151,8 +155,9 @@ class ByChoice(Kind):
     """
 
     backend: Backend
+    showing: Showing
     block: JudgeBlock
-    constitution: Constitution
+    language: str
     seed: int
     needs = "a `compare` or a `text`"
 
@@ -169,9 +174,11 @@ class ByChoice(Kind):
     ) -> list[tuple[OpinionScores, ...]]:
         chats = {(number, view): self._chat(each, view) for number, each in enumerate(asked) for view in ORDERS}
         thoughts = self._think(chats, journal_path, description) if self.block.chain_of_thought else {}
-        requests = {
-            place: choice_request(self._concluded(chat, thoughts.get(place)), LETTERS) for place, chat in chats.items()
-        }
+        requests = {}
+        for (number, view), chat in chats.items():
+            thought = thoughts.get((number, view))
+            concluded = self._concluded(chat, thought.text.strip() if thought else None, asked[number][1])
+            requests[number, view] = choice_request(concluded, LETTERS)
         scores = score_once(list(requests.values()), self, journal_path, description)
         return [
             tuple(_row(each, view, scores[requests[number, view].id], thoughts.get((number, view))) for view in ORDERS)
@@ -197,35 +204,40 @@ class ByChoice(Kind):
         most = 0.5 - self.block.chain_of_thought_range[0]
         return max(-most, min(most, value))
 
-    @property
-    def frame(self) -> "Frame":
-        return FRAMES.get(self.constitution.language, FRAMES["en"])
+    def frame(self, principle: Principle) -> "Frame":
+        """The words around a choice by this principle, in its language."""
+        return in_language(FRAMES, principle.language or self.language)
 
     def _chat(self, asked: Asked, view: str) -> Conversation:
         """Worked choices, then the question with the completions in this order."""
         question, principle = asked
-        places = (question.a, question.b) if view == ORDERS[0] else (question.b, question.a)
-        worked = worked_choices(self.constitution, self.block, self.seed, question.conversation, question.category)
-        return *(turn for each in worked for turn in self._worked(each)), self._question(
-            Shown(question.conversation, principle.question or "", places)
-        )
+        both = question.a, question.b
+        # Both completions, whichever comes first: the two orders are shown the same passages and choices.
+        before = self.showing.before(principle, question.conversation, *both)
+        worked = self.showing.comparisons(principle, question.conversation, both)
+        places = both if view == ORDERS[0] else both[::-1]
+        text = self._question(principle, question.conversation, places)
+        turns = [turn for number, each in enumerate(worked) for turn in self._worked(number, *each)]
+        return *turns, Message("user", f"{before}\n\n{text}" if before else text)
 
-    def _question(self, shown: Shown) -> Message:
-        last = self.frame.think if self.block.chain_of_thought else self.frame.ask
-        return Message("user", self.frame.format_choice(shown.conversation, shown.question, *shown.places, last))
+    def _question(self, principle: Principle, conversation: Conversation, places: tuple[str, str]) -> str:
+        frame = self.frame(principle)
+        last = frame.think if self.block.chain_of_thought else frame.ask
+        return frame.format_choice(conversation, principle.question or "", *places, last)
 
-    def _worked(self, shown: Shown) -> Conversation:
-        answer = Message("assistant", shown.answer)
-        if not self.block.chain_of_thought:
-            return self._question(shown), answer
-        return *self._concluded((self._question(shown),), shown.reasoning), answer
+    def _worked(self, number: int, worked: WorkedComparison, principle: Principle) -> Conversation:
+        """A choice that was made: the better completion stands where the choice says, or first in every other one."""
+        letter = worked.answer or LETTERS[number % 2]
+        places = (worked.better, worked.worse) if letter == LETTERS[0] else (worked.worse, worked.better)
+        chat = (Message("user", self._question(principle, worked.conversation, places)),)
+        thought = worked.reasoning if self.block.chain_of_thought else None
+        return *self._concluded(chat, thought, principle), Message("assistant", letter)
 
-    def _concluded(self, chat: Conversation, thought: Completed | str | None) -> Conversation:
+    def _concluded(self, chat: Conversation, thought: str | None, principle: Principle) -> Conversation:
         """The chat up to where the letter is asked for."""
         if thought is None:
             return chat
-        text = thought if isinstance(thought, str) else thought.text.strip()
-        return *chat, Message("assistant", text), Message("user", self.frame.conclude)
+        return *chat, Message("assistant", thought), Message("user", self.frame(principle).conclude)
 
     def _think(
         self, chats: Mapping[tuple[int, str], Conversation], journal_path: Path | None, description: str

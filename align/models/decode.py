@@ -132,7 +132,7 @@ def decode(
     logprobs: list[list[float]] = [[] for _ in prompts]
     values: list[list[float]] = [[] for _ in prompts]
     unfinished = set(range(len(prompts)))
-    with torch.no_grad(), _evaluating(model):
+    with torch.no_grad(), evaluating(model):
         openings = Openings.none(len(prompts)) if synced else shared_openings(prompts)
         batch = _Batch(model, list(prompts) or [[pad_id]], openings, max_new_tokens, pad_id)
         uniforms = np.stack([np.random.default_rng(seed).random(max_new_tokens) for seed in seeds or [0]])
@@ -278,7 +278,7 @@ def reserved_cache(config: PreTrainedConfig, capacity: int) -> Cache:
 
 
 @contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
+def evaluating(model: Any) -> Iterator[None]:
     """Eval mode, which gradient checkpointing needs for a cache to be used; every module's mode is put back after."""
     modes = [(module, module.training) for module in model.modules()] if isinstance(model, nn.Module) else []
     for module, _ in modes:

@@ -14,6 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+from align.models.prefixes import common
+
 
 @dataclass(frozen=True)
 class Openings:
@@ -26,10 +28,6 @@ class Openings:
     def none(cls, rows: int) -> "Openings":
         """Nothing in common."""
         return cls([[]], [0] * max(rows, 1))
-
-    def of(self, rows: Sequence[int]) -> "Openings":
-        """The same openings for some of the rows."""
-        return Openings(self.ids, [self.of_row[row] for row in rows])
 
     @property
     def spared(self) -> int:
@@ -44,29 +42,23 @@ def shared_openings(rows: Sequence[Sequence[int]]) -> Openings:
     as much in common as is usual.
     """
     order = sorted(range(len(rows)), key=lambda row: list(rows[row]))
-    common = [_common(rows[a], rows[b]) for a, b in pairwise(order)]
-    if not common:
+    shared = [common(rows[a], rows[b]) for a, b in pairwise(order)]
+    if not shared:
         return Openings.none(len(rows))
-    usual = sorted(common)[len(common) // 2]
+    usual = sorted(shared)[len(shared) // 2]
     groups = [[order[0]]]
-    for row, length in zip(order[1:], common, strict=True):
+    for row, length in zip(order[1:], shared, strict=True):
         if 2 * length < usual:
             groups.append([])
         groups[-1].append(row)
     ids: list[list[int]] = []
     of_row = [0] * len(rows)
     for number, group in enumerate(groups):
-        length = min(_common(rows[group[0]], rows[group[-1]]), min(len(rows[row]) for row in group) - 1)
+        length = min(common(rows[group[0]], rows[group[-1]]), min(len(rows[row]) for row in group) - 1)
         ids.append(list(rows[group[0]][:length]))
         for row in group:
             of_row[row] = number
     return Openings(ids, of_row) if all(ids) and len(ids) < len(rows) else Openings.none(len(rows))
-
-
-def _common(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many tokens two rows have in common at their beginnings."""
-    pairs = enumerate(zip(first, second, strict=False))
-    return next((position for position, (a, b) in pairs if a != b), min(len(first), len(second)))
 
 
 @dataclass(frozen=True)
@@ -144,7 +136,7 @@ class TakenIn:
             if leaf.grad is not None and computed.requires_grad
         ]
         if reached:
-            torch.autograd.backward(*zip(*reached, strict=True))
+            torch.autograd.backward([computed for computed, _ in reached], [gradient for _, gradient in reached])
 
 
 @dataclass(frozen=True)

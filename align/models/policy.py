@@ -22,7 +22,7 @@ from transformers import (
 
 from align.config import LoraBlock
 from align.data.chat import end_of_turn_ids
-from align.errors import InputError
+from align.errors import InputError, first_line
 from align.models.fitting import vocabulary_fault, weights_fault
 from align.models.lora import dither, dithered
 from align.models.sources import resolve_model
@@ -91,7 +91,7 @@ def load_tokenizer(
         )
     except (OSError, ValueError, KeyError) as error:
         raise InputError(
-            f"model {path}: its tokenizer cannot be loaded ({_first_line(error)}); put the tokenizer's files "
+            f"model {path}: its tokenizer cannot be loaded ({first_line(error)}); put the tokenizer's files "
             "(tokenizer.json, tokenizer_config.json) beside the weights"
         ) from error
     if not tokenizer.chat_template:
@@ -137,7 +137,7 @@ def load_causal_lm(
             output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"model {path}: cannot be loaded as a causal language model ({_first_line(error)})") from error
+        raise InputError(f"model {path}: cannot be loaded as a causal language model ({first_line(error)})") from error
     if classifiers := [name for name in model.config.architectures or () if name.endswith(CLASSIFIER)]:
         raise InputError(
             f"model {path}: a {classifiers[0]}, which scores answers and writes none; give a language model, such as "
@@ -181,7 +181,7 @@ def add_lora(
         else:
             peft_model = get_peft_model(model, config, adapter_name=adapter_name)
     except ValueError as error:
-        raise InputError(f"model.lora.target_modules: {_first_line(error)}") from error
+        raise InputError(f"model.lora.target_modules: {first_line(error)}") from error
     for name, parameter in peft_model.named_parameters():
         if "lora_embedding_" in name:
             raise InputError("model.lora.target_modules: embeddings cannot be adapted; name linear layers")
@@ -319,7 +319,3 @@ def _generation_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
     config.eos_token_id = list(stop_token_ids(model, tokenizer))
     config.pad_token_id = tokenizer.pad_token_id
     return config
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from align.config import LoraBlock
 from align.damage import check_files
-from align.errors import InputError
+from align.errors import InputError, first_line
 from align.models.fitting import weights_fault
 from align.models.heads import ValueHead, pooled_scores
 from align.models.openings import right_padded
@@ -146,8 +146,7 @@ def load_classifier(path: Path, dtype: torch.dtype, *, trust_remote_code: bool =
             str(path), dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True, output_loading_info=True
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{path}: cannot be loaded as a reward model ({reason}); train it again") from error
+        raise InputError(f"{path}: cannot be loaded as a reward model ({first_line(error)}); train it again") from error
     if fault := weights_fault(model.config, loading):
         raise InputError(f"{path}: {fault}; train it again")
     if model.config.num_labels != 1:

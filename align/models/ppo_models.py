@@ -8,7 +8,7 @@ Shapes: B completions, T completion tokens, V vocabulary, H hidden size.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -168,13 +168,19 @@ class PpoModels(nn.Module):
         """(B, L, H) the policy's last hidden states, for the inputs of a forward with a cache."""
         raise NotImplementedError
 
-    def take_in(self, openings: OpeningBatch, reader: Reader) -> TakenIn:
-        """Openings put through the policy's or the value's layers."""
+    def reading(self, reader: Reader) -> AbstractContextManager[Any]:
+        """Gives the backbone through which policy or value reads."""
         raise NotImplementedError
+
+    def take_in(self, openings: OpeningBatch, reader: Reader) -> TakenIn:
+        """Openings put through the policy's or the value's backbone."""
+        with self.reading(reader) as backbone:
+            return taken_in(backbone, openings)
 
     def policy_hidden(self, sequences: Sequences) -> Tensor:
         """(B, T, H) the policy's last hidden states at the positions that predict the completion."""
-        raise NotImplementedError
+        with self.reading("policy") as backbone:
+            return completion_hidden(backbone, sequences)
 
     def reference_hidden(self, sequences: Sequences) -> Tensor:
         """(B, T, H) likewise of the reference."""
@@ -190,7 +196,10 @@ class PpoModels(nn.Module):
 
     def values(self, sequences: Sequences) -> Tensor:
         """(B, T) V(s_t), the value before each completion token, by a pass of its own."""
-        raise NotImplementedError
+        if self.value_head is None:
+            raise ValueError("these models have no value")
+        with self.reading("value") as backbone:
+            return head_output(self.value_head, completion_hidden(backbone, sequences))
 
     def reward_scores(self, sequences: Rows) -> Tensor:
         """(B,) the reward model's score of whole conversations."""
@@ -266,13 +275,10 @@ class SharedTrunk(PpoModels):
             states: Tensor = self.causal_lm.base_model(**inputs).last_hidden_state
             return states
 
-    def take_in(self, openings: OpeningBatch, reader: Reader) -> TakenIn:
+    @contextmanager
+    def reading(self, reader: Reader) -> Iterator[Any]:
         with self._adapter("value" if reader == "value" and self.value_adapter else "policy"):
-            return taken_in(self.causal_lm.base_model, openings)
-
-    def policy_hidden(self, sequences: Sequences) -> Tensor:
-        with self._adapter("policy"):
-            return completion_hidden(self.causal_lm.base_model, sequences)
+            yield self.causal_lm.base_model
 
     def reference_hidden(self, sequences: Sequences) -> Tensor:
         with self._adapter(None):
@@ -282,12 +288,6 @@ class SharedTrunk(PpoModels):
         return self.causal_lm.get_output_embeddings().weight
 
     reference_output_weight = policy_output_weight
-
-    def values(self, sequences: Sequences) -> Tensor:
-        if self.value_head is None:
-            raise ValueError("these models have no value")
-        with self._adapter("value" if self.value_adapter else "policy"):
-            return head_output(self.value_head, completion_hidden(self.causal_lm.base_model, sequences))
 
     def reward_scores(self, sequences: Rows) -> Tensor:
         if self.reward_head is None:
@@ -353,12 +353,9 @@ class SeparateModels(PpoModels):
         states: Tensor = self.policy.base_model(**inputs).last_hidden_state
         return states
 
-    def take_in(self, openings: OpeningBatch, reader: Reader) -> TakenIn:
-        model = self.value_backbone if reader == "value" and self.value_backbone is not None else self.policy.base_model
-        return taken_in(model, openings)
-
-    def policy_hidden(self, sequences: Sequences) -> Tensor:
-        return completion_hidden(self.policy.base_model, sequences)
+    def reading(self, reader: Reader) -> AbstractContextManager[Any]:
+        own = self.value_backbone if reader == "value" else None
+        return nullcontext(self.policy.base_model if own is None else own)
 
     def reference_hidden(self, sequences: Sequences) -> Tensor:
         return completion_hidden(self.reference.base_model, sequences)
@@ -368,8 +365,3 @@ class SeparateModels(PpoModels):
 
     def reference_output_weight(self) -> Tensor:
         return self.reference.get_output_embeddings().weight
-
-    def values(self, sequences: Sequences) -> Tensor:
-        if self.value_head is None:
-            raise ValueError("these models have no value")
-        return head_output(self.value_head, completion_hidden(self.value_backbone or self.policy.base_model, sequences))

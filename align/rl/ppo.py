@@ -209,13 +209,15 @@ class PpoTrainer:
         totals: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
         openings = SharedOpenings(self.updates, batches)
         for index, batch in enumerate(batches):
-            with self.updates.accumulate(last=index == len(batches) - 1):
+            last = index == len(batches) - 1
+            with self.updates.accumulate(last=last):
                 for loss, sums in self._losses(experience, batch, openings, first=first):
                     # Gradients are averaged over processes; the loss is the whole minibatch's mean a token.
                     self.updates.backward(loss * processes.world_size() / tokens)
                     for name, value in sums.items():
                         totals[name] = torch.maximum(totals[name], value) if name in LARGEST else totals[name] + value
-        openings.backward()
+                if last:
+                    openings.backward()
         if first:
             _share_old_logprobs(experience, batches)
         norm = self.updates.step()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from align.config import ModelBlock, RewardSourceBlock
 from align.data.chat import conversation_ids
-from align.errors import AlignError, InputError
+from align.errors import AlignError, InputError, first_line
 from align.models.heads import pooled_scores
 from align.models.openings import right_padded
 from align.models.sources import resolve_model
@@ -139,8 +139,9 @@ def load_classifier_reward(
             path, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"ppo.rewards: {name} cannot be loaded as a sequence classifier ({reason})") from error
+        raise InputError(
+            f"ppo.rewards: {name} cannot be loaded as a sequence classifier ({first_line(error)})"
+        ) from error
     if missing := sorted(loading["missing_keys"]):
         raise InputError(
             f"ppo.rewards: {name} is no trained sequence classifier, it lacks {missing[0]}; name one, or a reward "

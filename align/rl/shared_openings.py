@@ -31,6 +31,5 @@ class SharedOpenings:
 
     def backward(self) -> None:
         """Add the openings' part of the gradient, after the backward passes of all micro-batches."""
-        with self._updates.accumulate(last=False):
-            for taken_in in self._taken_in.values():
-                taken_in.backward()
+        for taken_in in self._taken_in.values():
+            taken_in.backward()

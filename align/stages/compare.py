@@ -2,12 +2,13 @@
 
 The labels are soft (Bai et al. 2022, section 4.1): the reward model and DPO are trained on probabilities. Ties, cut,
 empty and identical completions stay in comparisons.jsonl with the reason, and make no pair. What the judge's engine
-gave stands in opinions.jsonl, and the principles in constitution.json: `align relabel` makes labels of them again.
+gave stands in opinions.jsonl, and the principles in constitution.json: `align relabel` makes labels of them again. Rows
+stream from file to file, a window at a time.
 """
 
 import itertools
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -16,10 +17,23 @@ from pydantic import Field
 
 from align import processes
 from align.artefacts import write_json
-from align.config import Block, EngineBlock, Integer, JudgeBlock, ModelBlock, Positive, SamplingBlock
+from align.calibration import JudgedPair, calibration_figures, print_calibration
+from align.config import (
+    Block,
+    EngineBlock,
+    Fraction,
+    Integer,
+    JudgeBlock,
+    ModelBlock,
+    PairSource,
+    Positive,
+    SamplingBlock,
+)
 from align.constitution import load_constitution
-from align.data.prompts import drawn_prompts
+from align.data.pairs import gather_pairs
+from align.data.prompts import stream_drawn
 from align.errors import InputError
+from align.feedback.gates import CompareGatesBlock, Share, check_gates, gate_figures
 from align.generation import Completed, Request
 from align.records import (
     Comparison,
@@ -37,11 +51,26 @@ from align.records import (
 from align.repro import derive_seed
 from align.stage import Context, Outcome, Stage
 from align.tracking import METRICS
+from align.windows import DEFAULT_WINDOW, WINDOW_HELP, RowFile, SeenOnDisk, Window, windows
 
 if TYPE_CHECKING:
-    from align.feedback.judge import Judge
+    from align.feedback.judge import Judge, Verdict
+    from align.feedback.tallies import ComparisonTally
+    from align.generation import Backend
 
 SPLIT: Split = "preference"
+CALIBRATION = "calibration.jsonl"
+
+
+class CalibrationBlock(Block):
+    """Pairs that people labelled, on which the judge is tested before it labels."""
+
+    human: Annotated[tuple[PairSource, ...], Field(min_length=1)] = Field(
+        description="preference pairs that people labelled"
+    )
+    min_accuracy: Annotated[Fraction, Field(ge=0.5, lt=1)] = Field(
+        0.5, description="the 95% interval of the judge's accuracy on them must lie above this"
+    )
 
 
 class CompareBlock(Block):
@@ -54,6 +83,11 @@ class CompareBlock(Block):
     principle: Literal["all", "draw"] = Field(
         "all", description="the judge averages over all principles that apply, or draws one for each comparison"
     )
+    calibration: CalibrationBlock | None = Field(
+        None, description="test the judge on human pairs first; `judge.allow_chance` goes on all the same"
+    )
+    gates: CompareGatesBlock = Field(default_factory=CompareGatesBlock)
+    window: Positive = Field(DEFAULT_WINDOW, description=WINDOW_HELP)
 
 
 class CompareStage(Stage):
@@ -63,7 +97,16 @@ class CompareStage(Stage):
     help = "label pairs of the SFT policy's completions by the constitution"
     settings = CompareBlock
     shares = ("model", "constitution", "judge")
-    outputs = ("comparisons.jsonl", "pairs.jsonl", "opinions.jsonl", "constitution.json", METRICS)
+    only_gates = ("gates",)
+    outputs = (
+        "comparisons.jsonl",
+        "pairs.jsonl",
+        "opinions.jsonl",
+        "constitution.json",
+        "agreement.json",
+        CALIBRATION,
+        METRICS,
+    )
 
     def inputs(self, settings: CompareBlock) -> tuple[str, ...]:
         return ("sample", "revise", "sft") if settings.revision_pairs else ("sample", "sft")
@@ -89,105 +132,169 @@ class CompareStage(Stage):
         return judge_problems(constitution, shared["judge"]) or probe_problems(constitution, shared["judge"])
 
     def run(self, context: Context) -> Outcome:
+        from align.backends.open import open_backend
+        from align.feedback.agreement import agreement_figures
         from align.feedback.judge import examine_judge, open_judge, require_better_than_chance
+        from align.feedback.tallies import ComparisonTally
 
         settings: CompareBlock = context.settings
         judge_block: JudgeBlock = context.shared["judge"]
+        model: ModelBlock = context.shared["model"]
         seed = derive_seed(context.seed, self.name)
         judge = open_judge(
             judge_block,
-            context.shared["model"],
+            model,
             load_constitution(context.shared["constitution"]),
             draw_seed=seed if settings.principle == "draw" else None,
             seed=seed,
         )
         report = examine_judge(judge, context.output / "probes.journal")
         require_better_than_chance(judge, report)
+        human, tested = calibrate(judge, context) if settings.calibration else ([], {})
 
-        comparisons, opinions = label(compared(context, seed), judge, context.output / "verdicts.journal")
-        pairs = [pair for row in comparisons if (pair := pair_of(row))]
-        extra = revision_pairs(context) if settings.revision_pairs else []
         if processes.is_first():
-            write_rows(context.output / "comparisons.jsonl", comparisons)
-            write_rows(context.output / "pairs.jsonl", {pair.id: pair for pair in (*pairs, *extra)}.values())
-            write_rows(context.output / "opinions.jsonl", opinions)
+            write_rows(context.output / CALIBRATION, human)
+        total = count_prompts(context)
+        if settings.revision_pairs:
+            require_revision_pairs(context)
+        backend = open_backend(EngineBlock(), model, path=str(context.inputs["sft"] / "model"))
+        tally = ComparisonTally([principle.id for principle in judge.principles], judge.block.min_margin)
+        pairs = compare_all(context, backend, judge, total, tally)
+        agreement = tally.agreement.agreement()
+        if processes.is_first():
+            write_json(context.output / "agreement.json", agreement.as_json())
             write_json(context.output / "constitution.json", judge.constitution.model_dump(mode="json"))
-        counted = {
-            **counts(comparisons),
-            **opinion_counts(comparisons, opinions),
-            "pairs": len(pairs),
-            "revision_pairs": len(extra),
-        }
-        measured = {"judge": report.as_figures(), **figures(comparisons), **option_figures(opinions)}
+        counted = {**tally.counts(), **pairs}
+        shares = {name: Share(tally.reasons[name], tally.comparisons) for name in ("cut", "identical")}
+        measured = {"judge": report.as_figures(), **tested, **tally.figures(), "gates": gate_figures(shares)}
         context.log_rows([{**counted, **measured}])
-        return Outcome(counted, measured)
+        check_gates(self.name, settings.gates, shares, context.output / "comparisons.jsonl")
+        return Outcome(counted, {**measured, "agreement": agreement_figures(agreement)})
 
 
-def compared(context: Context, seed: int) -> list[Comparison]:
+def compare_all(
+    context: Context, backend: "Backend", judge: "Judge", total: int, tally: "ComparisonTally"
+) -> dict[str, int]:
+    """Compare every prompt's completions, window by window, and write and count what came out; how many pairs of each
+    kind there are."""
+    settings: CompareBlock = context.settings
+    counted = {"pairs": 0, "revision_pairs": 0}
+    seen = SeenOnDisk()
+    with (
+        RowFile(context.output / "comparisons.jsonl") as comparisons,
+        RowFile(context.output / "opinions.jsonl") as opinions,
+        RowFile(context.output / "pairs.jsonl") as pairs,
+    ):
+
+        def add_pair(pair: PreferencePair, kind: str) -> None:
+            counted[kind] += 1
+            if seen.is_new(pair.id):
+                pairs.add(pair)
+
+        for window in windows(chosen_prompts(context), total, settings.window, context.output):
+            journal = window.folder / "verdicts.journal"
+            for row, scores in label(compared(window, context, backend), judge, journal, f"judge{window.label}"):
+                comparisons.add(row)
+                tally.add(row, scores)
+                for each in scores:
+                    opinions.add(each)
+                if pair := pair_of(row):
+                    add_pair(pair, "pairs")
+        for pair in revision_pairs(context) if settings.revision_pairs else ():
+            add_pair(pair, "revision_pairs")
+    return counted
+
+
+def calibrate(judge: "Judge", context: Context) -> tuple[list[JudgedPair], dict[str, Any]]:
+    """What the judge says of the human pairs, and what it is worth on them: shown, and for the manifest.
+
+    Raises:
+        JudgeAtChance: it is not shown to agree with people often enough.
+    """
+    from align.feedback.human_pairs import judge_pairs, require_agreement
+
+    block: CalibrationBlock = context.settings.calibration
+    left_out: Counter[str] = Counter()
+    pairs = gather_pairs(None, block.human, left_out)
+    judged = judge_pairs(judge, pairs, context.output / "calibration.journal")
+    found = calibration_figures(judged, judge.block.min_margin)
+    if processes.is_first():
+        print_calibration(found, f"{context.run_name}, {judge.name}")
+    require_agreement(judge, found, block.min_accuracy)
+    return judged, {"calibration": {**found, "read": dict(left_out)}}
+
+
+def compared(window: Window[Prompt], context: Context, backend: "Backend") -> list[Comparison]:
     """Pairs of the SFT policy's completions, not judged yet; those not worth judging say why."""
     from align.backends.complete_all import complete_all
-    from align.backends.open import open_backend
 
     settings: CompareBlock = context.settings
-    model: ModelBlock = context.shared["model"]
-    prompts = chosen_prompts(context)
-    requests = {
-        (prompt.id, number): _request(prompt, number, settings.sampling, seed)
-        for prompt in prompts
-        for number in range(settings.completions)
-    }
-    backend = open_backend(EngineBlock(), model, path=str(context.inputs["sft"] / "model"))
+    seed = derive_seed(context.seed, CompareStage.name)
+    numbers = range(settings.completions)
     done = complete_all(
         backend,
-        list(requests.values()),
+        [_request(prompt, number, settings.sampling, seed) for prompt in window.rows for number in numbers],
         settings.sampling.batch_size,
-        context.output / "completions.journal",
-        "two answers a prompt" if settings.completions == 2 else f"{settings.completions} answers a prompt",
+        window.folder / "completions.journal",
+        f"{'two' if settings.completions == 2 else settings.completions} answers a prompt{window.label}",
     )
     return [
         _comparison(prompt, (first, second), done)
-        for prompt in prompts
-        for first, second in itertools.combinations(range(settings.completions), 2)
+        for prompt in window.rows
+        for first, second in itertools.combinations(numbers, 2)
     ]
 
 
-def chosen_prompts(context: Context) -> list[Prompt]:
-    """The prompts of the preference split, up to the limit.
+def chosen_prompts(context: Context) -> Iterator[Prompt]:
+    """The prompts of the preference split, up to the limit."""
+    path = context.inputs["sample"] / "prompts.jsonl"
+    return stream_drawn(
+        lambda: (prompt for prompt in read_rows(path, Prompt) if prompt.split == SPLIT),
+        context.settings.limit,
+        "compared",
+    )
+
+
+def count_prompts(context: Context) -> int:
+    """How many prompts are compared.
 
     Raises:
         InputError: there are none.
     """
-    path = context.inputs["sample"] / "prompts.jsonl"
-    prompts = [prompt for prompt in read_rows(path, Prompt) if prompt.split == SPLIT]
-    if not prompts:
-        raise InputError(f"{path}: no prompt in the split {SPLIT}; raise `prompts.split.{SPLIT}` or give more prompts")
-    return drawn_prompts(prompts, context.settings.limit, "compared")
+    total = sum(1 for _ in chosen_prompts(context))
+    if not total:
+        raise InputError(
+            f"{context.inputs['sample'] / 'prompts.jsonl'}: no prompt in the split {SPLIT}; raise "
+            f"`prompts.split.{SPLIT}` or give more prompts"
+        )
+    return total
 
 
 def label(
-    comparisons: Sequence[Comparison], judge: "Judge", journal_path: Path | None = None
-) -> tuple[list[Comparison], list[OpinionScores]]:
-    """The comparisons with the judge's verdicts, and the scores that these were made of."""
+    comparisons: Sequence[Comparison], judge: "Judge", journal_path: Path | None = None, description: str = "judge"
+) -> list[tuple[Comparison, tuple[OpinionScores, ...]]]:
+    """The comparisons with the judge's verdicts, each with the scores that its verdict was made of."""
     from align.feedback.opinions import Question
 
     judged = [row for row in comparisons if not row.reason]
     questions = [Question(row.id, row.prompt, row.completion_a, row.completion_b, row.category) for row in judged]
-    answers = judge.compare(questions, journal_path, "judge")
+    answers = judge.compare(questions, journal_path, description)
     verdicts = {row.id: verdict for row, verdict in zip(judged, answers, strict=True)}
-    labelled = [
-        replace(
-            row,
-            p_a=verdict.p_a,
-            p_a_by_principle=verdict.by_principle,
-            position_bias=verdict.position_bias,
-            reason=verdict.reason,
-            judge=judge.name,
-        )
-        if (verdict := verdicts.get(row.id))
-        else row
+    return [
+        (_labelled(row, verdict, judge.name), verdict.scores) if (verdict := verdicts.get(row.id)) else (row, ())
         for row in comparisons
     ]
-    return labelled, [scores for verdict in answers for scores in verdict.scores]
+
+
+def _labelled(row: Comparison, verdict: "Verdict", judge: str) -> Comparison:
+    return replace(
+        row,
+        p_a=verdict.p_a,
+        p_a_by_principle=verdict.by_principle,
+        position_bias=verdict.position_bias,
+        reason=verdict.reason,
+        judge=judge,
+    )
 
 
 def pair_of(row: Comparison) -> PreferencePair | None:
@@ -207,83 +314,37 @@ def pair_of(row: Comparison) -> PreferencePair | None:
     )
 
 
-def revision_pairs(context: Context) -> list[PreferencePair]:
-    """Accepted revisions of the preference split over their originals.
+def revision_pairs(context: Context) -> Iterator[PreferencePair]:
+    """Accepted revisions of the preference split over their originals."""
+    for row in read_rows(context.inputs["revise"] / "revisions.jsonl", Revision):
+        if row.accepted and row.split == SPLIT:
+            chosen, rejected = Message("assistant", row.completion), Message("assistant", row.original)
+            yield PreferencePair(
+                id=pair_id(row.prompt, chosen, rejected),
+                prompt=row.prompt,
+                chosen=(chosen,),
+                rejected=(rejected,),
+                probability=row.p_better,
+                source="revision",
+                category=row.category,
+            )
+
+
+def require_revision_pairs(context: Context) -> None:
+    """Stop before anything is asked where pairs are to be made of revisions and there are none.
 
     Raises:
-        InputError: revise made none of that split.
+        InputError: revise made none of the preference split.
     """
-    path = context.inputs["revise"] / "revisions.jsonl"
-    revisions = [row for row in read_rows(path, Revision) if row.accepted and row.split == SPLIT]
-    if not revisions:
+    if next(revision_pairs(context), None) is None:
         raise InputError(
-            f"{path}: no accepted revision in the split {SPLIT}; name it in `revise.splits` and `sample.splits`, "
-            "or leave out `compare.revision_pairs`"
+            f"{context.inputs['revise'] / 'revisions.jsonl'}: no accepted revision in the split {SPLIT}; name it in "
+            "`revise.splits` and `sample.splits`, or leave out `compare.revision_pairs`"
         )
-    return [
-        PreferencePair(
-            id=pair_id(row.prompt, chosen, rejected),
-            prompt=row.prompt,
-            chosen=(chosen,),
-            rejected=(rejected,),
-            probability=row.p_better,
-            source="revision",
-            category=row.category,
-        )
-        for row in revisions
-        for chosen, rejected in [(Message("assistant", row.completion), Message("assistant", row.original))]
-    ]
 
 
 def pair_id(prompt: Sequence[Message], chosen: Message, rejected: Message) -> str:
     return digest([as_dicts(tuple(prompt)), chosen.as_dict(), rejected.as_dict()])
-
-
-def counts(comparisons: Sequence[Comparison]) -> dict[str, int]:
-    """How many comparisons were decided, and how many were not for each reason."""
-    reasons = Counter(row.reason for row in comparisons if row.p_a is None)
-    undecided = {f"undecided: {reason}": count for reason, count in sorted(reasons.items())}
-    return {"comparisons": len(comparisons), "decided": len(comparisons) - sum(reasons.values()), **undecided}
-
-
-def opinion_counts(comparisons: Sequence[Comparison], opinions: Sequence[OpinionScores]) -> dict[str, int]:
-    """How many opinions an engine was asked for, one for each comparison and principle, and how many it abstained
-    from."""
-    asked = {(row.comparison_id, row.principle_id) for row in opinions}
-    given = {(row.id, name) for row in comparisons for name in row.p_a_by_principle}
-    return {"opinions": len(asked), "opinions_abstained": len(asked - given)} if asked else {}
-
-
-def option_figures(opinions: Sequence[OpinionScores]) -> dict[str, float]:
-    """Mean probability of the two letters together, of a judge that chooses."""
-    masses = [row.option_mass for row in opinions if row.option_mass is not None]
-    return {"option_mass": sum(masses) / len(masses)} if masses else {}
-
-
-def figures(comparisons: Sequence[Comparison]) -> dict[str, Any]:
-    """Shares among the decided comparisons: what a judge that only looks at place or length would show, and how sure
-    the labels are; and the share of all that was left undecided."""
-    decided = [row for row in comparisons if row.p_a is not None]
-    if not decided:
-        return {}
-    sure = [max(row.p_a or 0.0, 1 - (row.p_a or 0.0)) for row in decided]
-    tenths = Counter(min(int(10 * p), 9) for p in sure)
-    a_wins = [row.p_a is not None and row.p_a > 0.5 for row in decided]
-    longer = [_longer_won(row, won) for row, won in zip(decided, a_wins, strict=True)]
-    return {
-        "a_chosen": sum(a_wins) / len(decided),
-        "longer_chosen": sum(longer) / len(decided),
-        "position_bias": sum(row.position_bias for row in decided) / len(decided),
-        "mean_probability": sum(sure) / len(decided),
-        "probability": {f"{10 * tenth}-{10 * tenth + 10}%": tenths[tenth] / len(decided) for tenth in range(5, 10)},
-        "undecided": 1 - len(decided) / len(comparisons),
-    }
-
-
-def _longer_won(row: Comparison, a_won: bool) -> float:
-    """1 where the longer completion was preferred, one half where both are as long."""
-    difference = len(row.completion_a) - len(row.completion_b)
-    return 0.5 if difference == 0 else float((difference > 0) == a_won)
 
 
 def _request(prompt: Prompt, number: int, sampling: SamplingBlock, seed: int) -> Request:

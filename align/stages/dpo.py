@@ -7,9 +7,9 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from align.config import Block, ModelBlock, Number, OptimizerBlock, PairSource, Positive
+from align.config import HUMAN_SHARE, Block, Fraction, ModelBlock, Number, OptimizerBlock, PairSource, Positive
 from align.data.columns import pair_columns
-from align.data.pairs import gather_pairs
+from align.data.pairs import gather_pairs, mix_faults, pairs_by_source
 from align.errors import InputError
 from align.records import PreferencePair
 from align.stage import Context, Outcome, Stage
@@ -27,7 +27,6 @@ LOSS_OPTIONS = (
 )
 """Options of TRL's own losses, which know no soft labels."""
 
-NO_PAIRS = "dpo.human: no pairs to train on; give some, or set `ai: true`"
 IGNORED_SMOOTHING = "dpo.trl.label_smoothing: TRL ignores it with the loss `sigmoid`; use `loss_type: [robust]`"
 
 
@@ -36,6 +35,7 @@ class DpoBlock(Block):
 
     ai: bool = Field(True, description="train on the pairs that the judge labelled")
     human: tuple[PairSource, ...] = Field((), description="preference pairs that people labelled")
+    human_share: Annotated[Fraction, Field(gt=0, lt=1)] | None = Field(None, description=HUMAN_SHARE)
     beta: Annotated[Number, Field(gt=0)] = Field(0.1, description="how strongly the policy is held to the SFT policy")
     optimizer: OptimizerBlock = Field(default_factory=lambda: OptimizerBlock(learning_rate=1e-5))
     epochs: Annotated[Number, Field(gt=0)] = Field(1.0, description="passes over the pairs")
@@ -59,7 +59,7 @@ class Dpo(Stage):
         return tuple(source.path for source in settings.human if Path(source.path).expanduser().exists())
 
     def check(self, settings: DpoBlock, shared: Mapping[str, Any]) -> list[str]:
-        faults = [] if settings.ai or settings.human else [NO_PAIRS]
+        faults = mix_faults(self.name, settings.ai, settings.human, settings.human_share)
         return [*faults, IGNORED_SMOOTHING] if ignores_smoothing(settings) else faults
 
     def run(self, context: Context) -> Outcome:
@@ -73,7 +73,7 @@ class Dpo(Stage):
         config = training_config(DPOConfig, context, dtype, beta=settings.beta, max_length=None)
         counts: Counter[str] = Counter()
         ai = context.inputs["compare"] / "pairs.jsonl" if settings.ai else None
-        pairs = gather_pairs(ai, settings.human, counts)
+        pairs = gather_pairs(ai, settings.human, counts, settings.human_share)
         hard_loss = check_loss(settings, pairs)
         sft = str(context.inputs["sft"] / "model")
         tokenizer = load_tokenizer(sft, trust_remote_code=block.trust_remote_code)
@@ -86,7 +86,8 @@ class Dpo(Stage):
         options = {"ref_model": reference, "hard_loss": hard_loss}
         _, trained = fit(SoftLabelDPOTrainer, context, model, tokenizer, config, columns.rows, dtype, **options)
         counts.update(pairs=len(columns), pairs_too_long=len(columns.too_long), steps=trained.steps)
-        return Outcome(counts, {"pairs_too_long": list(columns.too_long), "last_step": dict(trained.figures)})
+        figures = {"pairs_by_source": pairs_by_source(pairs), "pairs_too_long": list(columns.too_long)}
+        return Outcome(counts, {**figures, "last_step": dict(trained.figures)})
 
 
 def check_loss(settings: DpoBlock, pairs: list[PreferencePair]) -> bool:

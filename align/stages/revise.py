@@ -1,29 +1,31 @@
 """revise: the model criticises and rewrites its own completions by the constitution; the judge accepts or rejects.
 
 A revision is never assumed to be better (Bai et al. 2022 do): filters catch what went wrong, hard rules are checked,
-and the judge must prefer it to the original. What is rejected is kept beside, with the reason.
+and the judge must prefer it to the original. What is rejected is kept beside, with the reason. Rows stream from file to
+file, a window at a time.
 """
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from align import processes
-from align.config import Block, EngineBlock, Integer, JudgeBlock, ModelBlock, Positive, SamplingBlock
+from align.config import Block, EngineBlock, Fraction, Integer, JudgeBlock, ModelBlock, Positive, SamplingBlock
 from align.constitution import Constitution, load_constitution
 from align.errors import InputError
-from align.feedback.filters import OPTIONAL, FilterName
-from align.records import Revision, Sample, Split, digest, read_rows, write_rows
+from align.feedback.filters import OPTIONAL, FilterName, refuses
+from align.feedback.gates import ReviseGatesBlock, Share, TextShares, check_gates, gate_figures
+from align.records import JUDGED_WORSE, Prompt, Revision, Sample, Split, digest, read_rows
 from align.repro import derive_seed
 from align.stage import Context, Outcome, Stage
 from align.tracking import METRICS
+from align.windows import DEFAULT_WINDOW, WINDOW_HELP, RowFile, SeenOnDisk, Window, windows
 
 if TYPE_CHECKING:
-    from align.feedback.critique import Chain
+    from align.feedback.critique import Chain, Loop
     from align.feedback.judge import Judge, Verdict
+    from align.feedback.tallies import RevisionTally
 
 
 class ReviseBlock(Block):
@@ -34,11 +36,17 @@ class ReviseBlock(Block):
     splits: tuple[Split, ...] = Field(("sft",), description="the splits whose samples are revised")
     sampling: SamplingBlock = Field(default_factory=SamplingBlock)
     engine: EngineBlock = Field(default_factory=EngineBlock)
+    critic: EngineBlock | None = Field(None, description="writes the critiques; `engine` does where this is null")
     examples: Annotated[Integer, Field(ge=0)] = Field(2, description="worked examples shown before each request")
     filters: tuple[FilterName, ...] = Field(OPTIONAL, description="besides 'cut' and 'empty', which always apply")
     principle: Literal["all", "draw"] = Field(
         "all", description="the judge averages over all principles that apply, or draws one for each revision"
     )
+    near_duplicates: Fraction | None = Field(
+        0.8, description="revisions that share so much with an earlier accepted one are rejected; null keeps them"
+    )
+    gates: ReviseGatesBlock = Field(default_factory=ReviseGatesBlock)
+    window: Positive = Field(DEFAULT_WINDOW, description=WINDOW_HELP)
 
 
 class ReviseStage(Stage):
@@ -48,6 +56,7 @@ class ReviseStage(Stage):
     help = "criticise and revise the samples by the constitution"
     settings = ReviseBlock
     shares = ("model", "constitution", "judge")
+    only_gates = ("gates",)
     outputs = ("critiques.jsonl", "revisions.jsonl", "rejected.jsonl", METRICS)
 
     def inputs(self, settings: ReviseBlock) -> tuple[str, ...]:
@@ -81,12 +90,13 @@ class ReviseStage(Stage):
         from align.backends.open import open_backend
         from align.feedback.critique import Loop
         from align.feedback.judge import examine_judge, open_judge, require_better_than_chance
+        from align.feedback.tallies import RevisionTally
 
         settings: ReviseBlock = context.settings
         judge_block: JudgeBlock = context.shared["judge"]
         model: ModelBlock = context.shared["model"]
         constitution = load_constitution(context.shared["constitution"])
-        samples = chosen_samples(context, settings.splits)
+        total = count_samples(context)
         seed = derive_seed(context.seed, self.name)
 
         backend = open_backend(settings.engine, model)
@@ -106,58 +116,112 @@ class ReviseStage(Stage):
             backend=backend,
             sampling=settings.sampling,
             seed=seed,
-            journal_path=context.output / "steps.journal",
             critique=settings.critique,
             examples=settings.examples,
             filters=settings.filters,
+            critic=open_backend(settings.critic, model) if settings.critic and settings.critique else None,
         )
-        judged = judge_chains(loop.run(samples, settings.rounds), judge, context)
-        if processes.is_first():
-            write_rows(context.output / "critiques.jsonl", [row for each in judged for row in each.chain.rounds])
-            write_rows(context.output / "revisions.jsonl", [each.row for each in judged if each.row.accepted])
-            write_rows(context.output / "rejected.jsonl", [each.row for each in judged if not each.row.accepted])
-        counted, measured = counts(judged), {"judge": report.as_figures(), **figures(judged, settings.rounds)}
+        tally = RevisionTally(settings.rounds)
+        shares = revise_all(context, loop, judge, total, tally)
+        measured = {"judge": report.as_figures(), **tally.figures(), "gates": gate_figures(shares)}
+        counted = tally.counts()
         context.log_rows(_logged(counted, measured))
+        check_gates(self.name, settings.gates, shares, context.output / "revisions.jsonl")
         return Outcome(counted, measured)
 
 
-@dataclass(frozen=True)
-class Judged:
-    """A chain and the row that it became."""
-
-    chain: "Chain"
-    row: Revision
+def chosen_samples(context: Context) -> Iterator[Sample]:
+    """The samples of the splits that are revised, in the order of sample's own file."""
+    samples = read_rows(context.inputs["sample"] / "samples.jsonl", Sample)
+    return (sample for sample in samples if sample.split in context.settings.splits)
 
 
-def chosen_samples(context: Context, splits: Sequence[Split]) -> list[Sample]:
-    """The samples of these splits, in the order of sample's own file.
+def count_samples(context: Context) -> int:
+    """How many samples are revised.
 
     Raises:
         InputError: there are none.
     """
-    path = context.inputs["sample"] / "samples.jsonl"
-    samples = [sample for sample in read_rows(path, Sample) if sample.split in splits]
-    if not samples:
+    total = sum(1 for _ in chosen_samples(context))
+    if not total:
         raise InputError(
-            f"{path}: no sample of the splits {', '.join(splits)}; name them in `sample.splits` too, "
-            "or give more prompts"
+            f"{context.inputs['sample'] / 'samples.jsonl'}: no sample of the splits "
+            f"{', '.join(context.settings.splits)}; name them in `sample.splits` too, or give more prompts"
         )
-    return samples
+    return total
 
 
-def judge_chains(chains: Sequence["Chain"], judge: "Judge", context: Context) -> list[Judged]:
-    """Rows of the chains: those without a fault are compared with their originals, and kept where they are better."""
+def benign_prompts(context: Context) -> SeenOnDisk:
+    """Ids of the prompts whose category or file the gates name benign.
+
+    Raises:
+        InputError: a name that no prompt goes by.
+    """
+    names = set(context.settings.gates.benign)
+    unknown, benign = set(names), SeenOnDisk()
+    path = context.inputs["sample"] / "prompts.jsonl"
+    for prompt in read_rows(path, Prompt) if names else ():
+        if found := names & {prompt.category, prompt.source}:
+            unknown -= found
+            benign.is_new(prompt.id)
+    if unknown:
+        raise InputError(f"revise.gates.benign: no prompt of category or file {min(unknown)!r} in {path}; remove it")
+    return benign
+
+
+def _made(tally: "RevisionTally") -> dict[str, Share]:
+    """What the gates limit of all the revisions that were made."""
+    return {
+        "refusal_only": Share(tally.reasons["refusal"], tally.samples),
+        "cut": Share(tally.reasons["cut"], tally.samples),
+        "not_accepted": Share(tally.samples - tally.accepted, tally.samples),
+    }
+
+
+def revise_all(context: Context, loop: "Loop", judge: "Judge", total: int, tally: "RevisionTally") -> dict[str, Share]:
+    """Revise and judge every sample, window by window, and write and count what came out; the shares for the gates."""
+    from align.feedback.near_duplicates import NearDuplicates
+
+    settings: ReviseBlock = context.settings
+    benign, benign_refused, texts = benign_prompts(context), Share(), TextShares()
+    earlier = NearDuplicates(settings.near_duplicates) if settings.near_duplicates is not None else None
+    critiques, revisions, rejected = (
+        RowFile(context.output / name) for name in ("critiques.jsonl", "revisions.jsonl", "rejected.jsonl")
+    )
+    with critiques, revisions, rejected:
+        for window in windows(chosen_samples(context), total, settings.window, context.output):
+            for chain, row in revise_window(window, loop, judge, settings.rounds):
+                if row.accepted and earlier and earlier.is_repeated(row.completion, row.split):
+                    row = replace(row, accepted=False, reason="near-duplicate")
+                if row.accepted:
+                    texts.add(row.completion)
+                if row.prompt_id in benign:
+                    benign_refused.add(row.completion, refuses(row.completion))
+                for made in chain.rounds:
+                    critiques.add(made)
+                (revisions if row.accepted else rejected).add(row)
+                tally.add(chain, row)
+    return {**texts.shares(), **_made(tally), "benign_refused": benign_refused}
+
+
+def revise_window(
+    window: Window[Sample], loop: "Loop", judge: "Judge", rounds: int
+) -> Iterator[tuple["Chain", Revision]]:
+    """Each sample's chain and the row that it became: chains without a fault are compared with their originals."""
     from align.feedback.opinions import Question
 
+    loop = replace(loop, journal_path=window.folder / "steps.journal", label=window.label)
+    chains = loop.run(window.rows, rounds)
     faults = {chain.sample.id: chain.fault or hard_rule_broken(judge.constitution, chain) for chain in chains}
     sound = [chain for chain in chains if not faults[chain.sample.id]]
     questions = [
         Question(chain.sample.id, chain.sample.prompt, chain.completion, chain.sample.completion, chain.sample.category)
         for chain in sound
     ]
-    answers = judge.compare(questions, context.output / "verdicts.journal", "judge revisions")
+    answers = judge.compare(questions, window.folder / "verdicts.journal", f"judge revisions{window.label}")
     verdicts = {chain.sample.id: verdict for chain, verdict in zip(sound, answers, strict=True)}
-    return [Judged(chain, _row(chain, faults[chain.sample.id], verdicts.get(chain.sample.id))) for chain in chains]
+    for chain in chains:
+        yield chain, _row(chain, faults[chain.sample.id], verdicts.get(chain.sample.id))
 
 
 def hard_rule_broken(constitution: Constitution, chain: "Chain") -> str:
@@ -169,55 +233,6 @@ def hard_rule_broken(constitution: Constitution, chain: "Chain") -> str:
     return f"breaks {broken.id}" if broken else ""
 
 
-def counts(judged: Sequence[Judged]) -> dict[str, int]:
-    """How many were accepted, and how many rejected for each reason."""
-    reasons = Counter(each.row.reason for each in judged if not each.row.accepted)
-    return {
-        "samples": len(judged),
-        "accepted": sum(each.row.accepted for each in judged),
-        "rejected": sum(reasons.values()),
-        **{f"rejected: {reason}": count for reason, count in sorted(reasons.items())},
-        "preambles_removed": sum(each.chain.preambles for each in judged),
-    }
-
-
-def figures(judged: Sequence[Judged], rounds: int) -> dict[str, Any]:
-    """By principle: draws, filtered revisions, accepted chains. By round: see `_of_round`."""
-    draws, filtered, accepted = Counter[str](), Counter[str](), Counter[str]()
-    for each in judged:
-        for step, fault in zip(each.chain.rounds, each.chain.faults, strict=True):
-            draws[step.principle_id] += 1
-            filtered[step.principle_id] += bool(fault)
-            accepted[step.principle_id] += each.row.accepted
-    by_round = [_of_round(judged, number) for number in range(rounds)]
-    return {
-        "by_principle": {
-            name: {"draws": draws[name], "filtered": filtered[name], "accepted": accepted[name]}
-            for name in sorted(draws)
-        },
-        "by_round": by_round,
-        "original_characters": _mean([len(each.chain.sample.completion) for each in judged]),
-    }
-
-
-def _of_round(judged: Sequence[Judged], number: int) -> dict[str, float]:
-    """Mean length in characters, share that a filter caught, and of the chains that end with this round's revision how
-    many there are and what share was accepted."""
-    reached = [each.chain for each in judged if len(each.chain.rounds) > number]
-    last = [each.row.accepted for each in judged if _last_round(each.chain) == number]
-    return {
-        "characters": _mean([len(chain.rounds[number].revision) for chain in reached]),
-        "filtered": _mean([bool(chain.faults[number]) for chain in reached]),
-        "last": len(last),
-        "last_accepted": _mean(last),
-    }
-
-
-def _last_round(chain: "Chain") -> int | None:
-    """The round whose revision stands at the chain's end; None where every one was caught."""
-    return max((number for number, fault in enumerate(chain.faults) if not fault), default=None)
-
-
 def _logged(counted: Mapping[str, int], measured: Mapping[str, Any]) -> list[dict[str, Any]]:
     """A row for each round; the last holds what is known at the end too, counts as shares of the samples."""
     *rows, last = ({"round": figures} for figures in measured["by_round"])
@@ -226,14 +241,10 @@ def _logged(counted: Mapping[str, int], measured: Mapping[str, Any]) -> list[dic
     return [*rows, {**last, "samples": counted["samples"], **shares, **known}]
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else 0.0
-
-
 def _row(chain: "Chain", fault: str, verdict: "Verdict | None") -> Revision:
     p_better = verdict.p_a if verdict and verdict.p_a is not None else 0.5
     accepted = not fault and p_better > 0.5
-    reason = fault or (verdict.reason if verdict else "") or "judged worse"
+    reason = fault or (verdict.reason if verdict else "") or JUDGED_WORSE
     return Revision(
         id=digest([chain.sample.id, "revision"]),
         prompt_id=chain.sample.prompt_id,

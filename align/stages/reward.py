@@ -10,9 +10,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from align.config import Block, Fraction, ModelBlock, Number, OptimizerBlock, PairSource, Positive
+from align.config import HUMAN_SHARE, Block, Fraction, ModelBlock, Number, OptimizerBlock, PairSource, Positive
 from align.data.columns import pair_columns, whole_conversations
-from align.data.pairs import gather_pairs
+from align.data.pairs import gather_pairs, mix_faults, pairs_by_source
 from align.errors import InputError
 from align.held_out import HELD_OUT, ScoredPair, held_out_figures, print_held_out
 from align.records import Conversation, PreferencePair, as_dicts, digest, write_rows
@@ -29,6 +29,7 @@ class RewardBlock(Block):
 
     ai: bool = Field(True, description="train on the pairs that the judge labelled")
     human: tuple[PairSource, ...] = Field((), description="preference pairs that people labelled")
+    human_share: Annotated[Fraction, Field(gt=0, lt=1)] | None = Field(None, description=HUMAN_SHARE)
     base: Literal["sft", "model"] = Field("sft", description="start from the SFT policy, or from the base model")
     held_out: Annotated[Fraction, Field(lt=1)] = Field(0.1, description="share of the prompts whose pairs test it")
     optimizer: OptimizerBlock = Field(default_factory=OptimizerBlock)
@@ -53,9 +54,7 @@ class Reward(Stage):
         return tuple(source.path for source in settings.human if Path(source.path).expanduser().exists())
 
     def check(self, settings: RewardBlock, shared: Mapping[str, Any]) -> list[str]:
-        if settings.ai or settings.human:
-            return []
-        return ["reward.human: no pairs to train on; give some, or set `ai: true`"]
+        return mix_faults(self.name, settings.ai, settings.human, settings.human_share)
 
     def run(self, context: Context) -> Outcome:
         from align import processes
@@ -73,7 +72,8 @@ class Reward(Stage):
         tokenizer = pad_apart(load_tokenizer(path, revision=revision, trust_remote_code=block.trust_remote_code))
         counts: Counter[str] = Counter()
         ai = context.inputs["compare"] / "pairs.jsonl" if settings.ai else None
-        training, held_out = split_by_prompt(gather_pairs(ai, settings.human, counts), settings.held_out)
+        gathered = gather_pairs(ai, settings.human, counts, settings.human_share)
+        training, held_out = split_by_prompt(gathered, settings.held_out)
         columns = pair_columns(tokenizer, training, settings.max_length, block.system_prompt)
         tested = pair_columns(tokenizer, held_out, settings.max_length, block.system_prompt)
         too_long = [*columns.too_long, *tested.too_long]
@@ -93,7 +93,8 @@ class Reward(Stage):
             with context.tracker() as tracker:
                 tracker.log(trained.steps + 1, flat({"held_out": measured, **scale}))
             print_held_out(measured, context.run_name)
-        figures = {"base": settings.base, **scale, **measured, "pairs_too_long": too_long}
+        sources = {"training": pairs_by_source(training), "held_out": pairs_by_source(held_out)}
+        figures = {"base": settings.base, **scale, **measured, "pairs_too_long": too_long, "pairs_by_source": sources}
         return Outcome({**counts, "steps": trained.steps}, {**figures, "last_step": dict(trained.figures)})
 
 

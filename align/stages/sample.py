@@ -1,24 +1,33 @@
 """sample: read the prompts, put each into its split, and complete those of the splits that the pipeline revises.
 
-The model is the base model (or the recipe's engine): its completions are what revise criticises.
+The model is the base model (or the recipe's engine): its completions are what revise criticises. Prompts and samples
+stream from file to file, a window at a time.
 """
 
+import heapq
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import Field
 
 from align import processes
-from align.config import Block, EngineBlock, ModelBlock, PromptsBlock, SamplingBlock
-from align.data.prompts import read_prompts, split_problems, with_split
+from align.config import Block, EngineBlock, ModelBlock, Positive, PromptsBlock, SamplingBlock
+from align.data.prompts import split_problems, stream_prompts, with_split
 from align.generation import Completed, Request
 from align.metrics import text_figures
-from align.records import SPLITS, Prompt, Sample, Split, digest, write_rows
+from align.records import SPLITS, Prompt, Sample, Split, digest, read_rows
 from align.repro import derive_seed
 from align.stage import Context, Outcome, Stage
 from align.tracking import METRICS
+from align.windows import DEFAULT_WINDOW, WINDOW_HELP, RowFile, Window, windows
+
+if TYPE_CHECKING:
+    from align.generation import Backend
+
+DESCRIBED = 1024
+"""Samples that the figures describe, drawn by a hash: how varied texts are can only be told of so many."""
 
 
 class SampleBlock(Block):
@@ -27,6 +36,7 @@ class SampleBlock(Block):
     sampling: SamplingBlock = Field(default_factory=SamplingBlock)
     splits: tuple[Split, ...] = Field(("sft", "preference"), description="the splits whose prompts are completed")
     engine: EngineBlock = Field(default_factory=EngineBlock)
+    window: Positive = Field(DEFAULT_WINDOW, description=WINDOW_HELP)
 
 
 class SampleStage(Stage):
@@ -45,29 +55,72 @@ class SampleStage(Stage):
         return split_problems(shared["prompts"].split)
 
     def run(self, context: Context) -> Outcome:
-        from align.backends.complete_all import complete_all
         from align.backends.open import open_backend
 
         settings: SampleBlock = context.settings
-        block: PromptsBlock = context.shared["prompts"]
         model: ModelBlock = context.shared["model"]
-        prompts = read_prompts(block)
-        chosen = list(with_split(prompts, settings.splits))
-        backend = open_backend(settings.engine, model)
-        done = complete_all(
-            backend,
-            [_request(prompt, settings.sampling, context.seed) for prompt in chosen],
-            settings.sampling.batch_size,
-            context.output / "samples.journal",
-            "sample",
-        )
-        samples = [_sample(prompt, done[prompt.id], backend.name, context.seed) for prompt in chosen]
+        counts: Counter[str] = Counter()
+        categories: Counter[str] = Counter()
         if processes.is_first():
-            write_rows(context.output / "prompts.jsonl", prompts)
-            write_rows(context.output / "samples.jsonl", samples)
-        counts, figures = _counts(prompts, samples), _figures(samples, [done[prompt.id].tokens for prompt in chosen])
-        context.log_rows([{**counts, **figures}])
-        return Outcome(counts, {"categories": dict(Counter(prompt.category for prompt in prompts)), **figures})
+            _write_prompts(context, counts, categories)
+        processes.barrier()
+        backend = open_backend(settings.engine, model)
+        made = _samples(context, backend, counts)
+        described = heapq.nsmallest(DESCRIBED, made, key=lambda each: each.sample.id)
+
+        ordered = {name: counts[name] for name in ("prompts", *map(_of_split, SPLITS), "samples", "samples_cut")}
+        figures = _figures(described)
+        context.log_rows([{**ordered, **figures}])
+        return Outcome(ordered, {"categories": dict(categories), **figures})
+
+
+class _Made(NamedTuple):
+    """A sample, and how many tokens it took."""
+
+    sample: Sample
+    tokens: int
+
+
+def _write_prompts(context: Context, counts: Counter[str], categories: Counter[str]) -> None:
+    block: PromptsBlock = context.shared["prompts"]
+    with RowFile(context.output / "prompts.jsonl") as out:
+        for prompt in stream_prompts(block):
+            out.add(prompt)
+            counts.update(("prompts", _of_split(prompt.split)))
+            categories[prompt.category] += 1
+
+
+def _of_split(split: str) -> str:
+    return f"prompts_{split}"
+
+
+def _samples(context: Context, backend: "Backend", counts: Counter[str]) -> Iterator[_Made]:
+    """Every sample, in the prompts' order, as it is written."""
+    settings: SampleBlock = context.settings
+    total = sum(1 for _ in _chosen(context))
+    with RowFile(context.output / "samples.jsonl") as out:
+        for window in windows(_chosen(context), total, settings.window, context.output):
+            done = _complete(window, settings.sampling, backend, context.seed)
+            for prompt in window.rows:
+                completed = done[prompt.id]
+                sample = _sample(prompt, completed, backend.name, context.seed)
+                out.add(sample)
+                counts["samples"] += 1
+                counts["samples_cut"] += sample.finish_reason == "length"
+                yield _Made(sample, completed.tokens)
+
+
+def _chosen(context: Context) -> Iterator[Prompt]:
+    """The prompts that are completed."""
+    return with_split(read_rows(context.output / "prompts.jsonl", Prompt), context.settings.splits)
+
+
+def _complete(window: Window[Prompt], sampling: SamplingBlock, backend: "Backend", seed: int) -> dict[str, Completed]:
+    from align.backends.complete_all import complete_all
+
+    requests = [_request(prompt, sampling, seed) for prompt in window.rows]
+    journal = window.folder / "samples.journal"
+    return complete_all(backend, requests, sampling.batch_size, journal, f"sample{window.label}")
 
 
 def sample_seed(seed: int, prompt_id: str) -> int:
@@ -100,22 +153,13 @@ def _sample(prompt: Prompt, completed: Completed, engine: str, seed: int) -> Sam
     )
 
 
-def _counts(prompts: list[Prompt], samples: list[Sample]) -> dict[str, int]:
-    splits = Counter(prompt.split for prompt in prompts)
-    return {
-        "prompts": len(prompts),
-        **{f"prompts_{split}": splits[split] for split in SPLITS},
-        "samples": len(samples),
-        "samples_cut": sum(sample.finish_reason == "length" for sample in samples),
-    }
-
-
-def _figures(samples: list[Sample], tokens: list[int]) -> dict[str, float]:
+def _figures(made: Sequence[_Made]) -> dict[str, float]:
     """What the completions look like: lengths, variety, repetition, how many ended by themselves."""
-    if not samples:
+    if not made:
         return {}
-    completions, reasons = zip(*((sample.completion, sample.finish_reason) for sample in samples), strict=True)
-    return asdict(text_figures(completions, tokens, reasons))
+    completions = [each.sample.completion for each in made]
+    reasons = [each.sample.finish_reason for each in made]
+    return asdict(text_figures(completions, [each.tokens for each in made], reasons))
 
 
 STAGE = SampleStage()

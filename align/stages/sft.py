@@ -16,6 +16,7 @@ from align.config import Block, Fraction, ModelBlock, Number, OptimizerBlock, Pa
 from align.data.columns import demonstration_columns
 from align.data.pairs import read_demonstrations
 from align.errors import InputError
+from align.feedback.gates import TextGatesBlock, TextShares, check_gates, gate_figures
 from align.records import Demonstration, Prompt, Revision, Sample, Split, read_rows, write_rows
 from align.repro import derive_seed
 from align.stage import Context, Outcome, Stage
@@ -44,6 +45,7 @@ class SftBlock(Block):
     optimizer: OptimizerBlock = Field(default_factory=OptimizerBlock)
     epochs: Annotated[Number, Field(gt=0)] = Field(1.0, description="passes over the demonstrations")
     max_length: Positive = Field(1024, description="tokens; longer rows are left out and counted")
+    gates: TextGatesBlock = Field(default_factory=TextGatesBlock)
     trl: dict[str, Any] = Field(default_factory=dict, description="further options of trl.SFTConfig")
 
 
@@ -102,6 +104,11 @@ class Sft(Stage):
         )
         counts: Counter[str] = Counter()
         demonstrations = gather(context, counts)
+        texts = TextShares()
+        for demonstration in demonstrations:
+            texts.add(demonstration.completion)
+        shares = texts.shares()
+        check_gates(self.name, settings.gates, shares, _sources(context))
         tokenizer = load_tokenizer(block.path, revision=block.revision, trust_remote_code=block.trust_remote_code)
         columns = demonstration_columns(tokenizer, demonstrations, settings.max_length, block.system_prompt)
         if not columns.rows:
@@ -114,7 +121,16 @@ class Sft(Stage):
             kept = (demonstration for demonstration in demonstrations if demonstration.id not in too_long)
             write_rows(context.output / "demonstrations.jsonl", kept)
         counts.update(demonstrations=len(columns), too_long=len(columns.too_long), steps=trained.steps)
-        return Outcome(counts, {"too_long": list(columns.too_long), "last_step": dict(trained.figures)})
+        return Outcome(
+            counts,
+            {"too_long": list(columns.too_long), "last_step": dict(trained.figures), "gates": gate_figures(shares)},
+        )
+
+
+def _sources(context: Context) -> str:
+    """Where the demonstrations come from."""
+    files = [source.path for source in context.settings.helpful.sources]
+    return ", ".join(map(str, [*context.inputs.values(), *files]))
 
 
 def _mix_problems(helpful: HelpfulBlock) -> list[str]:

@@ -21,9 +21,9 @@ def newest(run: Path, pattern: str) -> int:
 
 
 PROGRESS: dict[str, tuple[Callable[[Path, str], int], str]] = {
-    "sample": (lines, ".partial/sample-*/samples.journal.*"),
-    "revise": (lines, ".partial/revise-*/steps.journal.*"),
-    "compare": (lines, ".partial/compare-*/completions.journal.*"),
+    "sample": (lines, ".partial/sample-*/windows/*/samples.journal.*"),
+    "revise": (lines, ".partial/revise-*/windows/*/steps.journal.*"),
+    "compare": (lines, ".partial/compare-*/windows/*/completions.journal.*"),
     "sft": (newest, ".partial/sft-*/checkpoint/checkpoint-*/complete"),
     "reward": (newest, ".partial/reward-*/checkpoint/checkpoint-*/complete"),
 }
@@ -81,7 +81,7 @@ def test_a_stage_killed_by_the_clock_ends_with_the_same_bytes(finished: Run, tmp
     def has_begun() -> bool:
         return any((folder / ".partial").glob(f"{stage}-*"))
 
-    assert run.kill_when(after(draw.uniform(0, 0.8) * seconds, has_begun), *command), "ended before the kill"
+    assert run.kill_when(after(draw.uniform(0, 0.5) * seconds, has_begun), *command), "ended before the kill"
     # Anywhere from Python's start to the end, or beyond it on a faster machine: what is published then stands.
     run.kill_when(after(draw.uniform(0, 2 + seconds), lambda: True), *command)
     run.make(*command)

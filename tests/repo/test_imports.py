@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-HEAVY = ("torch", "transformers", "trl", "datasets", "peft", "accelerate", "wandb")
+HEAVY = ("bm25s", "torch", "transformers", "trl", "datasets", "peft", "accelerate", "wandb")
 LIGHT = [
     *(f"align.stages.{path.stem}" for path in sorted((ROOT / "align/stages").glob("*.py")) if path.stem != "__init__"),
     *(
         f"align.{name}"
         for name in (
-            "__main__ artefacts config constitution errors launch make_rules plan plan_view processes recipe records "
+            "__main__ artefacts config constitution constitution_checks constitution_schema documents errors launch "
+            "make_rules paper_files plan plan_view principles processes recipe records "
             "report repro rules runner stage tracking world yaml_files"
         ).split()
     ),

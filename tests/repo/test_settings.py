@@ -33,7 +33,8 @@ def recipe_blocks() -> Iterator[type[Block]]:
 
 BLOCKS = sorted(set(recipe_blocks()), key=lambda kind: kind.__name__)
 TEXT = "\n".join(path.read_text(encoding="utf-8") for path in SOURCE.rglob("*.py"))
-READ_BY_NAME = {"SplitBlock"}  # its shares are read by the names of the splits
+# The shares of splits are read by the splits' names, and the limits of gates by the gates'.
+READ_BY_NAME = {"SplitBlock", "TextGatesBlock", "ReviseGatesBlock", "CompareGatesBlock"}
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda kind: kind.__name__)
@@ -75,9 +76,12 @@ def test_a_setting_is_described_and_its_default_is_accepted(setting: Setting) ->
 def _with_required(content: dict[str, Any]) -> dict[str, Any]:
     """The content with the keys that its blocks cannot do without."""
     required = {"model": {"path": "m"}, "prompts": {"sources": [{"path": "p"}]}}
-    return {
+    filled = {
         name: value | required.get(name, {}) if isinstance(value, dict) else value for name, value in content.items()
     }
+    if content.get("compare", {}).get("calibration") is not None:
+        filled["compare"] = {"calibration": content["compare"]["calibration"] | {"human": [{"path": "p"}]}}
+    return filled
 
 
 def test_naming_one_key_of_a_block_leaves_the_defaults_of_the_others() -> None:

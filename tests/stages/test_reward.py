@@ -209,6 +209,28 @@ def test_no_pairs_at_all_is_a_fault() -> None:
     assert fault.startswith("reward.human: no pairs to train on")
 
 
+def test_people_s_pairs_are_mixed_in_by_a_share_and_tested_apart(tmp_path: Path, tiny_model_dir: Path) -> None:
+    human = tmp_path / "human.jsonl"
+    rows = [{"prompt": f"How do I do {n}?", "chosen": "Yes indeed!", "rejected": "no"} for n in range(60)]
+    human.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    block = {**QUICK, "human": [{"path": str(human), "name": "helpful"}], "human_share": 0.5, "epochs": 1}
+    outcome = run(STAGE, block, tiny_model_dir, tmp_path / "out", upstreams(tmp_path, tiny_model_dir, count=20))
+    sources = outcome.figures["pairs_by_source"]
+    assert {name: sources["training"][name] + sources["held_out"][name] for name in ("ai", "helpful")} == {
+        "ai": 20,
+        "helpful": 20,
+    }
+    assert outcome.counts["pairs_human_left_out"] == 40
+    tested = {name: found["n"] for name, found in outcome.figures["accuracy_by_source"].items()}
+    assert tested == sources["held_out"]
+
+
+@pytest.mark.parametrize("alone", [{"ai": False, "human": ({"path": "a/b"},)}, {"ai": True}])
+def test_a_share_of_nothing_is_a_fault(alone: dict[str, Any]) -> None:
+    (fault,) = STAGE.check(RewardBlock.model_validate({**alone, "human_share": 0.4}), {})
+    assert fault.startswith("reward.human_share: nothing to mix")
+
+
 def test_the_same_prompt_under_another_label_keeps_its_id() -> None:
     first = pair(1)
     assert prompt_id(first.prompt) == prompt_id(dataclasses.replace(first, probability=0.6).prompt)

@@ -15,6 +15,7 @@ import pytest
 
 from align.artefacts import output_digests
 from align.backends.scripted import ScriptedBackend
+from align.calibration import JudgedPair
 from align.config import JudgeBlock, ModelBlock, PromptsBlock, TrackingBlock
 from align.constitution import load_constitution
 from align.errors import InputError, JudgeAtChance
@@ -212,7 +213,7 @@ def test_a_revision_that_is_worse_is_never_accepted(world: World, monkeypatch: p
 
     scripted(monkeypatch, spoil)
     world.run(SAMPLE, SampleBlock())
-    outcome = world.run(REVISE, ReviseBlock())
+    outcome = world.run(REVISE, ReviseBlock(critique=False))
 
     assert world.rows("revise/revisions.jsonl", Revision) == []
     assert outcome.counts["rejected: judged worse"] == outcome.counts["samples"]
@@ -425,7 +426,7 @@ def test_sampling_from_a_model_killed_outright_goes_on_to_the_same_bytes(
     undisturbed = tiny_sample(world, str(tiny_model_dir), "undisturbed")
     command = [sys.executable, "-c", KILLED, str(world.root), str(tiny_prompts), str(tiny_model_dir)]
     process = subprocess.Popen(command, cwd=Path(__file__).parents[2])
-    journal = world.root / "killed" / "samples.journal.0"
+    journal = world.root / "killed" / "windows" / "000001" / "samples.journal.0"
     deadline = time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline:
         if journal.exists() and journal.stat().st_size > 0:
@@ -458,3 +459,38 @@ def test_a_tiny_model_judges_by_contrast(world: World, tiny_model_dir: Path) -> 
     assert 0 < there.p_a < 1
     assert back.p_a == 1 - there.p_a
     assert examine_judge(judge).n == 4
+
+
+def human_pairs(path: Path, better: str, worse: str, count: int = 20) -> dict[str, Any]:
+    rows = [{"prompt": f"Tell me {n}", "chosen": better, "rejected": worse} for n in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {"human": [{"path": str(path)}]}
+
+
+def test_a_judge_that_people_disagree_with_labels_nothing_unless_it_may(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted(monkeypatch, reply)
+    world.run(SAMPLE, SampleBlock(splits=("sft",)))
+    against = human_pairs(world.root / "human.jsonl", "It is.", "Is it?")
+    settings = CompareBlock.model_validate({"calibration": against})
+    with pytest.raises(JudgeAtChance, match="prefers what people prefer in 0% of the 20 pairs"):
+        world.run(COMPARE, settings)
+    assert not (world.root / "compare/pairs.jsonl").exists()
+
+    world.shared["judge"] = JudgeBlock(kind="rule", allow_chance=True)
+    assert world.run(COMPARE, settings).figures["calibration"]["accuracy"]["mean"] == 0.0
+
+
+def test_a_judge_that_agrees_with_people_labels_and_its_figures_are_kept(
+    world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scripted(monkeypatch, reply)
+    world.run(SAMPLE, SampleBlock(splits=("sft",)))
+    pairs = human_pairs(world.root / "human.jsonl", "Is it?", "It is.")
+    outcome = world.run(COMPARE, CompareBlock.model_validate({"calibration": {**pairs, "min_accuracy": 0.7}}))
+    assert outcome.figures["calibration"]["accuracy"]["mean"] == 1.0
+    assert outcome.figures["calibration"]["read"]["pairs_human"] == 20
+    assert "test, rule: 20 pairs of 20 prompts" in capsys.readouterr().out
+    rows = world.rows("compare/calibration.jsonl", JudgedPair)
+    assert {round(row.p_chosen, 3) for row in rows} == {0.982}

@@ -228,3 +228,162 @@ def test_requests_and_question_come_from_the_text_where_they_are_not_given() -> 
     assert plain.question is not None and "Be brief." in plain.question
     assert comparing.requests is None
     assert Principle(id="r", critique="Is it?", revision="Mend it.").question is None
+
+
+def test_faults_of_names_are_told_beside_those_of_values(tmp_path: Path) -> None:
+    text = "tiers: [safety]\nprinciples:\n  - {id: kind, text: a, weight: 0, tier: safty}\n"
+
+    assert faults(tmp_path, text) == [
+        "line 1  title: is missing",
+        "line 3  kind.tier: 'safty' is no tier; did you mean `safety`?",
+        "line 3  principles[0].weight: must be above 0, got 0",
+    ]
+
+
+def test_faults_of_every_parent_are_told_beside_the_child_s(tmp_path: Path) -> None:
+    write(tmp_path, "title: 1\nprinciples: [{id: a, text: b}]\n", "one.yaml")
+    write(tmp_path, "title: two\n", "two.yaml")
+
+    with pytest.raises(InputError) as raised:
+        loaded(tmp_path, "title: x\nversion: 1.0\nextends: [one.yaml, two.yaml]\ndrop: [what]\n")
+    assert [line.replace(str(tmp_path), "") for line in str(raised.value).splitlines()] == [
+        "/small.yaml: 1 problem",
+        "  line 2  version: expected text, got 1.0; put it in quotes",
+        "/one.yaml: 1 problem",
+        "  line 1  title: expected text, got 1; put it in quotes",
+        "/two.yaml: 1 problem",
+        "  line 1  principles: a constitution needs at least one principle",
+    ]
+
+
+TAGGED = """\
+title: Tagged
+tiers: [safety]
+principles:
+  - {id: safe, text: Be safe., tier: safety, tags: [harm]}
+  - {id: kind, text: Be kind., tags: [tone, short]}
+  - {id: loud, text: Be loud., tags: [tone, odd]}
+  - {id: plain, text: Be plain.}
+"""
+
+
+@pytest.mark.parametrize(
+    ("keys", "left"),
+    [
+        ("include: [tone]", ["kind", "loud"]),
+        ("include: [tone, harm]", ["safe", "kind", "loud"]),
+        ("exclude: [odd]", ["safe", "kind", "plain"]),
+        ("include: [tone]\nexclude: [odd]", ["kind"]),
+        ("include: [tone]\ndrop: [kind]", ["loud"]),
+    ],
+)
+def test_a_child_takes_what_it_inherits_by_tag(tmp_path: Path, keys: str, left: list[str]) -> None:
+    write(tmp_path, TAGGED, "parent.yaml")
+    child = loaded(tmp_path, f"title: Child\nextends: parent.yaml\n{keys}\nprinciples: [{{id: own, text: Own.}}]\n")
+
+    assert [principle.id for principle in child.principles] == [*left, "own"]
+
+
+def test_tags_choose_of_what_is_inherited_alone(tmp_path: Path) -> None:
+    write(tmp_path, TAGGED, "parent.yaml")
+    own = "principles: [{id: kind, text: Be kinder., tags: [odd]}]"
+    child = loaded(tmp_path, f"title: Child\nextends: parent.yaml\nexclude: [odd]\n{own}\n")
+
+    assert child.principle("kind").text == "Be kinder."
+
+
+def test_tags_that_nothing_has_are_told_with_the_nearest_one(tmp_path: Path) -> None:
+    write(tmp_path, TAGGED, "parent.yaml")
+
+    told = faults(tmp_path, "title: x\nextends: parent.yaml\ninclude: [harm]\nexclude:\n  - tone\n  - shrot\n")
+    assert told == ["line 6  exclude: 'shrot' is no inherited tag; did you mean `short`?"]
+    assert faults(tmp_path, "title: x\nprinciples: [{id: a, text: b, tags: [c]}]\ninclude: [c]\n") == [
+        "line 3  include: 'c' is no inherited tag; there are none"
+    ]
+
+
+def test_tags_that_leave_nothing_are_told(tmp_path: Path) -> None:
+    write(tmp_path, TAGGED, "parent.yaml")
+
+    assert faults(tmp_path, "title: x\nextends: parent.yaml\ninclude: [odd]\nexclude: [tone]\n") == [
+        "line 3  principles: a constitution needs at least one principle"
+    ]
+
+
+def test_a_weight_is_changed_without_the_text(tmp_path: Path) -> None:
+    write(tmp_path, TAGGED, "parent.yaml")
+    child = loaded(tmp_path, "title: Tagged\nextends: parent.yaml\nweights: {loud: 2.5}\n")
+    written = loaded(tmp_path, TAGGED.replace("id: loud,", "id: loud, weight: 2.5,"), "written.yaml")
+
+    assert child.principle("loud").weight == 2.5
+    assert child.digest == written.digest
+
+
+def test_weights_of_what_is_not_inherited_are_told(tmp_path: Path) -> None:
+    write(tmp_path, TAGGED, "parent.yaml")
+    text = (
+        "title: x\nextends: parent.yaml\ndrop: [loud]\nprinciples:\n  - {id: own, text: a}\n"
+        "weights:\n  own: 2\n  knid: 3\n  loud: 1\n  safe: 0\n"
+    )
+
+    assert faults(tmp_path, text) == [
+        "line 7  weights.own: is a principle of this file; write its `weight` there",
+        "line 8  weights.knid: 'knid' is no inherited principle that is kept; did you mean `kind`?",
+        "line 9  weights.loud: 'loud' is no inherited principle that is kept; there are kind, plain, safe",
+        "line 10  weights.safe: must be above 0, got 0",
+    ]
+
+
+def test_what_is_inherited_keeps_its_language(tmp_path: Path) -> None:
+    write(tmp_path, MINIMAL, "parent.yaml")
+    child = loaded(
+        tmp_path,
+        "title: 子\nlanguage: ja\nextends: parent.yaml\nprinciples:\n  - {id: own, text: 優しく。}\n"
+        "  - {id: german, text: Sei freundlich., language: de}\n",
+    )
+
+    assert {each.id: each.language for each in child.principles} == {"kind": "en", "own": "ja", "german": "de"}
+    own, kind = child.principle("own"), child.principle("kind")
+    assert own.question == "次の原則によりよく従っている回答を選んでください。原則：優しく。"
+    assert own.requests is not None and all("原則：優しく。" in request for request in own.requests)
+    assert kind.question == "Choose the response that follows this principle better: Be kind."
+
+
+def test_saying_the_constitution_s_language_again_changes_nothing(tmp_path: Path) -> None:
+    again = MINIMAL.replace("text: Be kind.", "text: Be kind.\n    language: en")
+
+    assert loaded(tmp_path, again).digest == loaded(tmp_path, MINIMAL).digest
+    assert loaded(tmp_path, again.replace("language: en", "language: fr")).digest != loaded(tmp_path, MINIMAL).digest
+
+
+def test_examples_and_comparisons_go_with_the_principle_that_they_stand_in(tmp_path: Path) -> None:
+    inside = (
+        "title: Parent\nprinciples:\n  - id: kind\n    text: Be kind.\n"
+        "    examples: [{prompt: a, completion: b, critique: c, revision: d}]\n"
+        "    comparisons: [{prompt: e, better: f, worse: g}]\n  - {id: other, text: x}\n"
+        "comparisons:\n  - {prompt: h, better: i, worse: j}\n  - {prompt: k, better: l, worse: m, principle: kind}\n"
+    )
+    write(tmp_path, inside, "parent.yaml")
+    whole = load_constitution(tmp_path / "parent.yaml")
+    without = loaded(tmp_path, "title: Child\nextends: parent.yaml\ndrop: [kind]\n")
+
+    assert [(each.completion, each.principle) for each in whole.worked_examples] == [("b", "kind")]
+    assert [(each.better, each.principle) for each in whole.worked_comparisons] == [
+        ("i", None),
+        ("l", "kind"),
+        ("f", "kind"),
+    ]
+    assert without.worked_examples == ()
+    assert [each.better for each in without.worked_comparisons] == ["i"]
+
+
+def test_an_example_inside_a_principle_names_no_other(tmp_path: Path) -> None:
+    text = (
+        "title: x\nprinciples:\n  - id: kind\n    text: y\n"
+        "    examples: [{prompt: a, completion: b, critique: c, revision: d, principle: e}]\n"
+    )
+
+    assert faults(tmp_path, text) == [
+        "line 5  principles[0].examples[0].principle: no such setting; there are: prompt, completion, critique, "
+        "revision, critique_request, revision_request"
+    ]

@@ -1,6 +1,7 @@
 """The command line: what each verb does, and how it ends."""
 
 import io
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -217,3 +218,47 @@ def test_a_stale_report_says_that_it_is_and_what_to_do(
         monkeypatch.setattr(align.__main__, "make_plan", lambda recipe, step=step: {"evaluate": step})
         assert main(["report", "recipe.yaml", "--set", "seed=1"]) == 0
         assert capsys.readouterr().err == told
+
+
+def write_pairs(path: str) -> None:
+    rows = [{"prompt": f"Tell me {n}", "chosen": "Calm.", "rejected": "Wild!"} for n in range(12)]
+    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_a_judge_is_tested_on_human_pairs_with_tables_json_and_rows(capsys: pytest.CaptureFixture[str]) -> None:
+    write_pairs("pairs.jsonl")
+    words = ["judge", "calibrate", "--constitution", "small.yaml", "--kind", "rule", "--pairs", "pairs.jsonl"]
+    assert main([*words, "--limit", "9", "--output", "out"]) == 0
+    shown = capsys.readouterr().out
+    assert "rule, small: 9 pairs of 9 prompts" in shown and "wrote out/calibration.json" in shown
+    figures = json.loads(Path("out/calibration.json").read_text())
+    assert (figures["judge"], figures["pairs"], figures["accuracy"]["mean"]) == ("rule", 9, 1.0)
+    assert len(Path("out/judged.jsonl").read_text().splitlines()) == 9
+
+
+def test_a_recipe_s_judge_is_tested_on_the_pairs_that_the_recipe_names(capsys: pytest.CaptureFixture[str]) -> None:
+    write_pairs("pairs.jsonl")
+    Path("judged.yaml").write_text(
+        "model: {path: some/model}\nconstitution: small.yaml\njudge: {kind: rule}\n"
+        "prompts: {sources: [{path: pairs.jsonl}]}\nsample: {}\nsft: {revisions: false, helpful: {sources: "
+        "[{path: pairs.jsonl}]}}\ncompare: {calibration: {human: [{path: pairs.jsonl}]}}\n"
+    )
+    assert main(["judge", "calibrate", "--recipe", "judged.yaml"]) == 0
+    [folder] = Path("runs/calibration").iterdir()
+    assert folder.name.startswith("small-rule-")
+    assert "12 pairs of 12 prompts" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "which judge? Give --recipe FILE, or --constitution FILE with --model MODEL"),
+        (["--constitution", "small.yaml", "--kind", "rule"], "which pairs? Give --pairs FILE"),
+        (["--set", "seed=1"], "--set changes a recipe"),
+        (["--recipe", "recipe.yaml", "--kind", "rule"], "--model and --kind are for a judge without a recipe"),
+        (["--recipe", "recipe.yaml"], "recipe.yaml: needs a `constitution` and a `model`"),
+    ],
+)
+def test_what_a_test_of_a_judge_lacks_is_named(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["judge", "calibrate", *words]) == 2
+    assert capsys.readouterr().err.startswith(said)

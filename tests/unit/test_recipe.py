@@ -303,3 +303,11 @@ def test_without_its_parent_a_recipe_is_told_its_own_faults_and_not_what_only_th
     assert said[0] == "child.yaml: 2 problems"
     assert said[1].startswith("line 1  extends: no file gone.yaml")
     assert said[2] == "line 3  sed: no such setting; did you mean `seed`?"
+
+
+def test_what_changes_no_answer_of_an_engine_is_no_part_of_what_makes_a_stage_stale() -> None:
+    from align.config import EngineBlock
+
+    engine = {"kind": "openai", "model": "m", "base_url": "http://one/v1"}
+    patient = EngineBlock(**engine, timeout_seconds=900, max_retries=20, concurrency=2, api_key_env="OTHER")
+    assert patient.model_dump() == EngineBlock(**engine).model_dump() != EngineBlock(**engine, votes=3).model_dump()

@@ -20,6 +20,7 @@ from align.errors import InputError, NotFinite
 from align.plan import make_plan
 from align.recipe import Recipe, load_recipe, recipe_model
 from align.runner import run_stage
+from align.stages import all_stages
 from tests.fakes import add_fake_stages, remove_fake_stages
 
 RUN = Path("runs/recipe/shared")
@@ -139,6 +140,17 @@ def test_what_another_recipe_left_unfinished_is_not_gone_on_with() -> None:
     with pytest.raises(KeyboardInterrupt):
         run_stage(recipe("letters.fail=once", "seed=1"), "letters")
     assert len(list((RUN / PARTIAL).glob("letters-*"))) == 1, "the other one is removed"
+
+
+def test_another_limit_of_a_gate_goes_on_with_the_work_that_a_closed_one_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(all_stages()["letters"]), "only_gates", ("fail",))
+    with pytest.raises(NotFinite):
+        run_stage(recipe("letters.fail=not_finite"), "letters")
+    run_stage(recipe(), "letters")
+
+    manifest = read_manifest(RUN / "letters")
+    assert manifest is not None and manifest.figures["went_on"]
+    assert make_plan(recipe("letters.fail=input"))["letters"].state == "stale", "a gate is asked again"
 
 
 def test_a_kill_between_manifest_and_publication_costs_no_work(monkeypatch: pytest.MonkeyPatch) -> None:

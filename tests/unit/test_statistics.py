@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from align.statistics import (
     bootstrap_interval,
     clustered_share_estimate,
+    clustered_wilson_estimate,
     expected_calibration_error,
     mean_estimate,
     paired_difference,
@@ -227,3 +228,30 @@ def test_clusters_that_are_all_alike_have_wilson_s_interval_of_as_many_values():
 def test_each_value_needs_a_cluster():
     with pytest.raises(ValueError, match="2 values and 1 clusters"):
         clustered_share_estimate([1.0, 0.0], ["a"], 0)
+
+
+def test_wilson_over_clusters_is_wilson_s_where_each_value_is_a_cluster_of_its_own() -> None:
+    values = [1.0] * 7 + [0.0] * 4
+    found = clustered_wilson_estimate(values, [str(n) for n in range(11)])
+    assert (found.mean, found.n) == (pytest.approx(7 / 11), 11)
+    assert (found.low, found.high) == pytest.approx(wilson_interval(7, 11))
+
+
+@pytest.mark.parametrize("right", [0, 7, 11])
+def test_copies_of_a_value_in_its_cluster_say_nothing_more(right: int) -> None:
+    values, names = [1.0] * right + [0.0] * (11 - right), [str(n) for n in range(11)]
+    copied = clustered_wilson_estimate(values * 3, names * 3)
+    assert (copied.low, copied.high) == pytest.approx(wilson_interval(right, 11))
+    assert copied.n == 33
+
+
+def test_clusters_whose_values_do_not_resemble_each_other_narrow_nothing() -> None:
+    found = clustered_wilson_estimate([1.0, 0.0] * 6, [str(n // 2) for n in range(12)])
+    assert (found.low, found.high) == pytest.approx(wilson_interval(6, 12))
+
+
+def test_bins_may_be_given_by_their_edges() -> None:
+    bins = reliability_bins([0.5, 0.6, 0.7, 0.9], [0, 1, 1, 1], [0.5, 0.6, 1.0])
+    assert [(each.low, each.high, each.count, each.share) for each in bins] == [(0.5, 0.6, 2, 0.5), (0.6, 1.0, 2, 1.0)]
+    with pytest.raises(ValueError, match="rising edges"):
+        reliability_bins([0.5], [1], [0.5, 0.5])

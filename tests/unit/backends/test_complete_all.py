@@ -1,6 +1,7 @@
 """Requests are answered once each, in chunks that neither a kill nor the number of processes changes."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -175,3 +176,38 @@ def test_scores_come_back_from_the_journal_as_they_were(tmp_path: Path) -> None:
 
     assert made == read
     assert read["c1"] == ChoiceScores("c1", (float("-inf"), -0.1), (1, 2))
+
+
+def asked_twice(name: str) -> Request:
+    return replace(request(name), follow_up=lambda text: request(f"{name} after {text}"))
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_follow_ups_are_asked_with_the_answer_and_answered_once(tmp_path: Path, at_once: bool) -> None:
+    class Eager(Engine):
+        """Answers follow-ups in the same call, where told to."""
+
+        depends_on_batch = at_once
+
+        def complete(self, requests, progress=unheard):  # type: ignore[no-untyped-def]
+            for each in requests:
+                (done,) = super().complete([each])
+                yield done
+                if at_once and each.follow_up:
+                    yield from super().complete([each.follow_up(done.text)])
+
+    requests = [asked_twice(f"r{number}") for number in range(5)]
+    engine = Eager()
+    done = complete_all(engine, requests, 2, tmp_path / "j", "test")
+    first = {each.id for each in requests}
+    assert {*done} == first | {each.follow_up(done[each.id].text).id for each in requests if each.follow_up}
+    assert complete_all(Eager(dies_after=0), requests, 2, tmp_path / "j", "test") == done
+    assert complete_all(Eager(), requests, 2, None, "test") == done
+
+
+def test_a_chunk_whose_follow_up_is_missing_is_made_again_whole(tmp_path: Path) -> None:
+    requests = [asked_twice(f"r{number}") for number in range(4)]
+    complete_all(Engine(), [replace(each, follow_up=None) for each in requests], 2, tmp_path / "j", "test")
+    engine = Engine()
+    complete_all(engine, requests, 2, tmp_path / "j", "test")
+    assert [len(batch) for batch in engine.batches] == [2, 2, 2, 2], "first turns again, and then their follow-ups"

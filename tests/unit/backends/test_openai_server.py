@@ -6,7 +6,6 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-import openai
 import pytest
 
 from align.backends.open import open_backend
@@ -123,7 +122,7 @@ def test_requests_run_together_up_to_the_limit_and_each_once(server, engine):
 
 @pytest.mark.parametrize("status", [429, 500, 503])
 def test_a_passing_fault_is_tried_again(server, engine, monkeypatch, status):
-    monkeypatch.setattr(openai._base_client, "INITIAL_RETRY_DELAY", 0.01)
+    monkeypatch.setattr("align.backends.server_faults.FIRST_PAUSE", 0.01)
     answers = iter([(status, {"error": {"message": "busy"}}), (200, chat("fine"))])
     server.answer = lambda body: next(answers)
     [done] = OpenAIBackend(engine).complete([request()])
@@ -131,7 +130,7 @@ def test_a_passing_fault_is_tried_again(server, engine, monkeypatch, status):
 
 
 def test_a_lasting_fault_is_ours_to_wait_for_and_does_not_show_the_key(server, engine, monkeypatch):
-    monkeypatch.setattr(openai._base_client, "INITIAL_RETRY_DELAY", 0.01)
+    monkeypatch.setattr("align.backends.server_faults.FIRST_PAUSE", 0.01)
     server.answer = lambda body: (500, {"error": {"message": f"broken for {KEY}"}})
     with pytest.raises(AlignError, match="run the same command again") as caught:
         list(OpenAIBackend(engine).complete([request()]))
@@ -152,7 +151,7 @@ def test_what_the_person_can_mend_is_said(server, engine, status, said):
 
 
 def test_server_that_is_not_there(engine, monkeypatch):
-    monkeypatch.setattr(openai._base_client, "INITIAL_RETRY_DELAY", 0.01)
+    monkeypatch.setattr("align.backends.server_faults.FIRST_PAUSE", 0.01)
     away = engine.model_copy(update={"base_url": "http://127.0.0.1:9/v1"})
     with pytest.raises(InputError, match=r"cannot be reached.*engine\.base_url"):
         list(OpenAIBackend(away).complete([request()]))
@@ -174,17 +173,7 @@ def test_letters_are_scored_by_the_alternatives_of_one_token(server, engine):
     assert scores.logprobs[2] == -math.inf
     assert scores.tokens == (1, 1, 1)
     assert server.asked[0]["max_tokens"] == 1 and server.asked[0]["top_logprobs"] == 20
-
-
-def test_server_without_logprobs(server, engine):
-    with pytest.raises(InputError, match="no log-probabilities"):
-        list(OpenAIBackend(engine).choice_logprobs([ChoiceRequest("q", MESSAGES, ("A", "B"))]))
-
-
-def test_whole_texts_cannot_be_scored_and_nothing_is_asked(server, engine):
-    with pytest.raises(InputError, match=r"judge\.kind: choice"):
-        list(OpenAIBackend(engine).choice_logprobs([ChoiceRequest("q", MESSAGES, ("On the mat.",))]))
-    assert server.asked == []
+    assert server.asked[1]["top_logprobs"] == 4, "as many as it was found to show"
 
 
 def test_prefill_is_sent_as_an_unfinished_turn_and_not_returned(server, engine):

@@ -3,6 +3,7 @@
 import gzip
 import json
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,13 @@ from typing import Any
 import pytest
 
 from align.config import PairSource
-from align.data.pairs import gather_pairs, read_demonstrations, read_pairs
+from align.data.pairs import gather_pairs, mix_sizes, pairs_by_source, read_demonstrations, read_pairs
 from align.data.sources import parse_transcript
 from align.errors import InputError
 from align.records import Message, PreferencePair, write_rows
 
 HH_RLHF = Path(__file__).parents[4] / "shared/data/hh-rlhf/harmless-base.jsonl.gz"
+HHH = HH_RLHF.parents[1] / "cai-paper/hhh_comparisons.jsonl"
 USER = {"role": "user", "content": "Say hello."}
 GOOD = {"role": "assistant", "content": "Hello: how are you?"}
 BAD = {"role": "assistant", "content": "No."}
@@ -61,6 +63,13 @@ def one(source: PairSource) -> PreferencePair:
             "chosen": "\n\nAssistant: Hello: how are you?",
             "rejected": "\n\nAssistant: No.",
         },
+        {
+            "prompt": "\n\nConsider … Options:\n (A) [[[No.]]]\n (B) [[[Hello: how are you?]]]",
+            "corrects": [" (B)"],
+            "incorrects": [" (A)"],
+            "text_correct": "\n\nHuman: Say hello.\n\nAssistant: Hello: how are you?",
+            "text_incorrect": "\n\nHuman: Say hello.\n\nAssistant: No.",
+        },
     ],
     ids=[
         "explicit",
@@ -75,6 +84,7 @@ def one(source: PairSource) -> PreferencePair:
         "hh-rlhf conversation, prompt as text beside",
         "hh-rlhf conversation, prompt repeated",
         "hh-rlhf turn alone",
+        "the paper's comparisons",
     ],
 )
 def test_every_format_gives_the_same_pair(tmp_path: Path, row: dict[str, Any]) -> None:
@@ -293,3 +303,51 @@ def test_hh_rlhf_keeps_all_but_the_five_pairs_whose_contexts_differ_and_the_two_
     for pair in pairs:
         roles = [message.role for message in (*pair.prompt, *pair.chosen)]
         assert all(one != other for one, other in pairwise(roles))
+
+
+@pytest.mark.skipif(not HHH.exists(), reason="the paper's comparisons are not beside the project")
+def test_every_one_of_the_paper_s_comparisons_is_a_pair() -> None:
+    pairs = read_pairs(PairSource(path=str(HHH)))
+    assert (len(pairs), len({pair.prompt for pair in pairs})) == (219, 127)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.43, 0.5, 0.9])
+@pytest.mark.parametrize(("ai", "human"), [(100, 1000), (1000, 100), (300, 300)])
+def test_a_mix_has_its_share_and_leaves_out_of_one_side_alone(share: float, ai: int, human: int) -> None:
+    some_ai, some_human = mix_sizes(ai, human, share)
+    assert some_human / (some_ai + some_human) == pytest.approx(share, abs=0.01)
+    assert some_ai == ai or some_human == human
+    assert some_ai <= ai and some_human <= human
+
+
+def test_human_pairs_are_mixed_in_by_a_share_that_keeps_what_a_smaller_one_took(tmp_path: Path) -> None:
+    rows = [{"prompt": f"ai {n}", "chosen": "a", "rejected": "b", "probability": 0.8} for n in range(20)]
+    labelled = [replace(pair, source="ai") for pair in read_pairs(write(tmp_path / "ai.jsonl", *rows))]
+    write_rows(tmp_path / "pairs.jsonl", labelled)
+    rows = [{"prompt": f"human {n}", "chosen": "a", "rejected": "b"} for n in range(100)]
+    human = write(tmp_path / "human.jsonl", *rows).model_copy(update={"name": "helpful"})
+    counts: Counter[str] = Counter()
+    quarter = gather_pairs(tmp_path / "pairs.jsonl", [human], counts, 0.25)
+    assert pairs_by_source(quarter) == {"ai": 20, "helpful": 7}
+    assert (counts["pairs_ai_left_out"], counts["pairs_human_left_out"]) == (0, 93)
+    half = gather_pairs(tmp_path / "pairs.jsonl", [human], Counter(), 0.5)
+    assert pairs_by_source(half) == {"ai": 20, "helpful": 20}
+    assert {pair.id for pair in quarter} < {pair.id for pair in half}
+    most = gather_pairs(tmp_path / "pairs.jsonl", [human], Counter(), 0.9)
+    assert pairs_by_source(most) == {"ai": 11, "helpful": 100}
+    assert pairs_by_source(gather_pairs(tmp_path / "pairs.jsonl", [human], Counter())) == {"ai": 20, "helpful": 100}
+
+
+def test_a_folder_of_a_hub_dataset_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    asked: list[Any] = []
+
+    def load_dataset(path: str, **options: Any) -> list[dict[str, str]]:
+        asked.append((path, options))
+        return [{"prompt": "p", "chosen": "a", "rejected": "b"}]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    source = PairSource(path="somebody/pairs", hub_folder="helpful-base", hub_split="test", name="helpful")
+    assert one(source).source == "helpful"
+    assert asked == [("somebody/pairs", {"data_dir": "helpful-base", "split": "test"})]

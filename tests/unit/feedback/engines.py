@@ -11,6 +11,7 @@ class Engine:
 
     name = "engine"
     depends_on_batch = True
+    choice_method = "log-probabilities"
 
     def __init__(
         self,

@@ -229,3 +229,12 @@ def test_killed_and_resumed_equals_undisturbed(tmp_path: Path, death: int) -> No
         journal.unlink()
 
     assert resumed == run(Engine())
+
+
+def test_another_engine_may_write_the_critiques() -> None:
+    critic, reviser = Engine(lambda request: "Too short."), Engine(numbered)
+    loop(reviser, critic=critic).run([sample()], rounds=1)
+
+    assert [request.id for request in critic.requests] == ["s1/1/critique"]
+    assert [request.id for request in reviser.requests] == ["s1/1/revision"]
+    assert ("assistant", "Too short.") in texts(reviser.requests[0])

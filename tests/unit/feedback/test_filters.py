@@ -1,10 +1,12 @@
 """Each filter catches what it is named after, and leaves fair revisions alone."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from align.feedback.filters import FILTERS, OPTIONAL, Revised, caught_by, without_preamble
+from align.feedback.filters import FILTERS, OPTIONAL, Revised, caught_by, refuses, without_preamble
 
 FAIR = [
     "Bake the bread for forty minutes. Do you have a thermometer?",
@@ -48,6 +50,7 @@ CAUGHT = {
     ],
     "repetition": ["Go on and on. " * 8, "one two three four " * 5],
     "empty": ["", "  \n", "...", "🙂"],
+    "emoji": ["Bake it for an hour 🍞.", "Well done ✨", "行きましょう🇯🇵。"],
 }
 
 
@@ -92,6 +95,40 @@ def test_a_change_of_punctuation_is_no_copy() -> None:
     assert caught_by(revised("That is nice.", original="That is nice!")) == ""
 
 
+@pytest.mark.parametrize(
+    ("critique", "caught"),
+    [
+        ("", "no_critique"),
+        (" …\n", "no_critique"),
+        ("An original that nobody wrote!", "no_critique"),
+        ("Too long.", ""),
+    ],
+)
+def test_a_critique_that_is_empty_or_the_answer_itself_is_caught_where_one_was_asked_for(
+    critique: str, caught: str
+) -> None:
+    made = revised("Bake it.", critique=critique)
+
+    assert caught_by(replace(made, criticised=True)) == caught
+    assert caught_by(made) == ""
+
+
+def test_emoji_that_the_original_has_may_stay() -> None:
+    assert caught_by(revised("Bake it 🍞.", original="Bread 🥖, you say?")) == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "refusal"),
+    [
+        ("I'm sorry, but I can't help with that. Call a friend.", True),
+        ("Bake it. I can't help you eat it.", False),
+        ("I'm sorry to hear that. Call a friend.", False),
+    ],
+)
+def test_a_refusal_is_told_by_its_first_sentence(text: str, refusal: bool) -> None:
+    assert refuses(text) == refusal
+
+
 @given(st.sampled_from(FAIR), st.sets(st.sampled_from(OPTIONAL)))
 def test_a_cut_revision_never_passes(text: str, optional: set[str]) -> None:
     assert caught_by(revised(text, cut=True), optional) == "cut"
@@ -99,15 +136,16 @@ def test_a_cut_revision_never_passes(text: str, optional: set[str]) -> None:
 
 @pytest.mark.parametrize("name", OPTIONAL)
 def test_filters_can_be_left_out(name: str) -> None:
-    text = {"copy": "An original that nobody wrote.", "example": EXAMPLE}.get(name) or CAUGHT[name][0]
+    text = {"copy": "An original that nobody wrote.", "example": EXAMPLE, "no_critique": "Bake it."}.get(name)
+    made = replace(revised(text or CAUGHT[name][0]), criticised=name == "no_critique")
     others = [other for other in OPTIONAL if other != name]
 
-    assert caught_by(revised(text)) == name
-    assert caught_by(revised(text), others) != name
+    assert caught_by(made) == name
+    assert caught_by(made, others) != name
 
 
 def test_every_filter_is_tried() -> None:
-    assert set(FILTERS) == {*CAUGHT, "cut", "copy", "example"} == {*OPTIONAL, "cut", "empty"}
+    assert set(FILTERS) == {*CAUGHT, "cut", "copy", "example", "no_critique"} == {*OPTIONAL, "cut", "empty"}
 
 
 @pytest.mark.parametrize(

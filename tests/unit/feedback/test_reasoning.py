@@ -49,6 +49,10 @@ def sure_of_tea(request: ChoiceRequest, choice: str) -> float:
     return -1e-6 if ("(A) tea" in asked) == (choice == "A") else -12.0
 
 
+def sure_of_right(request: ChoiceRequest, choice: str) -> float:
+    return -1e-6 if f"({choice}) right" in request.messages[-1].content else -12.0
+
+
 def test_the_judge_thinks_and_is_then_asked_for_the_letter() -> None:
     made = judge({"chain_of_thought": True}, sure_of_tea)
     [found] = made.compare([("q", TALK, "tea", "coffee", "")])
@@ -86,8 +90,8 @@ def test_a_broken_hard_rule_is_certain_all_the_same() -> None:
     ("block", "told"),
     [
         ({"chain_of_thought_range": [0.4, 0.7]}, "evenly about one half"),
-        ({"kind": "rule", "chain_of_thought": True}, "kind rule takes neither"),
-        ({"kind": "contrast", "examples": 2}, "kind contrast takes neither"),
+        ({"kind": "rule", "chain_of_thought": True}, "kind rule takes no chain_of_thought"),
+        ({"kind": "contrast", "examples": 2}, "kind contrast reads no examples"),
         ({"chain_of_thought": True, "min_margin": 0.2}, "nothing but ties"),
     ],
 )
@@ -111,7 +115,7 @@ def test_worked_choices_come_first_each_with_a_principle_of_its_own() -> None:
     [shown] = {request.messages[:-1] for request in asked}
     assert [message.role for message in shown] == ["user", "assistant"] * 3
     for number, (question, answer) in enumerate(zip(shown[::2], shown[1::2], strict=True)):
-        assert f"({answer.content}) right {number}" in question.content
+        assert f"({answer.content}) right {2 - number}" in question.content
     assert shown[3].content == "B", "the answer that its reasoning names, with or without it"
     drawn = [next(n for n in range(8) if f"Question {n}?" in message.content) for message in shown[::2]]
     assert len(set(drawn)) > 1
@@ -125,7 +129,7 @@ def test_with_a_chain_of_thought_worked_choices_are_those_that_reason() -> None:
     made.compare([("q", TALK, "tea", "coffee", "")])
 
     said = [message.content for message in engine_of(made).choices[0].messages[1:8:2]]
-    assert said == ["Thought 1: (B) is right.", "B", "Thought 3: (B) is right.", "B"]
+    assert said == ["Thought 3: (B) is right.", "B", "Thought 1: (B) is right.", "B"]
     assert judge_problems(made.constitution, JudgeBlock(chain_of_thought=True, examples=3)) == [
         "judge.examples: 3 are asked for, and constitution 'test' has 2 worked `comparisons` with a `reasoning`; add "
         "some, or ask for fewer"
@@ -133,8 +137,8 @@ def test_with_a_chain_of_thought_worked_choices_are_those_that_reason() -> None:
 
 
 def test_a_worked_choice_is_not_shown_beside_its_own_question() -> None:
-    made = judge({"examples": 4}, sure_of_tea)
-    made.compare([("q", WORKED[0].conversation, "tea", "coffee", "")])
+    made = judge({"examples": 4}, sure_of_right)
+    made.compare([("q", WORKED[0].conversation, "right 0", "wrong 0", "")])
     shown = engine_of(made).choices[0].messages[:-1]
     assert len(shown) == 3 * 2
     assert not any("Example 0?" in message.content for message in shown)

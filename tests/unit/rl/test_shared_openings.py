@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState
 
 from align.config import LoraBlock, OptimizerBlock
 from align.records import Message, Prompt
@@ -50,6 +51,16 @@ def test_a_pass_has_its_own_openings_where_there_are_more_of_them_than_rows_in_a
     assert common_openings(micro_batches(ROWS, range(8), 3, 1, CPU, share=True)) is None
 
 
+@pytest.fixture
+def fresh_accelerate():
+    """Without what an earlier accelerator of this process left: its precision, and whether gradients are to be kept."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
 @pytest.mark.parametrize("arrangement", ["adapters", "head", "full"])
 def test_a_gradient_through_common_openings_is_that_of_whole_rows(tiny_model_dir, tmp_path, arrangement):
     block = settings(
@@ -78,7 +89,8 @@ def test_a_gradient_through_common_openings_is_that_of_whole_rows(tiny_model_dir
     assert found[0].keys() == found[1].keys() and found[0]
     assert any(gradient.abs().max() > 1e-4 for gradient in found[0].values())
     for name, gradient in found[0].items():
-        assert torch.allclose(found[1][name], gradient, rtol=1e-3, atol=1e-6), name
+        apart = (found[1][name] - gradient).abs().max() / gradient.abs().max()
+        assert apart < 1e-3, f"{name}: {apart}"
 
 
 def _mask(rows, width):

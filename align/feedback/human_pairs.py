@@ -1,0 +1,73 @@
+"""Does the judge prefer what people prefer? It is asked about pairs that people labelled, before it labels any."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from align.calibration import JudgedPair
+from align.errors import JudgeAtChance
+from align.feedback.judge import Judge, Verdict
+from align.feedback.opinions import Question
+from align.records import PreferencePair, as_dicts, digest
+
+
+def judge_pairs(judge: Judge, pairs: Sequence[PreferencePair], journal_path: Path | None = None) -> list[JudgedPair]:
+    """The judge's verdict on each pair, in order; a hash of the pair decides which of its completions is A.
+
+    What was scored is kept in `journal_path.<rank>`; every process gets all.
+    """
+    verdicts = judge.compare([_question(pair) for pair in pairs], journal_path, "human pairs")
+    return [_judged(pair, verdict) for pair, verdict in zip(pairs, verdicts, strict=True)]
+
+
+def require_agreement(judge: Judge, figures: Mapping[str, Any], min_accuracy: float = 0.5) -> None:
+    """Stop before a judge labels that is not shown to agree with people more often than `min_accuracy`.
+
+    Unlike probes, which agree with a rule by construction, people's pairs test judges by rule too.
+
+    Raises:
+        JudgeAtChance: the accuracy's interval does not lie above `min_accuracy`, and the recipe does not allow that.
+    """
+    found = figures["accuracy"]
+    if judge.block.allow_chance or found["low"] > min_accuracy:
+        return
+    level = "chance" if min_accuracy == 0.5 else f"`min_accuracy` {min_accuracy:.0%}"
+    raise JudgeAtChance(
+        f"judge {judge.name} with constitution '{judge.constitution.id}' prefers what people prefer in "
+        f"{found['mean']:.0%} of the {found['n']} pairs that it decided (of {figures['pairs']}), 95% interval "
+        f"{found['low']:.0%} to {found['high']:.0%}: that does not lie above {level}. Choose another `judge.kind`, a "
+        "stronger model with `judge.engine.model`, other principles, or more pairs; `judge.allow_chance: true` labels "
+        "all the same"
+    )
+
+
+def _question(pair: PreferencePair) -> Question:
+    chosen, rejected = pair.chosen[-1].content, pair.rejected[-1].content
+    a, b = (chosen, rejected) if _chosen_first(pair) else (rejected, chosen)
+    return Question(pair.id, pair.prompt, a, b, pair.category)
+
+
+def _judged(pair: PreferencePair, verdict: Verdict) -> JudgedPair:
+    chosen_first = _chosen_first(pair)
+    return JudgedPair(
+        id=pair.id,
+        prompt_id=digest(as_dicts(pair.prompt)),
+        label=pair.probability,
+        p_chosen=None if verdict.p_a is None else _of_chosen(verdict.p_a, chosen_first),
+        chosen_first=chosen_first,
+        chosen_characters=len(pair.chosen[-1].content),
+        rejected_characters=len(pair.rejected[-1].content),
+        p_by_principle={name: _of_chosen(p, chosen_first) for name, p in verdict.by_principle.items()},
+        position_bias=verdict.position_bias,
+        reason=verdict.reason,
+        source=pair.source,
+        category=pair.category,
+    )
+
+
+def _chosen_first(pair: PreferencePair) -> bool:
+    return int(digest(["chosen first", pair.id], 8), 16) % 2 == 0
+
+
+def _of_chosen(p_a: float, chosen_first: bool) -> float:
+    return p_a if chosen_first else 1 - p_a

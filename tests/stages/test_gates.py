@@ -1,0 +1,77 @@
+"""Gates end a stage before anything is trained, keep what it made, and let other limits go on with it."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from align.errors import GateClosed, InputError
+from align.records import Revision
+from align.stages.compare import STAGE as COMPARE
+from align.stages.compare import CompareBlock
+from align.stages.revise import STAGE as REVISE
+from align.stages.revise import ReviseBlock
+from align.stages.sample import STAGE as SAMPLE
+from align.stages.sample import SampleBlock
+from tests.stages.test_sample_revise_compare import ASKING, World, reply, scripted, varied
+
+
+@pytest.fixture
+def world(tmp_path: Path, tiny_prompts: Path) -> World:
+    (tmp_path / "asking.yaml").write_text(ASKING)
+    return World(tmp_path, tiny_prompts)
+
+
+def revise(**gates: Any) -> ReviseBlock:
+    return ReviseBlock.model_validate({"splits": ["sft", "preference"], "gates": {"min_rows": 1, **gates}})
+
+
+def test_one_closing_sentence_under_every_revision_closes_the_gate_and_loses_nothing(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted(monkeypatch, reply)
+    world.run(SAMPLE, SampleBlock())
+    with pytest.raises(GateClosed, match=r"revise\.gates\.same_closing is closed: 100\.0% .*'shall i go on\?'"):
+        world.run(REVISE, revise())
+
+    def never(request: Any) -> str:
+        raise AssertionError("a completion was asked for again")
+
+    scripted(monkeypatch, never)
+    outcome = world.run(REVISE, revise(same_closing=None))
+    accepted = world.rows("revise/revisions.jsonl", Revision)
+    assert outcome.figures["gates"]["same_closing"] == {"share": 1.0, "count": len(accepted), "rows": len(accepted)}
+
+
+def test_refused_benign_prompts_close_the_gate(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    refusal = "I'm sorry, but I can't help with that. Is there a friend you could ask?"
+    scripted(monkeypatch, lambda request: refusal if len(request.messages) > 1 else reply(request))
+    world.run(SAMPLE, SampleBlock())
+    open_otherwise = {"same_closing": None, "same_opening": None, "not_accepted": None}
+
+    with pytest.raises(GateClosed, match=r"benign_refused is closed: 100\.0% of \d+ benign prompts are refused"):
+        world.run(REVISE, revise(benign=["benign"], **open_otherwise))
+    assert world.run(REVISE, revise(**open_otherwise)).figures["gates"]["benign_refused"]["rows"] == 0
+    with pytest.raises(InputError, match=r"revise\.gates\.benign: no prompt of category or file 'bening'"):
+        world.run(REVISE, revise(benign=["bening"]))
+
+
+def test_near_duplicates_are_rejected_by_name_and_kept_beside(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    same = "It is one and the same long text for whoever asks and whatever it was that they asked, is it not?"
+    scripted(monkeypatch, lambda request: same if len(request.messages) > 1 else reply(request))
+    world.run(SAMPLE, SampleBlock())
+    outcome = world.run(REVISE, ReviseBlock(splits=("sft", "preference"), critique=False))
+
+    accepted, rejected = world.rows("revise/revisions.jsonl", Revision), world.rows("revise/rejected.jsonl", Revision)
+    assert sorted(row.split for row in accepted) == ["preference", "sft"], "the first of each split"
+    assert {row.reason for row in rejected} == {"near-duplicate"}
+    assert outcome.counts["rejected: near-duplicate"] == len(rejected)
+
+
+def test_cut_completions_close_the_gate_of_compare(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    scripted(monkeypatch, varied)
+    world.run(SAMPLE, SampleBlock())
+    block = CompareBlock.model_validate({"sampling": {"max_new_tokens": 1}, "gates": {"min_rows": 1, "cut": 0.1}})
+
+    with pytest.raises(GateClosed, match=r"compare\.gates\.cut is closed"):
+        world.run(COMPARE, block)

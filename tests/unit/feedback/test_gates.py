@@ -1,0 +1,108 @@
+"""Shares over a whole set are counted right, and a gate closes where one is over its limit."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from align.errors import GateClosed
+from align.feedback.gates import (
+    REMEDIES,
+    WORDS_FOR,
+    CompareGatesBlock,
+    ReviseGatesBlock,
+    Share,
+    TextGatesBlock,
+    TextShares,
+    check_gates,
+)
+from align.feedback.near_duplicates import NearDuplicates
+
+CLOSINGS = ["Shall I go on?", "Is that clear?", "What do you think?"]
+
+
+@given(st.lists(st.sampled_from(CLOSINGS), min_size=1))
+def test_the_commonest_closing_sentence_is_counted_and_not_its_form(closings: list[str]) -> None:
+    texts = TextShares()
+    for number, closing in enumerate(closings):
+        texts.add(f"Answer {number}. {closing}")
+
+    [(_, count)] = Counter(closings).most_common(1)
+    share = texts.shares()["same_closing"]
+    assert (share.count, share.rows) == (count, len(closings))
+
+
+def test_openings_emoji_and_repetition_are_counted() -> None:
+    texts = TextShares()
+    for text in ("As an AI model, I bake.", "As an AI model, I cook.", "Bake 🍞.", "Go on and on. " * 8):
+        texts.add(text)
+
+    assert {name: share.value for name, share in texts.shares().items()} == {
+        "emoji": 0.25,
+        "repetition": 0.25,
+        "same_closing": 0.25,
+        "same_opening": 0.5,
+    }
+
+
+def test_a_closed_gate_says_which_how_much_of_what_where_and_what_to_do() -> None:
+    shares = {"emoji": Share(30, 100, ["a 🙂", "b 🙂"]), "repetition": Share(5, 100)}
+
+    with pytest.raises(GateClosed) as told:
+        check_gates("revise", ReviseGatesBlock(), shares, Path("x/revisions.jsonl"))
+    text = str(told.value)
+    assert "gate revise.gates.emoji is closed: 30.0% of 100 texts have emoji, and the limit is 25.0%" in text
+    assert "'a 🙂'; 'b 🙂'" in text and "x/revisions.jsonl" in text and "sampling.temperature" in text
+    assert "repetition" not in text, "at its limit a gate is open"
+    assert told.value.exit_code == 1
+
+
+def test_few_rows_or_no_limit_close_no_gate() -> None:
+    shares = {"emoji": Share(49, 49)}
+
+    check_gates("sft", TextGatesBlock(), shares, "x")
+    check_gates("sft", TextGatesBlock(emoji=None, min_rows=1), shares, "x")
+    with pytest.raises(GateClosed):
+        check_gates("sft", TextGatesBlock(min_rows=1), shares, "x")
+
+
+def test_every_gate_has_words_and_a_remedy() -> None:
+    limits = {*ReviseGatesBlock.model_fields, *CompareGatesBlock.model_fields} - {"benign", "min_rows"}
+
+    assert limits == WORDS_FOR.keys() == REMEDIES.keys()
+
+
+@pytest.mark.parametrize("name", WORDS_FOR)
+def test_every_limit_closes_its_gate(name: str) -> None:
+    kind = ReviseGatesBlock if name in ReviseGatesBlock.model_fields else CompareGatesBlock
+
+    check_gates("x", kind(**{name: 0.5}), {name: Share(100, 200)}, "rows")
+    with pytest.raises(GateClosed, match=f"x.gates.{name} is closed"):
+        check_gates("x", kind(**{name: 0.5}), {name: Share(101, 200)}, "rows")
+
+
+WORDS = [f"w{number}" for number in range(40)]
+
+
+@given(st.permutations(WORDS), st.integers(0, 39))
+def test_a_changed_word_among_forty_is_a_near_duplicate_and_other_words_are_not(words: list[str], place: int) -> None:
+    earlier = NearDuplicates(0.8)
+    changed = [*words[:place], "other", *words[place + 1 :]]
+    others = [f"{word}x" for word in words]
+
+    # Three of 41 different shingles go and three come: 35 in 41 are common at the least.
+    assert [earlier.is_repeated(" ".join(each)) for each in (words, changed, others, others)] == [
+        False,
+        True,
+        False,
+        True,
+    ]
+
+
+def test_groups_are_apart_and_short_texts_never_repeat() -> None:
+    earlier, text = NearDuplicates(0.8), " ".join(WORDS)
+
+    assert [earlier.is_repeated(text, group) for group in ("sft", "preference", "sft")] == [False, False, True]
+    assert [earlier.is_repeated("Yes, it is.") for _ in range(2)] == [False, False]

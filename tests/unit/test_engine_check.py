@@ -1,0 +1,74 @@
+"""`align engine check` says what an engine did when it was tried, and which judges it can serve."""
+
+import json
+from pathlib import Path
+
+import pytest
+from faulty_server import FaultyServer, chat_reply
+
+from align.__main__ import main
+
+
+def plain(path, body):
+    """A server without log-probabilities that obeys seeds and limits."""
+    text = f"{body['messages'][-1]['content'][:9]} {body.get('seed') if body.get('temperature') else 'greedy'}"
+    return chat_reply(text, "length" if body["max_tokens"] < 5 else "stop")
+
+
+def checked(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    assert main(["engine", "check", *words]) == 0
+    return " ".join(capsys.readouterr().out.replace("│", " ").split())
+
+
+@pytest.fixture(autouse=True)
+def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "250")
+
+
+def test_a_server_without_log_probabilities_can_serve_a_judge_by_choice(capsys: pytest.CaptureFixture[str]) -> None:
+    with FaultyServer(plain) as server:
+        said = checked(capsys, "--base-url", server.base_url, "--model", "served")
+    assert "lists the model yes served" in said
+    assert "ends its turn by itself yes finish reason stop" in said
+    assert "says when it is cut yes finish reason length" in said
+    assert "draws follow the seed yes same seed, same text; other seed, other text; greedy, the same twice" in said
+    assert "choices of a word yes by vote of 8 samples" in said
+    assert "log-probabilities of a text no" in said
+    assert "kinds of judge choice, rule" in said
+
+
+def test_a_model_in_this_process_can_serve_every_judge(
+    tiny_model_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = checked(capsys, "--model", str(tiny_model_dir))
+    assert "kinds of judge choice, contrast, rule" in said
+
+
+def test_the_different_engines_of_a_recipe_are_each_tried_once(
+    tmp_path: Path, tiny_model_dir: Path, tiny_prompts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with FaultyServer(plain) as one, FaultyServer(plain) as other:
+        first, second = (
+            {"kind": "openai", "model": name, "base_url": server.base_url}
+            for name, server in (("one", one), ("other", other))
+        )
+        recipe = {
+            "model": {"path": str(tiny_model_dir)},
+            "prompts": {"sources": [{"path": str(tiny_prompts)}]},
+            "constitution": "constitutions/style-asking.yaml",
+            "judge": {"kind": "choice", "engine": second},
+            "sample": {"engine": first},
+            "revise": {"engine": first, "critic": second},
+        }
+        (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+        said = checked(capsys, "--recipe", str(tmp_path / "recipe.yaml"))
+    assert "sample.engine, revise.engine: one at" in said
+    assert "revise.critic, judge.engine: other at" in said
+
+
+def test_what_is_missing_and_what_is_away_is_said(capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    monkeypatch.setattr("align.backends.server_faults.FIRST_PAUSE", 0.001)
+    assert main(["engine", "check"]) == 2
+    assert "--recipe FILE" in capsys.readouterr().err
+    assert main(["engine", "check", "--base-url", "http://127.0.0.1:9/v1", "--model", "m"]) == 2
+    assert "cannot be reached" in capsys.readouterr().err
