@@ -141,7 +141,7 @@ class JudgeBlock(Block):
     rules and asks no model.
     """
 
-    kind: Literal["choice", "contrast", "rule"] = Field("choice", description="see docs/constitutions.md")
+    kind: Literal["choice", "contrast", "rule"] = Field("choice", description="see docs/judging.md")
     engine: EngineBlock = Field(default_factory=EngineBlock)
     scale: Annotated[Number, Field(gt=0)] = Field(
         4.0, description="rule and contrast: slope from difference to probability"
@@ -151,7 +151,7 @@ class JudgeBlock(Block):
         0.02, description="closer to one half than this is a tie"
     )
     min_option_mass: Fraction = Field(
-        0.01, description="choice: with less probability on the two letters together, the judge abstains"
+        0.01, description="choice: with less probability on the letters (or marks) together, the judge abstains"
     )
     chain_of_thought: bool = Field(False, description="choice: the judge reasons before it chooses")
     chain_of_thought_range: tuple[Fraction, Fraction] = Field(

@@ -13,16 +13,13 @@ import math
 from collections.abc import Mapping, Sequence
 
 from align.constitution import Principle, draw_principle
-from align.errors import AlignError
 from align.feedback.judge import Judge, JudgeReport, broken_rule, probe_report
-from align.feedback.opinions import ByChoice, ByContrast, choice_request, nats, option_mass, with_system
+from align.feedback.opinions import ByChoice, ByContrast, after, choice_request, nats, option_mass
 from align.generation import Backend, ChoiceRequest, ChoiceScores
 from align.records import Conversation, Message, as_dicts, digest
 
 MARKS = tuple("123456789")
 LOWEST = -1.0
-NEUTRAL = 0.0
-"""Of a completion that no principle applies to, or from whose marks the judge abstained."""
 Scored = tuple[Conversation, str, Principle]
 
 
@@ -42,22 +39,12 @@ class DirectScores:
         self.categories = categories or {}
         self.draw_seed = draw_seed
 
-    def __call__(self, prompts: Sequence[Conversation], completions: Sequence[str]) -> list[float]:
-        """One score a completion.
-
-        Raises:
-            AlignError: the judge abstained from every one.
-        """
+    def __call__(self, prompts: Sequence[Conversation], completions: Sequence[str]) -> list[float | None]:
+        """One score a completion; None where no principle applies, or where the judge abstained from all that do."""
         rows = list(zip(prompts, completions, strict=True))
         chosen = [self._principles(prompt, completion) for prompt, completion in rows]
         asked = [(*row, principle) for row, some in zip(rows, chosen, strict=True) for principle in some]
-        given = self.scores(asked)
-        if asked and all(score is None for score in given):
-            raise AlignError(
-                f"judge {self.judge.name}: put no probability on the marks 1 to 9 of any of {len(asked)} completions; "
-                "name another model in `judge.engine`, or lower `judge.min_option_mass`"
-            )
-        scores = iter(given)
+        scores = iter(self.scores(asked))
         return [
             self._score(row, [(principle, next(scores)) for principle in some])
             for row, some in zip(rows, chosen, strict=True)
@@ -80,14 +67,14 @@ class DirectScores:
         drawn = draw_principle(self.judge.principles, self.draw_seed, "direct", text, category=category)
         return [drawn] if drawn else []
 
-    def _score(self, row: tuple[Conversation, str], scored: Sequence[tuple[Principle, float | None]]) -> float:
+    def _score(self, row: tuple[Conversation, str], scored: Sequence[tuple[Principle, float | None]]) -> float | None:
         prompt, completion = row
         given = [(principle.weight, score) for principle, score in scored if score is not None]
         weight = sum(weight for weight, _ in given)
-        score = sum(weight * score for weight, score in given) / weight if given else NEUTRAL
+        score = sum(weight * score for weight, score in given) / weight if given else None
         category = self.categories.get(prompt, "")
         hard = [each for each in self.judge.constitution.principles if each.hard and each.applies_to(category)]
-        return min(score, LOWEST) if broken_rule(hard, completion) else score
+        return min(score or 0.0, LOWEST) if broken_rule(hard, completion) else score
 
 
 def examine_direct(scores: DirectScores) -> JudgeReport:
@@ -116,20 +103,22 @@ def expected_mark(logprobs: Sequence[float], min_option_mass: float) -> float | 
 
 
 def _marks(kind: ByChoice, asked: Sequence[Scored]) -> list[float | None]:
-    texts = [
-        kind.frame(principle).format_mark(prompt, completion, principle.text or principle.question or "")
-        for prompt, completion, principle in asked
-    ]
-    requests = [choice_request((Message("user", text),), MARKS) for text in texts]
+    requests = [_mark_request(kind, *each) for each in asked]
     scores = _answered(kind.backend, requests, kind.batch_size)
     return [expected_mark(scores[each.id].logprobs, kind.block.min_option_mass) for each in requests]
 
 
+def _mark_request(kind: ByChoice, prompt: Conversation, completion: str, principle: Principle) -> ChoiceRequest:
+    text = kind.frame(principle).format_mark(prompt, completion, principle.text or principle.question or "")
+    before = kind.showing.before(principle, prompt, completion)
+    return choice_request((Message("user", after(before, text)),), MARKS)
+
+
 def _contrasts(kind: ByContrast, asked: Sequence[Scored]) -> list[float | None]:
     requests = [
-        choice_request(with_system(text, prompt), (completion,))
+        request
         for prompt, completion, principle in asked
-        for text in (principle.text, principle.opposite or "")
+        for request in kind.requests(principle, prompt, completion, kind.showing.before(principle, prompt, completion))
     ]
     scores = _answered(kind.backend, requests, kind.batch_size)
     means = [nats(scores[each.id].logprobs[0]) / max(scores[each.id].tokens[0], 1) for each in requests]

@@ -21,6 +21,7 @@ from align.sentences import fold
 _CJK = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 _TERM = re.compile(rf"[^\W{_CJK}]+|[{_CJK}]+")
 _ID = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._/-]*(?:{'|'.join(map(re.escape, SPLITTERS))})#\d+")
+_TEMPLATE_MARK = re.compile(r"<(?=\|[^|\s]+\|>|/?s>|(?:start|end)_of_turn>|[be]os>)|\[(?=/?INST\])|<(?=</?SYS>>)")
 _LIKE_A_TOKEN = re.compile(r"<(?=[|/A-Za-z_])|\[(?=/?[A-Z_]+\])")
 
 READ = {
@@ -159,6 +160,12 @@ def with_passages(request: str, passages: Sequence[Passage], language: str, *, c
     """A request with the passages before it, and the wish that they are cited after it."""
     parts = [quoted(passages, language), request, in_language(CITE, language) if cite else ""]
     return "\n\n".join(filter(None, parts)) if passages else request
+
+
+def harmless(text: str) -> str:
+    """The text with a space inside whatever a chat template takes for its own, such as the end of a turn: completions
+    are trained against judges and would learn to write it."""
+    return _TEMPLATE_MARK.sub(lambda mark: f"{mark.group()} ", text)
 
 
 def _plain(text: str) -> str:

@@ -4,7 +4,7 @@ A row can be sound while the set is not: one closing sentence under everything, 
 is trained on its own revisions collapses into (arXiv 2504.04918). The figures stand in the manifest, passed or not.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from align.sentences import fold, sentences
 from align.windows import scratch_database
 
 EDGE_WORDS = 5
+UNSPACED = 3
+"""Characters that count as a word where a script puts no spaces between words."""
 SHOWN = 3
 Limit = Fraction | None
 
@@ -118,8 +120,8 @@ class TextShares:
         closing = fold(found[-1]) if (found := sentences(text)) else ""
         self._count_edge("same_closing", closing)
         said = [word for word in words(fold(text)) if word[0].isalnum()]
-        self._count_edge("same_ending", " ".join(said[-EDGE_WORDS:]))
-        self._count_edge("same_opening", " ".join(said[:EDGE_WORDS]))
+        self._count_edge("same_ending", " ".join(said[-_edge_length(said[-EDGE_WORDS:]) :]))
+        self._count_edge("same_opening", " ".join(said[: _edge_length(said[:EDGE_WORDS])]))
 
     def shares(self) -> dict[str, Share]:
         return self._shares | {name: self._commonest(name) for name in ("same_closing", "same_ending", "same_opening")}
@@ -134,6 +136,11 @@ class TextShares:
             "select edge, count from edges where kind = ? order by count desc, edge limit 1", (kind,)
         ).fetchone()
         return Share(found[1], self._rows, [found[0]]) if found else Share()
+
+
+def _edge_length(edge: Sequence[str]) -> int:
+    """How many words an edge that begins like this has; `words` gives kana and Han characters one by one."""
+    return EDGE_WORDS * (UNSPACED if all(len(word) == 1 for word in edge) else 1)
 
 
 def check_gates(stage: str, block: Block, shares: Mapping[str, Share], place: Path | str) -> None:

@@ -146,8 +146,8 @@ class Judge:
         by_principle = {principle.id: self._probability(self.kind.lean(each.value)) for principle, each in given}
         bias = sum(opinion.position_bias for _, opinion in given) / max(len(given), 1)
         lean, reason = self._decide(question, given)
-        if lean is None:
-            reason = NO_PRINCIPLE if not opinions else ABSTAINED if not given else reason
+        if reason == TIE and not given:
+            reason = ABSTAINED if opinions else NO_PRINCIPLE
         rows = tuple(row for _, scores in scored for row in scores)
         return Verdict(None if lean is None else self._probability(lean), by_principle, bias, reason, rows)
 
@@ -250,7 +250,8 @@ def examine_judge(judge: Judge, journal_path: Path | None = None) -> JudgeReport
     ]
     opinions = judge.kind.opinions(asked, journal_path, "probes")
     values = [opinion.value if opinion else None for opinion in opinions]
-    bias = sum(opinion.position_bias for opinion in opinions if opinion) / max(len(opinions), 1)
+    given = [opinion for opinion in opinions if opinion]
+    bias = sum(opinion.position_bias for opinion in given) / max(len(given), 1)
     return probe_report(judge, [principle for _, principle in asked], values, bias)
 
 

@@ -14,7 +14,7 @@ from typing import ClassVar, NamedTuple
 from align.backends.complete_all import complete_all, score_all
 from align.config import JudgeBlock
 from align.constitution import Principle
-from align.feedback.evidence import Showing
+from align.feedback.evidence import Showing, harmless
 from align.generation import Backend, ChoiceRequest, ChoiceScores, Completed, Request
 from align.principles import WorkedComparison, in_language
 from align.records import Conversation, Message, OpinionScores, as_dicts, digest
@@ -137,12 +137,19 @@ class ByContrast(Kind):
 
     def _requests(self, question: Question, principle: Principle) -> list[ChoiceRequest]:
         before = self.showing.before(principle, question.conversation, question.a, question.b)
-        ends = (principle.text, principle.opposite or "")
-        texts = [f"{before}\n\n{end}" if before else end for end in ends]
         return [
-            choice_request(with_system(text, question.conversation), (completion,))
+            request
             for completion in (question.a, question.b)
-            for text in texts
+            for request in self.requests(principle, question.conversation, completion, before)
+        ]
+
+    def requests(
+        self, principle: Principle, conversation: Conversation, completion: str, before: str
+    ) -> list[ChoiceRequest]:
+        """What scores one completion under the principle and under its opposite, with these passages before both."""
+        return [
+            choice_request(with_system(after(before, text), conversation), (completion,))
+            for text in (principle.text, principle.opposite or "")
         ]
 
 
@@ -189,7 +196,7 @@ class ByChoice(Kind):
         a_first, b_first = (self._lean_to_first(row) for row in scores)
         if a_first is None or b_first is None:
             return None
-        return Opinion((a_first - b_first) / 2, (a_first + b_first) / 2)
+        return Opinion((self._kept(a_first) - self._kept(b_first)) / 2, (a_first + b_first) / 2)
 
     def _lean_to_first(self, row: OpinionScores) -> float | None:
         """Normalised probability of the first letter minus one half; None where neither letter was likely at all."""
@@ -199,10 +206,12 @@ class ByChoice(Kind):
         return half_tanh(nats(row.logprobs[0]) - nats(row.logprobs[1]))
 
     def lean(self, value: float) -> float:
-        if not self.block.chain_of_thought:
-            return value
-        most = 0.5 - self.block.chain_of_thought_range[0]
-        return max(-most, min(most, value))
+        return value
+
+    def _kept(self, lean: float) -> float:
+        """The lean, after a chain of thought within its range: before any mean, which what is oversure would decide."""
+        most = 0.5 - self.block.chain_of_thought_range[0] if self.block.chain_of_thought else 0.5
+        return max(-most, min(most, lean))
 
     def frame(self, principle: Principle) -> "Frame":
         """The words around a choice by this principle, in its language."""
@@ -218,7 +227,7 @@ class ByChoice(Kind):
         places = both if view == ORDERS[0] else both[::-1]
         text = self._question(principle, question.conversation, places)
         turns = [turn for number, each in enumerate(worked) for turn in self._worked(number, *each)]
-        return *turns, Message("user", f"{before}\n\n{text}" if before else text)
+        return *turns, Message("user", after(before, text))
 
     def _question(self, principle: Principle, conversation: Conversation, places: tuple[str, str]) -> str:
         frame = self.frame(principle)
@@ -237,7 +246,7 @@ class ByChoice(Kind):
         """The chat up to where the letter is asked for."""
         if thought is None:
             return chat
-        return *chat, Message("assistant", thought), Message("user", self.frame(principle).conclude)
+        return *chat, Message("assistant", harmless(thought)), Message("user", self.frame(principle).conclude)
 
     def _think(
         self, chats: Mapping[tuple[int, str], Conversation], journal_path: Path | None, description: str
@@ -279,16 +288,19 @@ class Frame:
     mark: str
 
     def format_choice(self, conversation: Conversation, question: str, first: str, second: str, last: str) -> str:
-        names = {"user": self.user, "assistant": self.assistant}
-        turns = [f"{names[turn.role]}: {turn.content}" for turn in conversation if turn.role in names]
-        options = [f"({letter}) {text}" for letter, text in zip(LETTERS, (first, second), strict=True)]
-        return "\n\n".join([self.conversation, *turns, question, *options, last])
+        """The conversation, two completions, and what asks for the better one."""
+        options = [f"({letter}) {harmless(text)}" for letter, text in zip(LETTERS, (first, second), strict=True)]
+        return "\n\n".join([*self._turns(conversation), question, *options, last])
 
     def format_mark(self, conversation: Conversation, completion: str, principle: str) -> str:
         """The conversation with one completion, and what asks for its mark."""
+        answered = (*conversation, Message("assistant", completion))
+        return "\n\n".join([*self._turns(answered), principle, self.mark])
+
+    def _turns(self, conversation: Conversation) -> list[str]:
         names = {"user": self.user, "assistant": self.assistant}
-        turns = [f"{names[turn.role]}: {turn.content}" for turn in conversation if turn.role in names]
-        return "\n\n".join([self.conversation, *turns, f"{self.assistant}: {completion}", principle, self.mark])
+        said = [f"{names[turn.role]}: {harmless(turn.content)}" for turn in conversation if turn.role in names]
+        return [self.conversation, *said]
 
 
 FRAMES = {
@@ -317,6 +329,11 @@ FRAMES = {
 def half_tanh(odds: float) -> float:
     """The probability of these log-odds minus one half: sigmoid(x) - 1/2 = tanh(x/2)/2, computed oddly."""
     return math.copysign(0.5 * math.tanh(abs(odds) / 2), odds)
+
+
+def after(before: str, text: str) -> str:
+    """The text after the passages that are shown before it, if there are any."""
+    return f"{before}\n\n{text}" if before else text
 
 
 def with_system(text: str, conversation: Conversation) -> Conversation:

@@ -108,7 +108,9 @@ class ComparisonTally:
         self._option_mass = 0.0
         self._a_wins = 0
         self._longer_wins = 0.0
+        self._judged = 0
         self._position_bias = 0.0
+        self._reasoning_cut = 0
         self._sure = 0.0
         self._tenths: Counter[int] = Counter()
 
@@ -117,6 +119,9 @@ class ComparisonTally:
         self.comparisons += 1
         self._add_scores(row, scores)
         self.agreement.add(Label(row.p_a, row.p_a_by_principle))
+        # Of ties too: a judge that follows the place alone decides nothing once both orders are averaged.
+        self._judged += bool(row.p_a_by_principle)
+        self._position_bias += row.position_bias if row.p_a_by_principle else 0.0
         if row.p_a is None:
             self.reasons[row.reason] += 1
             return
@@ -124,7 +129,6 @@ class ComparisonTally:
         self.decided += 1
         self._a_wins += row.p_a > 0.5
         self._longer_wins += _longer_won(row, row.p_a > 0.5)
-        self._position_bias += row.position_bias
         self._sure += sure
         self._tenths[min(int(10 * sure), 9)] += 1
 
@@ -135,26 +139,30 @@ class ComparisonTally:
         self._abstained += len(asked - row.p_a_by_principle.keys())
         self._option_masses += len(masses)
         self._option_mass += sum(masses)
+        self._reasoning_cut += sum(each.reasoning_end == "length" for each in scores)
 
     def counts(self) -> dict[str, int]:
         """How many comparisons were decided, and how many were not for each reason; and how many opinions an engine was
-        asked for, one for each comparison and principle, and how many it abstained from."""
+        asked for, one for each comparison and principle, how many it abstained from, and how many chains of thought the
+        length limit cut."""
         undecided = {f"undecided: {reason}": count for reason, count in sorted(self.reasons.items())}
         opinions = {"opinions": self._opinions, "opinions_abstained": self._abstained} if self._opinions else {}
-        return {"comparisons": self.comparisons, "decided": self.decided, **undecided, **opinions}
+        cut = {"reasoning_cut": self._reasoning_cut} if self._reasoning_cut else {}
+        return {"comparisons": self.comparisons, "decided": self.decided, **undecided, **opinions, **cut}
 
     def figures(self) -> dict[str, Any]:
         """Shares among the decided comparisons: what a judge that only looks at place or length would show, and how
-        sure the labels are; the share of all that was left undecided; and the mean probability of the two letters
-        together, of a judge that chooses."""
-        mass = {"option_mass": self._option_mass / self._option_masses} if self._option_masses else {}
+        sure the labels are; the share of all that was left undecided; and of all that the judge saw the mean bias to
+        the place shown first and, of a judge that chooses, the mean probability of the two letters together."""
+        seen = {"position_bias": self._position_bias / self._judged} if self._judged else {}
+        if self._option_masses:
+            seen["option_mass"] = self._option_mass / self._option_masses
         if not self.decided:
-            return mass
+            return seen
         return {
-            **mass,
+            **seen,
             "a_chosen": self._a_wins / self.decided,
             "longer_chosen": self._longer_wins / self.decided,
-            "position_bias": self._position_bias / self.decided,
             "mean_probability": self._sure / self.decided,
             "probability": {
                 f"{10 * tenth}-{10 * tenth + 10}%": self._tenths[tenth] / self.decided for tenth in range(5, 10)

@@ -38,6 +38,7 @@ class Experience:
 
     `old_logprobs` of the first minibatch are sampling's until its training pass replaces them. `kl` is nats a
     completion, (N,) for each of the estimators 'k1', 'k2' and 'k3'. `raw_scores` (N, S) are as the sources gave them,
+    with the mean of a source's scores where it abstained; `unscored` has the share of these by the source's name;
     `standardised` on one scale and without the gold sources, `scores` (N,) one of each completion.
     """
 
@@ -49,6 +50,7 @@ class Experience:
     values: Tensor
     kl: Mapping[str, Tensor]
     raw_scores: Tensor
+    unscored: Mapping[str, float]
     standardised: Tensor
     scores: Tensor
     rewards: Tensor
@@ -76,7 +78,8 @@ class Collector:
         with self.clock.phase("generate"):
             completions = self._sample(iteration)
         with self.clock.phase("reward"):
-            raw_scores = self._score(completions, iteration)
+            raw_scores, unscored = self.rewards.filled(self._score(completions, iteration))
+            self._check_finite(raw_scores, completions, iteration)
         with self.clock.phase("forward"):
             passes = self._passes(completions, iteration)
         mask = completion_mask(completions, passes["values"].shape[1])
@@ -90,6 +93,7 @@ class Collector:
             mask=mask,
             kl={name: (term * mask).sum(dim=1) for name, term in kl.items()},
             raw_scores=raw_scores,
+            unscored=unscored,
             standardised=standardised,
             scores=scores,
             rewards=rewards,
@@ -132,11 +136,13 @@ class Collector:
         raw = torch.zeros(len(completions), len(self.rewards.names))
         for row, each in gathered(list(zip(mine, scores.tolist(), strict=True))):
             raw[row] = torch.tensor(each)
-        if not raw.isfinite().all():
-            row, source = (~raw.isfinite()).nonzero()[0].tolist()
-            fault = f"reward of source '{self.rewards.names[source]}' is {raw[row, source].item()}"
-            raise not_finite(fault, iteration, completions[row], self.output)
         return raw
+
+    def _check_finite(self, scores: Tensor, completions: Sequence[Completion], iteration: int) -> None:
+        if not scores.isfinite().all():
+            row, source = (~scores.isfinite()).nonzero()[0].tolist()
+            fault = f"reward of source '{self.rewards.names[source]}' is {scores[row, source].item()}"
+            raise not_finite(fault, iteration, completions[row], self.output)
 
     @torch.no_grad()
     def _passes(self, completions: Sequence[Completion], iteration: int) -> dict[str, Tensor]:

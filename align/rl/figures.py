@@ -39,6 +39,7 @@ def _score_figures(experience: Experience, rewards: Rewards) -> dict[str, float]
     if len(rewards.names) > 1:
         means = experience.raw_scores.mean(dim=0).tolist()
         figures |= {f"score/{name}": mean for name, mean in zip(rewards.names, means, strict=True)}
+    figures |= {f"unscored/{name}": share for name, share in experience.unscored.items()}
     if rewards.trained > 1:
         figures["score_disagreement"] = float(weighted_moments(experience.standardised, rewards.weights)[1].mean())
     return figures

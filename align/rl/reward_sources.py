@@ -1,6 +1,7 @@
 """Rewards that are not the reward stage's: any sequence classifier, and Python functions."""
 
 import importlib
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -180,13 +181,16 @@ def longest_input(model: Any, tokenizer: Any) -> int:
 
 
 class ScoresReward:
-    """Scores that come as numbers of prompts and completions, from whatever the stage composed."""
+    """Scores that come as numbers of prompts and completions, from whatever the stage composed; None for no score."""
 
-    def __init__(self, scores: Callable[[Sequence[Conversation], Sequence[str]], Sequence[float]]) -> None:
+    may_abstain = True
+
+    def __init__(self, scores: Callable[[Sequence[Conversation], Sequence[str]], Sequence[float | None]]) -> None:
         self.scores = scores
 
     def __call__(self, prompts: Sequence[Conversation], completions: Sequence[str]) -> Tensor:
-        return torch.tensor(self.scores(prompts, completions), dtype=torch.float32)
+        given = self.scores(prompts, completions)
+        return torch.tensor([math.nan if score is None else score for score in given], dtype=torch.float32)
 
 
 class FunctionReward:

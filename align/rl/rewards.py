@@ -11,12 +11,16 @@ import torch
 from torch import Tensor
 
 from align.data.chat import conversation_ids
+from align.errors import AlignError
 from align.records import Conversation
 from align.rl.settings import ScoreBlock
 
 
 class Reward(Protocol):
-    """Scores completions of prompts: higher is better, one float a completion."""
+    """Scores completions of prompts: higher is better, one float a completion.
+
+    One with `may_abstain` gives NaN for what it has no score for.
+    """
 
     def __call__(self, prompts: Sequence[Conversation], completions: Sequence[str]) -> Tensor:
         """(B,) float32."""
@@ -124,6 +128,28 @@ class Rewards:
     def scores(self, prompts: Sequence[Conversation], completions: Sequence[str]) -> Tensor:
         """(N, S) scores as the sources give them."""
         return torch.stack([source.reward(prompts, completions).float() for source in self.sources], dim=1)
+
+    def filled(self, scores: Tensor) -> tuple[Tensor, dict[str, float]]:
+        """(N, S) scores in which what a source abstained from has the mean of what it scored, so that it moves nothing;
+        and by name the share that each source that may abstain left unscored. Pass those of all processes.
+
+        Raises:
+            AlignError: a source scored nothing.
+        """
+        filled, shares = scores.clone(), {}
+        for column, source in enumerate(self.sources):
+            if not getattr(source.reward, "may_abstain", False):
+                continue
+            unscored = scores[:, column].isnan()
+            if unscored.all():
+                raise AlignError(
+                    f"ppo.rewards: {source.name} scored none of {len(scores)} completions: no principle applies to "
+                    "their prompts, or the judge abstained; look at the principles' `applies`, name another model in "
+                    "`judge.engine`, or lower `judge.min_option_mass`"
+                )
+            filled[unscored, column] = scores[~unscored, column].mean()
+            shares[source.name] = float(unscored.float().mean())
+        return filled, shares
 
     def standardised(self, scores: Tensor) -> Tensor:
         """(N, trained) scores on one scale. Pass those of all processes: running moments take them in."""

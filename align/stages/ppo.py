@@ -37,14 +37,15 @@ class Ppo(Stage):
         return (*self.shares, "constitution", "judge") if settings.asks_judge else self.shares
 
     def check(self, settings: PpoBlock, shared: Mapping[str, Any]) -> list[str]:
-        from align.feedback.judge import judge_problems
+        from align.feedback.judge import judge_problems, probe_problems
 
         if not settings.asks_judge:
             return []
         try:
-            return judge_problems(load_constitution(shared["constitution"]), shared["judge"])
+            constitution = load_constitution(shared["constitution"])
         except InputError:
             return []
+        return judge_problems(constitution, shared["judge"]) or probe_problems(constitution, shared["judge"])
 
     def files(self, settings: PpoBlock) -> tuple[str, ...]:
         modules = {source.function.partition(":")[0] for source in settings.rewards if source.function}
@@ -69,7 +70,7 @@ class Ppo(Stage):
         policy = context.inputs["sft"] / "model"
         tokenizer = load_tokenizer(str(policy), trust_remote_code=model_block.trust_remote_code)
         prompts, too_long = _prompts(context, tokenizer)
-        judged = _direct_scores(context, [each.prompt for each in prompts]) if settings.asks_judge else {}
+        judged, exam = _direct_scores(context, [each.prompt for each in prompts]) if settings.asks_judge else ({}, {})
         dtype = compute_dtype(model_block.precision)
         reward = reward_folder(context.inputs["reward"]) if settings.reads_reward_stage else None
         if reward is not None and settings.score.normalise != "held_out":
@@ -109,7 +110,7 @@ class Ppo(Stage):
             "stopped_early": trainer.ending.stopped,
             "published_iteration": trainer.ending.published,
         }
-        return Outcome({"prompts": len(prompts), "prompts_too_long": too_long}, figures | ending)
+        return Outcome({"prompts": len(prompts), "prompts_too_long": too_long}, figures | ending | exam)
 
 
 def _check_divisible(settings: PpoBlock) -> None:
@@ -153,17 +154,23 @@ def _demonstrations(context: Context, tokenizer: Any) -> list[Any]:
     return kept
 
 
-def _direct_scores(context: Context, prompts: Sequence[Prompt]) -> dict[str, Any]:
-    """The judge's direct scores, by the way in which sources take principles, once its probes have been passed."""
+def _direct_scores(context: Context, prompts: Sequence[Prompt]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The judge's direct scores, by the way in which sources take principles, and how it did on its probes.
+
+    Raises:
+        JudgeAtChance: its marks of the probes are not shown to be better than chance.
+    """
     from align.feedback.direct import DirectScores, examine_direct
     from align.feedback.judge import open_judge, require_better_than_chance
 
     block, model = context.shared["judge"], context.shared["model"]
     judge = open_judge(block, model, load_constitution(context.shared["constitution"]))
-    require_better_than_chance(judge, examine_direct(DirectScores(judge)))
+    report = examine_direct(DirectScores(judge))
+    require_better_than_chance(judge, report)
     categories = {prompt.prompt: prompt.category for prompt in prompts}
     seeds = {"all": None, "draw": derive_seed(context.seed, "ppo", "judge")}
-    return {way: DirectScores(judge, categories, seed) for way, seed in seeds.items()}
+    scores = {way: DirectScores(judge, categories, seed) for way, seed in seeds.items()}
+    return scores, {"judge": report.as_figures()}
 
 
 def _sources(

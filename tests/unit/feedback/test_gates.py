@@ -45,6 +45,14 @@ def test_one_ending_under_sentences_that_differ_is_counted() -> None:
     assert shares["same_closing"].value == 0.25
 
 
+def test_polite_endings_of_an_unspaced_script_are_no_common_ending() -> None:
+    texts = TextShares()
+    for text in ("窓を開けて空気を入れ替えてください", "医師に相談してください", "明日の朝まで待ってください"):
+        texts.add(text + "。")
+
+    assert texts.shares()["same_ending"].count == 1
+
+
 def test_openings_emoji_and_repetition_are_counted() -> None:
     texts = TextShares()
     for text in ("As an AI model, I bake.", "As an AI model, I cook.", "Bake 🍞.", "Go on and on. " * 8):

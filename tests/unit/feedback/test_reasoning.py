@@ -80,6 +80,17 @@ def test_only_after_a_chain_of_thought_are_probabilities_clamped(given_range: li
     assert straight.p_a is not None and straight.p_a > 0.999
 
 
+def test_probabilities_are_clamped_before_they_are_averaged() -> None:
+    def score(request: ChoiceRequest, choice: str) -> float:
+        asked = request.messages[0].content
+        tea = "A" if "(A) tea" in asked else "B"
+        p = 0.9999 if "Ask." in asked else 0.3
+        return math.log(p if choice == tea else 1 - p)
+
+    [found] = judge({"chain_of_thought": True}, score).compare([("q", TALK, "tea", "coffee", "")])
+    assert found.p_a is None and found.by_principle == pytest.approx({"asks": 0.6, "calm": 0.4})
+
+
 def test_a_broken_hard_rule_is_certain_all_the_same() -> None:
     made = constitution(ASKS, {**CALM, "hard": True})
     [found] = judge({"chain_of_thought": True}, sure_of_tea, made=made).compare([("q", TALK, "coffee!", "tea", "")])
