@@ -33,6 +33,7 @@ from align.data.prompts import stream_drawn
 from align.errors import InputError
 from align.feedback.gates import CompareGatesBlock, Share, check_gates, gate_figures
 from align.generation import Completed, Request
+from align.provenance import PROVENANCE, label_provenance, text_provenance, write_provenance
 from align.records import (
     Comparison,
     Message,
@@ -95,7 +96,7 @@ class CompareStage(Stage):
     settings = CompareBlock
     shares = ("model", "constitution", "judge")
     only_gates = ("gates",)
-    outputs = ("comparisons.jsonl", "pairs.jsonl", "agreement.json", CALIBRATION, METRICS)
+    outputs = ("comparisons.jsonl", "pairs.jsonl", "agreement.json", CALIBRATION, PROVENANCE, METRICS)
 
     def inputs(self, settings: CompareBlock) -> tuple[str, ...]:
         return ("sample", "revise", "sft") if settings.revision_pairs else ("sample", "sft")
@@ -147,7 +148,18 @@ class CompareStage(Stage):
             require_revision_pairs(context)
         backend = open_backend(EngineBlock(), model, path=str(context.inputs["sft"] / "model"))
         tally = ComparisonTally([principle.id for principle in judge.principles], judge.block.min_margin)
-        pairs = compare_all(context, backend, judge, total, tally)
+        completion = text_provenance(context, "completion", backend, EngineBlock())
+        verdict = label_provenance(
+            context,
+            judge.backend,
+            judge_block,
+            judge.constitution,
+            principle=settings.principle,
+            scored_by=report.scored_by,
+        )
+        upstream = [context.inputs["revise"]] if settings.revision_pairs else []
+        write_provenance(context.output, (completion, verdict), upstream)
+        pairs = compare_all(context, backend, judge, total, tally, (completion.id, verdict.id))
         agreement = tally.agreement.agreement()
         if processes.is_first():
             write_json(context.output / "agreement.json", agreement.as_json())
@@ -160,10 +172,19 @@ class CompareStage(Stage):
 
 
 def compare_all(
-    context: Context, backend: "Backend", judge: "Judge", total: int, tally: "ComparisonTally"
+    context: Context,
+    backend: "Backend",
+    judge: "Judge",
+    total: int,
+    tally: "ComparisonTally",
+    provenance: tuple[str, str] = ("", ""),
 ) -> dict[str, int]:
     """Compare every prompt's completions, window by window, and write and count what came out; how many pairs of each
-    kind there are."""
+    kind there are.
+
+    Args:
+        provenance: what rows name for completions and for labels.
+    """
     settings: CompareBlock = context.settings
     counted = {"pairs": 0, "revision_pairs": 0}
     seen = SeenOnDisk()
@@ -175,7 +196,10 @@ def compare_all(
                 pairs.add(pair)
 
         for window in windows(chosen_prompts(context), total, settings.window, context.output):
-            for row in label(compared(window, context, backend), judge, window):
+            for labelled in label(compared(window, context, backend), judge, window):
+                row = replace(
+                    labelled, provenance=provenance[0], judge_provenance=provenance[1] if labelled.judge else ""
+                )
                 comparisons.add(row)
                 tally.add(row)
                 if pair := pair_of(row):
@@ -219,7 +243,7 @@ def compared(window: Window[Prompt], context: Context, backend: "Backend") -> li
         f"{'two' if settings.completions == 2 else settings.completions} answers a prompt{window.label}",
     )
     return [
-        _comparison(prompt, (first, second), done)
+        _comparison(prompt, (first, second), done, seed)
         for prompt in window.rows
         for first, second in itertools.combinations(numbers, 2)
     ]
@@ -279,6 +303,7 @@ def pair_of(row: Comparison) -> PreferencePair | None:
         return None
     a, b = Message("assistant", row.completion_a), Message("assistant", row.completion_b)
     chosen, rejected = (a, b) if row.p_a >= 0.5 else (b, a)
+    seeds = (row.seed_a, row.seed_b) if row.p_a >= 0.5 else (row.seed_b, row.seed_a)
     return PreferencePair(
         id=pair_id(row.prompt, chosen, rejected),
         prompt=row.prompt,
@@ -287,6 +312,12 @@ def pair_of(row: Comparison) -> PreferencePair | None:
         probability=max(row.p_a, 1 - row.p_a),
         source="ai",
         category=row.category,
+        judged_by=tuple(row.p_a_by_principle),
+        chosen_seed=seeds[0],
+        rejected_seed=seeds[1],
+        chosen_provenance=row.provenance,
+        rejected_provenance=row.provenance,
+        judge_provenance=row.judge_provenance,
     )
 
 
@@ -303,6 +334,13 @@ def revision_pairs(context: Context) -> Iterator[PreferencePair]:
                 probability=row.p_better,
                 source="revision",
                 category=row.category,
+                judged_by=row.judged_by,
+                revised_by=row.principle_ids,
+                chosen_seed=row.seed,
+                rejected_seed=row.original_seed,
+                chosen_provenance=row.provenance,
+                rejected_provenance=row.original_provenance,
+                judge_provenance=row.judge_provenance,
             )
 
 
@@ -327,14 +365,18 @@ def _request(prompt: Prompt, number: int, sampling: SamplingBlock, seed: int) ->
     return Request(
         id=f"{prompt.id}/{number}",
         messages=prompt.prompt,
-        seed=derive_seed(seed, prompt.id, number),
+        seed=_seed(prompt, number, seed),
         max_new_tokens=sampling.max_new_tokens,
         temperature=sampling.temperature,
         top_p=sampling.top_p,
     )
 
 
-def _comparison(prompt: Prompt, numbers: tuple[int, int], done: Mapping[str, Completed]) -> Comparison:
+def _seed(prompt: Prompt, number: int, seed: int) -> int:
+    return derive_seed(seed, prompt.id, number)
+
+
+def _comparison(prompt: Prompt, numbers: tuple[int, int], done: Mapping[str, Completed], seed: int) -> Comparison:
     a, b = (done[f"{prompt.id}/{number}"] for number in numbers)
     return Comparison(
         id=digest([prompt.id, "comparison", *numbers]),
@@ -345,6 +387,8 @@ def _comparison(prompt: Prompt, numbers: tuple[int, int], done: Mapping[str, Com
         p_a=None,
         reason=_not_worth_judging(a, b),
         category=prompt.category,
+        seed_a=_seed(prompt, numbers[0], seed),
+        seed_b=_seed(prompt, numbers[1], seed),
     )
 
 
