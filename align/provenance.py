@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from pydantic import ValidationError
+
 from align import processes
 from align.artefacts import write_json
 from align.config import EngineBlock, JudgeBlock, ModelBlock
@@ -35,7 +37,8 @@ NOT_OF_THE_JUDGE = {"engine", "batch_size", "allow_chance"}
 class Provenance(Row):
     """How some texts or labels were made.
 
-    `engine` is 'local' (a model in this process), 'server', 'rule' or 'scripted'; `model_digest` the SHA-256 of the weights, and empty where nobody here has read them: `verified` is false then, and `server_says` what a server says
+    `engine` is 'local' (a model in this process), 'server', 'rule' or 'scripted'; `model_digest` the SHA-256 of the
+    weights, and empty where nobody here has read them: `verified` is false then, and `server_says` what a server says
     of its model. `settings` are those of sampling, of a judge, of the loop. `seed` is the recipe's, from which those of
     the rows follow.
     """
@@ -145,8 +148,8 @@ def _settled(backend: Backend, kept: Path) -> EngineIdentity:
         return before  # what is not asked for any more needs no server
     if now.said and before.said and now != before:
         raise InputError(
-            f"engine {backend.name}: the server says that it has {dict(now.said)} now, and when this stage began it said "
-            f"{dict(before.said)}; serve that model again, or remove {kept.parent} to begin anew"
+            f"engine {backend.name}: the server says that it has {dict(now.said)} now, and when this stage began it "
+            f"said {dict(before.said)}; serve that model again, or remove {kept.parent} to begin anew"
         )
     return before
 
@@ -156,6 +159,20 @@ def write_constitution(output: Path, constitution: Constitution) -> None:
     if processes.is_first():
         folders: Any = {"sources": True, "documents": True, "principles": {"__all__": {"sources"}}}
         write_json(output / CONSTITUTION, constitution.model_dump(mode="json", exclude=folders))
+
+
+def read_constitution(path: Path) -> Constitution:
+    """The constitution that `write_constitution` kept.
+
+    Raises:
+        InputError: the file is damaged, or of another version.
+    """
+    try:
+        return Constitution.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise InputError(
+            f"{path}: damaged, or of another version ({error.error_count()} faults); remove {path.parent} and run again"
+        ) from None
 
 
 def read_provenance(folder: Path) -> dict[str, Provenance]:
