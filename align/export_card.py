@@ -247,8 +247,8 @@ def _judges(run: PublishedRun) -> Iterator[str]:
 def _probes(judge: Mapping[str, Any]) -> str:
     if not judge["n"]:
         return "tested on no probes"
-    scored = f"; scored by {shown(judge['scored_by'])}" if judge["scored_by"] else ""
-    bias = f"; position bias {judge['position_bias']:+.3f}" if judge["scored_by"] else ""
+    scored = f"; scored by {shown(judge['scored_by'])}" if judge.get("scored_by") else ""
+    bias = f"; position bias {judge['position_bias']:+.3f}" if judge.get("scored_by") else ""
     interval = f"{judge['low']:.1%} to {judge['high']:.1%}"
     return f"{judge['accuracy']:.1%} of {judge['n']} probes right, 95% interval {interval}{scored}{bias}"
 

@@ -1,5 +1,6 @@
 """The card of an exported data set, read back by other libraries: what others wrote stays text, and nothing leaks."""
 
+import dataclasses
 import json
 from html.parser import HTMLParser
 from pathlib import Path
@@ -143,3 +144,22 @@ def test_settings_are_shown_without_folders_addresses_and_texts_of_further_keys(
 )
 def test_only_absolute_paths_are_cut(path: str, shown_path: str) -> None:
     assert public_path(path) == shown_path
+
+
+def judged(**figures: Any) -> str:
+    """The card of a run whose judge has these figures."""
+    plain = content("plain")
+    manifest = plain.run.manifests["revise"]
+    run = dataclasses.replace(plain.run, manifests={"revise": dataclasses.replace(manifest, figures=figures)})
+    return card_text(dataclasses.replace(plain, run=run))
+
+
+def test_a_judge_is_told_with_what_it_got_right_on_probes_and_beside_people() -> None:
+    probes = {"judge": "choice:m", "n": 24, "accuracy": 0.875, "low": 0.69, "high": 0.957, "position_bias": -0.125}
+    told = judged(
+        judge={**probes, "scored_by": "vote of 8 samples"},
+        calibration={"pairs": 300, "accuracy": {"value": 0.61}, "expected_calibration_error": 0.07},
+    )
+    assert "`choice:m`: 87.5% of 24 probes right, 95% interval 69.0% to 95.7%; scored by vote of 8 samples" in told
+    assert "position bias -0.125" in told and '"expected_calibration_error": 0.07' in told
+    assert "not calibrated" in judged(judge=probes), "a manifest of a version that did not say how it was scored"
