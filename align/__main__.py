@@ -176,6 +176,7 @@ def _add_looking(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     compare.set_defaults(run=_compare_runs)
 
     _add_export(verbs)
+    _add_relabel(verbs)
     text = "proxy and gold reward of a finished run by the distance from its SFT policy"
     study = verbs.add_parser("overoptimisation", help=text, description=text)
     study.add_argument("target", metavar="RUN", type=Path)
@@ -196,6 +197,17 @@ def _add_export(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     export.add_argument("--constitution", metavar="FILE", type=Path, help="the run's, where it keeps no copy")
     export.add_argument("--overwrite", action="store_true", help="replace an earlier export in the folder")
     export.set_defaults(run=_export)
+
+
+def _add_relabel(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    text = "make compare's labels again, with other settings or principles, from the scores it kept; asks no model"
+    verb = verbs.add_parser("relabel", help=text, description=text)
+    verb.add_argument("source", metavar="RUN", type=Path, help="a run's folder, or its compare stage's")
+    verb.add_argument("--output", metavar="DIR", type=Path, required=True, help="a new folder for the labels")
+    verb.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="such as judge.clamp=0.1")
+    verb.add_argument("--constitution", metavar="FILE", help="its weights, tiers and rules in place of the run's own")
+    verb.add_argument("--principles", metavar="ID,ID", default="", help="the principles that count; all without it")
+    verb.set_defaults(run=_relabel)
 
 
 def _add_recipe_options(parser: argparse.ArgumentParser) -> None:
@@ -447,6 +459,19 @@ def _is_one_of_several() -> bool:
         return processes.world_size() > 1
     except InputError:
         return False
+
+
+def _relabel(options: argparse.Namespace) -> None:
+    from align.relabel import relabel
+
+    counted = relabel(
+        options.source,
+        options.output,
+        overrides=options.set,
+        constitution=options.constitution,
+        principles=[name for name in options.principles.split(",") if name],
+    )
+    print(", ".join(f"{name} {count}" for name, count in counted.items()) + f" ({options.output})")
 
 
 def end() -> None:

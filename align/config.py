@@ -150,6 +150,16 @@ class JudgeBlock(Block):
     min_margin: Annotated[Number, Field(ge=0, lt=0.5)] = Field(
         0.02, description="closer to one half than this is a tie"
     )
+    min_option_mass: Fraction = Field(
+        0.01, description="choice: with less probability on the two letters together, the judge abstains"
+    )
+    chain_of_thought: bool = Field(False, description="choice: the judge reasons before it chooses")
+    chain_of_thought_range: tuple[Fraction, Fraction] = Field(
+        (0.4, 0.6), description="probabilities after a chain of thought, and these alone, stay in it (Bai et al. 2022)"
+    )
+    reasoning: SamplingBlock = Field(
+        default_factory=lambda: SamplingBlock(max_new_tokens=256), description="how the chain of thought is drawn"
+    )
     batch_size: Positive = Field(32, description="requests scored together")
     examples: Annotated[Integer, Field(ge=0)] = Field(
         0, description="choice: worked choices shown before the question; they made Lee et al.'s judges worse"
@@ -157,9 +167,19 @@ class JudgeBlock(Block):
     allow_chance: bool = Field(False, description="label even if the judge is not shown to be better than chance")
 
     @model_validator(mode="after")
-    def _of_its_kind(self) -> "JudgeBlock":
+    def _consistent(self) -> "JudgeBlock":
+        low, high = self.chain_of_thought_range
+        if not low < 0.5 or abs(low + high - 1) > 1e-9:
+            raise ValueError(
+                "chain_of_thought_range must lie evenly about one half, such as [0.4, 0.6]: exchanging the completions "
+                "exchanges the probabilities"
+            )
         if self.kind != "choice" and self.examples:
             raise ValueError(f"kind {self.kind} reads no examples; remove them, or set `kind: choice`")
+        if self.kind != "choice" and self.chain_of_thought:
+            raise ValueError(f"kind {self.kind} takes no chain_of_thought; remove it, or set `kind: choice`")
+        if self.chain_of_thought and 0.5 - low <= self.min_margin:
+            raise ValueError("chain_of_thought_range leaves nothing but ties; widen it, or lower min_margin")
         return self
 
 
@@ -209,9 +229,19 @@ class TrackingBlock(Block):
 
 
 class RewardSourceBlock(Block):
-    """One source of scores: the reward stage, a sequence classifier, or a Python function. Exactly one is named."""
+    """One source of scores: the reward stage, the judge itself, a sequence classifier, or a Python function.
+
+    Exactly one is named.
+    """
 
     stage: Literal["reward"] | None = Field(None, description="the recipe's reward stage")
+    judge: Literal["direct"] | None = Field(
+        None,
+        description="the recipe's judge scores each completion by the constitution (direct RLAIF, Lee et al. 2023)",
+    )
+    principle: Literal["all", "draw"] = Field(
+        "all", description="of a judge: the mean over all principles that apply, or one drawn for each completion"
+    )
     model: str | None = Field(None, description="a sequence classifier: hub id or local folder")
     revision: str | None = Field(None, description="of a hub id: branch, tag or commit")
     label: str | None = Field(None, description="the classifier's output, by name or number, if it has several")
@@ -229,13 +259,15 @@ class RewardSourceBlock(Block):
     def key(self) -> str:
         """The source's name in figures."""
         folder = (self.model or "").rstrip("/").removesuffix("/model").rpartition("/")[2]
-        return self.name or self.stage or folder or (self.function or "").rpartition(":")[2]
+        return self.name or self.stage or (self.judge and "judge") or folder or (self.function or "").rpartition(":")[2]
 
     @model_validator(mode="after")
-    def _one_of_three(self) -> "RewardSourceBlock":
-        named = [key for key in ("stage", "model", "function") if getattr(self, key) is not None]
+    def _one_of_four(self) -> "RewardSourceBlock":
+        named = [key for key in ("stage", "judge", "model", "function") if getattr(self, key) is not None]
         if len(named) != 1:
-            raise ValueError(f"name one of stage, model and function; named: {', '.join(named) or 'none'}")
+            raise ValueError(f"name one of stage, judge, model and function; named: {', '.join(named) or 'none'}")
+        if self.judge is None and self.principle != "all":
+            raise ValueError("principle: for a `judge` alone; remove it")
         if self.model is None and (of_model := {"revision", "label", "reads"} & self.model_fields_set):
             raise ValueError(f"{', '.join(sorted(of_model))}: for a `model` alone; remove it")
         module, colon, function = (self.function or "module:function").partition(":")

@@ -67,7 +67,7 @@ class EngineIdentity:
     model, which nobody can check from outside. Neither holds an address or a key.
     """
 
-    kind: Literal["local", "server", "rule", "scripted"]
+    kind: Literal["local", "server", "rule", "scripted", "recorded"]
     model: str
     digest: str = ""
     revision: str = ""

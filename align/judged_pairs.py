@@ -11,6 +11,7 @@ from align.config import EngineBlock, JudgeBlock, ModelBlock, PairSource
 from align.constitution import Constitution
 from align.data.pairs import read_pairs
 from align.errors import InputError
+from align.feedback.human_pairs import chosen_first
 from align.label_changes import Pair
 from align.records import Comparison, Message, as_dicts, digest, read_rows
 
@@ -51,14 +52,14 @@ def pairs_of(path: Path) -> list[Pair]:
 
 
 def preferred_pairs(path: Path) -> list[Pair]:
-    """Pairs in TRL's format. Which completion stands first follows from the content: no place is better."""
+    """Pairs in TRL's format, the preferred completion first in half of them."""
     found = []
     for pair in read_pairs(PairSource(path=str(path))):
         chosen, rejected = pair.chosen[-1].content, pair.rejected[-1].content
-        chosen_first = int(pair.id, 16) % 2 == 0
-        a, b = (chosen, rejected) if chosen_first else (rejected, chosen)
+        first = chosen_first(pair)
+        a, b = (chosen, rejected) if first else (rejected, chosen)
         prompt_id = digest(as_dicts(pair.prompt))
-        found.append(Pair(pair.id, prompt_id, pair.prompt, a, b, pair.category, chosen_first))
+        found.append(Pair(pair.id, prompt_id, pair.prompt, a, b, pair.category, first))
     return found
 
 

@@ -6,6 +6,7 @@
 | RLMadisonInstructions.json | principles with a question to compare by |
 | CritiqueRevisionFewShotPrompts.json | worked examples |
 | RLMadisonFewShotPrompts.json | probes and worked choices, one to a comparing principle in turn |
+| RLMadisonPrecogFewShotPrompts.json | worked choices with a chain of thought |
 
 The paper's lists for revising and for comparing are two lists, and stay so. `render_*` undo the parsing byte for byte.
 """
@@ -22,6 +23,7 @@ CRITIQUES = "CritiqueRevisionInstructions.json"
 EXAMPLES = "CritiqueRevisionFewShotPrompts.json"
 QUESTIONS = "RLMadisonInstructions.json"
 PROBES = "RLMadisonFewShotPrompts.json"
+REASONED = "RLMadisonPrecogFewShotPrompts.json"
 
 _FRAMES = {
     "critique": ("\n\nCritiqueRequest: ", "\n\nCritique:"),
@@ -30,6 +32,12 @@ _FRAMES = {
 }
 _TURN = re.compile(r"\n\n(Human|Assistant|CritiqueRequest|Critique|RevisionRequest|Revision):")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
+_SHORT_TURN = re.compile(r"\n\n(H|A):")
+_CHOICE = re.compile(
+    r"\s*\(A\) \[\[\[(?P<A>.*)\]\]\]\s*\(B\) \[\[\[(?P<B>.*)\]\]\]"
+    r"\s*Assistant: Let's think step by step:(?P<reasoning>.*)Human:\s*So the answer is: \((?P<answer>[AB])\)\s*",
+    re.DOTALL,
+)
 
 
 def render_critique_request(critique: str) -> str:
@@ -64,6 +72,7 @@ def paper_content(path: Path) -> dict[str, Any]:
         "source": "supplement of Bai et al. 2022, arXiv 2212.08073",
         "principles": principles,
         "examples": read.get(EXAMPLES, []),
+        "comparisons": read.get(REASONED, []),
     }
 
 
@@ -155,6 +164,28 @@ def _probes(content: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
+def _reasoned(content: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    return [_reasoned_choice(entry["prompt"]) for entry in content]
+
+
+def _reasoned_choice(text: str) -> dict[str, Any]:
+    """A conversation, the place of the principle (a literal `{}`), two completions, the reasoning and the answer."""
+    before, _, after = text.partition("{}")
+    _, *parts = _SHORT_TURN.split(before)
+    turns = zip(parts[::2], parts[1::2], strict=True)
+    found = _CHOICE.fullmatch(after)
+    if found is None:
+        raise ValueError(f"expected (A) [[[…]]] (B) [[[…]]], a reasoning and an answer, found {after[:40]!r}")
+    answer = found["answer"]
+    return {
+        "prompt": [{"role": "user" if who == "H" else "assistant", "content": words.strip()} for who, words in turns],
+        "better": found[answer].strip(),
+        "worse": found["A" if answer == "B" else "B"].strip(),
+        "reasoning": found["reasoning"].strip(),
+        "answer": answer,
+    }
+
+
 def _with_probes(principles: list[dict[str, Any]], probes: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Each principle with its share of the probes, which are worked choices as well."""
     shares = [probes[number :: len(principles)] for number in range(len(principles))]
@@ -166,4 +197,5 @@ _PARSERS: dict[str, Callable[[Any], list[dict[str, Any]]]] = {
     EXAMPLES: _examples,
     QUESTIONS: _questions,
     PROBES: _probes,
+    REASONED: _reasoned,
 }

@@ -68,7 +68,7 @@ def stage_slice(recipe: Recipe, stage: str) -> Slice:
         for name, block in recipe.shared_with(stage).items()
         if name != "constitution" and block is not None
     }
-    if recipe.constitution is not None and "constitution" in all_stages()[stage].shares:
+    if recipe.constitution is not None and "constitution" in all_stages()[stage].shares_with(settings):
         shared["constitution"] = {"id": recipe.constitution.id, "digest": recipe.constitution.digest}
     return {
         "stage": stage,

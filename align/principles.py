@@ -76,6 +76,14 @@ class OwnComparison(Block):
     prompt: Turns = Field(description="a text, or the conversation's turns")
     better: Text = Field(description="the completion to choose")
     worse: Text = Field(description="the other")
+    reasoning: Text | None = Field(None, description="what is thought before the choice; names `answer`")
+    answer: Literal["A", "B"] | None = Field(None, description="where the better one stands; in turn if null")
+
+    @model_validator(mode="after")
+    def _reasons_for_an_answer(self) -> Self:
+        if self.reasoning and self.answer is None:
+            raise ValueError("a reasoning names its `answer`: set it to A or B, where the better one stands")
+        return self
 
     @property
     def conversation(self) -> Conversation:
@@ -85,7 +93,7 @@ class OwnComparison(Block):
 class WorkedComparison(OwnComparison):
     """A worked choice that stands outside its principle."""
 
-    principle: str | None = Field(None, description="id of the principle that it shows; none is any")
+    principle: str | None = Field(None, description="id of the principle that it shows; one is drawn if null")
 
 
 _SAYS_SOMETHING: list[JsonValue] = [

@@ -84,7 +84,21 @@ class Provenance(Row):
             "constitution_digest": constitution.digest if constitution else "",
             "seed": seed,
         }
-        return cls(id=digest(content, 12), **content)
+        return cls(id=_entry_id(content), **content)
+
+    def with_label(self, block: JudgeBlock, constitution: Constitution, **how: Any) -> Self:
+        """The entry of labels that are made of the same engine's answers by other settings or another constitution."""
+        now: dict[str, Any] = {
+            "settings": {**self.settings, **_of_labels(block), **how},
+            "constitution": constitution.id,
+            "constitution_digest": constitution.digest,
+        }
+        return dataclasses.replace(self, id=_entry_id(self.to_json() | now), **now)
+
+
+def _entry_id(content: Mapping[str, Any]) -> str:
+    """A digest of what an entry says. A constitution is known by its own digest, whatever its file is called."""
+    return digest({key: value for key, value in content.items() if key not in ("id", "constitution")}, 12)
 
 
 def text_provenance(
@@ -112,9 +126,13 @@ def label_provenance(
     context: Context, backend: Backend | None, block: JudgeBlock, constitution: Constitution, **how: Any
 ) -> Provenance:
     """The entry of a judge's labels; without a `backend` it asks no model."""
-    settings = {**block.model_dump(mode="json", exclude=NOT_OF_THE_JUDGE), **_named(block.engine.extra), **how}
+    settings = {**_of_labels(block), **_named(block.engine.extra), **how}
     identity = settled_identity(backend, context.output, "label") if backend else RULE
     return Provenance.of(context.stage, "label", identity, settings, context.seed, constitution)
+
+
+def _of_labels(block: JudgeBlock) -> dict[str, Any]:
+    return block.model_dump(mode="json", exclude=NOT_OF_THE_JUDGE)
 
 
 def _named(extra: Mapping[str, Any]) -> dict[str, Any]:

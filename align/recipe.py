@@ -84,7 +84,7 @@ class Recipe:
         """Whether the stage's result depends on the constitution, by itself or through what it reads."""
         if self.constitution is None:
             return False
-        own = "constitution" in all_stages()[stage].shares
+        own = "constitution" in all_stages()[stage].shares_with(self.settings[stage])
         return own or any(self.follows_constitution(upstream) for upstream in self.inputs(stage))
 
     def run_directory(self, stage: str) -> Path:
@@ -98,7 +98,7 @@ class Recipe:
 
     def shared_with(self, stage: str) -> dict[str, Any]:
         """The common blocks that the stage asked for."""
-        return {name: self.shared[name] for name in all_stages()[stage].shares}
+        return {name: self.shared[name] for name in all_stages()[stage].shares_with(self.settings[stage])}
 
     def data(self, stage: str) -> list[str]:
         """Files and hub ids of the data that the stage's blocks name."""
@@ -212,7 +212,7 @@ def _stage_problems(name: str, written: Written, blocks: RecipeBlocks, faulty: s
         for upstream in stage.inputs(settings)
         if written.content.get(upstream) is None
     ]
-    shared = {key: getattr(blocks, key) for key in stage.shares}
+    shared = {key: getattr(blocks, key) for key in stage.shares_with(settings)}
     absent = [key for key in shared if shared[key] is None and key not in (*stage.optional, *faulty)]
     lacking += [f"needs `{key}`, which this recipe lacks; add it" for key in absent]
     problems = [written.problem((name,), fault) for fault in lacking]

@@ -100,7 +100,7 @@ def read_written(path: Path, overrides: Sequence[str]) -> Written:
     overridden = []
     for override in overrides:
         try:
-            overridden.append(_apply(content, override))
+            overridden.append(apply_override(content, override))
         except ValueError as error:
             errors += _told(lines, [Problem(f"--set {override}", str(error))])
     return Written(content, tuple(files), tuple(overridden), tuple(errors), orphaned)
@@ -135,7 +135,7 @@ def _merged(parent: Mapping[str, Any], child: Mapping[str, Any]) -> dict[str, An
     return {**parent, **child, **both}
 
 
-def _apply(content: dict[str, Any], override: str) -> KeyPath:
+def apply_override(content: dict[str, Any], override: str) -> KeyPath:
     """Put an override into the content, and return its key.
 
     Raises:

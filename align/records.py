@@ -199,6 +199,30 @@ class Comparison(Row):
 
 
 @dataclass(frozen=True)
+class OpinionScores(Row):
+    """What the judge's engine gave for a principle's opinion of a comparison, in one view: labels follow from these.
+
+    `view` is, of a choice, the order in which the completions were shown, 'ab' or 'ba'; of a contrast, the completion
+    and what stood before it: 'a', 'a opposite', 'b' or 'b opposite'. `logprobs` are in nats, of the letters A and B or
+    the sum over the completion's `tokens`; None is minus infinity (a server that did not show the letter).
+    `option_mass` is the probability of the letters together. `request_id` is the digest of all that was asked, and
+    `reasoning` what the judge thought before, with its own.
+    """
+
+    id: str
+    comparison_id: str
+    principle_id: str
+    view: str
+    request_id: str
+    logprobs: tuple[float | None, ...]
+    tokens: tuple[int, ...]
+    option_mass: float | None = None
+    reasoning: str = ""
+    reasoning_id: str = ""
+    reasoning_end: str = ""
+
+
+@dataclass(frozen=True)
 class PreferencePair(Row):
     """A pair in TRL's conversational preference format, with its soft label.
 

@@ -80,6 +80,10 @@ class Stage(ABC):
     def inputs(self, settings: Any) -> tuple[str, ...]:
         """The stages whose results this one reads, under these settings."""
 
+    def shares_with(self, settings: Any) -> tuple[str, ...]:
+        """The common blocks that it reads under these settings: all of `shares`, unless a stage says otherwise."""
+        return self.shares
+
     def files(self, settings: Any) -> tuple[str, ...]:
         """Local files or folders named in the settings that the stage reads; a change in one makes it stale."""
         return ()

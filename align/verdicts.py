@@ -34,7 +34,7 @@ def judge_samples(
         return "`evaluate.policies` needs base and another one for it"
     if problems := judge_problems(constitution, block):
         return problems[0]
-    judge = open_judge(block, context.shared["model"], constitution)
+    judge = open_judge(block, context.shared["model"], constitution, seed=context.seed)
     found = examine_judge(judge, context.output / "probes.journal")
     if block.kind != "rule" and not block.allow_chance and found.low <= 0.5:
         return f"judge {judge.name} is not shown to be better than chance ({found})"

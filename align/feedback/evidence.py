@@ -12,10 +12,10 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-from align.constitution import Constitution, Principle
+from align.constitution import Constitution, Principle, draw_principle
 from align.documents import SPLITTERS, Passage, read_documents
 from align.principles import WorkedComparison, in_language
-from align.records import Conversation, Critique
+from align.records import Conversation, Critique, as_dicts, digest
 from align.sentences import fold
 
 _CJK = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
@@ -36,11 +36,20 @@ CITE = {
 
 
 class Showing:
-    """The passages and worked choices of a constitution. `examples` is how many choices are shown."""
+    """The passages and worked choices of a constitution.
 
-    def __init__(self, constitution: Constitution, examples: int = 0) -> None:
+    Args:
+        constitution: whose they are.
+        examples: how many choices are shown.
+        reasoned: whether only those are shown that reason.
+        seed: draws the principle of a choice that names none.
+    """
+
+    def __init__(self, constitution: Constitution, examples: int = 0, *, reasoned: bool = False, seed: int = 0) -> None:
         self._constitution = constitution
         self._examples = examples
+        self._seed = seed
+        self.worked = usable_comparisons(constitution, reasoned)
 
     def passages(self, principle: Principle, texts: Iterable[str]) -> tuple[Passage, ...]:
         """Those of the principle's passages that match the texts best, at most the constitution's `passages`."""
@@ -60,19 +69,30 @@ class Showing:
     ) -> list[tuple[WorkedComparison, Principle]]:
         """Worked choices, the principle's own last, each with the principle that it is asked by.
 
-        A choice between the very completions that are asked about would be the answer, and is left out.
+        A choice that names no principle takes one that is drawn (Bai et al. 2022, section 4.1). A choice between the
+        very completions that are asked about would be the answer, and is left out.
         """
         others = [
             each
-            for each in self._constitution.worked_comparisons
+            for each in self.worked
             if (each.conversation, {each.better, each.worse}) != (conversation, set(completions))
         ]
         others.sort(key=lambda each: each.principle != principle.id)
-        return [(each, self._asked_by(each, principle)) for each in others[: self._examples][::-1]]
+        shown = others[: self._examples][::-1]
+        asked = digest(as_dicts(conversation))
+        return [(each, self._asked_by(each, principle, asked, number)) for number, each in enumerate(shown)]
 
-    def _asked_by(self, worked: WorkedComparison, principle: Principle) -> Principle:
-        own = self._constitution.principle(worked.principle) if worked.principle else principle
-        return own if own.question else principle
+    def _asked_by(self, worked: WorkedComparison, beside: Principle, *draw: str | int) -> Principle:
+        asking = [each for each in self._constitution.principles if each.question]
+        if worked.principle:
+            return next((each for each in asking if each.id == worked.principle), beside)
+        same_language = [each for each in asking if each.language == beside.language]
+        return draw_principle(same_language, self._seed, "example", *draw) or beside
+
+
+def usable_comparisons(constitution: Constitution, reasoned: bool) -> list[WorkedComparison]:
+    """The worked choices that a judge can be shown: where it reasons, those that do."""
+    return [each for each in constitution.worked_comparisons if each.reasoning or not reasoned]
 
 
 @dataclass(frozen=True)

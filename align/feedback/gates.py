@@ -18,7 +18,7 @@ from align.metrics import words
 from align.sentences import fold, sentences
 from align.windows import scratch_database
 
-OPENING_WORDS = 5
+EDGE_WORDS = 5
 SHOWN = 3
 Limit = Fraction | None
 
@@ -27,6 +27,7 @@ class TextGatesBlock(Block):
     """The largest share of the texts to train on that each fault may have; null turns a gate off."""
 
     same_closing: Limit = Field(0.25, description="the commonest closing sentence, word for word")
+    same_ending: Limit = Field(0.25, description="the commonest last five words")
     same_opening: Limit = Field(0.3, description="the commonest first five words")
     emoji: Limit = Field(0.25, description="texts with emoji")
     repetition: Limit = Field(0.05, description="texts that go round in circles")
@@ -53,6 +54,7 @@ class CompareGatesBlock(Block):
 
 WORDS_FOR = {
     "same_closing": "texts close with the same sentence",
+    "same_ending": "texts end with the same five words",
     "same_opening": "texts open with the same five words",
     "emoji": "texts have emoji",
     "repetition": "texts go round in circles",
@@ -64,6 +66,7 @@ WORDS_FOR = {
 }
 REMEDIES = {
     "same_closing": "change the principles or worked examples that ask for it",
+    "same_ending": "change the principles or worked examples that ask for it",
     "same_opening": "change the principles or worked examples that ask for it",
     "emoji": "add a principle against them, or lower sampling.temperature",
     "repetition": "use a larger model, or change sampling.temperature",
@@ -114,10 +117,12 @@ class TextShares:
         self._shares["repetition"].add(text, goes_in_circles(text))
         closing = fold(found[-1]) if (found := sentences(text)) else ""
         self._count_edge("same_closing", closing)
-        self._count_edge("same_opening", " ".join(words(fold(text))[:OPENING_WORDS]))
+        said = [word for word in words(fold(text)) if word[0].isalnum()]
+        self._count_edge("same_ending", " ".join(said[-EDGE_WORDS:]))
+        self._count_edge("same_opening", " ".join(said[:EDGE_WORDS]))
 
     def shares(self) -> dict[str, Share]:
-        return self._shares | {name: self._commonest(name) for name in ("same_closing", "same_opening")}
+        return self._shares | {name: self._commonest(name) for name in ("same_closing", "same_ending", "same_opening")}
 
     def _count_edge(self, kind: str, edge: str) -> None:
         self._edges.execute(

@@ -43,21 +43,21 @@ def require_agreement(judge: Judge, figures: Mapping[str, Any], min_accuracy: fl
 
 def _question(pair: PreferencePair) -> Question:
     chosen, rejected = pair.chosen[-1].content, pair.rejected[-1].content
-    a, b = (chosen, rejected) if _chosen_first(pair) else (rejected, chosen)
+    a, b = (chosen, rejected) if chosen_first(pair) else (rejected, chosen)
     return Question(pair.id, pair.prompt, a, b, pair.category)
 
 
 def _judged(pair: PreferencePair, verdict: Verdict) -> JudgedPair:
-    chosen_first = _chosen_first(pair)
+    first = chosen_first(pair)
     return JudgedPair(
         id=pair.id,
         prompt_id=digest(as_dicts(pair.prompt)),
         label=pair.probability,
-        p_chosen=None if verdict.p_a is None else _of_chosen(verdict.p_a, chosen_first),
-        chosen_first=chosen_first,
+        p_chosen=None if verdict.p_a is None else _of_chosen(verdict.p_a, first),
+        chosen_first=first,
         chosen_characters=len(pair.chosen[-1].content),
         rejected_characters=len(pair.rejected[-1].content),
-        p_by_principle={name: _of_chosen(p, chosen_first) for name, p in verdict.by_principle.items()},
+        p_by_principle={name: _of_chosen(p, first) for name, p in verdict.by_principle.items()},
         position_bias=verdict.position_bias,
         reason=verdict.reason,
         source=pair.source,
@@ -65,7 +65,8 @@ def _judged(pair: PreferencePair, verdict: Verdict) -> JudgedPair:
     )
 
 
-def _chosen_first(pair: PreferencePair) -> bool:
+def chosen_first(pair: PreferencePair) -> bool:
+    """Whether a judge is shown the preferred completion as A. It follows from the content: no place is better."""
     return int(digest(["chosen first", pair.id], 8), 16) % 2 == 0
 
 

@@ -9,17 +9,17 @@ well may judge ethics at chance.
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from align.config import JudgeBlock, ModelBlock
 from align.constitution import Constitution, Principle, draw_principle
 from align.errors import InputError, JudgeAtChance
-from align.feedback.evidence import Showing
+from align.feedback.evidence import Showing, usable_comparisons
 from align.feedback.opinions import ByChoice, ByContrast, ByRule, Kind, Opinion, Question
 from align.generation import Backend
-from align.records import Message
+from align.records import Message, OpinionScores
 from align.statistics import wilson_interval
 
 NO_PRINCIPLE = "no principle applies"
@@ -39,13 +39,14 @@ class Verdict:
 
     `p_a` is the probability that A is better, None where nothing was decided; `reason` then says why.
     `by_principle` has each principle's own probability, `position_bias` the mean over principles of the probability
-    given to the place shown first, minus one half.
+    given to the place shown first, minus one half; `scores` is what all of it was made of.
     """
 
     p_a: float | None
     by_principle: dict[str, float]
     position_bias: float = 0.0
     reason: str = ""
+    scores: tuple[OpinionScores, ...] = field(default=(), compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,7 @@ class Judge:
     Args:
         draw_seed: with a seed, one applicable principle is drawn for each question (Bai et al. 2022, section 4.1);
             None averages over all of them.
+        seed: of chains of thought, and of what worked choices show.
 
     Raises:
         InputError: no principle has what this kind of judge needs.
@@ -102,6 +104,7 @@ class Judge:
         backend: Backend | None = None,
         *,
         draw_seed: int | None = None,
+        seed: int = 0,
     ) -> None:
         if problems := judge_problems(constitution, block):
             raise InputError("\n".join(problems))
@@ -109,7 +112,7 @@ class Judge:
         self.block = block
         self.draw_seed = draw_seed
         self.backend = backend
-        self.kind = _kind(block, constitution, backend)
+        self.kind = _kind(block, constitution, backend, seed)
         self.name = block.kind if backend is None else f"{block.kind}:{backend.name}"
         self.principles = tuple(filter(self.kind.can_judge_by, constitution.principles))
 
@@ -125,15 +128,10 @@ class Judge:
         """
         asked = [Question(*question) for question in questions]
         chosen = [self._principles_for(question) for question in asked]
-        opinions = iter(
-            self.kind.opinions(
-                [(question, principle) for question, some in zip(asked, chosen, strict=True) for principle in some],
-                journal_path,
-                description,
-            )
-        )
+        each = [(question, principle) for question, some in zip(asked, chosen, strict=True) for principle in some]
+        scores = iter(self.kind.ask(each, journal_path, description))
         return [
-            self._verdict(question, [(principle, next(opinions)) for principle in some])
+            self._verdict(question, [(principle, next(scores)) for principle in some])
             for question, some in zip(asked, chosen, strict=True)
         ]
 
@@ -143,14 +141,16 @@ class Judge:
         drawn = draw_principle(self.principles, self.draw_seed, "judge", question.id, category=question.category)
         return [drawn] if drawn else []
 
-    def _verdict(self, question: Question, opinions: Sequence[tuple[Principle, Opinion | None]]) -> Verdict:
+    def _verdict(self, question: Question, scored: Sequence[tuple[Principle, tuple[OpinionScores, ...]]]) -> Verdict:
+        opinions = [(principle, self.kind.opinion((question, principle), scores)) for principle, scores in scored]
         given = [(principle, opinion) for principle, opinion in opinions if opinion is not None]
         by_principle = {principle.id: self._probability(self.kind.lean(each.value)) for principle, each in given}
         bias = sum(opinion.position_bias for _, opinion in given) / max(len(given), 1)
         lean, reason = self._decide(question, given)
         if lean is None:
             reason = NO_PRINCIPLE if not opinions else ABSTAINED if not given else reason
-        return Verdict(None if lean is None else self._probability(lean), by_principle, bias, reason)
+        rows = tuple(row for _, scores in scored for row in scores)
+        return Verdict(None if lean is None else self._probability(lean), by_principle, bias, reason, rows)
 
     def _decide(self, question: Question, given: Sequence[tuple[Principle, Opinion]]) -> tuple[float | None, str]:
         """The lean towards A (probability minus one half), or None and why."""
@@ -191,7 +191,7 @@ def judge_problems(constitution: Constitution, block: JudgeBlock) -> list[str]:
     """Why this kind of judge cannot read the constitution; empty where it can."""
     kind = KINDS[block.kind]
     if any(kind.can_judge_by(principle) for principle in constitution.principles):
-        return []
+        return _example_problems(constitution, block)
     return [
         f"judge.kind: '{block.kind}' needs a principle with {kind.needs}, and constitution '{constitution.id}' has "
         "none; choose another kind, or add it to the principles"
@@ -212,22 +212,34 @@ def probe_problems(constitution: Constitution, block: JudgeBlock) -> list[str]:
     ]
 
 
+def _example_problems(constitution: Constitution, block: JudgeBlock) -> list[str]:
+    there = len(usable_comparisons(constitution, block.chain_of_thought))
+    if block.examples <= there:
+        return []
+    reasoned = " with a `reasoning`" if block.chain_of_thought else ""
+    return [
+        f"judge.examples: {block.examples} are asked for, and constitution '{constitution.id}' has {there} worked "
+        f"`comparisons`{reasoned}; add some, or ask for fewer"
+    ]
+
+
 def open_judge(
     block: JudgeBlock,
     model: ModelBlock,
     constitution: Constitution,
     *,
     draw_seed: int | None = None,
+    seed: int = 0,
     backend: Backend | None = None,
 ) -> Judge:
     """The judge that a recipe describes, on its own engine, or on a `backend` that is open already."""
     if block.kind == "rule":
-        return Judge(constitution, block, draw_seed=draw_seed)
+        return Judge(constitution, block, draw_seed=draw_seed, seed=seed)
     if backend is None:
         from align.backends.open import open_backend
 
         backend = open_backend(block.engine, model)
-    return Judge(constitution, block, backend, draw_seed=draw_seed)
+    return Judge(constitution, block, backend, draw_seed=draw_seed, seed=seed)
 
 
 def examine_judge(judge: Judge, journal_path: Path | None = None) -> JudgeReport:
@@ -238,17 +250,25 @@ def examine_judge(judge: Judge, journal_path: Path | None = None) -> JudgeReport
         for number, probe in enumerate(principle.probes)
     ]
     opinions = judge.kind.opinions(asked, journal_path, "probes")
-    right = [0.5 if not opinion or opinion.value == 0 else float(opinion.value > 0) for opinion in opinions]
+    values = [opinion.value if opinion else None for opinion in opinions]
+    bias = sum(opinion.position_bias for opinion in opinions if opinion) / max(len(opinions), 1)
+    return probe_report(judge, [principle for _, principle in asked], values, bias)
+
+
+def probe_report(
+    judge: Judge, asked_by: Sequence[Principle], values: Sequence[float | None], position_bias: float = 0.0
+) -> JudgeReport:
+    """The report of probes by their principles: a value above 0 is right, 0 and None are undecided."""
+    right = [0.5 if not value else float(value > 0) for value in values]
     by_principle = {}
     for principle in judge.principles:
-        own = [each for each, (_, asked_by) in zip(right, asked, strict=True) if asked_by is principle]
+        own = [each for each, asker in zip(right, asked_by, strict=True) if asker is principle]
         if own:
             by_principle[principle.id] = PrincipleResult(sum(own), len(own))
     n = len(right)
     low, high = wilson_interval(sum(right), n)
-    bias = sum(opinion.position_bias for opinion in opinions if opinion) / max(n, 1)
     accuracy = sum(right) / n if n else 0.5
-    return JudgeReport(judge.name, accuracy, low, high, n, bias, by_principle, _scored_by(judge))
+    return JudgeReport(judge.name, accuracy, low, high, n, position_bias, by_principle, _scored_by(judge))
 
 
 def _scored_by(judge: Judge) -> str:
@@ -273,12 +293,12 @@ def require_better_than_chance(judge: Judge, report: JudgeReport) -> None:
     )
 
 
-def _kind(block: JudgeBlock, constitution: Constitution, backend: Backend | None) -> Kind:
+def _kind(block: JudgeBlock, constitution: Constitution, backend: Backend | None, seed: int) -> Kind:
     if block.kind == "rule":
         return ByRule(block.scale)
     if backend is None:
         raise ValueError(f"a judge by {block.kind} asks a model; give it a backend")
-    showing = Showing(constitution, block.examples)
+    showing = Showing(constitution, block.examples, reasoned=block.chain_of_thought, seed=seed)
     if block.kind == "contrast":
         return ByContrast(backend, showing, block.scale, block.batch_size)
-    return ByChoice(backend, showing, block.batch_size, constitution.language)
+    return ByChoice(backend, showing, block, constitution.language, seed)

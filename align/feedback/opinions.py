@@ -6,20 +6,19 @@ places: every step from scores to probability is odd, also in floating point.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
-from align.backends.complete_all import score_all
+from align.backends.complete_all import complete_all, score_all
+from align.config import JudgeBlock
 from align.constitution import Principle
 from align.feedback.evidence import Showing
-from align.generation import Backend, ChoiceRequest, ChoiceScores
+from align.generation import Backend, ChoiceRequest, ChoiceScores, Completed, Request
 from align.principles import WorkedComparison, in_language
-from align.records import Conversation, Message, as_dicts, digest
-
-MIN_OPTION_MASS = 0.01
-"""Share of the next token's probability that the two letters must have together, for a choice to mean anything."""
+from align.records import Conversation, Message, OpinionScores, as_dicts, digest
+from align.repro import derive_seed
 
 
 class Question(NamedTuple):
@@ -57,8 +56,19 @@ class Kind(ABC):
         """Whether the principle has what this kind needs."""
 
     @abstractmethod
+    def ask(
+        self, asked: Sequence[Asked], journal_path: Path | None, description: str
+    ) -> list[tuple[OpinionScores, ...]]:
+        """What the engine gives for each question and principle; nothing where no engine is asked."""
+
+    @abstractmethod
+    def opinion(self, asked: Asked, scores: Sequence[OpinionScores]) -> Opinion | None:
+        """What follows from the scores; None where the judge abstains."""
+
     def opinions(self, asked: Sequence[Asked], journal_path: Path | None, description: str) -> list[Opinion | None]:
         """An opinion for each question and principle; None where the judge abstains."""
+        given = self.ask(asked, journal_path, description)
+        return [self.opinion(each, scores) for each, scores in zip(asked, given, strict=True)]
 
     @abstractmethod
     def lean(self, value: float) -> float:
@@ -76,11 +86,14 @@ class ByRule(Kind):
     def can_judge_by(principle: Principle) -> bool:
         return principle.rule is not None
 
-    def opinions(self, asked: Sequence[Asked], journal_path: Path | None, description: str) -> list[Opinion | None]:
-        return [
-            Opinion(float(principle.keeps_rule(question.a)) - float(principle.keeps_rule(question.b)))
-            for question, principle in asked
-        ]
+    def ask(
+        self, asked: Sequence[Asked], journal_path: Path | None, description: str
+    ) -> list[tuple[OpinionScores, ...]]:
+        return [()] * len(asked)
+
+    def opinion(self, asked: Asked, scores: Sequence[OpinionScores]) -> Opinion | None:
+        question, principle = asked
+        return Opinion(float(principle.keeps_rule(question.a)) - float(principle.keeps_rule(question.b)))
 
     def lean(self, value: float) -> float:
         return half_tanh(self.scale * value)
@@ -104,15 +117,20 @@ class ByContrast(Kind):
     def can_judge_by(principle: Principle) -> bool:
         return bool(principle.text and principle.opposite)
 
-    def opinions(self, asked: Sequence[Asked], journal_path: Path | None, description: str) -> list[Opinion | None]:
+    def ask(
+        self, asked: Sequence[Asked], journal_path: Path | None, description: str
+    ) -> list[tuple[OpinionScores, ...]]:
         requests = [self._requests(question, principle) for question, principle in asked]
         scores = score_once([each for four in requests for each in four], self, journal_path, description)
-        means = {row_id: row.logprobs[0] / max(row.tokens[0], 1) for row_id, row in scores.items()}
-        values = [
-            (means[a.id] - means[a_opposite.id]) - (means[b.id] - means[b_opposite.id])
-            for a, a_opposite, b, b_opposite in requests
+        return [
+            tuple(_row(each, view, scores[request.id]) for view, request in zip(CONTRAST_VIEWS, four, strict=True))
+            for each, four in zip(asked, requests, strict=True)
         ]
-        return [Opinion(value) if math.isfinite(value) else None for value in values]
+
+    def opinion(self, asked: Asked, scores: Sequence[OpinionScores]) -> Opinion | None:
+        a, a_opposite, b, b_opposite = (nats(row.logprobs[0]) / max(row.tokens[0], 1) for row in scores)
+        value = (a - a_opposite) - (b - b_opposite)
+        return Opinion(value) if math.isfinite(value) else None
 
     def lean(self, value: float) -> float:
         return half_tanh(self.scale * value)
@@ -130,52 +148,122 @@ class ByContrast(Kind):
 
 @dataclass(frozen=True)
 class ByChoice(Kind):
-    """Value: half the difference of the leans towards the first place in the orders A, B and B, A."""
+    """Value: half the difference of the leans towards the first place in the orders A, B and B, A.
+
+    Worked choices come first as turns of the chat, where the block asks for some. With a chain of thought the judge
+    writes it, and is then asked for the letter.
+    """
 
     backend: Backend
     showing: Showing
-    batch_size: int
+    block: JudgeBlock
     language: str
+    seed: int
     needs = "a `compare` or a `text`"
 
     @staticmethod
     def can_judge_by(principle: Principle) -> bool:
         return principle.question is not None
 
-    def opinions(self, asked: Sequence[Asked], journal_path: Path | None, description: str) -> list[Opinion | None]:
-        requests = [
-            (
-                self._request(question, principle, question.a, question.b),
-                self._request(question, principle, question.b, question.a),
-            )
-            for question, principle in asked
+    @property
+    def batch_size(self) -> int:
+        return self.block.batch_size
+
+    def ask(
+        self, asked: Sequence[Asked], journal_path: Path | None, description: str
+    ) -> list[tuple[OpinionScores, ...]]:
+        chats = {(number, view): self._chat(each, view) for number, each in enumerate(asked) for view in ORDERS}
+        thoughts = self._think(chats, journal_path, description) if self.block.chain_of_thought else {}
+        requests = {}
+        for (number, view), chat in chats.items():
+            thought = thoughts.get((number, view))
+            concluded = self._concluded(chat, thought.text.strip() if thought else None, asked[number][1])
+            requests[number, view] = choice_request(concluded, LETTERS)
+        scores = score_once(list(requests.values()), self, journal_path, description)
+        return [
+            tuple(_row(each, view, scores[requests[number, view].id], thoughts.get((number, view))) for view in ORDERS)
+            for number, each in enumerate(asked)
         ]
-        scores = score_once([each for both in requests for each in both], self, journal_path, description)
-        return [_both_orders(scores[a_first.id], scores[b_first.id]) for a_first, b_first in requests]
+
+    def opinion(self, asked: Asked, scores: Sequence[OpinionScores]) -> Opinion | None:
+        a_first, b_first = (self._lean_to_first(row) for row in scores)
+        if a_first is None or b_first is None:
+            return None
+        return Opinion((a_first - b_first) / 2, (a_first + b_first) / 2)
+
+    def _lean_to_first(self, row: OpinionScores) -> float | None:
+        """Normalised probability of the first letter minus one half; None where neither letter was likely at all."""
+        mass = row.option_mass or 0.0
+        if mass == 0 or mass < self.block.min_option_mass:
+            return None
+        return half_tanh(nats(row.logprobs[0]) - nats(row.logprobs[1]))
 
     def lean(self, value: float) -> float:
-        return value
+        if not self.block.chain_of_thought:
+            return value
+        most = 0.5 - self.block.chain_of_thought_range[0]
+        return max(-most, min(most, value))
 
-    def _request(self, question: Question, principle: Principle, first: str, second: str) -> ChoiceRequest:
-        text = self._frame(principle).format_choice(question.conversation, principle.question or "", first, second)
+    def frame(self, principle: Principle) -> "Frame":
+        """The words around a choice by this principle, in its language."""
+        return in_language(FRAMES, principle.language or self.language)
+
+    def _chat(self, asked: Asked, view: str) -> Conversation:
+        """Worked choices, then the question with the completions in this order."""
+        question, principle = asked
+        both = question.a, question.b
         # Both completions, whichever comes first: the two orders are shown the same passages and choices.
-        before = self.showing.before(principle, question.conversation, question.a, question.b)
-        worked = self.showing.comparisons(principle, question.conversation, (question.a, question.b))
+        before = self.showing.before(principle, question.conversation, *both)
+        worked = self.showing.comparisons(principle, question.conversation, both)
+        places = both if view == ORDERS[0] else both[::-1]
+        text = self._question(principle, question.conversation, places)
         turns = [turn for number, each in enumerate(worked) for turn in self._worked(number, *each)]
-        return choice_request((*turns, Message("user", f"{before}\n\n{text}" if before else text)), LETTERS)
+        return *turns, Message("user", f"{before}\n\n{text}" if before else text)
+
+    def _question(self, principle: Principle, conversation: Conversation, places: tuple[str, str]) -> str:
+        frame = self.frame(principle)
+        last = frame.think if self.block.chain_of_thought else frame.ask
+        return frame.format_choice(conversation, principle.question or "", *places, last)
 
     def _worked(self, number: int, worked: WorkedComparison, principle: Principle) -> Conversation:
-        """A choice that was made: the better completion stands first in every other one."""
-        right = number % 2
-        options = (worked.worse, worked.better) if right else (worked.better, worked.worse)
-        text = self._frame(principle).format_choice(worked.conversation, principle.question or "", *options)
-        return Message("user", text), Message("assistant", LETTERS[right])
+        """A choice that was made: the better completion stands where the choice says, or first in every other one."""
+        letter = worked.answer or LETTERS[number % 2]
+        places = (worked.better, worked.worse) if letter == LETTERS[0] else (worked.worse, worked.better)
+        chat = (Message("user", self._question(principle, worked.conversation, places)),)
+        thought = worked.reasoning if self.block.chain_of_thought else None
+        return *self._concluded(chat, thought, principle), Message("assistant", letter)
 
-    def _frame(self, principle: Principle) -> "Frame":
-        return in_language(FRAMES, principle.language or self.language)
+    def _concluded(self, chat: Conversation, thought: str | None, principle: Principle) -> Conversation:
+        """The chat up to where the letter is asked for."""
+        if thought is None:
+            return chat
+        return *chat, Message("assistant", thought), Message("user", self.frame(principle).conclude)
+
+    def _think(
+        self, chats: Mapping[tuple[int, str], Conversation], journal_path: Path | None, description: str
+    ) -> dict[tuple[int, str], Completed]:
+        """What the judge thinks of each chat. The draw follows from what is asked, so that asked twice it is one."""
+        requests = {place: self._thinking(chat) for place, chat in chats.items()}
+        different = {request.id: request for request in requests.values()}
+        done = complete_all(
+            self.backend,
+            list(different.values()),
+            self.block.reasoning.batch_size,
+            journal_path and journal_path.with_name(f"reasoning-{journal_path.name}"),
+            f"{description}: reasoning",
+        )
+        return {place: done[request.id] for place, request in requests.items()}
+
+    def _thinking(self, chat: Conversation) -> Request:
+        sampling = self.block.reasoning
+        drawn = (sampling.max_new_tokens, sampling.temperature, sampling.top_p)
+        seed = derive_seed(self.seed, "reasoning", digest(as_dicts(chat)))
+        return Request(digest([as_dicts(chat), "reasoning", *drawn, seed]), chat, seed, *drawn)
 
 
 LETTERS = ("A", "B")
+ORDERS = ("ab", "ba")
+CONTRAST_VIEWS = ("a", "a opposite", "b", "b opposite")
 
 
 @dataclass(frozen=True)
@@ -186,12 +274,21 @@ class Frame:
     user: str
     assistant: str
     ask: str
+    think: str
+    conclude: str
+    mark: str
 
-    def format_choice(self, conversation: Conversation, question: str, first: str, second: str) -> str:
+    def format_choice(self, conversation: Conversation, question: str, first: str, second: str, last: str) -> str:
         names = {"user": self.user, "assistant": self.assistant}
         turns = [f"{names[turn.role]}: {turn.content}" for turn in conversation if turn.role in names]
         options = [f"({letter}) {text}" for letter, text in zip(LETTERS, (first, second), strict=True)]
-        return "\n\n".join([self.conversation, *turns, question, *options, self.ask])
+        return "\n\n".join([self.conversation, *turns, question, *options, last])
+
+    def format_mark(self, conversation: Conversation, completion: str, principle: str) -> str:
+        """The conversation with one completion, and what asks for its mark."""
+        names = {"user": self.user, "assistant": self.assistant}
+        turns = [f"{names[turn.role]}: {turn.content}" for turn in conversation if turn.role in names]
+        return "\n\n".join([self.conversation, *turns, f"{self.assistant}: {completion}", principle, self.mark])
 
 
 FRAMES = {
@@ -200,12 +297,19 @@ FRAMES = {
         "User",
         "Assistant",
         "Which response is it? Answer with one letter, A or B.",
+        "Which response is it? Think step by step about both before you decide.",
+        "So which response is it? Answer with one letter, A or B.",
+        "How well does the assistant's last response follow this? Answer with one digit, from 1 (not at all) to 9 "
+        "(entirely).",
     ),
     "ja": Frame(
         "次はユーザーとアシスタントの会話です。",
         "ユーザー",
         "アシスタント",
         "どちらの回答ですか。AかBの一文字で答えてください。",
+        "どちらの回答ですか。決める前に、両方について順を追って考えてください。",
+        "では、どちらの回答ですか。AかBの一文字で答えてください。",
+        "アシスタントの最後の回答はこれにどれほど従っていますか。1（全く従っていない）から9（完全に従っている）までの一つの数字で答えてください。",
     ),
 }
 
@@ -234,16 +338,29 @@ def score_once(
     return score_all(kind.backend, list(different.values()), kind.batch_size, journal_path, description)
 
 
-def _both_orders(a_first: ChoiceScores, b_first: ChoiceScores) -> Opinion | None:
-    leans = [_lean_to_first(scores) for scores in (a_first, b_first)]
-    if leans[0] is None or leans[1] is None:
-        return None
-    return Opinion((leans[0] - leans[1]) / 2, (leans[0] + leans[1]) / 2)
+def nats(logprob: float | None) -> float:
+    """A stored log-probability as a number again."""
+    return -math.inf if logprob is None else logprob
 
 
-def _lean_to_first(scores: ChoiceScores) -> float | None:
-    """Normalised probability of the first letter minus one half; None where neither letter was likely at all."""
-    first, second = scores.logprobs
-    if math.exp(first) + math.exp(second) < MIN_OPTION_MASS:
-        return None
-    return half_tanh(first - second)
+def option_mass(logprobs: Iterable[float | None]) -> float:
+    """Probability of the options together; options that are tokens of their own exclude one another."""
+    return sum(math.exp(nats(logprob)) for logprob in logprobs)
+
+
+def _row(asked: Asked, view: str, scores: ChoiceScores, thought: Completed | None = None) -> OpinionScores:
+    question, principle = asked
+    logprobs = tuple(logprob if math.isfinite(logprob) else None for logprob in scores.logprobs)
+    return OpinionScores(
+        id=digest([question.id, principle.id, view]),
+        comparison_id=question.id,
+        principle_id=principle.id,
+        view=view,
+        request_id=scores.id,
+        logprobs=logprobs,
+        tokens=scores.tokens,
+        option_mass=option_mass(logprobs) if view in ORDERS else None,
+        reasoning=thought.text if thought else "",
+        reasoning_id=thought.id if thought else "",
+        reasoning_end=thought.finish_reason if thought else "",
+    )

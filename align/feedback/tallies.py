@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from align.feedback.agreement import AgreementTally, Label
 from align.feedback.evidence import grounding
-from align.records import Comparison, Revision
+from align.records import Comparison, OpinionScores, Revision
 
 if TYPE_CHECKING:
     from align.feedback.critique import Chain
@@ -95,21 +95,27 @@ class _Round:
 
 
 class ComparisonTally:
-    """Counts and figures of comparisons, and how the principles agree on them."""
+    """Counts and figures of comparisons and the scores behind them, and how the principles agree on them."""
 
     def __init__(self, principles: Sequence[str], tie_margin: float) -> None:
         self.agreement = AgreementTally(principles, tie_margin)
         self.comparisons = 0
         self.decided = 0
         self.reasons: Counter[str] = Counter()
+        self._opinions = 0
+        self._abstained = 0
+        self._option_masses = 0
+        self._option_mass = 0.0
         self._a_wins = 0
         self._longer_wins = 0.0
         self._position_bias = 0.0
         self._sure = 0.0
         self._tenths: Counter[int] = Counter()
 
-    def add(self, row: Comparison) -> None:
+    def add(self, row: Comparison, scores: Sequence[OpinionScores] = ()) -> None:
+        """A comparison, and what the judge's engine gave for it."""
         self.comparisons += 1
+        self._add_scores(row, scores)
         self.agreement.add(Label(row.p_a, row.p_a_by_principle))
         if row.p_a is None:
             self.reasons[row.reason] += 1
@@ -122,17 +128,30 @@ class ComparisonTally:
         self._sure += sure
         self._tenths[min(int(10 * sure), 9)] += 1
 
+    def _add_scores(self, row: Comparison, scores: Sequence[OpinionScores]) -> None:
+        asked = {each.principle_id for each in scores}
+        masses = [each.option_mass for each in scores if each.option_mass is not None]
+        self._opinions += len(asked)
+        self._abstained += len(asked - row.p_a_by_principle.keys())
+        self._option_masses += len(masses)
+        self._option_mass += sum(masses)
+
     def counts(self) -> dict[str, int]:
-        """How many comparisons were decided, and how many were not for each reason."""
+        """How many comparisons were decided, and how many were not for each reason; and how many opinions an engine was
+        asked for, one for each comparison and principle, and how many it abstained from."""
         undecided = {f"undecided: {reason}": count for reason, count in sorted(self.reasons.items())}
-        return {"comparisons": self.comparisons, "decided": self.decided, **undecided}
+        opinions = {"opinions": self._opinions, "opinions_abstained": self._abstained} if self._opinions else {}
+        return {"comparisons": self.comparisons, "decided": self.decided, **undecided, **opinions}
 
     def figures(self) -> dict[str, Any]:
         """Shares among the decided comparisons: what a judge that only looks at place or length would show, and how
-        sure the labels are; and the share of all that was left undecided."""
+        sure the labels are; the share of all that was left undecided; and the mean probability of the two letters
+        together, of a judge that chooses."""
+        mass = {"option_mass": self._option_mass / self._option_masses} if self._option_masses else {}
         if not self.decided:
-            return {}
+            return mass
         return {
+            **mass,
             "a_chosen": self._a_wins / self.decided,
             "longer_chosen": self._longer_wins / self.decided,
             "position_bias": self._position_bias / self.decided,

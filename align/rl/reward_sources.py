@@ -179,6 +179,16 @@ def longest_input(model: Any, tokenizer: Any) -> int:
     return min(int(limit) for limit in limits if limit <= UNLIMITED) if min(limits) <= UNLIMITED else UNLIMITED
 
 
+class ScoresReward:
+    """Scores that come as numbers of prompts and completions, from whatever the stage composed."""
+
+    def __init__(self, scores: Callable[[Sequence[Conversation], Sequence[str]], Sequence[float]]) -> None:
+        self.scores = scores
+
+    def __call__(self, prompts: Sequence[Conversation], completions: Sequence[str]) -> Tensor:
+        return torch.tensor(self.scores(prompts, completions), dtype=torch.float32)
+
+
 class FunctionReward:
     """A Python function of prompts (lists of messages, each with `role` and `content`) and completions (texts).
 

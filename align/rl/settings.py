@@ -144,6 +144,11 @@ class PpoBlock(Block):
         return any(source.stage is not None for source in self.rewards)
 
     @property
+    def asks_judge(self) -> bool:
+        """Whether the recipe's judge is among the sources."""
+        return any(source.judge is not None for source in self.rewards)
+
+    @property
     def rows(self) -> int:
         """Completions an iteration, over all processes."""
         return self.rollout_batch * self.completions_per_prompt

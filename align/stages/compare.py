@@ -1,14 +1,16 @@
 """compare: the SFT policy answers each prompt twice, and the judge says which answer follows the constitution better.
 
 The labels are soft (Bai et al. 2022, section 4.1): the reward model and DPO are trained on probabilities. Ties, cut,
-empty and identical completions stay in comparisons.jsonl with the reason, and make no pair. Rows stream from file to
-file, a window at a time.
+empty and identical completions stay in comparisons.jsonl with the reason, and make no pair. What the judge's engine
+gave stands in opinions.jsonl, and the principles in constitution.json: `align relabel` makes labels of them again. Rows
+stream from file to file, a window at a time.
 """
 
 import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
@@ -37,6 +39,7 @@ from align.provenance import PROVENANCE, label_provenance, text_provenance, writ
 from align.records import (
     Comparison,
     Message,
+    OpinionScores,
     PreferencePair,
     Prompt,
     Revision,
@@ -52,7 +55,7 @@ from align.tracking import METRICS
 from align.windows import DEFAULT_WINDOW, WINDOW_HELP, RowFile, SeenOnDisk, Window, windows
 
 if TYPE_CHECKING:
-    from align.feedback.judge import Judge
+    from align.feedback.judge import Judge, Verdict
     from align.feedback.tallies import ComparisonTally
     from align.generation import Backend
 
@@ -96,7 +99,16 @@ class CompareStage(Stage):
     settings = CompareBlock
     shares = ("model", "constitution", "judge")
     only_gates = ("gates",)
-    outputs = ("comparisons.jsonl", "pairs.jsonl", "agreement.json", CALIBRATION, PROVENANCE, METRICS)
+    outputs = (
+        "comparisons.jsonl",
+        "pairs.jsonl",
+        "opinions.jsonl",
+        "constitution.json",
+        "agreement.json",
+        CALIBRATION,
+        PROVENANCE,
+        METRICS,
+    )
 
     def inputs(self, settings: CompareBlock) -> tuple[str, ...]:
         return ("sample", "revise", "sft") if settings.revision_pairs else ("sample", "sft")
@@ -136,6 +148,7 @@ class CompareStage(Stage):
             model,
             load_constitution(context.shared["constitution"]),
             draw_seed=seed if settings.principle == "draw" else None,
+            seed=seed,
         )
         report = examine_judge(judge, context.output / "probes.journal")
         require_better_than_chance(judge, report)
@@ -163,6 +176,7 @@ class CompareStage(Stage):
         agreement = tally.agreement.agreement()
         if processes.is_first():
             write_json(context.output / "agreement.json", agreement.as_json())
+            write_json(context.output / "constitution.json", judge.constitution.model_dump(mode="json"))
         counted = {**tally.counts(), **pairs}
         shares = {name: Share(tally.reasons[name], tally.comparisons) for name in ("cut", "identical")}
         measured = {"judge": report.as_figures(), **tested, **tally.figures(), "gates": gate_figures(shares)}
@@ -188,7 +202,11 @@ def compare_all(
     settings: CompareBlock = context.settings
     counted = {"pairs": 0, "revision_pairs": 0}
     seen = SeenOnDisk()
-    with RowFile(context.output / "comparisons.jsonl") as comparisons, RowFile(context.output / "pairs.jsonl") as pairs:
+    with (
+        RowFile(context.output / "comparisons.jsonl") as comparisons,
+        RowFile(context.output / "opinions.jsonl") as opinions,
+        RowFile(context.output / "pairs.jsonl") as pairs,
+    ):
 
         def add_pair(pair: PreferencePair, kind: str) -> None:
             counted[kind] += 1
@@ -196,12 +214,13 @@ def compare_all(
                 pairs.add(pair)
 
         for window in windows(chosen_prompts(context), total, settings.window, context.output):
-            for labelled in label(compared(window, context, backend), judge, window):
-                row = replace(
-                    labelled, provenance=provenance[0], judge_provenance=provenance[1] if labelled.judge else ""
-                )
+            journal = window.folder / "verdicts.journal"
+            for verdict, scores in label(compared(window, context, backend), judge, journal, f"judge{window.label}"):
+                row = with_provenance(verdict, *provenance)
                 comparisons.add(row)
-                tally.add(row)
+                tally.add(row, scores)
+                for each in scores:
+                    opinions.add(each)
                 if pair := pair_of(row):
                     add_pair(pair, "pairs")
         for pair in revision_pairs(context) if settings.revision_pairs else ():
@@ -274,27 +293,36 @@ def count_prompts(context: Context) -> int:
     return total
 
 
-def label(comparisons: Sequence[Comparison], judge: "Judge", window: Window[Prompt]) -> list[Comparison]:
-    """The comparisons with the judge's verdicts."""
+def label(
+    comparisons: Sequence[Comparison], judge: "Judge", journal_path: Path | None = None, description: str = "judge"
+) -> list[tuple[Comparison, tuple[OpinionScores, ...]]]:
+    """The comparisons with the judge's verdicts, each with the scores that its verdict was made of."""
     from align.feedback.opinions import Question
 
     judged = [row for row in comparisons if not row.reason]
     questions = [Question(row.id, row.prompt, row.completion_a, row.completion_b, row.category) for row in judged]
-    answers = judge.compare(questions, window.folder / "verdicts.journal", f"judge{window.label}")
+    answers = judge.compare(questions, journal_path, description)
     verdicts = {row.id: verdict for row, verdict in zip(judged, answers, strict=True)}
     return [
-        replace(
-            row,
-            p_a=verdict.p_a,
-            p_a_by_principle=verdict.by_principle,
-            position_bias=verdict.position_bias,
-            reason=verdict.reason,
-            judge=judge.name,
-        )
-        if (verdict := verdicts.get(row.id))
-        else row
+        (_labelled(row, verdict, judge.name), verdict.scores) if (verdict := verdicts.get(row.id)) else (row, ())
         for row in comparisons
     ]
+
+
+def with_provenance(row: Comparison, completions: str, label: str) -> Comparison:
+    """The comparison with the entries that it names; that of the label only where the judge was asked."""
+    return replace(row, provenance=completions, judge_provenance=label if row.judge else "")
+
+
+def _labelled(row: Comparison, verdict: "Verdict", judge: str) -> Comparison:
+    return replace(
+        row,
+        p_a=verdict.p_a,
+        p_a_by_principle=verdict.by_principle,
+        position_bias=verdict.position_bias,
+        reason=verdict.reason,
+        judge=judge,
+    )
 
 
 def pair_of(row: Comparison) -> PreferencePair | None:

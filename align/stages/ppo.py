@@ -4,13 +4,16 @@ align run ppo --recipe recipes/quickstart.yaml
 accelerate launch --num_processes 8 -m align run ppo --recipe recipes/hh-rlhf.yaml
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from align import processes
+from align.constitution import load_constitution
 from align.errors import InputError
 from align.records import Demonstration, Prompt, Split, read_rows
+from align.repro import derive_seed
 from align.rl.settings import PpoBlock
 from align.stage import Context, Outcome, Stage
 
@@ -29,6 +32,19 @@ class Ppo(Stage):
 
     def splits(self, settings: PpoBlock) -> tuple[Split, ...]:
         return (SPLIT,)
+
+    def shares_with(self, settings: PpoBlock) -> tuple[str, ...]:
+        return (*self.shares, "constitution", "judge") if settings.asks_judge else self.shares
+
+    def check(self, settings: PpoBlock, shared: Mapping[str, Any]) -> list[str]:
+        from align.feedback.judge import judge_problems
+
+        if not settings.asks_judge:
+            return []
+        try:
+            return judge_problems(load_constitution(shared["constitution"]), shared["judge"])
+        except InputError:
+            return []
 
     def files(self, settings: PpoBlock) -> tuple[str, ...]:
         modules = {source.function.partition(":")[0] for source in settings.rewards if source.function}
@@ -53,6 +69,7 @@ class Ppo(Stage):
         policy = context.inputs["sft"] / "model"
         tokenizer = load_tokenizer(str(policy), trust_remote_code=model_block.trust_remote_code)
         prompts, too_long = _prompts(context, tokenizer)
+        judged = _direct_scores(context, [each.prompt for each in prompts]) if settings.asks_judge else {}
         dtype = compute_dtype(model_block.precision)
         reward = reward_folder(context.inputs["reward"]) if settings.reads_reward_stage else None
         if reward is not None and settings.score.normalise != "held_out":
@@ -73,7 +90,7 @@ class Ppo(Stage):
                 models,
                 tokenizer,
                 prompts,
-                Rewards(_sources(context, models, reward, dtype, accelerator.device), settings.score),
+                Rewards(_sources(context, models, reward, judged, dtype, accelerator.device), settings.score),
                 settings,
                 stop_ids=stop_token_ids(models.causal_lm, tokenizer),
                 seed=context.seed,
@@ -136,10 +153,25 @@ def _demonstrations(context: Context, tokenizer: Any) -> list[Any]:
     return kept
 
 
-def _sources(context: Context, models: Any, reward: Any, dtype: Any, device: Any) -> list[Any]:
+def _direct_scores(context: Context, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """The judge's direct scores, by the way in which sources take principles, once its probes have been passed."""
+    from align.feedback.direct import DirectScores, examine_direct
+    from align.feedback.judge import open_judge, require_better_than_chance
+
+    block, model = context.shared["judge"], context.shared["model"]
+    judge = open_judge(block, model, load_constitution(context.shared["constitution"]))
+    require_better_than_chance(judge, examine_direct(DirectScores(judge)))
+    categories = {prompt.prompt: prompt.category for prompt in prompts}
+    seeds = {"all": None, "draw": derive_seed(context.seed, "ppo", "judge")}
+    return {way: DirectScores(judge, categories, seed) for way, seed in seeds.items()}
+
+
+def _sources(
+    context: Context, models: Any, reward: Any, judged: Mapping[str, Any], dtype: Any, device: Any
+) -> list[Any]:
     """Where scores come from, as the recipe names it."""
     from align.rl.batches import ROWS_WITHOUT_GRADIENT
-    from align.rl.reward_sources import open_reward
+    from align.rl.reward_sources import ScoresReward, open_reward
     from align.rl.rewards import RewardSource
 
     settings, model_block = context.settings, context.shared["model"]
@@ -147,8 +179,10 @@ def _sources(context: Context, models: Any, reward: Any, dtype: Any, device: Any
     sources = []
     for source in settings.rewards:
         moments = None
-        if source.stage is None:
-            scores: Any = open_reward(source, model_block, batch_size=batch_size, dtype=dtype, device=device)
+        if source.judge is not None:
+            scores: Any = ScoresReward(judged[source.principle])
+        elif source.stage is None:
+            scores = open_reward(source, model_block, batch_size=batch_size, dtype=dtype, device=device)
         else:
             moments = (reward.mean, reward.std)
             scores = _reward_stage(models, reward, model_block, dtype, batch_size, device)

@@ -115,6 +115,7 @@ class ReviseStage(Stage):
             model,
             constitution,
             draw_seed=seed if settings.principle == "draw" else None,
+            seed=seed,
             backend=backend if judge_block.engine == settings.engine else None,
         )
         report = examine_judge(judge, context.output / "probes.journal")

@@ -5,10 +5,14 @@ import json
 import pytest
 import torch
 
-from align.config import LoraBlock, OptimizerBlock
+from align.config import JudgeBlock, LoraBlock, OptimizerBlock
+from align.constitution import Constitution, Principle
 from align.errors import AlignError
+from align.feedback.direct import DirectScores
+from align.feedback.judge import Judge
 from align.rl.batches import micro_batches
 from align.rl.experience import Collector
+from align.rl.reward_sources import ScoresReward
 from align.rl.rollout import Completion
 from tests.rl.tiny_ppo import build_trainer, settings
 from tests.tiny import build_tiny_model
@@ -50,6 +54,21 @@ def test_methods_without_a_value_learn_on_the_same_loop(tiny_model_dir, tmp_path
     block = settings(advantage=advantage, completions_per_prompt=4, rollout_batch=8, iterations=24)
     figures = build_trainer(tiny_model_dir, tmp_path / "run", block).train()
     assert figures["score"] > REACHED
+
+
+def test_a_judge_that_scores_directly_teaches_its_rules(tiny_model_dir, tmp_path):
+    """Direct RLAIF: more and more rules are kept."""
+    rules = {"lower": "[A-Z0-9]", "plain": r"[^\x00-\x7f]"}
+    principles = tuple(
+        Principle.model_validate({"id": name, "text": name, "rule": {"excludes_regex": pattern}})
+        for name, pattern in rules.items()
+    )
+    judge = Judge(Constitution(id="rules", title="rules", principles=principles), JudgeBlock(kind="rule"))
+    block = settings(iterations=16)
+    build_trainer(tiny_model_dir, tmp_path / "run", block, reward=ScoresReward(DirectScores(judge))).train()
+    scores = [json.loads(line)["score"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert scores[0] < 0.3
+    assert sum(scores[-3:]) / 3 > 0.6
 
 
 def test_demonstrations_mixed_in_become_likelier(tiny_model_dir, tmp_path):

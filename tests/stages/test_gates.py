@@ -38,7 +38,7 @@ def test_one_closing_sentence_under_every_revision_closes_the_gate_and_loses_not
         raise AssertionError("a completion was asked for again")
 
     scripted(monkeypatch, never)
-    outcome = world.run(REVISE, revise(same_closing=None))
+    outcome = world.run(REVISE, revise(same_closing=None, same_ending=None))
     accepted = world.rows("revise/revisions.jsonl", Revision)
     assert outcome.figures["gates"]["same_closing"] == {"share": 1.0, "count": len(accepted), "rows": len(accepted)}
 
@@ -47,7 +47,7 @@ def test_refused_benign_prompts_close_the_gate(world: World, monkeypatch: pytest
     refusal = "I'm sorry, but I can't help with that. Is there a friend you could ask?"
     scripted(monkeypatch, lambda request: refusal if len(request.messages) > 1 else reply(request))
     world.run(SAMPLE, SampleBlock())
-    open_otherwise = {"same_closing": None, "same_opening": None, "not_accepted": None}
+    open_otherwise = {"same_closing": None, "same_ending": None, "same_opening": None, "not_accepted": None}
 
     with pytest.raises(GateClosed, match=r"benign_refused is closed: 100\.0% of \d+ benign prompts are refused"):
         world.run(REVISE, revise(benign=["benign"], **open_otherwise))

@@ -10,9 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from align.config import OptimizerBlock
+from align.config import JudgeBlock, ModelBlock, OptimizerBlock, TrackingBlock
 from align.errors import InputError, NotFinite
 from align.records import Conversation, Message, Prompt, write_rows
+from align.rl.settings import PpoBlock
+from align.sentences import count_words, fold
+from align.stage import Context
 from align.stages.ppo import STAGE as PPO
 from tests.rl.tiny_ppo import build_trainer, settings, share_of_letters
 from tests.stages.training import SMALL_LORA, run, same
@@ -205,3 +208,37 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights_take_it(
     with pytest.raises(NotFinite, match=r"loss is .*NaN.* at \w+ 1, prompt 'p\d+'"):
         trainer.train()
     assert same(before, trainer.policy_state())
+
+
+RULES = """\
+title: Letters
+principles:
+  - {id: no-e, text: Use no e., rule: {excludes: e}, weight: 2}
+  - {id: short, text: Be short., rule: {max_words: 1}}
+  - {id: calm, text: Be calm., rule: {excludes: "!"}, applies: [calls]}
+"""
+
+
+def test_the_judge_s_own_scores_are_the_reward(inputs: dict[str, Path], tmp_path: Path, tiny_model_dir: Path) -> None:
+    """Direct RLAIF by rules: every score in the rollouts is the weighted share of rules that the text keeps."""
+    (tmp_path / "letters.yaml").write_text(RULES)
+    block = PpoBlock.model_validate({**SETTINGS, "rewards": [{"judge": "direct"}]})
+    assert PPO.inputs(block) == ("sample", "sft")
+    assert PPO.shares_with(block) == ("model", "constitution", "judge")
+    assert PPO.shares_with(PpoBlock()) == ("model",)
+    shared = {
+        "model": ModelBlock.model_validate({"path": str(tiny_model_dir), "precision": "fp32", "lora": SMALL_LORA}),
+        "constitution": str(tmp_path / "letters.yaml"),
+        "judge": JudgeBlock(kind="rule"),
+    }
+    assert PPO.check(block, shared) == []
+    assert PPO.check(block, {**shared, "judge": JudgeBlock(kind="contrast")})[0].startswith("judge.kind: 'contrast'")
+    (tmp_path / "out").mkdir()
+    PPO.run(Context("ppo", block, shared, inputs, tmp_path / "out", 0, "test", TrackingBlock()))
+
+    written = rows(tmp_path / "out/rollouts.jsonl")
+    assert len(written) == 12
+    for row in written:
+        kept = 2 * ("e" not in fold(row["completion"])) + (count_words(row["completion"]) <= 1)
+        assert row["score"] == pytest.approx(kept / 3)
+    assert len({row["score"] for row in written}) > 1

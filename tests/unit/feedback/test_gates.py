@@ -34,6 +34,17 @@ def test_the_commonest_closing_sentence_is_counted_and_not_its_form(closings: li
     assert (share.count, share.rows) == (count, len(closings))
 
 
+def test_one_ending_under_sentences_that_differ_is_counted() -> None:
+    texts = TextShares()
+    for number in range(3):
+        texts.add(f"Take {number} eggs and {number} spoons, and let me know how it goes!")
+    texts.add("Let me know.")
+
+    shares = texts.shares()
+    assert shares["same_ending"].value == 0.75 and shares["same_ending"].examples == ["me know how it goes"]
+    assert shares["same_closing"].value == 0.25
+
+
 def test_openings_emoji_and_repetition_are_counted() -> None:
     texts = TextShares()
     for text in ("As an AI model, I bake.", "As an AI model, I cook.", "Bake 🍞.", "Go on and on. " * 8):
@@ -43,6 +54,7 @@ def test_openings_emoji_and_repetition_are_counted() -> None:
         "emoji": 0.25,
         "repetition": 0.25,
         "same_closing": 0.25,
+        "same_ending": 0.25,
         "same_opening": 0.5,
     }
 
