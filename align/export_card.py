@@ -128,8 +128,11 @@ def _parts(content: CardContent) -> Iterator[str]:
         "one by one. Prompts may ask for harmful things, and completions may give them, the rejected ones above all."
     )
     yield _rows(content)
-    yield _models(content.provenance)
-    yield _sampling(content.provenance)
+    if content.provenance:
+        yield _models(content.provenance)
+        yield _sampling(content.provenance)
+    else:
+        yield "## Models and sampling\n\nA version made the run that did not say it of each row: see the recipe below."
     yield _constitution(content)
     yield from _judges(content.run)
     yield _counts(content.run)
@@ -201,11 +204,13 @@ def _sampling(provenance: Iterable[Provenance]) -> str:
 
 
 def _constitution(content: CardContent) -> str:
-    used = {each.constitution: each.constitution_digest for each in content.provenance if each.constitution}
+    settings = (content.run.manifests[stage].settings for stage in LOOP if stage in content.run.manifests)
+    used = {each["constitution"]["digest"]: each["constitution"]["id"] for each in settings if each.get("constitution")}
     known = content.constitution
-    lines = [f"- `{public_path(name)}`, digest `{found}`" for name, found in used.items()]
+    lines = [f"- `{_code(name)}`, digest `{found}`" for found, name in used.items()]
     if known is None:
-        return "\n".join(["## Constitution", "", *lines, "", "Its text is not in the run."])
+        told = [*lines, "", "Its text is not kept."] if lines else ["None."]
+        return "\n".join(["## Constitution", "", *told])
     facts = {
         "title": known.title,
         "version": known.version,

@@ -161,18 +161,8 @@ class CompareStage(Stage):
             require_revision_pairs(context)
         backend = open_backend(EngineBlock(), model, path=str(context.inputs["sft"] / "model"))
         tally = ComparisonTally([principle.id for principle in judge.principles], judge.block.min_margin)
-        completion = text_provenance(context, "completion", backend, EngineBlock())
-        verdict = label_provenance(
-            context,
-            judge.backend,
-            judge_block,
-            judge.constitution,
-            principle=settings.principle,
-            scored_by=report.scored_by,
-        )
-        upstream = [context.inputs["revise"]] if settings.revision_pairs else []
-        write_provenance(context.output, (completion, verdict), upstream)
-        pairs = compare_all(context, backend, judge, total, tally, (completion.id, verdict.id))
+        named = provenance(context, backend, judge, report.scored_by)
+        pairs = compare_all(context, backend, judge, total, tally, named)
         agreement = tally.agreement.agreement()
         if processes.is_first():
             write_json(context.output / "agreement.json", agreement.as_json())
@@ -185,19 +175,31 @@ class CompareStage(Stage):
         return Outcome(counted, {**measured, "agreement": agreement_figures(agreement)})
 
 
+def provenance(context: Context, backend: "Backend", judge: "Judge", scored_by: str) -> tuple[str, str]:
+    """Write where completions and labels come from, and the entries that revision pairs name; the ids of the two."""
+    settings: CompareBlock = context.settings
+    how = {"principle": settings.principle, "scored_by": scored_by}
+    made = (
+        text_provenance(context, "completion", backend, EngineBlock()),
+        label_provenance(context, judge.backend, judge.block, judge.constitution, **how),
+    )
+    write_provenance(context.output, made, [context.inputs["revise"]] if settings.revision_pairs else [])
+    return made[0].id, made[1].id
+
+
 def compare_all(
     context: Context,
     backend: "Backend",
     judge: "Judge",
     total: int,
     tally: "ComparisonTally",
-    provenance: tuple[str, str] = ("", ""),
+    named: tuple[str, str] = ("", ""),
 ) -> dict[str, int]:
     """Compare every prompt's completions, window by window, and write and count what came out; how many pairs of each
     kind there are.
 
     Args:
-        provenance: what rows name for completions and for labels.
+        named: the provenance that rows name for completions and for labels.
     """
     settings: CompareBlock = context.settings
     counted = {"pairs": 0, "revision_pairs": 0}
@@ -216,7 +218,7 @@ def compare_all(
         for window in windows(chosen_prompts(context), total, settings.window, context.output):
             journal = window.folder / "verdicts.journal"
             for verdict, scores in label(compared(window, context, backend), judge, journal, f"judge{window.label}"):
-                row = with_provenance(verdict, *provenance)
+                row = with_provenance(verdict, *named)
                 comparisons.add(row)
                 tally.add(row, scores)
                 for each in scores:

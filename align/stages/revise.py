@@ -152,17 +152,11 @@ def provenance(
     """Where critiques, revisions and verdicts come from."""
     settings: ReviseBlock = context.settings
     loop = {"critique": settings.critique, "examples": settings.examples}
+    verdict = {"principle": settings.principle, "scored_by": scored_by}
     return (
         text_provenance(context, "critique", critic, settings.critic or settings.engine, judge.constitution, **loop),
         text_provenance(context, "revision", reviser, settings.engine, judge.constitution, **loop),
-        label_provenance(
-            context,
-            judge.backend,
-            judge.block,
-            judge.constitution,
-            principle=settings.principle,
-            scored_by=scored_by,
-        ),
+        label_provenance(context, judge.backend, judge.block, judge.constitution, **verdict),
     )
 
 

@@ -70,7 +70,12 @@ def content(text: str, name: str = "run") -> CardContent:
     manifest = Manifest(
         stage="revise",
         fingerprint="f",
-        settings={"stage": "revise", "settings": {"note": text, "gates": {}}, "files": {f"/home/me/{name}": "d"}},
+        settings={
+            "stage": "revise",
+            "settings": {"note": text, "gates": {}},
+            "files": {f"/home/me/{name}": "d"},
+            "constitution": {"id": f"c{text}", "digest": "d"},
+        },
         inputs={},
         outputs={},
         counts={f"rejected: breaks {text}": 3},
