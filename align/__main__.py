@@ -175,6 +175,7 @@ def _add_looking(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     compare.add_argument("--html", metavar="FILE", type=Path, help="write the comparison as a page too")
     compare.set_defaults(run=_compare_runs)
 
+    _add_export(verbs)
     _add_relabel(verbs)
     text = "proxy and gold reward of a finished run by the distance from its SFT policy"
     study = verbs.add_parser("overoptimisation", help=text, description=text)
@@ -184,6 +185,18 @@ def _add_looking(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     plots.add_argument("--plot", metavar="FILE", type=Path, help="where it goes (default: RUN/overoptimisation.svg)")
     plots.add_argument("--no-plot", action="store_true", help="table and JSON alone, which need no matplotlib")
     study.set_defaults(run=_overoptimisation)
+
+
+def _add_export(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    text = "a run's rows as a data set for the hub: parquet in TRL's formats, and a card that says how it was made"
+    export = verbs.add_parser("export", help=text, description=text)
+    export.add_argument("run_folder", metavar="RUN", type=Path, help="such as runs/RECIPE/RUN")
+    export.add_argument("--output", metavar="FOLDER", type=Path, required=True, help="a new or empty folder")
+    choices = ("preferences", "sft", "revisions")
+    export.add_argument("--what", nargs="+", choices=choices, default=[], help="(default: all that the run has)")
+    export.add_argument("--constitution", metavar="FILE", type=Path, help="the run's, where it keeps no copy")
+    export.add_argument("--overwrite", action="store_true", help="replace an earlier export in the folder")
+    export.set_defaults(run=_export)
 
 
 def _add_relabel(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -426,6 +439,18 @@ def _overoptimisation(options: argparse.Namespace) -> None:
     from align.overoptimisation_view import main as study
 
     study(options.target, gold=options.gold, plot=options.plot, with_plot=not options.no_plot)
+
+
+def _export(options: argparse.Namespace) -> None:
+    from align.export_view import main as export
+
+    export(
+        options.run_folder,
+        options.output,
+        what=options.what,
+        constitution=options.constitution,
+        overwrite=options.overwrite,
+    )
 
 
 def _is_one_of_several() -> bool:

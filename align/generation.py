@@ -1,8 +1,8 @@
 """What an engine does: complete conversations, and give the log-probability of continuations."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
 
 from align.records import Conversation, FinishReason
 
@@ -59,6 +59,22 @@ class ChoiceScores:
     tokens: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class EngineIdentity:
+    """Which model answers.
+
+    `digest` is that of the weights, read here; empty where there are none to read. `said` is what a server says of its
+    model, which nobody can check from outside. Neither holds an address or a key.
+    """
+
+    kind: Literal["local", "server", "rule", "scripted", "recorded"]
+    model: str
+    digest: str = ""
+    revision: str = ""
+    precision: str = ""
+    said: Mapping[str, str] = field(default_factory=dict)
+
+
 Progress = Callable[[float], object]
 """Told now and then, by an engine that works on many rows at once, what share in [0, 1] of a call's work is done."""
 
@@ -78,6 +94,9 @@ class Backend(Protocol):
     @property
     def choice_method(self) -> str:
         """How choices of one word are scored, in words: by log-probabilities, or by a vote of samples."""
+
+    def identity(self) -> EngineIdentity:
+        """Which model answers; weights are read, or a server asked, when this is called."""
 
     def complete(self, requests: Sequence[Request], progress: Progress = unheard) -> Iterator[Completed]:
         """Complete each request once, and perhaps its follow-up."""

@@ -1,4 +1,8 @@
-"""The rows that stages write and read, one JSON object a line. Ids come from the content: made twice, still one row."""
+"""The rows that stages write and read, one JSON object a line. Ids come from the content: made twice, still one row.
+
+What is called provenance in a row is the id of an entry of the provenance.jsonl beside it (`align.provenance`): how the
+row's text, or its label, was made. It is empty for what people wrote, and in rows of versions before there was any.
+"""
 
 import dataclasses
 import hashlib
@@ -99,6 +103,7 @@ class Sample(Row):
     category: str = ""
     engine: str = ""
     seed: int = 0
+    provenance: str = ""
 
 
 @dataclass(frozen=True)
@@ -106,6 +111,7 @@ class Critique(Row):
     """One round of critique and revision of one completion.
 
     `evidence` has the ids of the passages that were shown, `cited` those that the critique cites, made-up ones too.
+    `seed` and `provenance` are the revision's; the critique, which another engine may have written, has its own.
     """
 
     id: str
@@ -119,6 +125,9 @@ class Critique(Row):
     seed: int = 0
     evidence: tuple[str, ...] = ()
     cited: tuple[str, ...] = ()
+    provenance: str = ""
+    critique_seed: int | None = None
+    critique_provenance: str = ""
 
 
 JUDGED_WORSE = "judged worse"
@@ -130,6 +139,7 @@ class Revision(Row):
 
     `p_better` is the judge's probability that the revision is better than the original; `reason` says why a rejected
     revision was rejected (`JUDGED_WORSE`, or the name of a filter), and is empty for an accepted one.
+    `seed` and `provenance` are the completion's, `judged_by` the principles that the judge gave an opinion by.
     """
 
     id: str
@@ -143,6 +153,12 @@ class Revision(Row):
     reason: str
     split: Split
     category: str = ""
+    judged_by: tuple[str, ...] = ()
+    seed: int | None = None
+    provenance: str = ""
+    original_seed: int | None = None
+    original_provenance: str = ""
+    judge_provenance: str = ""
 
 
 @dataclass(frozen=True)
@@ -161,7 +177,8 @@ class Comparison(Row):
 
     `p_a` is the probability that A is better, both orders averaged; `p_a_by_principle` has each principle's own, and
     `position_bias` is the mean of (probability given to the first place) minus one half, in [-0.5, 0.5]. `p_a` is None
-    where the judge abstained or nothing told the two apart; `reason` then says which.
+    where the judge abstained or nothing told the two apart; `reason` then says which. `provenance` is that of both
+    completions.
     """
 
     id: str
@@ -175,6 +192,10 @@ class Comparison(Row):
     reason: str = ""
     judge: str = ""
     category: str = ""
+    seed_a: int | None = None
+    seed_b: int | None = None
+    provenance: str = ""
+    judge_provenance: str = ""
 
 
 @dataclass(frozen=True)
@@ -206,7 +227,8 @@ class PreferencePair(Row):
     """A pair in TRL's conversational preference format, with its soft label.
 
     `prompt`, `chosen` and `rejected` are message lists (the latter two hold the assistant's turn alone);
-    `probability` that `chosen` is better lies in [0.5, 1]; `source` is 'ai', 'human' or 'revision'.
+    `probability` that `chosen` is better lies in [0.5, 1]; `source` is 'ai', 'human' or 'revision'. `judged_by` has the
+    principles that the label was made by, `revised_by` those that led to a chosen revision, round by round.
     """
 
     id: str
@@ -216,6 +238,13 @@ class PreferencePair(Row):
     probability: float
     source: str
     category: str = ""
+    judged_by: tuple[str, ...] = ()
+    revised_by: tuple[str, ...] = ()
+    chosen_seed: int | None = None
+    rejected_seed: int | None = None
+    chosen_provenance: str = ""
+    rejected_provenance: str = ""
+    judge_provenance: str = ""
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:

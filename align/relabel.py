@@ -20,10 +20,11 @@ from align.errors import FileProblems, InputError, Problem
 from align.feedback.agreement import agreement_figures
 from align.feedback.judge import Judge
 from align.feedback.tallies import ComparisonTally
+from align.provenance import PROVENANCE, Provenance, read_provenance
 from align.recipe_files import apply_override
 from align.records import Comparison, OpinionScores, PreferencePair, digest, read_rows, write_rows
 from align.repro import derive_seed, environment
-from align.stages.compare import STAGE, CompareBlock, label, pair_of
+from align.stages.compare import STAGE, CompareBlock, label, pair_of, with_provenance
 from align.yaml_files import Lines, problems_from
 
 FREE = (
@@ -82,8 +83,9 @@ def relabel(
     labelled = read_labelled(source)
     settings = _settings(labelled.manifest, overrides)
     judge = recorded_judge(labelled, settings, _chosen(labelled, constitution, principles))
+    entries, entry = _relabelled(labelled, judge, settings.compare.principle)
     rows = [_unjudged(row) if row.judge else row for row in labelled.comparisons]
-    answered = label(rows, judge)
+    answered = [(with_provenance(row, row.provenance, entry), scores) for row, scores in label(rows, judge)]
     comparisons = [row for row, _ in answered]
     tally = ComparisonTally([principle.id for principle in judge.principles], judge.block.min_margin)
     for row, scores in answered:
@@ -95,6 +97,7 @@ def relabel(
     write_rows(output / "comparisons.jsonl", comparisons)
     write_rows(output / "pairs.jsonl", _first_of_each([*judged, *kept]))
     write_rows(output / "opinions.jsonl", (each for _, scores in answered for each in scores))
+    write_rows(output / PROVENANCE, entries)
     write_json(output / "agreement.json", agreement.as_json())
     write_json(output / "constitution.json", judge.constitution.model_dump(mode="json"))
     counted = {**tally.counts(), "pairs": len(judged)}
@@ -177,6 +180,16 @@ def _chosen(labelled: Labelled, path: str | None, ids: Sequence[str]) -> Constit
     return constitution.model_copy(update={"principles": kept})
 
 
+def _relabelled(labelled: Labelled, judge: Judge, principle: str) -> tuple[list[Provenance], str]:
+    """The stage's entries, that of its labels as they are now; and this one's id, empty where rows named none."""
+    entries = read_provenance(labelled.folder)
+    before = next((row.judge_provenance for row in labelled.comparisons if row.judge_provenance), "")
+    if before not in entries:
+        return list(entries.values()), ""
+    now = entries[before].with_label(judge.block, judge.constitution, principle=principle)
+    return [now if entry.id == before else entry for entry in entries.values()], now.id
+
+
 def _first_of_each(pairs: Sequence[PreferencePair]) -> list[PreferencePair]:
     """Of several pairs of the same two texts the first, as where they were made."""
     first: dict[str, PreferencePair] = {}
@@ -211,7 +224,7 @@ def _write_manifest(
         fingerprint=digest({"slice": own, "inputs": inputs}),
         settings=labelled.manifest.settings | own,
         inputs=inputs,
-        outputs=output_digests(output, FILES),
+        outputs=output_digests(output, (*FILES, PROVENANCE)),
         counts=dict(counted),
         figures=dict(measured),
         environment=environment(),

@@ -3,18 +3,21 @@
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from align.data.chat import prompt_ids, token_ids
-from align.generation import ChoiceRequest, ChoiceScores, Completed, Progress, Request, unheard
+from align.generation import ChoiceRequest, ChoiceScores, Completed, EngineIdentity, Progress, Request, unheard
 from align.models.decode import decode
 from align.models.logprobs import completion_logprobs
 from align.models.openings import can_share
 from align.models.policy import stop_token_ids
 from align.models.running import Running, Task
+from align.models.weights import hub_revision, weights_digest
 from align.models.wrapped import inner_model
 from align.records import FinishReason
 
@@ -53,13 +56,30 @@ class LocalBackend:
     depends_on_batch = True
     choice_method = "log-probabilities"
 
-    def __init__(self, model: Any, tokenizer: Any, *, name: str, system_prompt: str | None = None) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, *, name: str, system_prompt: str | None = None, weights: Path | None = None
+    ) -> None:
         self.name = name
+        self._weights = weights
         self.read = 0
         self._model = model
         self._tokenizer = tokenizer
         self._system_prompt = system_prompt
         self._stop_ids = stop_token_ids(model, tokenizer)
+
+    def identity(self) -> EngineIdentity:
+        """The model's name without this machine's folders, and its weights' digest where the files are known."""
+        return self._identity
+
+    @cached_property
+    def _identity(self) -> EngineIdentity:
+        return EngineIdentity(
+            "local",
+            self.name.removeprefix("local:"),
+            digest=weights_digest(self._weights) if self._weights else "",
+            revision=hub_revision(self._weights) if self._weights else "",
+            precision=str(self._model.dtype).removeprefix("torch."),
+        )
 
     def complete(self, requests: Sequence[Request], progress: Progress = unheard) -> Iterator[Completed]:
         """Complete each request and its follow-ups, longest first; progress counts follow-ups as they come up."""

@@ -16,7 +16,7 @@ from align.backends.server_replies import ChatReply, Reply, TextReply, read_repl
 from align.config import EngineBlock
 from align.data.chat import with_system_prompt
 from align.errors import AlignError, InputError
-from align.generation import ChoiceRequest, ChoiceScores, Completed, Progress, Request, unheard
+from align.generation import ChoiceRequest, ChoiceScores, Completed, EngineIdentity, Progress, Request, unheard
 from align.records import as_dicts
 
 LONGEST_WORD = 12
@@ -91,6 +91,12 @@ class OpenAIBackend:
         """How choices of one word are scored, in words."""
         return "log-probabilities" if self.alternatives else f"vote of {self.engine.votes} samples"
 
+    def identity(self) -> EngineIdentity:
+        """The name that the recipe asks for, and what the server says of it; nothing where it lists no models."""
+        listed = self.ask(self._listed_if_any())
+        own = [each for each in listed if each.id == self.engine.model] or listed
+        return EngineIdentity("server", str(self.engine.model), said=_said(own[0]) if len(own) == 1 else {})
+
     def complete(self, requests: Sequence[Request], progress: Progress = unheard) -> Iterator[Completed]:
         """Complete each request once; results come as they finish."""
         return self._each(self._complete, requests)
@@ -114,11 +120,17 @@ class OpenAIBackend:
 
     def models(self) -> list[str]:
         """The models that the server lists."""
+        return [model.id for model in self.ask(self._tried(self._listed))]
 
-        async def listed() -> list[str]:
-            return [model.id async for model in self._client.models.list()]
+    async def _listed(self) -> list[Any]:
+        return [model async for model in self._client.models.list()]
 
-        return self.ask(self._tried(listed))
+    async def _listed_if_any(self) -> list[Any]:
+        """The same; none where the server does not know the question, or refuses it."""
+        try:
+            return await self._tried(self._listed)
+        except openai.APIStatusError:
+            return []
 
     def ask(self, question: Awaitable[Answered]) -> Answered:
         """What comes of a coroutine on this engine's loop."""
@@ -220,6 +232,12 @@ class OpenAIBackend:
 
 
 _END = object()
+
+
+def _said(listed: Any) -> dict[str, str]:
+    """What tells models apart of an entry in a server's list; a path on the server's disk by its last part alone."""
+    found = {key: getattr(listed, key, None) for key in ("id", "root", "owned_by")}
+    return {key: value.rpartition("/")[2] if value.startswith("/") else value for key, value in found.items() if value}
 
 
 def _is_word(choice: str) -> bool:

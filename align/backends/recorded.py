@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 
 from align.errors import InputError
-from align.generation import ChoiceRequest, ChoiceScores, Completed, Progress, Request, unheard
+from align.generation import ChoiceRequest, ChoiceScores, Completed, EngineIdentity, Progress, Request, unheard
 from align.records import FinishReason, OpinionScores
 
 
@@ -24,6 +24,9 @@ class RecordedBackend:
         for row in rows:
             self._scores[row.request_id] = row
             self._reasoning[row.reasoning_id] = row
+
+    def identity(self) -> EngineIdentity:
+        return EngineIdentity("recorded", self.name)
 
     def complete(self, requests: Sequence[Request], progress: Progress = unheard) -> Iterator[Completed]:
         self._require(self._reasoning, requests)

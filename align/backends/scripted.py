@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 
 from align.errors import InputError
-from align.generation import ChoiceRequest, ChoiceScores, Completed, Progress, Request, unheard
+from align.generation import ChoiceRequest, ChoiceScores, Completed, EngineIdentity, Progress, Request, unheard
 
 
 class ScriptedBackend:
@@ -27,6 +27,9 @@ class ScriptedBackend:
         self.scored = 0
         self._text = text
         self._logprob = logprob
+
+    def identity(self) -> EngineIdentity:
+        return EngineIdentity("scripted", self.name)
 
     def complete(self, requests: Sequence[Request], progress: Progress = unheard) -> Iterator[Completed]:
         for request in requests:

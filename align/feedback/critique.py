@@ -59,7 +59,8 @@ class Loop:
 
     `examples` worked examples are shown as earlier turns of the chat, those of the drawn principle nearest; `critique`
     False asks for the revision at once; `filters` are those that apply besides 'cut' and 'empty'; `label` is said in
-    progress bars after the round; `critic` writes the critiques where that is another engine.
+    progress bars after the round; `critic` writes the critiques where that is another engine; `provenance` and
+    `critique_provenance` are what rows name for revisions and critiques.
     """
 
     constitution: Constitution
@@ -72,6 +73,8 @@ class Loop:
     filters: Collection[str] = OPTIONAL
     label: str = ""
     critic: Backend | None = None
+    provenance: str = ""
+    critique_provenance: str = ""
 
     def run(self, samples: Sequence[Sample], rounds: int) -> list[Chain]:
         """A chain for each sample, in order; every process gets all of them."""
@@ -187,6 +190,9 @@ class Loop:
             seed=derive_seed(self.seed, "revision", chain.sample.id, number),
             evidence=tuple(passage.id for passage in step.evidence),
             cited=citations(critique),
+            provenance=self.provenance,
+            critique_seed=derive_seed(self.seed, "critique", chain.sample.id, number) if self.critique else None,
+            critique_provenance=self.critique_provenance if self.critique else "",
         )
         was_revised = any(not earlier for earlier in chain.faults)
         return Chain(

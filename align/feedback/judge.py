@@ -111,6 +111,7 @@ class Judge:
         self.constitution = constitution
         self.block = block
         self.draw_seed = draw_seed
+        self.backend = backend
         self.kind = _kind(block, constitution, backend, seed)
         self.name = block.kind if backend is None else f"{block.kind}:{backend.name}"
         self.principles = tuple(filter(self.kind.can_judge_by, constitution.principles))

@@ -35,6 +35,7 @@ from align.data.prompts import stream_drawn
 from align.errors import InputError
 from align.feedback.gates import CompareGatesBlock, Share, check_gates, gate_figures
 from align.generation import Completed, Request
+from align.provenance import PROVENANCE, label_provenance, text_provenance, write_provenance
 from align.records import (
     Comparison,
     Message,
@@ -105,6 +106,7 @@ class CompareStage(Stage):
         "constitution.json",
         "agreement.json",
         CALIBRATION,
+        PROVENANCE,
         METRICS,
     )
 
@@ -159,7 +161,8 @@ class CompareStage(Stage):
             require_revision_pairs(context)
         backend = open_backend(EngineBlock(), model, path=str(context.inputs["sft"] / "model"))
         tally = ComparisonTally([principle.id for principle in judge.principles], judge.block.min_margin)
-        pairs = compare_all(context, backend, judge, total, tally)
+        named = provenance(context, backend, judge, report.scored_by)
+        pairs = compare_all(context, backend, judge, total, tally, named)
         agreement = tally.agreement.agreement()
         if processes.is_first():
             write_json(context.output / "agreement.json", agreement.as_json())
@@ -172,11 +175,32 @@ class CompareStage(Stage):
         return Outcome(counted, {**measured, "agreement": agreement_figures(agreement)})
 
 
+def provenance(context: Context, backend: "Backend", judge: "Judge", scored_by: str) -> tuple[str, str]:
+    """Write where completions and labels come from, and the entries that revision pairs name; the ids of the two."""
+    settings: CompareBlock = context.settings
+    how = {"principle": settings.principle, "scored_by": scored_by}
+    made = (
+        text_provenance(context, "completion", backend, EngineBlock()),
+        label_provenance(context, judge.backend, judge.block, judge.constitution, **how),
+    )
+    write_provenance(context.output, made, [context.inputs["revise"]] if settings.revision_pairs else [])
+    return made[0].id, made[1].id
+
+
 def compare_all(
-    context: Context, backend: "Backend", judge: "Judge", total: int, tally: "ComparisonTally"
+    context: Context,
+    backend: "Backend",
+    judge: "Judge",
+    total: int,
+    tally: "ComparisonTally",
+    named: tuple[str, str] = ("", ""),
 ) -> dict[str, int]:
     """Compare every prompt's completions, window by window, and write and count what came out; how many pairs of each
-    kind there are."""
+    kind there are.
+
+    Args:
+        named: the provenance that rows name for completions and for labels.
+    """
     settings: CompareBlock = context.settings
     counted = {"pairs": 0, "revision_pairs": 0}
     seen = SeenOnDisk()
@@ -193,7 +217,8 @@ def compare_all(
 
         for window in windows(chosen_prompts(context), total, settings.window, context.output):
             journal = window.folder / "verdicts.journal"
-            for row, scores in label(compared(window, context, backend), judge, journal, f"judge{window.label}"):
+            for verdict, scores in label(compared(window, context, backend), judge, journal, f"judge{window.label}"):
+                row = with_provenance(verdict, *named)
                 comparisons.add(row)
                 tally.add(row, scores)
                 for each in scores:
@@ -239,7 +264,7 @@ def compared(window: Window[Prompt], context: Context, backend: "Backend") -> li
         f"{'two' if settings.completions == 2 else settings.completions} answers a prompt{window.label}",
     )
     return [
-        _comparison(prompt, (first, second), done)
+        _comparison(prompt, (first, second), done, seed)
         for prompt in window.rows
         for first, second in itertools.combinations(numbers, 2)
     ]
@@ -286,6 +311,11 @@ def label(
     ]
 
 
+def with_provenance(row: Comparison, completions: str, label: str) -> Comparison:
+    """The comparison with the entries that it names; that of the label only where the judge was asked."""
+    return replace(row, provenance=completions, judge_provenance=label if row.judge else "")
+
+
 def _labelled(row: Comparison, verdict: "Verdict", judge: str) -> Comparison:
     return replace(
         row,
@@ -303,6 +333,7 @@ def pair_of(row: Comparison) -> PreferencePair | None:
         return None
     a, b = Message("assistant", row.completion_a), Message("assistant", row.completion_b)
     chosen, rejected = (a, b) if row.p_a >= 0.5 else (b, a)
+    seeds = (row.seed_a, row.seed_b) if row.p_a >= 0.5 else (row.seed_b, row.seed_a)
     return PreferencePair(
         id=pair_id(row.prompt, chosen, rejected),
         prompt=row.prompt,
@@ -311,6 +342,12 @@ def pair_of(row: Comparison) -> PreferencePair | None:
         probability=max(row.p_a, 1 - row.p_a),
         source="ai",
         category=row.category,
+        judged_by=tuple(row.p_a_by_principle),
+        chosen_seed=seeds[0],
+        rejected_seed=seeds[1],
+        chosen_provenance=row.provenance,
+        rejected_provenance=row.provenance,
+        judge_provenance=row.judge_provenance,
     )
 
 
@@ -327,6 +364,13 @@ def revision_pairs(context: Context) -> Iterator[PreferencePair]:
                 probability=row.p_better,
                 source="revision",
                 category=row.category,
+                judged_by=row.judged_by,
+                revised_by=row.principle_ids,
+                chosen_seed=row.seed,
+                rejected_seed=row.original_seed,
+                chosen_provenance=row.provenance,
+                rejected_provenance=row.original_provenance,
+                judge_provenance=row.judge_provenance,
             )
 
 
@@ -351,14 +395,18 @@ def _request(prompt: Prompt, number: int, sampling: SamplingBlock, seed: int) ->
     return Request(
         id=f"{prompt.id}/{number}",
         messages=prompt.prompt,
-        seed=derive_seed(seed, prompt.id, number),
+        seed=_seed(prompt, number, seed),
         max_new_tokens=sampling.max_new_tokens,
         temperature=sampling.temperature,
         top_p=sampling.top_p,
     )
 
 
-def _comparison(prompt: Prompt, numbers: tuple[int, int], done: Mapping[str, Completed]) -> Comparison:
+def _seed(prompt: Prompt, number: int, seed: int) -> int:
+    return derive_seed(seed, prompt.id, number)
+
+
+def _comparison(prompt: Prompt, numbers: tuple[int, int], done: Mapping[str, Completed], seed: int) -> Comparison:
     a, b = (done[f"{prompt.id}/{number}"] for number in numbers)
     return Comparison(
         id=digest([prompt.id, "comparison", *numbers]),
@@ -369,6 +417,8 @@ def _comparison(prompt: Prompt, numbers: tuple[int, int], done: Mapping[str, Com
         p_a=None,
         reason=_not_worth_judging(a, b),
         category=prompt.category,
+        seed_a=_seed(prompt, numbers[0], seed),
+        seed_b=_seed(prompt, numbers[1], seed),
     )
 
 

@@ -16,7 +16,16 @@ from align.constitution import Constitution, load_constitution
 from align.errors import InputError
 from align.feedback.filters import OPTIONAL, FilterName, refuses
 from align.feedback.gates import ReviseGatesBlock, Share, TextShares, check_gates, gate_figures
-from align.records import JUDGED_WORSE, Prompt, Revision, Sample, Split, digest, read_rows
+from align.provenance import (
+    CONSTITUTION,
+    PROVENANCE,
+    Provenance,
+    label_provenance,
+    text_provenance,
+    write_constitution,
+    write_provenance,
+)
+from align.records import JUDGED_WORSE, Critique, Prompt, Revision, Sample, Split, digest, read_rows
 from align.repro import derive_seed
 from align.stage import Context, Outcome, Stage
 from align.tracking import METRICS
@@ -26,6 +35,7 @@ if TYPE_CHECKING:
     from align.feedback.critique import Chain, Loop
     from align.feedback.judge import Judge, Verdict
     from align.feedback.tallies import RevisionTally
+    from align.generation import Backend
 
 
 class ReviseBlock(Block):
@@ -57,7 +67,7 @@ class ReviseStage(Stage):
     settings = ReviseBlock
     shares = ("model", "constitution", "judge")
     only_gates = ("gates",)
-    outputs = ("critiques.jsonl", "revisions.jsonl", "rejected.jsonl", METRICS)
+    outputs = ("critiques.jsonl", "revisions.jsonl", "rejected.jsonl", CONSTITUTION, PROVENANCE, METRICS)
 
     def inputs(self, settings: ReviseBlock) -> tuple[str, ...]:
         return ("sample",)
@@ -111,6 +121,10 @@ class ReviseStage(Stage):
         report = examine_judge(judge, context.output / "probes.journal")
         require_better_than_chance(judge, report)
 
+        critic = open_backend(settings.critic, model) if settings.critic and settings.critique else None
+        critique, revision, verdict = provenance(context, critic or backend, backend, judge, report.scored_by)
+        write_provenance(context.output, (critique, revision, verdict), [context.inputs["sample"]])
+        write_constitution(context.output, constitution)
         loop = Loop(
             constitution=constitution,
             backend=backend,
@@ -119,15 +133,31 @@ class ReviseStage(Stage):
             critique=settings.critique,
             examples=settings.examples,
             filters=settings.filters,
-            critic=open_backend(settings.critic, model) if settings.critic and settings.critique else None,
+            critic=critic,
+            provenance=revision.id,
+            critique_provenance=critique.id,
         )
         tally = RevisionTally(settings.rounds)
-        shares = revise_all(context, loop, judge, total, tally)
+        shares = revise_all(context, loop, judge, total, tally, verdict.id)
         measured = {"judge": report.as_figures(), **tally.figures(), "gates": gate_figures(shares)}
         counted = tally.counts()
         context.log_rows(_logged(counted, measured))
         check_gates(self.name, settings.gates, shares, context.output / "revisions.jsonl")
         return Outcome(counted, measured)
+
+
+def provenance(
+    context: Context, critic: "Backend", reviser: "Backend", judge: "Judge", scored_by: str
+) -> tuple[Provenance, Provenance, Provenance]:
+    """Where critiques, revisions and verdicts come from."""
+    settings: ReviseBlock = context.settings
+    loop = {"critique": settings.critique, "examples": settings.examples}
+    verdict = {"principle": settings.principle, "scored_by": scored_by}
+    return (
+        text_provenance(context, "critique", critic, settings.critic or settings.engine, judge.constitution, **loop),
+        text_provenance(context, "revision", reviser, settings.engine, judge.constitution, **loop),
+        label_provenance(context, judge.backend, judge.block, judge.constitution, **verdict),
+    )
 
 
 def chosen_samples(context: Context) -> Iterator[Sample]:
@@ -178,7 +208,9 @@ def _made(tally: "RevisionTally") -> dict[str, Share]:
     }
 
 
-def revise_all(context: Context, loop: "Loop", judge: "Judge", total: int, tally: "RevisionTally") -> dict[str, Share]:
+def revise_all(
+    context: Context, loop: "Loop", judge: "Judge", total: int, tally: "RevisionTally", judge_provenance: str
+) -> dict[str, Share]:
     """Revise and judge every sample, window by window, and write and count what came out; the shares for the gates."""
     from align.feedback.near_duplicates import NearDuplicates
 
@@ -191,6 +223,7 @@ def revise_all(context: Context, loop: "Loop", judge: "Judge", total: int, tally
     with critiques, revisions, rejected:
         for window in windows(chosen_samples(context), total, settings.window, context.output):
             for chain, row in revise_window(window, loop, judge, settings.rounds):
+                row = replace(row, judge_provenance=judge_provenance if row.judged_by else "")
                 if row.accepted and earlier and earlier.is_repeated(row.completion, row.split):
                     row = replace(row, accepted=False, reason="near-duplicate")
                 if row.accepted:
@@ -245,19 +278,36 @@ def _row(chain: "Chain", fault: str, verdict: "Verdict | None") -> Revision:
     p_better = verdict.p_a if verdict and verdict.p_a is not None else 0.5
     accepted = not fault and p_better > 0.5
     reason = fault or (verdict.reason if verdict else "") or JUDGED_WORSE
+    shown = _shown_round(chain)
     return Revision(
         id=digest([chain.sample.id, "revision"]),
         prompt_id=chain.sample.prompt_id,
         prompt=chain.sample.prompt,
         original=chain.sample.completion,
-        completion=chain.rounds[-1].revision.strip() if chain.fault and chain.rounds else chain.completion,
+        completion=shown.revision.strip() if chain.fault and shown else chain.completion,
         principle_ids=chain.principle_ids,
         p_better=p_better,
         accepted=accepted,
         reason="" if accepted else reason,
         split=chain.sample.split,
         category=chain.sample.category,
+        judged_by=tuple(verdict.by_principle) if verdict else (),
+        seed=shown.seed if shown else chain.sample.seed,
+        provenance=shown.provenance if shown else chain.sample.provenance,
+        original_seed=chain.sample.seed,
+        original_provenance=chain.sample.provenance,
     )
+
+
+def _shown_round(chain: "Chain") -> Critique | None:
+    """The round whose revision the row shows: the last that took the completion's place, or of a faulty chain the last.
+
+    None where no principle applied.
+    """
+    if chain.fault:
+        return chain.rounds[-1] if chain.rounds else None
+    taken = (made for made, fault in zip(chain.rounds, chain.faults, strict=True) if not fault)
+    return next(reversed(list(taken)), None)
 
 
 STAGE = ReviseStage()

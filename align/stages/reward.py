@@ -109,9 +109,13 @@ def split_by_prompt(
     """(pairs to train on, pairs held out). A hash of the prompt decides, so no prompt is on both sides, ever."""
     sides: tuple[list[PreferencePair], list[PreferencePair]] = ([], [])
     for pair in pairs:
-        place = int(digest(["held out", prompt_id(pair.prompt)], 8), 16) / 16**8
-        sides[place < held_out].append(pair)
+        sides[is_held_out(pair.prompt, held_out)].append(pair)
     return sides
+
+
+def is_held_out(prompt: Conversation, share: float) -> bool:
+    """Whether a prompt is among the `share` of all prompts whose pairs test the reward model."""
+    return int(digest(["held out", prompt_id(prompt)], 8), 16) / 16**8 < share
 
 
 def scale_figures(scores: Sequence[tuple[float, float]]) -> dict[str, float]:

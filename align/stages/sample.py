@@ -7,7 +7,7 @@ stream from file to file, a window at a time.
 import heapq
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import Field
@@ -17,6 +17,7 @@ from align.config import Block, EngineBlock, ModelBlock, Positive, PromptsBlock,
 from align.data.prompts import split_problems, stream_prompts, with_split
 from align.generation import Completed, Request
 from align.metrics import text_figures
+from align.provenance import PROVENANCE, text_provenance, write_provenance
 from align.records import SPLITS, Prompt, Sample, Split, digest, read_rows
 from align.repro import derive_seed
 from align.stage import Context, Outcome, Stage
@@ -46,7 +47,7 @@ class SampleStage(Stage):
     help = "split the prompts, and complete them with the base model"
     settings = SampleBlock
     shares = ("model", "prompts")
-    outputs = ("prompts.jsonl", "samples.jsonl", METRICS)
+    outputs = ("prompts.jsonl", "samples.jsonl", PROVENANCE, METRICS)
 
     def inputs(self, settings: SampleBlock) -> tuple[str, ...]:
         return ()
@@ -65,7 +66,9 @@ class SampleStage(Stage):
             _write_prompts(context, counts, categories)
         processes.barrier()
         backend = open_backend(settings.engine, model)
-        made = _samples(context, backend, counts)
+        provenance = text_provenance(context, "completion", backend, settings.engine)
+        write_provenance(context.output, [provenance])
+        made = _samples(context, backend, provenance.id, counts)
         described = heapq.nsmallest(DESCRIBED, made, key=lambda each: each.sample.id)
 
         ordered = {name: counts[name] for name in ("prompts", *map(_of_split, SPLITS), "samples", "samples_cut")}
@@ -94,7 +97,7 @@ def _of_split(split: str) -> str:
     return f"prompts_{split}"
 
 
-def _samples(context: Context, backend: "Backend", counts: Counter[str]) -> Iterator[_Made]:
+def _samples(context: Context, backend: "Backend", provenance: str, counts: Counter[str]) -> Iterator[_Made]:
     """Every sample, in the prompts' order, as it is written."""
     settings: SampleBlock = context.settings
     total = sum(1 for _ in _chosen(context))
@@ -103,7 +106,7 @@ def _samples(context: Context, backend: "Backend", counts: Counter[str]) -> Iter
             done = _complete(window, settings.sampling, backend, context.seed)
             for prompt in window.rows:
                 completed = done[prompt.id]
-                sample = _sample(prompt, completed, backend.name, context.seed)
+                sample = replace(_sample(prompt, completed, backend.name, context.seed), provenance=provenance)
                 out.add(sample)
                 counts["samples"] += 1
                 counts["samples_cut"] += sample.finish_reason == "length"

@@ -13,6 +13,7 @@ import pytest
 
 from align.config import TrackingBlock
 from align.data.prompts import read_prompts
+from align.data.sources import is_file
 from align.recipe import load_recipe
 from align.records import Revision, Sample, write_rows
 from align.stage import Context
@@ -101,13 +102,18 @@ WITH_REVISIONS = [path for path in RECIPES if re.search(r"^revise:", path.read_t
 def test_no_recipe_teaches_the_base_model_s_own_answer_to_a_harmful_prompt(path: Path, tmp_path: Path) -> None:
     """Even where every revision but one was rejected, so that all the originals are to be had."""
     recipe = load_recipe(path.relative_to(ROOT))
-    prompts = [dataclasses.replace(each, split="sft") for each in read_prompts(recipe.shared["prompts"])]
+    block = recipe.shared["prompts"]
+    files = tuple(source for source in block.sources if is_file(source.path))  # the hub is out of reach
+    read = read_prompts(block.model_copy(update={"sources": files}))
+    prompts = [dataclasses.replace(each, split="sft") for each in read]
     revised = prompts[0]
     samples = [Sample(each.id, each.id, each.prompt, "As it came.", "stop", "sft", each.category) for each in prompts]
     revision = Revision("r", revised.id, revised.prompt, "As it came.", "Better.", ("p",), 0.9, True, "", "sft")
     settings = recipe.settings["sft"]
     assert isinstance(settings, SftBlock)
-    everything = settings.model_copy(update={"helpful": settings.helpful.model_copy(update={"share": 0.999})})
+    everything = settings.model_copy(
+        update={"helpful": settings.helpful.model_copy(update={"share": 0.999, "sources": ()})}
+    )
     for stage, files in {
         "sample": {"prompts": prompts, "samples": samples},
         "revise": {"revisions": [revision]},

@@ -91,7 +91,8 @@ def test_the_same_settings_give_the_same_bytes(
     counted = relabel(stage, world.root / "again")
 
     assert same_labels(stage, world.root / "again")
-    assert (stage / "opinions.jsonl").read_bytes() == (world.root / "again/opinions.jsonl").read_bytes()
+    for name in ("opinions.jsonl", "provenance.jsonl"):
+        assert (stage / name).read_bytes() == (world.root / "again" / name).read_bytes()
     before, after = read_manifest(stage), read_manifest(world.root / "again")
     assert before and after
     assert after.counts == counted == {name: before.counts[name] for name in counted}

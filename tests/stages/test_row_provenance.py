@@ -1,0 +1,131 @@
+"""Each row of the loop names what made it: the seeds are those the engine was asked with, the entries lie beside."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from align.backends.scripted import ScriptedBackend
+from align.config import EngineBlock, JudgeBlock
+from align.generation import Request
+from align.provenance import read_provenance
+from align.records import Comparison, Critique, PreferencePair, Revision, Sample
+from align.stages.compare import STAGE as COMPARE
+from align.stages.compare import CompareBlock
+from align.stages.revise import STAGE as REVISE
+from align.stages.revise import ReviseBlock
+from align.stages.sample import STAGE as SAMPLE
+from align.stages.sample import SampleBlock
+from tests.stages.test_sample_revise_compare import ASKING, World, oracle
+
+BOTH = ("sft", "preference")
+
+
+@pytest.fixture
+def world(tmp_path: Path, tiny_prompts: Path) -> World:
+    (tmp_path / "asking.yaml").write_text(ASKING)
+    return World(tmp_path, tiny_prompts)
+
+
+def answer(request: Request) -> str:
+    """A text that names the seed it was asked with, better after a revision."""
+    last = request.messages[-1].content
+    if last.startswith("Point out"):
+        return f"It ends with a full stop, says {request.seed}."
+    return f"Is it {request.seed}?" if last.startswith("Rewrite") or request.seed % 2 else f"It is {request.seed}."
+
+
+@pytest.fixture
+def made(world: World, monkeypatch: pytest.MonkeyPatch) -> World:
+    """A run of the three stages, in which critic, reviser and judge are engines of their own."""
+
+    def open_backend(engine: Any, model: Any, *, path: str | None = None) -> ScriptedBackend:
+        return ScriptedBackend(answer, oracle, name=engine.model or (Path(path).parent.name if path else "base"))
+
+    monkeypatch.setattr("align.backends.open.open_backend", open_backend)
+    world.shared["judge"] = JudgeBlock(kind="choice", engine=EngineBlock(model="judge"))
+    world.run(SAMPLE, SampleBlock(splits=BOTH))
+    engines = {"engine": {"model": "reviser"}, "critic": {"model": "critic"}}
+    world.run(REVISE, ReviseBlock.model_validate({"rounds": 2, "splits": BOTH, **engines}))
+    world.run(COMPARE, CompareBlock(revision_pairs=True))
+    return world
+
+
+def number(text: str) -> int:
+    return int("".join(filter(str.isdigit, text)))
+
+
+def test_a_seed_in_a_row_is_the_one_that_its_text_was_asked_for_with(made: World) -> None:
+    for sample in made.rows("sample/samples.jsonl", Sample):
+        assert number(sample.completion) == sample.seed
+    for critique in made.rows("revise/critiques.jsonl", Critique):
+        assert (number(critique.critique), number(critique.revision)) == (critique.critique_seed, critique.seed)
+    revisions = made.rows("revise/revisions.jsonl", Revision) + made.rows("revise/rejected.jsonl", Revision)
+    for revision in revisions:
+        assert (number(revision.completion), number(revision.original)) == (revision.seed, revision.original_seed)
+    for row in made.rows("compare/comparisons.jsonl", Comparison):
+        assert (number(row.completion_a), number(row.completion_b)) == (row.seed_a, row.seed_b)
+    pairs = made.rows("compare/pairs.jsonl", PreferencePair)
+    assert {pair.source for pair in pairs} == {"ai", "revision"}
+    for pair in pairs:
+        seeds = (pair.chosen_seed, pair.rejected_seed)
+        assert (number(pair.chosen[0].content), number(pair.rejected[0].content)) == seeds
+
+
+def models(made: World, stage: str) -> dict[str, tuple[str, str, str]]:
+    entries = read_provenance(made.root / stage)
+    return {"": ("", "", "")} | {each.id: (each.stage, each.step, each.model) for each in entries.values()}
+
+
+def test_every_text_and_every_label_names_its_own_engine(made: World) -> None:
+    named = models(made, "sample")
+    assert {named[row.provenance] for row in made.rows("sample/samples.jsonl", Sample)} == {
+        ("sample", "completion", "base")
+    }
+    named = models(made, "revise")
+    for critique in made.rows("revise/critiques.jsonl", Critique):
+        assert named[critique.critique_provenance] == ("revise", "critique", "critic")
+        assert named[critique.provenance] == ("revise", "revision", "reviser")
+    for row in made.rows("revise/revisions.jsonl", Revision):
+        assert named[row.original_provenance] == ("sample", "completion", "base")
+        assert named[row.provenance] == ("revise", "revision", "reviser")
+        assert named[row.judge_provenance] == ("revise", "label", "judge")
+        assert row.judged_by == ("asks",) and row.principle_ids == ("asks", "asks")
+
+
+def test_a_pair_names_who_wrote_each_side_and_who_judged_at_whichever_stage_that_was(made: World) -> None:
+    named = models(made, "compare")
+    expected = {
+        "ai": (("compare", "completion", "sft"), ("compare", "completion", "sft"), ("compare", "label", "judge")),
+        "revision": (("revise", "revision", "reviser"), ("sample", "completion", "base"), ("revise", "label", "judge")),
+    }
+    for pair in made.rows("compare/pairs.jsonl", PreferencePair):
+        ids = (pair.chosen_provenance, pair.rejected_provenance, pair.judge_provenance)
+        assert tuple(named[each] for each in ids) == expected[pair.source]
+        assert pair.judged_by == ("asks",)
+        assert pair.revised_by == (("asks", "asks") if pair.source == "revision" else ())
+
+
+def test_entries_hold_the_constitutions_digest_the_sampling_and_how_the_judge_scores(made: World) -> None:
+    from align.constitution import load_constitution
+
+    digest = load_constitution(made.shared["constitution"]).digest
+    entries = {(each.stage, each.step): each for each in read_provenance(made.root / "compare").values()}
+    assert {each.constitution_digest for key, each in entries.items() if "completion" not in key} == {digest}
+    assert entries["revise", "revision"].settings["max_new_tokens"] == 256
+    judged = entries["compare", "label"].settings
+    assert (judged["kind"], judged["principle"], judged["scored_by"]) == ("choice", "all", "log-probabilities")
+
+
+def test_what_no_judge_saw_names_none(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("align.backends.open.open_backend", lambda *_, **__: ScriptedBackend(lambda request: "Same."))
+    world.run(SAMPLE, SampleBlock())
+    world.run(REVISE, ReviseBlock(critique=False))
+    world.run(COMPARE, CompareBlock())
+    rejected, comparisons = (
+        world.rows("revise/rejected.jsonl", Revision),
+        world.rows("compare/comparisons.jsonl", Comparison),
+    )
+    assert {row.reason for row in rejected} == {"copy"} and {row.judge_provenance for row in rejected} == {""}
+    assert {row.judge_provenance for row in comparisons} == {""} != {row.provenance for row in comparisons}
+    assert {row.critique_seed for row in world.rows("revise/critiques.jsonl", Critique)} == {None}

@@ -1,0 +1,137 @@
+"""Where rows come from: weights' digests, what servers say of themselves, and what never leaves the machine."""
+
+import dataclasses
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from faulty_server import FaultyServer
+
+from align.backends.open import open_backend
+from align.backends.openai_server import OpenAIBackend
+from align.backends.scripted import ScriptedBackend
+from align.config import EngineBlock, ModelBlock
+from align.errors import InputError
+from align.generation import EngineIdentity
+from align.models.weights import hub_revision, weights_digest
+from align.provenance import Provenance, read_provenance, settled_identity, text_provenance, write_provenance
+from align.stage import Context
+from align.stages.sample import SampleBlock
+
+
+def shell(command: str, folder: Path) -> str:
+    return subprocess.run(command, shell=True, cwd=folder, capture_output=True, text=True, check=True).stdout
+
+
+def test_the_digest_of_one_file_is_what_sha256sum_says_of_it(tiny_model_dir: Path) -> None:
+    assert weights_digest(tiny_model_dir) == shell("sha256sum model.safetensors", tiny_model_dir).split()[0]
+
+
+def test_the_digest_of_several_files_is_what_sha256sum_says_of_its_own_list(tmp_path: Path) -> None:
+    for number in (2, 1):
+        (tmp_path / f"model-0000{number}-of-00002.safetensors").write_bytes(bytes([number]) * 9)
+    (tmp_path / "config.json").write_text("{}")
+    assert weights_digest(tmp_path) == shell("sha256sum *.safetensors | sha256sum", tmp_path).split()[0]
+
+
+def test_a_local_engine_names_its_model_its_weights_and_its_precision(tiny_model_dir: Path) -> None:
+    identity = open_backend(EngineBlock(), ModelBlock(path=str(tiny_model_dir), precision="fp32")).identity()
+    name = "/".join(tiny_model_dir.parts[-2:])
+    assert identity == EngineIdentity("local", name, weights_digest(tiny_model_dir), precision="float32")
+
+
+def test_a_folder_of_the_hubs_cache_tells_its_commit() -> None:
+    assert hub_revision(Path("cache/models--a--b/snapshots/0123abc")) == "0123abc"
+    assert hub_revision(Path("runs/mine/sft/model")) == ""
+
+
+@pytest.mark.parametrize("field", [each.name for each in dataclasses.fields(EngineIdentity)])
+def test_whatever_an_engine_is_known_by_changes_the_entrys_id(field: str) -> None:
+    others: dict[str, Any] = {"kind": "server", "said": {"id": "x"}}
+    known = EngineIdentity("local", "m", "d", "r", "bf16")
+    changed = dataclasses.replace(known, **{field: others.get(field, "other")})
+    ids = {Provenance.of("sample", "completion", each, {"top_p": 1.0}, 0).id for each in (known, known, changed)}
+    assert len(ids) == 2
+
+
+def test_entries_of_earlier_stages_are_kept_beside_a_stages_own(tmp_path: Path) -> None:
+    first, second = (Provenance.of(stage, "label", EngineIdentity("rule", ""), {}, 0) for stage in ("a", "b"))
+    for folder in ("a", "b", "none"):
+        (tmp_path / folder).mkdir()
+    write_provenance(tmp_path / "a", [first])
+    write_provenance(tmp_path / "b", [second], [tmp_path / "a", tmp_path / "none"])
+    assert read_provenance(tmp_path / "b") == {first.id: first, second.id: second}
+    assert read_provenance(tmp_path / "none") == {}
+
+
+def server_engine(server: FaultyServer, **changes: Any) -> EngineBlock:
+    block = {"kind": "openai", "model": "asked-for", "base_url": server.base_url, "max_retries": 0}
+    return EngineBlock.model_validate(block | changes)
+
+
+def listing(server: FaultyServer, *models: dict[str, str], status: int = 200) -> None:
+    """Make the server list these models."""
+    content = json.dumps({"object": "list", "data": list(models)}).encode()
+
+    def do_get(handler: Any) -> None:
+        handler.wfile.write(handler._http(status, content))
+
+    server.RequestHandlerClass = type("Listing", (server.RequestHandlerClass,), {"do_GET": do_get})
+
+
+def test_a_server_tells_what_it_calls_its_model_and_nothing_is_verified() -> None:
+    with FaultyServer() as server:
+        identity = OpenAIBackend(server_engine(server)).identity()
+    assert identity == EngineIdentity("server", "asked-for", said={"id": "served"})
+    entry = Provenance.of("sample", "completion", identity, {}, 0)
+    assert not entry.verified and entry.model_digest == ""
+
+
+def test_of_several_listed_models_the_one_asked_for_counts_and_no_folder_of_the_server_is_kept() -> None:
+    with FaultyServer() as server:
+        named = {"id": "asked-for", "root": "/home/me/secret-project/weights", "owned_by": "vllm"}
+        listing(server, {"id": "another"}, named)
+        said = OpenAIBackend(server_engine(server)).identity().said
+        listing(server, {"id": "one"}, {"id": "two"})
+        unnamed = OpenAIBackend(server_engine(server)).identity().said
+    assert said == {"id": "asked-for", "root": "weights", "owned_by": "vllm"}
+    assert unnamed == {}
+
+
+def test_a_server_that_lists_no_models_is_no_fault() -> None:
+    with FaultyServer() as server:
+        listing(server, status=404)
+        assert OpenAIBackend(server_engine(server)).identity().said == {}
+
+
+def test_a_stage_that_goes_on_with_another_model_on_the_server_is_stopped(tmp_path: Path) -> None:
+    with FaultyServer() as server:
+        backend = OpenAIBackend(server_engine(server))
+        first = settled_identity(backend, tmp_path, "revision")
+        assert settled_identity(backend, tmp_path, "revision") == first
+        listing(server, {"id": "exchanged"})
+        with pytest.raises(InputError, match=r"exchanged.*when this stage began it said .*served"):
+            settled_identity(backend, tmp_path, "revision")
+
+
+def test_a_stage_that_goes_on_without_its_server_keeps_what_it_said(tmp_path: Path) -> None:
+    with FaultyServer() as server:
+        backend = OpenAIBackend(server_engine(server))
+        first = settled_identity(backend, tmp_path, "revision")
+    assert settled_identity(backend, tmp_path, "revision") == first
+
+
+def test_an_entry_holds_no_address_no_key_and_no_text_of_further_keys(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
+    extra = {"top_k": 5, "service_token": "hush-hush", "headers": {"authorization": "Bearer hush-hush"}}
+    engine = EngineBlock(kind="openai", model="m", base_url="http://user:hush-hush@inner.example/v1", extra=extra)
+    context = Context("sample", SampleBlock(), {"model": ModelBlock(path="p")}, {}, tmp_path, 3, "run", None)  # type: ignore[arg-type]
+    entry = text_provenance(context, "completion", ScriptedBackend(lambda request: ""), engine)
+    written = json.dumps(entry.to_json())
+    assert "hush" not in written and "secret" not in written and "inner.example" not in written
+    assert entry.settings["extra"]["top_k"] == 5 and "service_token" in entry.settings["extra"]
+    assert (entry.settings["temperature"], entry.settings["top_p"], entry.seed) == (1.0, 1.0, 3)
