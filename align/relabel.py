@@ -4,9 +4,11 @@ No model is asked anything. The new folder holds what the stage's own does, so t
 it: `pairs.jsonl` is a preference data set.
 """
 
+import itertools
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from pydantic import ValidationError
 from align.artefacts import MANIFEST, Manifest, output_digests, read_manifest, stage_folder, write_json
 from align.backends.recorded import RecordedBackend
 from align.config import Block, JudgeBlock
-from align.constitution import Constitution, load_constitution
+from align.constitution import Constitution, Principle, load_constitution
 from align.errors import FileProblems, InputError, Problem
 from align.feedback.agreement import agreement_figures
 from align.feedback.judge import Judge
@@ -24,7 +26,8 @@ from align.provenance import PROVENANCE, Provenance, read_provenance
 from align.recipe_files import apply_override
 from align.records import Comparison, OpinionScores, PreferencePair, digest, read_rows, write_rows
 from align.repro import derive_seed, environment
-from align.stages.compare import STAGE, CompareBlock, label, pair_of, with_provenance
+from align.stages.compare import STAGE, CompareBlock, pair_of, question_of, with_provenance, with_verdict
+from align.windows import RowFile, SeenOnDisk
 from align.yaml_files import Lines, problems_from
 
 FREE = (
@@ -49,14 +52,19 @@ class _Settings(Block):
 
 @dataclass(frozen=True)
 class Labelled:
-    """A compare stage's folder as it was read: its settings, its constitution and its rows."""
+    """A compare stage's folder as it was read: its settings and its constitution; rows stay in their files."""
 
     folder: Path
     manifest: Manifest
     constitution: Constitution
-    comparisons: list[Comparison]
-    opinions: list[OpinionScores]
-    pairs: list[PreferencePair]
+
+    def comparisons(self) -> Iterator[Comparison]:
+        """The rows, read from the file."""
+        return read_rows(self.folder / "comparisons.jsonl", Comparison)
+
+    def first(self, key: str) -> str:
+        """What the first comparison that has it says under `key`; empty where none does."""
+        return next((found for row in self.comparisons() if (found := getattr(row, key))), "")
 
 
 def relabel(
@@ -83,27 +91,75 @@ def relabel(
     labelled = read_labelled(source)
     settings = _settings(labelled.manifest, overrides)
     judge = recorded_judge(labelled, settings, _chosen(labelled, constitution, principles))
-    entries, entry = _relabelled(labelled, judge, settings.compare.principle)
-    rows = [_unjudged(row) if row.judge else row for row in labelled.comparisons]
-    answered = [(with_provenance(row, row.provenance, entry), scores) for row, scores in label(rows, judge)]
-    comparisons = [row for row, _ in answered]
-    tally = ComparisonTally([principle.id for principle in judge.principles], judge.block.min_margin)
-    for row, scores in answered:
-        tally.add(row, scores)
-    agreement = tally.agreement.agreement()
-    judged = [pair for row in comparisons if (pair := pair_of(row))]
-    kept = [pair for pair in labelled.pairs if pair.source == "revision"]
-    output.mkdir(parents=True)
-    write_rows(output / "comparisons.jsonl", comparisons)
-    write_rows(output / "pairs.jsonl", _first_of_each([*judged, *kept]))
-    write_rows(output / "opinions.jsonl", (each for _, scores in answered for each in scores))
-    write_rows(output / PROVENANCE, entries)
-    write_json(output / "agreement.json", agreement.as_json())
-    write_json(output / "constitution.json", judge.constitution.model_dump(mode="json"))
-    counted = {**tally.counts(), "pairs": len(judged)}
-    measured = {**tally.figures(), "agreement": agreement_figures(agreement)}
-    _write_manifest(labelled, output, settings, judge.constitution, counted, measured)
+    _require_same_words(judge, labelled.constitution)
+    partial = output.parent / f".{output.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        counted, measured = _write_labels(labelled, judge, settings, partial)
+        _write_manifest(labelled, partial, settings, judge.constitution, counted, measured)
+        partial.rename(output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return counted
+
+
+def _write_labels(
+    labelled: Labelled, judge: Judge, settings: _Settings, folder: Path
+) -> tuple[dict[str, int], dict[str, Any]]:
+    """Write all but the manifest, row by row; what that counts and measures."""
+    entries, entry = _relabelled(labelled, settings, judge.constitution)
+    tally = ComparisonTally([principle.id for principle in judge.principles], judge.block.min_margin)
+    seen, made = SeenOnDisk(), 0
+    with (
+        RowFile(folder / "comparisons.jsonl") as comparisons,
+        RowFile(folder / "opinions.jsonl") as opinions,
+        RowFile(folder / "pairs.jsonl") as pairs,
+    ):
+        for row, scores in _judged_again(labelled, judge):
+            comparison = with_provenance(row, row.provenance, entry)
+            comparisons.add(comparison)
+            tally.add(comparison, scores)
+            for each in scores:
+                opinions.add(each)
+            if pair := pair_of(comparison):
+                made += 1
+                if seen.is_new(pair.id):
+                    pairs.add(pair)
+        for pair in read_rows(labelled.folder / "pairs.jsonl", PreferencePair):
+            if pair.source == "revision" and seen.is_new(pair.id):
+                pairs.add(pair)
+    agreement = tally.agreement.agreement()
+    write_rows(folder / PROVENANCE, entries)
+    write_json(folder / "agreement.json", agreement.as_json())
+    write_json(folder / "constitution.json", judge.constitution.model_dump(mode="json"))
+    return {**tally.counts(), "pairs": made}, {**tally.figures(), "agreement": agreement_figures(agreement)}
+
+
+def _judged_again(labelled: Labelled, judge: Judge) -> Iterator[tuple[Comparison, tuple[OpinionScores, ...]]]:
+    """Each comparison with the verdict that its scores give now; the two files are in the same order.
+
+    Raises:
+        InputError: a principle that counts was never asked about.
+    """
+    stored = itertools.groupby(
+        read_rows(labelled.folder / "opinions.jsonl", OpinionScores), key=lambda each: each.comparison_id
+    )
+    ahead = next(stored, None)
+    for row in labelled.comparisons():
+        scores: dict[str, tuple[OpinionScores, ...]] = {}
+        if ahead is not None and ahead[0] == row.id:
+            for each in ahead[1]:
+                scores[each.principle_id] = (*scores.get(each.principle_id, ()), each)
+            ahead = next(stored, None)
+        if not row.judge:
+            yield row, ()
+            continue
+        try:
+            verdict = judge.verdict(question_of(row), scores)
+        except KeyError as error:
+            raise InputError(_never_asked(f"about principle {error}, which these labels need")) from None
+        yield with_verdict(row, verdict, judge.name), verdict.scores
 
 
 def read_labelled(source: Path) -> Labelled:
@@ -118,14 +174,7 @@ def read_labelled(source: Path) -> Labelled:
         raise InputError(f"{source}: no finished `compare` in it; name its folder, or its run's")
     if missing := [name for name in FILES if not (folder / name).is_file()]:
         raise InputError(f"{folder}: has no {missing[0]}, which this version's `compare` keeps; run `compare` again")
-    return Labelled(
-        folder,
-        manifest,
-        _stored_constitution(folder / "constitution.json"),
-        list(read_rows(folder / "comparisons.jsonl", Comparison)),
-        list(read_rows(folder / "opinions.jsonl", OpinionScores)),
-        list(read_rows(folder / "pairs.jsonl", PreferencePair)),
-    )
+    return Labelled(folder, manifest, _stored_constitution(folder / "constitution.json"))
 
 
 def recorded_judge(labelled: Labelled, settings: _Settings, constitution: Constitution) -> Judge:
@@ -135,10 +184,32 @@ def recorded_judge(labelled: Labelled, settings: _Settings, constitution: Consti
         InputError: the constitution lacks what this kind of judge needs.
     """
     seed = derive_seed(settings.seed, STAGE.name)
-    name = next((row.judge.partition(":")[2] for row in labelled.comparisons if row.judge), "")
-    backend = RecordedBackend(labelled.opinions, name) if settings.judge.kind != "rule" else None
+    name = labelled.first("judge").partition(":")[2]
+    backend = RecordedBackend(name) if settings.judge.kind != "rule" else None
     draw_seed = seed if settings.compare.principle == "draw" else None
-    return Judge(constitution, settings.judge, backend, draw_seed=draw_seed, seed=seed)
+    # Worked choices were shown when the judge was asked; now it is asked nothing.
+    return Judge(constitution, settings.judge.model_copy(update={"examples": 0}), backend, draw_seed=draw_seed)
+
+
+def _require_same_words(judge: Judge, stored: Constitution) -> None:
+    """What the engine gave counts for principles that still say what it was asked about."""
+    if judge.block.kind == "rule":
+        return
+    known = {principle.id: _asked_words(principle) for principle in stored.principles}
+    for principle in judge.principles:
+        if known.get(principle.id) != _asked_words(principle):
+            raise InputError(_never_asked(f"about principle '{principle.id}' in these words"))
+
+
+def _asked_words(principle: Principle) -> tuple[str | None, ...]:
+    return principle.question, principle.text, principle.opposite, principle.language
+
+
+def _never_asked(what: str) -> str:
+    return (
+        f"opinions.jsonl: the judge was never asked {what}; leave it out with --principles, or run `compare` with "
+        "these settings"
+    )
 
 
 def _stored_constitution(path: Path) -> Constitution:
@@ -180,26 +251,14 @@ def _chosen(labelled: Labelled, path: str | None, ids: Sequence[str]) -> Constit
     return constitution.model_copy(update={"principles": kept})
 
 
-def _relabelled(labelled: Labelled, judge: Judge, principle: str) -> tuple[list[Provenance], str]:
+def _relabelled(labelled: Labelled, settings: _Settings, constitution: Constitution) -> tuple[list[Provenance], str]:
     """The stage's entries, that of its labels as they are now; and this one's id, empty where rows named none."""
     entries = read_provenance(labelled.folder)
-    before = next((row.judge_provenance for row in labelled.comparisons if row.judge_provenance), "")
+    before = labelled.first("judge_provenance")
     if before not in entries:
         return list(entries.values()), ""
-    now = entries[before].with_label(judge.block, judge.constitution, principle=principle)
+    now = entries[before].with_label(settings.judge, constitution, principle=settings.compare.principle)
     return [now if entry.id == before else entry for entry in entries.values()], now.id
-
-
-def _first_of_each(pairs: Sequence[PreferencePair]) -> list[PreferencePair]:
-    """Of several pairs of the same two texts the first, as where they were made."""
-    first: dict[str, PreferencePair] = {}
-    for pair in pairs:
-        first.setdefault(pair.id, pair)
-    return list(first.values())
-
-
-def _unjudged(row: Comparison) -> Comparison:
-    return replace(row, p_a=None, p_a_by_principle={}, position_bias=0.0, reason="", judge="")
 
 
 def _write_manifest(

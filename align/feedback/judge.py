@@ -8,7 +8,7 @@ well may judge ethics at chance.
 """
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -134,6 +134,16 @@ class Judge:
             self._verdict(question, [(principle, next(scores)) for principle in some])
             for question, some in zip(asked, chosen, strict=True)
         ]
+
+    def verdict(self, question: Question, scores: Mapping[str, tuple[OpinionScores, ...]]) -> Verdict:
+        """The verdict that follows from what the engine gave before, by the principles' ids; it is asked nothing.
+
+        Raises:
+            KeyError: a principle that counts has no scores.
+        """
+        asks = self.block.kind != "rule"
+        scored = [(each, scores[each.id] if asks else ()) for each in self._principles_for(question)]
+        return self._verdict(question, scored)
 
     def _principles_for(self, question: Question) -> list[Principle]:
         if self.draw_seed is None:

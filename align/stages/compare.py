@@ -56,6 +56,7 @@ from align.windows import DEFAULT_WINDOW, WINDOW_HELP, RowFile, SeenOnDisk, Wind
 
 if TYPE_CHECKING:
     from align.feedback.judge import Judge, Verdict
+    from align.feedback.opinions import Question
     from align.feedback.tallies import ComparisonTally
     from align.generation import Backend
 
@@ -299,14 +300,12 @@ def label(
     comparisons: Sequence[Comparison], judge: "Judge", journal_path: Path | None = None, description: str = "judge"
 ) -> list[tuple[Comparison, tuple[OpinionScores, ...]]]:
     """The comparisons with the judge's verdicts, each with the scores that its verdict was made of."""
-    from align.feedback.opinions import Question
-
     judged = [row for row in comparisons if not row.reason]
-    questions = [Question(row.id, row.prompt, row.completion_a, row.completion_b, row.category) for row in judged]
+    questions = [question_of(row) for row in judged]
     answers = judge.compare(questions, journal_path, description)
     verdicts = {row.id: verdict for row, verdict in zip(judged, answers, strict=True)}
     return [
-        (_labelled(row, verdict, judge.name), verdict.scores) if (verdict := verdicts.get(row.id)) else (row, ())
+        (with_verdict(row, verdict, judge.name), verdict.scores) if (verdict := verdicts.get(row.id)) else (row, ())
         for row in comparisons
     ]
 
@@ -316,7 +315,15 @@ def with_provenance(row: Comparison, completions: str, label: str) -> Comparison
     return replace(row, provenance=completions, judge_provenance=label if row.judge else "")
 
 
-def _labelled(row: Comparison, verdict: "Verdict", judge: str) -> Comparison:
+def question_of(row: Comparison) -> "Question":
+    """What a judge is asked about a comparison."""
+    from align.feedback.opinions import Question
+
+    return Question(row.id, row.prompt, row.completion_a, row.completion_b, row.category)
+
+
+def with_verdict(row: Comparison, verdict: "Verdict", judge: str) -> Comparison:
+    """The comparison with what its judge said."""
     return replace(
         row,
         p_a=verdict.p_a,

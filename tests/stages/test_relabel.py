@@ -100,6 +100,38 @@ def test_the_same_settings_give_the_same_bytes(
     assert after.figures == {name: before.figures[name] for name in after.figures}
 
 
+def with_worked_choices(path: Path) -> str:
+    content = json.loads(Path(constitution(path)).read_text())
+    thought = {"reasoning": "So it is (B).", "answer": "B"}
+    content["comparisons"] = [{"prompt": f"{n}?", "better": "yes", "worse": "no", **thought} for n in range(2)]
+    content["principles"][0]["comparisons"] = [{"prompt": "Own?", "better": "yes", "worse": "no", **thought}]
+    path.write_text(json.dumps(content))
+    return str(path)
+
+
+@pytest.mark.parametrize("examples", [0, 2, 3])
+@pytest.mark.parametrize("thinks", [False, True])
+def test_what_was_shown_and_thought_then_serves_any_choice_of_principles(
+    world: World, thinks: bool, examples: int
+) -> None:
+    world.shared["constitution"] = with_worked_choices(world.root / "worked.yaml")
+    judge = {"kind": "choice", "chain_of_thought": thinks, "examples": examples}
+    stage = compare(world, {**judge, "reasoning": {"max_new_tokens": 2}})
+    relabel(stage, world.root / "same")
+    relabel(stage, world.root / "some", principles=["short", "calm"])
+    relabel(stage, world.root / "wide", overrides=["judge.chain_of_thought_range=[0.1, 0.9]"])
+
+    assert same_labels(stage, world.root / "same")
+    before = {row.id: row for row in world.rows("compare/comparisons.jsonl", Comparison)}
+    for row in world.rows("some/comparisons.jsonl", Comparison):
+        own = before[row.id].p_a_by_principle
+        assert row.p_a_by_principle == {name: own[name] for name in ("calm", "short") if name in own}
+    most = max(max(row.p_a_by_principle.values(), default=0.5) for row in before.values())
+    wide = [row.p_a_by_principle for row in world.rows("wide/comparisons.jsonl", Comparison)]
+    assert most <= 0.6 or not thinks
+    assert (max(max(each.values(), default=0.5) for each in wide) > 0.6) or not thinks
+
+
 @pytest.mark.parametrize(
     ("changes", "settings"),
     [
@@ -223,7 +255,7 @@ def test_what_was_never_asked_is_told(world: World) -> None:
     stage = compare(world, {"kind": "choice"})
     other = constitution(world.root / "other.yaml", calm={"text": "Be very calm."})
 
-    with pytest.raises(InputError, match=r"questions that these labels need were never asked.*run `compare`"):
+    with pytest.raises(InputError, match=r"never asked about principle 'calm' in these words.*run `compare`"):
         relabel(stage, world.root / "again", constitution=other)
     assert not (world.root / "again").exists()
 
