@@ -295,7 +295,8 @@ def score_pairs(trainer: Any, rows: Sequence[dict[str, Any]]) -> list[tuple[floa
     """
     if not rows:
         return []
-    model = trainer.model_wrapped.eval()
+    model = trainer.model_wrapped
+    model.eval()  # DeepSpeed's engine returns nothing here
     size = trainer.args.per_device_train_batch_size
     dataset: Any = list(rows)
     loader = trainer.accelerator.prepare(DataLoader(dataset, batch_size=size, collate_fn=trainer.data_collator))
