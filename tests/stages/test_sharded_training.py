@@ -18,7 +18,7 @@ from tests.stages.training import SMALL_LORA, run, weights
 OPTIMIZER = {"learning_rate": 1e-3, "batch_size": 4, "micro_batch_size": 1}
 BLOCK: dict[str, Any] = {"optimizer": OPTIMIZER, "trl": {"save_steps": 2}}
 STAGES: dict[str, dict[str, Any]] = {"sft": BLOCK, "reward": {**BLOCK, "epochs": 2, "held_out": 0.2}, "dpo": BLOCK}
-ARRANGEMENTS = {"full": None, "lora": SMALL_LORA}
+ARRANGEMENTS: dict[str, dict[str, Any]] = {"full": {}, "lora": {"lora": SMALL_LORA}}
 STEPS = 2
 """After which the sharded runs are broken off; at a checkpoint, and before the last step of every stage."""
 
@@ -58,6 +58,10 @@ def assert_same_adapter(alone: Path, together: Path) -> None:
         torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=2e-5, msg=f"{together}: {name}")
 
 
+def has_more_digits_than_bf16(value: float) -> bool:
+    return torch.tensor(value).bfloat16().item() != value
+
+
 @pytest.mark.parametrize("sharding", SHARDINGS)
 def test_sharded_and_interrupted_stages_make_what_one_process_makes(
     tmp_path: Path, tiny_model_dir: Path, sharding: str
@@ -65,20 +69,23 @@ def test_sharded_and_interrupted_stages_make_what_one_process_makes(
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     inputs = upstreams(tmp_path / "in", tiny_model_dir)
+    jobs = [(name, kind) for kind in ARRANGEMENTS for name in STAGES]
+    in_two = [(name, STAGES[name], str(tmp_path / "two" / kind / name), ARRANGEMENTS[kind]) for name, kind in jobs]
+    rounding = ("reward", STAGES["reward"], str(tmp_path / "bf16"), {**ARRANGEMENTS["lora"], "precision": "bf16"})
+    arguments = json.dumps([str(tiny_model_dir), str(tmp_path / "in"), [*in_two, rounding], STEPS])
     config = small_config(sharding, tmp_path)
-    folders = [str(tiny_model_dir), str(tmp_path / "in"), str(tmp_path / "two")]
-    arguments = json.dumps([*folders, ARRANGEMENTS, STAGES, STEPS])
     command = [_accelerate(), "launch", "--config_file", str(config), "-m", "tests.stages.train_in_processes"]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
     done = subprocess.run([*command, arguments], env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-5000:]
 
-    for arrangement, lora in ARRANGEMENTS.items():
-        for name, settings in STAGES.items():
-            alone, together = (tmp_path / processes / arrangement / name for processes in ("one", "two"))
-            run(stage_named(name), settings, tiny_model_dir, alone, inputs, lora=lora)
-            assert_same_figures(alone, together)
-            kind = AutoModelForSequenceClassification if name == "reward" else AutoModelForCausalLM
-            assert_same_model(alone / "model", together / "model", tiny_model_dir, kind)
-            if lora:
-                assert_same_adapter(alone / "adapter", together / "adapter")
+    for name, arrangement in jobs:
+        alone, together = (tmp_path / processes / arrangement / name for processes in ("one", "two"))
+        run(stage_named(name), STAGES[name], tiny_model_dir, alone, inputs, **ARRANGEMENTS[arrangement])
+        assert_same_figures(alone, together)
+        kind = AutoModelForSequenceClassification if name == "reward" else AutoModelForCausalLM
+        assert_same_model(alone / "model", together / "model", tiny_model_dir, kind)
+        if arrangement == "lora":
+            assert_same_adapter(alone / "adapter", together / "adapter")
+    scores = [row["chosen_score"] for row in read_jsonl(tmp_path / "bf16/held_out.jsonl")]
+    assert any(has_more_digits_than_bf16(score) for score in scores), "scores are rounded to bf16"

@@ -1,7 +1,7 @@
 """Runs training stages on hand-made upstreams, in as many processes as it is launched in. Started by tests.
 
-Its one argument is JSON: `[model, inputs, output, {arrangement: lora}, {stage: settings}, interrupt_after]`. Results go
-to `output/arrangement/stage`. With `interrupt_after` each stage is broken off after so many steps, and run again.
+Its one argument is JSON: `[model, inputs, jobs, interrupt_after]`, each job `[stage, settings, output, options]`. With
+`interrupt_after` each is broken off after so many steps, and run again.
 """
 
 import json
@@ -34,23 +34,21 @@ def interrupt_after(steps: int | None) -> None:
 
 
 def main() -> None:
-    model, inputs, output, arrangements, stages, steps = json.loads(sys.argv[1])
+    model, inputs, jobs, steps = json.loads(sys.argv[1])
     folders = {folder.name: folder for folder in Path(inputs).iterdir()}
     if sharding.is_asked_for():
         sharding.shard_on_cpus()
-    for arrangement, lora in arrangements.items():
-        for name, settings in stages.items():
-            stage = import_module(f"align.stages.{name}").STAGE
-            arguments = (stage, settings, Path(model), Path(output) / arrangement / name, folders)
-            processes.barrier()
-            if steps:
-                interrupt_after(steps)
-                with suppress(Interrupted):
-                    run(*arguments, lora=lora)
-                    raise AssertionError(f"{name} was not interrupted")
-                interrupt_after(None)
-                GradientState._reset_state()  # as a new process would find it
-            run(*arguments, lora=lora)
+    for name, settings, output, options in jobs:
+        stage = import_module(f"align.stages.{name}").STAGE
+        processes.barrier()
+        if steps:
+            interrupt_after(steps)
+            with suppress(Interrupted):
+                run(stage, settings, Path(model), Path(output), folders, **options)
+                raise AssertionError(f"{name} was not interrupted")
+            interrupt_after(None)
+            GradientState._reset_state()  # as a new process would find it
+        run(stage, settings, Path(model), Path(output), folders, **options)
     processes.disconnect()
 
 
