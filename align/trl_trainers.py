@@ -28,7 +28,7 @@ from align.data.columns import IGNORED
 from align.epoch_rows import TakesRowsInOrder
 from align.errors import InputError, NotFinite, first_line
 from align.models.policy import add_lora, load_causal_lm, save_model
-from align.models.sharding import DEEPSPEED_SUMS, keep_results_unrounded
+from align.models.sharding import DEEPSPEED_SUMS, set_precision
 from align.stage import Context
 from align.trl_bridge import Trained, not_finite, train, whole_state, with_labels
 
@@ -74,7 +74,8 @@ class _Guarded(TakesRowsInOrder):
             self.args.deepspeed_plugin.deepspeed_config |= DEEPSPEED_SUMS
         super().create_accelerator_and_postprocess()  # type: ignore[misc]
         if self.is_fsdp_enabled:
-            keep_results_unrounded(self.accelerator.state.fsdp_plugin)
+            dtype = torch.bfloat16 if self.args.bf16 else torch.float32
+            set_precision(self.accelerator.state.fsdp_plugin, dtype)
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """One micro-batch, forwards and backwards; returns its loss.

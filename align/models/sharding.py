@@ -1,27 +1,25 @@
 """What models need whose weights are spread over processes by FSDP2 or DeepSpeed, whoever trains them."""
 
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from align import processes
 
 
-def keep_results_unrounded(plugin: Any) -> None:
-    """Have FSDP2 leave a model's results as they are, and add up gradients in float32.
+def set_precision(plugin: Any, dtype: torch.dtype) -> None:
+    """Have FSDP2 gather weights in `dtype`, add up gradients in float32, and leave a model's results as they are.
 
-    By accelerate's policy for bf16 it would round what the outermost module returns, and with it scores, values and
+    By accelerate's own policy for bf16 it would round what the outermost module returns, and with it scores, values and
     log-probs, which are float32 whatever they are computed in.
 
     Args:
         plugin: accelerate's, before anything is wrapped with it.
     """
-    if plugin.mixed_precision_policy is not None:
-        plugin.mixed_precision_policy = replace(
-            plugin.mixed_precision_policy, output_dtype=None, reduce_dtype=torch.float32
-        )
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    plugin.mixed_precision_policy = None if dtype == torch.float32 else policy
 
 
 DEEPSPEED_SUMS = {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.state_dict import (
 from align import processes
 from align.config import OptimizerBlock
 from align.errors import InputError
-from align.models.sharding import DEEPSPEED_SUMS, deepspeed_state, keep_results_unrounded
+from align.models.sharding import DEEPSPEED_SUMS, deepspeed_state, set_precision
 from align.models.wrapped import is_sharded
 
 ADAM_BETAS, ADAM_EPS = (0.9, 0.999), 1e-5
@@ -47,7 +47,7 @@ class Updates:
         self.accelerator = accelerator
         self.options = options
         if accelerator.is_fsdp2:
-            keep_results_unrounded(accelerator.state.fsdp_plugin)
+            set_precision(accelerator.state.fsdp_plugin, models.compute_dtype)
         self.wrapped, self.optimizer = accelerator.prepare(models, adamw(models, options))
         self.models = accelerator.unwrap_model(self.wrapped)
         self.sharded = any(is_sharded(parameter) for parameter in self.models.parameters())
@@ -190,7 +190,8 @@ def is_sharding(accelerator: Accelerator) -> bool:
 
 def open_accelerator() -> Accelerator:
     """The run's accelerator. Models loaded after it are whole in every process: `open_updates` shards them."""
-    accelerator = Accelerator()
+    # The models compute in the recipe's precision by themselves, whatever accelerate's configuration says.
+    accelerator = Accelerator(mixed_precision="no")
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         from transformers.integrations import unset_hf_deepspeed_config
 
