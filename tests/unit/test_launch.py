@@ -107,6 +107,13 @@ def test_a_run_that_got_other_processes_than_asked_stops(monkeypatch: pytest.Mon
     assert not Path("runs").exists()
 
 
+def test_a_run_whose_models_would_be_empty_in_all_processes_but_one_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
+    with pytest.raises(InputError, match="fsdp_cpu_ram_efficient_loading: is true"):
+        run_stage(recipe(), "letters")
+
+
 def test_a_run_that_nobody_asked_a_number_for_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(ASKED, raising=False)
     assert asked_processes() is None
