@@ -2,13 +2,15 @@
 
 Each process that fails would print its error, and launchers add pages of their own, and end with 1 whatever was wrong.
 So the first process to fail leaves a note, and the others keep quiet. `align launch` names the file of the note, and
-tells it last. Where somebody typed `accelerate launch`, the note lies beside the error files that torch's launcher names
-for its processes: the first to fail tells its error, and puts it into its error file, which ends the launcher's page.
+tells it last. Where somebody typed `accelerate launch`, the note lies beside the error files that torch's launcher
+names for its processes: the first to fail tells its error, and puts it into its error file, which ends the launcher's
+page.
 """
 
 import json
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +73,5 @@ def _read(path: Path) -> dict[str, Any]:
 def _show_launcher(error: AlignError) -> None:
     """Write the file from which torch's launcher takes what it says of a failed process."""
     report = {"message": {"message": str(error), "extraInfo": {"timestamp": int(time.time())}}}
-    try:
+    with suppress(OSError):
         Path(os.environ[LAUNCHERS]).write_text(json.dumps(report), encoding="utf-8")
-    except OSError:
-        pass

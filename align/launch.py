@@ -119,10 +119,10 @@ def stage_command(recipe: Recipe, stage: str, launch: Launch) -> Command:
         return Command((_shown(Path(sys.executable)), *program), {})
     # Port 0 takes a free one; the rest are accelerate's defaults, which it complains about when they are not given.
     given = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    number = launch.processes
-    kind = ["--multi_gpu"] if number > 1 else ["--cpu"] if processes.is_kept_off_gpus() else []
-    words = (_accelerate(), "launch", *kind, "--num_processes", str(number), *given, *program)
-    return Command(words, _environment(number))
+    asked = launch.processes
+    kind = ["--multi_gpu"] if asked > 1 else ["--cpu"] if processes.is_kept_off_gpus() else []
+    words = (_accelerate(), "launch", *kind, "--num_processes", str(asked), *given, *program)
+    return Command(words, _environment(asked))
 
 
 def run(words: Sequence[str], environment: Mapping[str, str], failure: Path | None = None) -> int:

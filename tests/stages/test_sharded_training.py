@@ -1,4 +1,4 @@
-"""The training stages with weights in shards, by the shipped configurations of accelerate, make what one process makes."""
+"""The training stages in shards, by the shipped configurations of accelerate, make what one process makes."""
 
 import json
 import os

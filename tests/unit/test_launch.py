@@ -179,13 +179,14 @@ def test_a_stage_does_not_outlive_the_process_that_launched_it() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process of its parent's death")
-def test_a_rank_does_not_outlive_its_launcher() -> None:
+@pytest.mark.parametrize("variables", [{"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "2"}, {ASKED: "1"}])
+def test_a_rank_does_not_outlive_its_launcher(variables: dict[str, str]) -> None:
     rank = (
         "import os, time; from align import __main__; "
         "__main__.main = lambda: print(os.getpid(), flush=True) or time.sleep(60); __main__.end()"
     )
     launcher = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {rank!r}])"
-    environment = {**os.environ, "LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "2"}
+    environment = {**os.environ, **variables}
     parent = subprocess.Popen([sys.executable, "-c", launcher], env=environment, stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
     assert parent.stdout.readline().strip().isdigit()
