@@ -4,20 +4,20 @@ import argparse
 import os
 import shlex
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
 from align import processes
 from align.errors import AlignError, InputError
-from align.failure_note import is_noted, note_failure
-from align.launch import Launch, die_with_launcher, launch_stage, run_recipe
+from align.failure_note import follows_from_another, note_failure
+from align.launch import INTERRUPTED, PATIENCE_SECONDS, Launch, die_with_launcher, launch_stage, run_recipe
 from align.plan import make_plan
 from align.recipe import Recipe, load_recipe
 from align.stages import all_stages
 from align.world import check_config
 
-INTERRUPTED = 130
 ALL = "all"
 
 
@@ -29,13 +29,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except AlignError as error:
         if os.environ.get("ALIGN_DEBUG"):
             traceback.print_exc()
-        if not note_failure(error):
-            rank = f"process {processes.rank()}: " if _is_one_of_several() else ""
-            print(f"{rank}{error}", file=sys.stderr)
-        return error.exit_code
+        return _tell(error)
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        return INTERRUPTED
+        interruption = AlignError("interrupted; the same command goes on from here")
+        interruption.exit_code = INTERRUPTED
+        return _tell(interruption)
+
+
+def _tell(error: AlignError) -> int:
+    """Print an error, unless another process tells it; its exit code."""
+    if not note_failure(error):
+        rank = f"process {processes.rank()}: " if _is_one_of_several() else ""
+        print(f"{rank}{error}", file=sys.stderr)
+    return error.exit_code
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -62,7 +68,7 @@ def _add_run(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
     _add_launch_options(run)
     run.set_defaults(run=_run)
 
-    launch = verbs.add_parser("launch", help="print and run the command that runs a stage in one process or several")
+    launch = verbs.add_parser("launch", help="print and run the `accelerate launch` command that runs a stage")
     launch.add_argument("target", metavar=f"STAGE|{ALL}")
     _add_recipe_options(launch)
     _add_launch_options(launch)
@@ -234,10 +240,10 @@ def _recipe(options: argparse.Namespace, path: str | None) -> Recipe:
     return load_recipe(path, [*options.set, *chosen])
 
 
-def _launch_of(options: argparse.Namespace) -> Launch:
+def _launch_of(options: argparse.Namespace, by_accelerate: bool = False) -> Launch:
     if options.accelerate_config is not None:
         check_config(options.accelerate_config)
-    return Launch(options.nproc, options.accelerate_config)
+    return Launch(options.nproc, options.accelerate_config, by_accelerate)
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -245,7 +251,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.target not in all_stages():
         return _run_recipe(options, options.recipe if options.target == ALL else _only_recipe(options), launch)
     recipe = _recipe(options, options.recipe)
-    if launch.processes > 1 or launch.config:
+    if launch.uses_accelerate:
         return launch_stage(recipe, options.target, launch)
     from align.runner import run_stage
 
@@ -265,9 +271,10 @@ def _only_recipe(options: argparse.Namespace) -> str:
 
 
 def _launch(options: argparse.Namespace) -> int:
+    launch = _launch_of(options, by_accelerate=True)
     if options.target == ALL:
-        return _run_recipe(options, options.recipe, _launch_of(options))
-    return launch_stage(_recipe(options, options.recipe), options.target, _launch_of(options))
+        return _run_recipe(options, options.recipe, launch)
+    return launch_stage(_recipe(options, options.recipe), options.target, launch)
 
 
 def _run_recipe(options: argparse.Namespace, path: str | None, launch: Launch) -> int:
@@ -480,14 +487,16 @@ def end() -> None:
     try:
         code = main()
     except Exception:
-        if is_noted():
-            code = 1
-        else:
+        if not note_failure(AlignError(traceback.format_exc().rstrip())):
             raise
+        code = 1
     sys.stdout.flush()
     sys.stderr.flush()
     if _is_one_of_several():
         if code:
+            if follows_from_another():
+                # The launcher ends it before that, and then counts one failure alone.
+                time.sleep(PATIENCE_SECONDS)
             os._exit(code)
         processes.disconnect()
     sys.exit(code)

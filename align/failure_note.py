@@ -1,46 +1,77 @@
-"""How a run of several processes tells its one error once, with its own exit code.
+"""How a run of several processes tells its one error once, with its own exit code where that can be had.
 
-Each process that fails would print its error, and `accelerate launch` a page of its own, and end with 1 whatever was
-wrong. So `align launch` names a file; the first process to fail writes its error there, the others keep quiet, and
-`align launch` tells it last.
+Each process that fails would print its error, and launchers add pages of their own, and end with 1 whatever was wrong.
+So the first process to fail leaves a note, and the others keep quiet. `align launch` names the file of the note, and
+tells it last. Where somebody typed `accelerate launch`, the note lies beside the error files that torch's launcher
+names for its processes: the first to fail tells its error, and puts it into its error file, which ends the launcher's
+page.
 """
 
 import json
 import os
+import time
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from align.errors import AlignError
 
 FAILURE = "ALIGN_FAILURE"
+LAUNCHERS = "TORCHELASTIC_ERROR_FILE"
 
 
 def note_failure(error: AlignError) -> bool:
-    """Leave the error for `align launch`; returns whether it asked for that and can be told."""
-    path = os.environ.get(FAILURE)
-    if not path:
+    """Leave the error as this run's; returns whether it is told elsewhere, so that this process keeps quiet."""
+    path = _note()
+    if path is None:
         return False
     try:
-        with open(path, "x", encoding="utf-8") as note:
-            json.dump({"exit_code": error.exit_code, "text": str(error)}, note)
+        with path.open("x", encoding="utf-8") as note:
+            json.dump({"exit_code": error.exit_code, "text": str(error), "pid": os.getpid()}, note)
     except FileExistsError:
-        pass
+        return True
     except OSError:
         return False
-    return True
+    if os.environ.get(FAILURE):
+        return True
+    _show_launcher(error)
+    return False
 
 
-def is_noted() -> bool:
-    """Whether another process failed already, so that what fails here follows from it."""
-    path = os.environ.get(FAILURE)
-    return bool(path) and os.path.exists(str(path))
+def follows_from_another() -> bool:
+    """Whether another process failed first, so that what fails here follows from it."""
+    path = _note()
+    return path is not None and path.exists() and _read(path).get("pid") != os.getpid()
 
 
 def read_failure(path: Path) -> AlignError | None:
-    """The error that a process left."""
-    try:
-        note = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
+    """The error that a process left for `align launch`."""
+    note = _read(path)
+    if not note:
         return None
     error = AlignError(note["text"])
     error.exit_code = note["exit_code"]
     return error
+
+
+def _note() -> Path | None:
+    if path := os.environ.get(FAILURE):
+        return Path(path)
+    if path := os.environ.get(LAUNCHERS):
+        # A folder for each process, in one for each attempt.
+        return Path(path).parents[1] / "align-failure.json"
+    return None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, json.JSONDecodeError):
+        return {}
+
+
+def _show_launcher(error: AlignError) -> None:
+    """Write the file from which torch's launcher takes what it says of a failed process."""
+    report = {"message": {"message": str(error), "extraInfo": {"timestamp": int(time.time())}}}
+    with suppress(OSError):
+        Path(os.environ[LAUNCHERS]).write_text(json.dumps(report), encoding="utf-8")

@@ -24,15 +24,20 @@ from align.stages import all_stages
 from align.world import ASKED, configured_processes
 
 PATIENCE_SECONDS = 2.0
-"""How long an interrupted child may take to show that it knows; ending by itself may take it longer."""
+"""How long a child that was interrupted, or whose sibling failed, may take to show that it knows."""
+INTERRUPTED = 128 + signal.SIGINT
 
 
 @dataclass(frozen=True)
 class Launch:
-    """How many processes to run a stage in, and accelerate's configuration file where there is one."""
+    """How many processes to run a stage in, and accelerate's configuration file where there is one.
+
+    Several processes are always started by accelerate; `by_accelerate` asks for it with one too.
+    """
 
     nproc: int | None = None
     config: Path | None = None
+    by_accelerate: bool = False
 
     @property
     def processes(self) -> int:
@@ -40,6 +45,11 @@ class Launch:
         if self.nproc is None and self.config is not None:
             return configured_processes(self.config) or 1
         return self.nproc or 1
+
+    @property
+    def uses_accelerate(self) -> bool:
+        """Whether the stage is started by `accelerate launch`."""
+        return self.by_accelerate or self.config is not None or self.processes > 1
 
 
 @dataclass(frozen=True)
@@ -68,7 +78,8 @@ def launch_stage(recipe: Recipe, stage: str, launch: Launch, say_place: bool = F
 
     Raises:
         InputError: the recipe has no such stage.
-        AlignError: what one of several processes failed with.
+        AlignError: what a process that accelerate started failed with.
+        KeyboardInterrupt: the processes that accelerate started were interrupted.
     """
     plan = make_plan(recipe)
     if is_up_to_date(find_step(recipe, plan, stage)):
@@ -76,16 +87,17 @@ def launch_stage(recipe: Recipe, stage: str, launch: Launch, say_place: bool = F
     if say_place:
         print(f"\n{place_of(stage, plan)}", flush=True)
     if not all_stages()[stage].uses_processes:
-        launch = Launch()
+        launch = Launch(by_accelerate=launch.by_accelerate)
     command = stage_command(recipe, stage, launch)
     print(f"$ {command}", flush=True)
     with tempfile.TemporaryDirectory(prefix="align-") as folder:
-        note = Path(folder) / "failure.json"
-        several = {FAILURE: str(note)} if launch.processes > 1 or launch.config else {}
-        environment = {**command.environment, ASKED: str(launch.processes), **several}
-        code = run(command.words, environment, note if several else None)
-        if code and (failure := read_failure(note)):
+        note = Path(folder) / "failure.json" if launch.uses_accelerate else None
+        noted = {FAILURE: str(note)} if note else {}
+        code = run(command.words, {**command.environment, ASKED: str(launch.processes), **noted}, note)
+        if code and note and (failure := read_failure(note)):
             raise failure
+        if code == INTERRUPTED and note:
+            raise KeyboardInterrupt
     return code
 
 
@@ -98,17 +110,19 @@ def place_of(stage: str, plan: Plan) -> str:
 
 
 def stage_command(recipe: Recipe, stage: str, launch: Launch) -> Command:
-    """The command that runs a stage: Python itself for one process, `accelerate launch` for several."""
+    """The command that runs a stage: `accelerate launch`, or Python itself where one process is all that is wanted."""
     program = ["-m", "align", "run", stage, "--recipe", str(recipe.path), *recipe.override_options]
     if launch.config is not None:
         number = ["--num_processes", str(launch.nproc)] if launch.nproc else []
         return Command((_accelerate(), "launch", "--config_file", str(launch.config), *number, *program), {})
-    if launch.processes == 1:
+    if not launch.uses_accelerate:
         return Command((_shown(Path(sys.executable)), *program), {})
     # Port 0 takes a free one; the rest are accelerate's defaults, which it complains about when they are not given.
     given = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    words = (_accelerate(), "launch", "--multi_gpu", "--num_processes", str(launch.processes), *given, *program)
-    return Command(words, _cpu_environment(launch.processes) if processes.on_cpu() else {})
+    asked = launch.processes
+    kind = ["--multi_gpu"] if asked > 1 else ["--cpu"] if processes.is_kept_off_gpus() else []
+    words = (_accelerate(), "launch", *kind, "--num_processes", str(asked), *given, *program)
+    return Command(words, _environment(asked))
 
 
 def run(words: Sequence[str], environment: Mapping[str, str], failure: Path | None = None) -> int:
@@ -117,8 +131,9 @@ def run(words: Sequence[str], environment: Mapping[str, str], failure: Path | No
     Interrupted, it returns 130 whatever the child made of it, so that nothing follows.
 
     Args:
-        failure: once this file is there, what the command writes to standard error is not passed on: launchers print
-            pages about a process that failed, and its own error is told by who reads the file.
+        failure: once this file is there, or after an interruption, what the command writes to standard error is not
+            passed on: launchers print pages about a process that failed, and its own error is told by who reads the
+            file.
     """
     if failure is not None:
         environment = {**environment, **_terminal_size()}
@@ -128,23 +143,25 @@ def run(words: Sequence[str], environment: Mapping[str, str], failure: Path | No
         preexec_fn=die_with_parent,
         stderr=None if failure is None else subprocess.PIPE,
     )
-    passing = threading.Thread(target=_pass_on, args=(child.stderr, failure), daemon=True)
+    interrupted = threading.Event()
+    passing = threading.Thread(target=_pass_on, args=(child.stderr, failure, interrupted), daemon=True)
     passing.start()
     try:
         code = child.wait()
     except KeyboardInterrupt:
+        interrupted.set()
         _interrupt(child)
-        return 128 + signal.SIGINT
+        return INTERRUPTED
     passing.join(PATIENCE_SECONDS)
     return code if code >= 0 else 128 - code
 
 
-def _pass_on(errors: IO[bytes] | None, failure: Path | None) -> None:
+def _pass_on(errors: IO[bytes] | None, failure: Path | None, interrupted: threading.Event) -> None:
     if errors is None or failure is None:
         return
     with os.fdopen(os.dup(2), "wb") as out:
         while part := os.read(errors.fileno(), 1 << 16):
-            if not failure.exists() or os.environ.get("ALIGN_DEBUG"):
+            if not (failure.exists() or interrupted.is_set()) or os.environ.get("ALIGN_DEBUG"):
                 out.write(part)
                 out.flush()
 
@@ -179,8 +196,8 @@ def die_with_parent() -> None:
 
 
 def die_with_launcher() -> None:
-    """Have this process end when its launcher dies, where it is one of several: it would hold the stage's lock."""
-    if "LOCAL_RANK" not in os.environ:
+    """Have this process end when its launcher dies, where it has one: it would hold the stage's lock."""
+    if not {"LOCAL_RANK", ASKED} & os.environ.keys():
         return
     launcher = os.getppid()
     die_with_parent()
@@ -189,9 +206,21 @@ def die_with_launcher() -> None:
         os._exit(128 + signal.SIGTERM)
 
 
-def _cpu_environment(number: int) -> dict[str, str]:
-    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // number))
-    return {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": threads}
+def _environment(number: int) -> dict[str, str]:
+    """What accelerate must find. Without OMP_NUM_THREADS it would have a process on a CPU work with one thread."""
+    if number == 1:
+        return {"OMP_NUM_THREADS": _threads(number)}
+    return {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": _threads(number)} if processes.on_cpu() else {}
+
+
+def _threads(number: int) -> str:
+    """Threads of each of so many processes: together those that torch by itself would start in one."""
+    if given := os.environ.get("OMP_NUM_THREADS"):
+        return given
+    import psutil
+
+    usable = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return str(max(1, min(usable, psutil.cpu_count(logical=False) or usable) // number))
 
 
 def _accelerate() -> str:

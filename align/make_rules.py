@@ -76,13 +76,13 @@ def _stage_rules(recipe: Recipe, plan: Plan, step: Step) -> Iterator[str]:
     # An interrupted make removes the target it was at, unless it is precious.
     yield f".PRECIOUS: {manifest}"
     yield f"{manifest}: {' '.join([_escaped(_slice_path(step)), *inputs])}"
-    yield f"\t@$(ALIGN) launch {step.stage} {_options(recipe)} $(LAUNCH_OPTIONS)"
+    yield f"\t@$(ALIGN) run {step.stage} {_options(recipe)} $(LAUNCH_OPTIONS)"
 
 
 def _absent_rules(recipe: Recipe, stage: str) -> Iterator[str]:
     """A stage that the recipe lacks: `align` says so."""
     yield f"{stage}:"
-    yield f"\t@$(ALIGN) launch {stage} {_options(recipe)}"
+    yield f"\t@$(ALIGN) run {stage} {_options(recipe)}"
 
 
 def _options(recipe: Recipe) -> str:

@@ -41,9 +41,14 @@ def is_first() -> bool:
     return rank() == 0
 
 
+def is_kept_off_gpus() -> bool:
+    """Whether `ACCELERATE_USE_CPU` says to leave GPUs alone."""
+    return os.environ.get("ACCELERATE_USE_CPU", "").lower() in {"1", "true", "yes"}
+
+
 def on_cpu() -> bool:
     """Whether the run keeps off GPUs: there is none, or `ACCELERATE_USE_CPU` is set."""
-    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in {"1", "true", "yes"}:
+    if is_kept_off_gpus():
         return True
     import torch
 

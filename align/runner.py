@@ -33,7 +33,7 @@ from align.repro import environment
 from align.stage import Context, Outcome
 from align.stages import all_stages
 from align.tracking import TIMINGS
-from align.world import check_world_size
+from align.world import check_loading, check_world_size
 
 
 def run_stage(recipe: Recipe, stage: str) -> bool:
@@ -42,10 +42,12 @@ def run_stage(recipe: Recipe, stage: str) -> bool:
     Raises:
         InputError: the recipe lacks the stage, or the results that it reads; or the output cannot be written.
         WorldSizeError: there are more or fewer processes than were asked for.
+        InputError: they would not all have the models' weights.
         AlignError: whatever the stage raises.
     """
     _settle_environment()
     check_world_size()
+    check_loading()
     step = find_step(recipe, make_plan(recipe), stage)
     if is_up_to_date(step):
         return False

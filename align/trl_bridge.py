@@ -8,6 +8,7 @@ import difflib
 import functools
 import importlib.metadata
 import math
+import os
 import shutil
 import types
 import typing
@@ -28,6 +29,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.integrations import unset_hf_deepspeed_config
 from trl import DPOConfig, RewardConfig, SFTConfig
 
 from align import processes
@@ -36,6 +38,7 @@ from align.config import OptimizerBlock
 from align.damage import check_files
 from align.errors import FileProblems, InputError, NotFinite, Problem
 from align.models.policy import default_device
+from align.models.sharding import deepspeed_state
 from align.repro import derive_seed
 from align.stage import Context
 from align.tracking import Tracker
@@ -91,10 +94,16 @@ def training_config(kind: type[Config], context: Context, compute_dtype: torch.d
         "save_strategy": "steps",
         "save_total_limit": 2,
     }
+    # Else a configuration of accelerate that says bf16 would be heard where the recipe says fp32.
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if decided["bf16"] else "no"
     try:
-        return kind(**{**defaults, **settings.trl, **decided, **own})
+        config = kind(**{**defaults, **settings.trl, **decided, **own})
     except (ValueError, TypeError, NotImplementedError, ImportError) as error:
         raise InputError(f"{stage}.trl: {error}") from error
+    if config.deepspeed_plugin is not None:
+        # Else transformers would load models in shards; here they are whole until a trainer has them.
+        unset_hf_deepspeed_config()
+    return config
 
 
 def check_options(kind: type, stage: str, options: Mapping[str, Any], own: Mapping[str, Any]) -> None:
@@ -214,9 +223,11 @@ def train(trainer: Trainer, stage: str, tracker: Tracker) -> Trained:
 
 def whole_state(trainer: Trainer) -> dict[str, torch.Tensor] | None:
     """The model's whole state where processes hold shards of it (FSDP, ZeRO-3), else None. Every process calls it."""
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        return trainer.accelerator.get_state_dict(trainer.model_wrapped)
-    return None
+    if trainer.is_deepspeed_enabled:
+        # The trainer has had transformers build models in shards, and so wait for other processes, from now on.
+        unset_hf_deepspeed_config()
+        return deepspeed_state(trainer.accelerator.unwrap_model(trainer.model_wrapped))
+    return trainer.accelerator.get_state_dict(trainer.model_wrapped) if trainer.is_fsdp_enabled else None
 
 
 def last_checkpoint(folder: Path) -> Path | None:

@@ -28,6 +28,7 @@ from align.data.columns import IGNORED
 from align.epoch_rows import TakesRowsInOrder
 from align.errors import InputError, NotFinite, first_line
 from align.models.policy import add_lora, load_causal_lm, save_model
+from align.models.sharding import DEEPSPEED_SUMS, set_precision
 from align.stage import Context
 from align.trl_bridge import Trained, not_finite, train, whole_state, with_labels
 
@@ -66,6 +67,15 @@ class _Guarded(TakesRowsInOrder):
         # resumed run, whose last epoch is shorter, would log other figures than an undisturbed one.
         trainer: Any = self
         trainer.accelerator.gather_for_metrics = trainer.accelerator.gather
+
+    def create_accelerator_and_postprocess(self: Any) -> None:
+        """Open the accelerator; sharded, it adds up gradients in float32 and leaves results as they are."""
+        if self.args.deepspeed_plugin is not None:
+            self.args.deepspeed_plugin.deepspeed_config |= DEEPSPEED_SUMS
+        super().create_accelerator_and_postprocess()  # type: ignore[misc]
+        if self.is_fsdp_enabled:
+            dtype = torch.bfloat16 if self.args.bf16 else torch.float32
+            set_precision(self.accelerator.state.fsdp_plugin, dtype)
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """One micro-batch, forwards and backwards; returns its loss.
@@ -286,7 +296,8 @@ def score_pairs(trainer: Any, rows: Sequence[dict[str, Any]]) -> list[tuple[floa
     """
     if not rows:
         return []
-    model = trainer.model_wrapped.eval()
+    model = trainer.model_wrapped
+    model.eval()  # DeepSpeed's engine returns nothing here
     size = trainer.args.per_device_train_batch_size
     dataset: Any = list(rows)
     loader = trainer.accelerator.prepare(DataLoader(dataset, batch_size=size, collate_fn=trainer.data_collator))

@@ -33,6 +33,26 @@ def check_world_size() -> None:
     )
 
 
+def check_loading() -> None:
+    """Stop where accelerate's configuration would give weights to the first process alone.
+
+    Models that no optimizer trains (references, reward models, the engine's) are used as they are loaded.
+
+    Raises:
+        InputError: it would; that is accelerate's default for FSDP.
+    """
+    if _is_on("ACCELERATE_USE_FSDP") and _is_on("FSDP_CPU_RAM_EFFICIENT_LOADING"):
+        raise InputError(
+            "fsdp_config.fsdp_cpu_ram_efficient_loading: is true in accelerate's configuration, as it is where nothing "
+            "is said; models would be empty in all processes but the first. Write `fsdp_cpu_ram_efficient_loading: "
+            "false` there, as in recipes/accelerate/fsdp2.yaml"
+        )
+
+
+def _is_on(name: str) -> bool:
+    return os.environ.get(name, "").lower() in {"1", "true", "yes"}
+
+
 def asked_processes() -> int | None:
     """How many processes were asked for: by `align launch`, or on the command line of `accelerate launch`."""
     if os.environ.get(ASKED):

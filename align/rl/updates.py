@@ -6,7 +6,6 @@ engine, which accumulates, clips and steps by itself. The PPO loop sees no diffe
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from torch.distributed.checkpoint.state_dict import (
 from align import processes
 from align.config import OptimizerBlock
 from align.errors import InputError
+from align.models.sharding import DEEPSPEED_SUMS, deepspeed_state, set_precision
 from align.models.wrapped import is_sharded
 
 ADAM_BETAS, ADAM_EPS = (0.9, 0.999), 1e-5
@@ -47,7 +47,7 @@ class Updates:
         self.accelerator = accelerator
         self.options = options
         if accelerator.is_fsdp2:
-            _keep_results_unrounded(accelerator.state.fsdp_plugin)
+            set_precision(accelerator.state.fsdp_plugin, models.compute_dtype)
         self.wrapped, self.optimizer = accelerator.prepare(models, adamw(models, options))
         self.models = accelerator.unwrap_model(self.wrapped)
         self.sharded = any(is_sharded(parameter) for parameter in self.models.parameters())
@@ -125,8 +125,7 @@ class DeepSpeedUpdates(Updates):
             "gradient_clipping": options.max_grad_norm,
             "bf16": {"enabled": models.compute_dtype == torch.bfloat16},
             "fp16": {"enabled": False},
-            "data_types": {"grad_accum_dtype": "fp32"},
-            "communication_data_type": "fp32",
+            **DEEPSPEED_SUMS,
         }
         self.kind = f"DeepSpeed in {processes.world_size()} processes"
         super().__init__(accelerator, models, options)
@@ -160,21 +159,8 @@ class DeepSpeedUpdates(Updates):
             raise InputError(f"{folder}: DeepSpeed finds no state there; remove the folder to start ppo anew")
 
     def whole_state(self, prefix: str) -> dict[str, Tensor]:
-        """See `Updates`; the trained parameters in float32, one gathered at a time."""
-        from deepspeed.runtime.zero import GatheredParameters
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        buffers = dict(self.models.named_buffers())
-        state = {name: tensor.cpu() for name, tensor in self.models.state_dict().items() if name in buffers}
-        gathered: dict[int, Tensor] = {}  # tied parameters have several names
-        for name, parameter in self.models.named_parameters(remove_duplicate=False):
-            if name.startswith(prefix) and id(parameter) not in gathered:
-                with GatheredParameters([parameter], enabled=not parameter.requires_grad):
-                    whole = safe_get_full_fp32_param(parameter) if parameter.requires_grad else parameter.data
-                    gathered[id(parameter)] = whole.cpu().clone() if processes.is_first() else torch.empty(0)
-            if id(parameter) in gathered:
-                state[name] = gathered[id(parameter)]
-        return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+        """See `Updates`; the trained parameters in float32."""
+        return deepspeed_state(self.models, prefix)
 
 
 def average_gradients(parameters: Sequence[Tensor]) -> None:
@@ -197,14 +183,6 @@ def adamw(models: torch.nn.Module, options: OptimizerBlock) -> torch.optim.AdamW
     )
 
 
-def _keep_results_unrounded(plugin: Any) -> None:
-    """FSDP2 would round log-probs and values, which are float32 whatever they are computed in, and summed gradients."""
-    if plugin.mixed_precision_policy is not None:
-        plugin.mixed_precision_policy = replace(
-            plugin.mixed_precision_policy, output_dtype=None, reduce_dtype=torch.float32
-        )
-
-
 def is_sharding(accelerator: Accelerator) -> bool:
     """Whether each process is to hold a part of the weights."""
     return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
@@ -212,7 +190,8 @@ def is_sharding(accelerator: Accelerator) -> bool:
 
 def open_accelerator() -> Accelerator:
     """The run's accelerator. Models loaded after it are whole in every process: `open_updates` shards them."""
-    accelerator = Accelerator()
+    # The models compute in the recipe's precision by themselves, whatever accelerate's configuration says.
+    accelerator = Accelerator(mixed_precision="no")
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         from transformers.integrations import unset_hf_deepspeed_config
 

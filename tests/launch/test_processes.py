@@ -43,6 +43,15 @@ def test_launch_runs_a_stage_in_two_processes_and_logs_once(folder: Path) -> Non
     assert published(folder, "letters")["processes"] == 2
 
 
+def test_launch_runs_one_process_by_the_accelerate_command_it_prints(folder: Path) -> None:
+    done = align(folder, "launch", "letters", "--recipe", "recipe.yaml")
+    assert done.returncode == 0, done.stderr
+    assert "accelerate launch --cpu --num_processes 1 " in done.stdout.splitlines()[0]
+    assert published(folder, "letters")["processes"] == 1
+    failed = align(folder, "launch", "letters", "--recipe", "recipe.yaml", "--set", "letters.fail=input")
+    assert (failed.returncode, failed.stderr) == (2, "letters.txt, line 3: not a letter; mend it\n")
+
+
 def test_a_recipe_runs_in_two_processes_what_can_use_them(folder: Path) -> None:
     done = align(folder, "run", "recipe.yaml", "--nproc", "2")
     assert done.returncode == 0, done.stderr
@@ -74,6 +83,15 @@ def test_a_process_that_fails_ends_the_run_at_once_and_its_error_is_told_once(fo
     assert "Traceback" not in done.stderr and "ChildFailedError" not in done.stderr
     assert time.monotonic() - start < 60
     assert not (folder / "runs/recipe/shared/letters").exists()
+
+
+def test_typed_by_hand_too_the_error_is_told_once_and_ends_the_launchers_page(folder: Path) -> None:
+    (folder / "recipe.yaml").write_text("letters: {textt: a}\n")
+    done = align(folder, "run", "letters", "--recipe", "recipe.yaml", launcher=TYPED)
+    assert done.returncode != 0
+    told, page = done.stderr.split("Traceback", 1)
+    assert told.count("no such setting; did you mean `text`?") == 1, told
+    assert page.strip().splitlines()[-2].endswith("no such setting; did you mean `text`?")
 
 
 def test_two_processes_make_the_same_samples_as_one(tmp_path: Path, tiny_model_dir: Path, tiny_prompts: Path) -> None:

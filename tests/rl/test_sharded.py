@@ -1,6 +1,5 @@
 """PPO with its weights sharded over processes makes what one process makes."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -11,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.sharding import SHARDINGS
 from tests.tiny import build_tiny_reward
 
 FIGURES = (
@@ -23,10 +23,6 @@ FIGURES = (
     "explained_variance",
     "ptx_loss",
 )
-needs_deepspeed = pytest.mark.skipif(
-    importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed: pip install -e '.[deepspeed]'"
-)
-SHARDINGS = ["fsdp2", pytest.param("zero3", marks=needs_deepspeed)]
 
 
 def train(folders: list[Path], output: Path, arrangement: str, sharding: str = "", iterations: int = 2) -> None:

@@ -28,7 +28,8 @@ def test_two_processes_train_as_one(tmp_path: Path, tiny_model_dir: Path) -> Non
     inputs = upstreams(tmp_path / "in", tiny_model_dir)
     upstream(tmp_path / "in", "revise", revisions=[revision(n, completion="Yes! " * (n + 1)) for n in range(9)])
     upstream(tmp_path / "in", "compare", pairs=[pair(n, 0.9, chosen="Yes! " * (n + 1)) for n in range(9)])
-    arguments = json.dumps([str(tiny_model_dir), str(tmp_path / "in"), str(tmp_path / "two"), SMALL_LORA, STAGES])
+    jobs = [(name, block, str(tmp_path / "two" / name), {"lora": SMALL_LORA}) for name, block in STAGES.items()]
+    arguments = json.dumps([str(tiny_model_dir), str(tmp_path / "in"), jobs, None])
     command = [sys.executable, *LAUNCHER, "-m", "tests.stages.train_in_processes", arguments]
     done = subprocess.run(command, env=os.environ, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from align.errors import AlignError, InputError, WorldSizeError
-from align.failure_note import FAILURE, is_noted, note_failure, read_failure
+from align.failure_note import FAILURE, LAUNCHERS, follows_from_another, note_failure, read_failure
 from align.launch import Launch, launch_stage, run, run_recipe, stage_command
 from align.recipe import Recipe, load_recipe, recipe_model
 from align.runner import run_stage
@@ -39,11 +39,25 @@ def recipe(*overrides: str) -> Recipe:
     return load_recipe("recipe.yaml", overrides)
 
 
-def test_one_process_needs_no_launcher() -> None:
+def test_one_process_is_plain_python_unless_accelerate_is_asked_for() -> None:
     command = stage_command(recipe("seed=1", "letters.text=a b"), "letters", Launch())
     words = "-m align run letters --recipe recipe.yaml --set seed=1 --set".split()
     assert list(command.words[1:]) == [*words, "letters.text=a b"]
     assert command.environment == {}
+
+
+def test_the_launch_verb_runs_one_process_by_accelerate_with_every_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(6))
+    monkeypatch.setattr("psutil.cpu_count", lambda logical: 4)
+    text = str(stage_command(recipe(), "letters", Launch(by_accelerate=True)))
+    assert text.startswith("OMP_NUM_THREADS=4 "), "without it accelerate takes one thread"
+    assert "accelerate launch --num_processes 1 " in text
+    assert text.endswith("-m align run letters --recipe recipe.yaml")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    text = str(stage_command(recipe(), "letters", Launch(by_accelerate=True)))
+    assert "accelerate launch --cpu --num_processes 1 " in text, "without it accelerate sets the variable to False"
 
 
 def test_several_processes_on_cpus_take_the_command_that_really_starts_them() -> None:
@@ -91,6 +105,13 @@ def test_a_run_that_got_other_processes_than_asked_stops(monkeypatch: pytest.Mon
     with pytest.raises(WorldSizeError, match="2 processes were asked for and 1 started"):
         run_stage(recipe(), "letters")
     assert not Path("runs").exists()
+
+
+def test_a_run_whose_models_would_be_empty_in_all_processes_but_one_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
+    with pytest.raises(InputError, match="fsdp_cpu_ram_efficient_loading: is true"):
+        run_stage(recipe(), "letters")
 
 
 def test_a_run_that_nobody_asked_a_number_for_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,13 +179,14 @@ def test_a_stage_does_not_outlive_the_process_that_launched_it() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process of its parent's death")
-def test_a_rank_does_not_outlive_its_launcher() -> None:
+@pytest.mark.parametrize("variables", [{"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "2"}, {ASKED: "1"}])
+def test_a_rank_does_not_outlive_its_launcher(variables: dict[str, str]) -> None:
     rank = (
         "import os, time; from align import __main__; "
         "__main__.main = lambda: print(os.getpid(), flush=True) or time.sleep(60); __main__.end()"
     )
     launcher = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {rank!r}])"
-    environment = {**os.environ, "LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "2"}
+    environment = {**os.environ, **variables}
     parent = subprocess.Popen([sys.executable, "-c", launcher], env=environment, stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
     assert parent.stdout.readline().strip().isdigit()
@@ -181,13 +203,34 @@ def test_the_first_failure_is_noted_and_those_that_follow_from_it_are_not(
     note = tmp_path / "failure.json"
     assert not note_failure(InputError("nobody asked"))
     monkeypatch.setenv(FAILURE, str(note))
-    assert not is_noted()
+    assert not follows_from_another()
     assert note_failure(InputError("first"))
     assert note_failure(AlignError("second"))
-    assert is_noted()
+    assert not follows_from_another()
+    monkeypatch.setattr("os.getpid", lambda: -1)
+    assert follows_from_another()
     failure = read_failure(note)
     assert failure is not None
     assert (str(failure), failure.exit_code) == ("first", 2)
+
+
+def test_typed_by_hand_the_first_to_fail_tells_its_error_and_shows_it_to_torchs_launcher(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(FAILURE, raising=False)
+    files = [tmp_path / f"attempt_0/{rank}/error.json" for rank in (0, 1)]
+    for file in files:
+        file.parent.mkdir(parents=True)
+    monkeypatch.setenv(LAUNCHERS, str(files[1]))
+    assert not note_failure(InputError("recipe.yaml: 1 problem\n  line 3")), "this process tells it"
+    monkeypatch.setenv(LAUNCHERS, str(files[0]))
+    monkeypatch.setattr("os.getpid", lambda: -1)
+    assert note_failure(InputError("the same")) and follows_from_another()
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+    failures = {rank: ProcessFailure(rank, 1, 2, str(file)) for rank, file in enumerate(files) if file.exists()}
+    assert list(failures) == [1]
+    assert "traceback : recipe.yaml: 1 problem\n    line 3\n====" in str(ChildFailedError("align", failures))
 
 
 def test_a_failure_that_cannot_be_noted_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
