@@ -404,16 +404,21 @@ def _constitution_stats(options: argparse.Namespace) -> None:
     stats(options.run_folder, constitution=options.constitution, human=options.human, limit=options.limit)
 
 
-def _chat(options: argparse.Namespace) -> None:
-    from align.chat import chat
+def _chat(options: argparse.Namespace) -> int:
+    try:
+        from align.chat import chat
 
-    chat(
-        options.model,
-        system_prompt=options.system,
-        max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        seed=options.seed,
-    )
+        chat(
+            options.model,
+            system_prompt=options.system,
+            max_new_tokens=options.max_new_tokens,
+            temperature=options.temperature,
+            seed=options.seed,
+        )
+    except KeyboardInterrupt:
+        # There is nothing that the same command would go on with.
+        return INTERRUPTED
+    return 0
 
 
 def _compare_runs(options: argparse.Namespace) -> None:
@@ -452,6 +457,9 @@ def _relabel(options: argparse.Namespace) -> None:
 def end() -> None:
     """Run, and end this process with the exit code; at once where it is one of several, which would wait for it."""
     die_with_launcher()
+    if not sys.stderr.isatty():
+        # The libraries' bars of loading and saving; those of the work itself go on.
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         code = main()
     except Exception:

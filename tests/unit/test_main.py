@@ -171,6 +171,67 @@ def test_a_reward_model_cannot_chat_and_says_who_can(
     assert "sft, dpo or ppo" in told
 
 
+def test_a_reward_model_is_refused_before_its_weights_are_read(
+    tiny_reward_dir: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import shutil
+
+    shutil.copytree(tiny_reward_dir, folder / "reward")
+    (folder / "reward/model.safetensors").write_bytes(b"no weights")
+    assert main(["chat", "reward"]) == 2
+    assert "which scores answers and writes none" in capsys.readouterr().err
+
+
+def test_chat_explains_its_commands_and_sends_none_of_them(
+    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("/help\n/dance now\n"))
+    assert main(["chat", str(tiny_model_dir)]) == 0
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    explained = "/new starts a new conversation, Ctrl-C stops an answer, Ctrl-D ends.\n"
+    assert shown.err == f"{explained}/dance: no such command. {explained}"
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_chat_refuses_bytes_that_are_no_text(
+    errors: str, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stdin = io.TextIOWrapper(io.BytesIO(b"\n\n/help\n\xff\xfe\n"), encoding="utf-8", errors=errors)
+    monkeypatch.setattr("sys.stdin", stdin)
+    assert main(["chat", str(tiny_model_dir)]) == 2
+    assert "not UTF-8 text" in capsys.readouterr().err
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(("stdin", "code", "answers"), [(Terminal, 0, 2), (io.StringIO, 130, 1)])
+def test_an_interruption_ends_an_answer_and_in_a_terminal_nothing_else(
+    stdin: type[io.StringIO],
+    code: int,
+    answers: int,
+    tiny_model_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import align.chat
+
+    begun = []
+
+    def interrupted(stream: object, value: object) -> None:
+        begun.append(value)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(align.chat._Stream, "put", interrupted)
+    monkeypatch.setattr("sys.stdin", stdin("Hello\nAgain\n"))
+    assert main(["chat", str(tiny_model_dir)]) == code
+    assert len(begun) == answers
+    assert "the same command goes on" not in capsys.readouterr().err
+
+
 def test_the_settings_are_printed_as_the_page_has_them(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["settings"]) == 0
     assert capsys.readouterr().out.startswith("# Settings\n")
