@@ -39,7 +39,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def test_a_stage_runs_in_this_process(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "letters", "--recipe", "recipe.yaml", "--set", "letters.text=xy"]) == 0
     assert Path("runs/recipe/shared/letters/letters.txt").read_text() == "xy"
-    assert "letters: done in 0 s" in capsys.readouterr().out
+    assert "letters: done in 0 s (runs/recipe/shared/letters)\n  letters 2\n" in capsys.readouterr().out
 
 
 def test_a_constitution_on_the_command_line_makes_a_run_of_its_own() -> None:
