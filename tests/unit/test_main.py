@@ -2,6 +2,10 @@
 
 import io
 import json
+import os
+import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +15,7 @@ import pytest
 from align.__main__ import main
 from align.recipe import load_recipe, recipe_model
 from align.records import Conversation
-from tests.fakes import add_fake_stages, remove_fake_stages
+from tests.fakes import FAKES, add_fake_stages, remove_fake_stages
 
 CONSTITUTION = """\
 title: Small
@@ -87,7 +91,7 @@ def test_an_interruption_ends_with_130(capsys: pytest.CaptureFixture[str]) -> No
         (["run", "letters"], "which recipe? Add --recipe FILE"),
         (["run", "dance", "--recipe", "recipe.yaml"], "align run dance: no such stage; there are capitals, compare"),
         (["run", "dance"], "align run dance: no such stage"),
-        (["run", "recipe.yaml", "--recipe", "recipe.yaml"], "align run recipe.yaml: no such stage"),
+        (["run", "recipe.yaml", "--recipe", "recipe.yaml"], "align run recipe.yaml: name the recipe once"),
         (["launch", "all"], "which recipe? Add --recipe FILE"),
         (["launch", "dance", "--recipe", "recipe.yaml"], "recipe.yaml: no stage `dance` in this recipe"),
     ],
@@ -115,6 +119,37 @@ def test_constitutions_are_checked_all_of_them(capsys: pytest.CaptureFixture[str
     assert "small.yaml: 1 principle" in shown.out
     assert "bad.yaml: 1 problem" in shown.err
     assert "gone.yaml" in shown.err
+
+
+def test_a_recipe_given_for_a_constitution_is_told_to_be_one(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("whole.yaml").write_text("model: {path: org/model}\nconstitution: small.yaml\nsft: {}\n")
+    assert main(["constitution", "check", "whole.yaml"]) == 2
+    assert capsys.readouterr().err.startswith("whole.yaml: this looks like a recipe")
+
+
+@pytest.mark.parametrize(
+    "verb", [["overoptimisation", "--no-plot"], ["compare-runs", "gone"], ["constitution", "stats"]]
+)
+def test_a_run_that_is_not_there_is_not_called_unfinished(verb: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*verb, "gone"]) == 2
+    assert capsys.readouterr().err.startswith("gone: no such folder (looked in ")
+
+
+def test_a_stage_s_folder_in_the_place_of_its_run_s_is_told_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "letters", "--recipe", "recipe.yaml"]) == 0
+    assert main(["overoptimisation", "--no-plot", "runs/recipe/shared/letters"]) == 2
+    told = "runs/recipe/shared/letters: the folder of a stage; name its run's, runs/recipe/shared\n"
+    assert capsys.readouterr().err == told
+
+
+@pytest.mark.parametrize("words", ["settings", "plan recipe.yaml"], ids=["print", "rich"])
+def test_a_reader_that_leaves_early_is_left_alone(words: str) -> None:
+    command = f"{shlex.quote(sys.executable)} -m align {words}"
+    # The reader is gone before anything is written.
+    shell = f"set -o pipefail; (sleep 1; {command}) | true"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(FAKES), os.environ["PYTHONPATH"]])}
+    done = subprocess.run(["bash", "-c", shell], env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_a_constitution_is_shown_as_it_is_written(capsys: pytest.CaptureFixture[str]) -> None:
