@@ -73,6 +73,8 @@ FORCE:
 ifneq (,$(filter $(STAGES) runs/%,$(MAKECMDGOALS)))
 RULES := runs/.make/$(shell printf '%s' "$(RECIPE) $(OVERRIDES)" | cksum | tr ' ' -).mk
 $(RULES): $(INSTALLED) FORCE
-	@$(ALIGN) make-rules $(RECIPE) $(OVERRIDES) --output $@
+	@$(ALIGN) make-rules $(RECIPE) $(OVERRIDES) $(LAUNCH_OPTIONS) --output $@
+# Were the file not there, make would add to a fault of the recipe that it is not.
+$(shell mkdir -p $(dir $(RULES)) && touch -a $(RULES))
 include $(RULES)
 endif

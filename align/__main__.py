@@ -3,6 +3,7 @@
 import argparse
 import os
 import shlex
+import signal
 import sys
 import time
 import traceback
@@ -91,6 +92,7 @@ def _add_recipe_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser
     rules.add_argument("target", metavar="RECIPE")
     rules.add_argument("--output", type=Path, required=True)
     _add_recipe_options(rules)
+    _add_launch_options(rules)
     rules.set_defaults(run=_make_rules)
 
 
@@ -262,7 +264,9 @@ def _run(options: argparse.Namespace) -> int:
 def _only_recipe(options: argparse.Namespace) -> str:
     """The first argument as a recipe."""
     target = str(options.target)
-    if options.recipe is None and Path(target).suffix in {".yaml", ".yml"}:
+    if Path(target).suffix in {".yaml", ".yml"}:
+        if options.recipe is not None:
+            raise InputError(f"align run {target}: name the recipe once; leave out --recipe {options.recipe}")
         return target
     raise InputError(
         f"align run {target}: no such stage; there are {', '.join(all_stages())}. "
@@ -334,6 +338,7 @@ def _settings(options: argparse.Namespace) -> None:
 def _make_rules(options: argparse.Namespace) -> None:
     from align.make_rules import write_rules
 
+    _launch_of(options)  # refuses what no stage could be launched with, before make finds that none need be
     write_rules(_recipe(options, options.target), options.output)
 
 
@@ -359,7 +364,7 @@ def _constitution_schema(options: argparse.Namespace) -> None:
     print(schema_page(), end="")
 
 
-def _check_engines(options: argparse.Namespace) -> None:
+def _check_engines(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from align.config import EngineBlock, ModelBlock
@@ -367,12 +372,11 @@ def _check_engines(options: argparse.Namespace) -> None:
 
     if options.recipe:
         recipe = _recipe(options, options.recipe)
-        print_engine_checks(engines_of(recipe), recipe.shared["model"], Console())
-        return
+        return print_engine_checks(engines_of(recipe), recipe.shared["model"], Console())
     if not options.model:
         raise InputError("which engine? Add --recipe FILE, or --model MODEL with or without --base-url URL")
     server = {"kind": "openai", "model": options.model, "base_url": options.base_url} if options.base_url else {}
-    print_engine_checks({"engine": EngineBlock(**server)}, ModelBlock(path=options.model), Console())
+    return print_engine_checks({"engine": EngineBlock(**server)}, ModelBlock(path=options.model), Console())
 
 
 def _calibrate(options: argparse.Namespace) -> None:
@@ -424,16 +428,21 @@ def _constitution_stats(options: argparse.Namespace) -> None:
     stats(options.run_folder, constitution=options.constitution, human=options.human, limit=options.limit)
 
 
-def _chat(options: argparse.Namespace) -> None:
-    from align.chat import chat
+def _chat(options: argparse.Namespace) -> int:
+    try:
+        from align.chat import chat
 
-    chat(
-        options.model,
-        system_prompt=options.system,
-        max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        seed=options.seed,
-    )
+        chat(
+            options.model,
+            system_prompt=options.system,
+            max_new_tokens=options.max_new_tokens,
+            temperature=options.temperature,
+            seed=options.seed,
+        )
+    except KeyboardInterrupt:
+        # There is nothing that the same command would go on with.
+        return INTERRUPTED
+    return 0
 
 
 def _compare_runs(options: argparse.Namespace) -> None:
@@ -481,17 +490,35 @@ def _relabel(options: argparse.Namespace) -> None:
     print(", ".join(f"{name} {count}" for name, count in counted.items()) + f" ({options.output})")
 
 
+def _reader_left() -> int:
+    """Have nothing more written to the output, whose reader (`head`) has ended; the exit code that shells give this."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 128 + signal.SIGPIPE
+
+
 def end() -> None:
     """Run, and end this process with the exit code; at once where it is one of several, which would wait for it."""
     die_with_launcher()
+    if not sys.stderr.isatty():
+        # The libraries' bars of loading and saving; those of the work itself go on.
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         code = main()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except BrokenPipeError:
+        code = _reader_left()
+    except SystemExit as ended:
+        # Rich's consoles end the program so.
+        if not isinstance(ended.__context__, BrokenPipeError):
+            raise
+        code = _reader_left()
     except Exception:
         if not note_failure(AlignError(traceback.format_exc().rstrip())):
             raise
         code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
+        sys.stdout.flush()
+        sys.stderr.flush()
     if _is_one_of_several():
         if code:
             if follows_from_another():

@@ -113,6 +113,22 @@ def stage_folder(run: Path, stage: str) -> Path:
     return next((place for place in places if place.is_dir()), places[0])
 
 
+def require_run(run: Path, *stages: str) -> None:
+    """Refuse what is no run's folder, before it is taken for a run that is not finished.
+
+    Args:
+        stages: those whose own folder may be named too.
+
+    Raises:
+        InputError: there is no such folder, or it is that of another stage.
+    """
+    if not run.is_dir():
+        raise InputError(f"{run}: no such folder (looked in {Path.cwd()}); name the folder of a run")
+    manifest = read_manifest(run)
+    if manifest is not None and manifest.stage not in stages:
+        raise InputError(f"{run}: the folder of a stage; name its run's, {run.parent}")
+
+
 def file_digest(path: Path) -> str:
     """SHA-256 of a file's bytes.
 

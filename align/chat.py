@@ -1,6 +1,7 @@
 """`align chat MODEL`: talk to a model in the terminal, or pipe questions in, one a line; the answers stream out."""
 
 import math
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,10 +13,12 @@ from transformers import PreTrainedTokenizerBase, TextStreamer
 from align.data.chat import prompt_ids
 from align.errors import InputError
 from align.models.policy import compute_dtype, default_device, load_causal_lm, load_tokenizer, stop_token_ids
+from align.progress import hide_loading_bars
 from align.records import Conversation, Message
 
 NEW = "/new"
-HELP = f"{NEW} starts a new conversation, Ctrl-D ends."
+HELP = f"{NEW} starts a new conversation, Ctrl-C stops an answer, Ctrl-D ends."
+_COMMAND = re.compile(r"/[a-z]+(?=\s|$)", re.IGNORECASE)
 
 
 class _Stream(TextStreamer):
@@ -46,7 +49,9 @@ def chat(
         temperature: 0 takes the likeliest token each time.
 
     Raises:
-        InputError: there is no such model, or it has no chat template; or a setting is out of its range.
+        InputError: there is no such model, or it has no chat template; a setting is out of its range; or what comes
+            in is not UTF-8 text.
+        KeyboardInterrupt: outside a terminal. In one, Ctrl-C stops the answer, or at the prompt ends.
     """
     if not (0 <= temperature < math.inf and max_new_tokens > 0):
         raise InputError(
@@ -54,6 +59,7 @@ def chat(
             f"{max_new_tokens}"
         )
     folder = model_folder(path)
+    hide_loading_bars()
     tokenizer: Any = load_tokenizer(folder)
     model: Any = load_causal_lm(folder, compute_dtype(precision)).to(default_device())
     drawing = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
@@ -70,12 +76,22 @@ def chat(
         if line == NEW:
             conversation = ()
             continue
-        conversation = (*conversation, Message("user", line))
-        ids = torch.tensor([prompt_ids(tokenizer, conversation, system_prompt)], device=model.device)
-        stream = _Stream(tokenizer)
+        asked = (*conversation, Message("user", line))
+        ids = torch.tensor([prompt_ids(tokenizer, asked, system_prompt)], device=model.device)
+        answer = _answer(model, ids, _Stream(tokenizer), options)
+        conversation = (*asked, Message("assistant", answer)) if answer else conversation
+
+
+def _answer(model: Any, ids: torch.Tensor, stream: _Stream, options: dict[str, Any]) -> str:
+    """Print an answer, and return what came of it before its end or, in a terminal, Ctrl-C."""
+    try:
         with torch.no_grad():
             model.generate(ids, attention_mask=torch.ones_like(ids), streamer=stream, **options)
-        conversation = (*conversation, Message("assistant", stream.text.strip()))
+    except KeyboardInterrupt:
+        if not sys.stdin.isatty():
+            raise
+        stream.end()
+    return stream.text.strip()
 
 
 def model_folder(path: str) -> str:
@@ -94,7 +110,7 @@ def model_folder(path: str) -> str:
 
 
 def _lines() -> Iterator[str]:
-    """What is typed at a prompt with line editing, or piped in; empty lines are passed over."""
+    """What is typed at a prompt with line editing, or piped in; empty lines are passed over, and commands explained."""
     typed = sys.stdin.isatty()
     if typed:
         import readline  # noqa: F401 - importing it is what gives `input` line editing
@@ -103,7 +119,19 @@ def _lines() -> Iterator[str]:
     while True:
         try:
             line = input("you: " if typed else "").strip()
+            line.encode()
         except EOFError:
             return
-        if line:
+        except KeyboardInterrupt:
+            if not typed:
+                raise
+            print()
+            return
+        except UnicodeError:
+            raise InputError("align chat: what came in is not UTF-8 text; send it as UTF-8") from None
+        command = _COMMAND.match(line)
+        if command and line != NEW:
+            unknown = "" if command[0] == "/help" else f"{command[0]}: no such command. "
+            print(f"{unknown}{HELP}", file=sys.stderr)
+        elif line:
             yield line

@@ -14,7 +14,13 @@ from typing import Any, TypeVar
 from pydantic import ConfigDict, Field, ValidationError
 
 from align.config import AboveZero, Block, Positive
-from align.constitution_checks import Inherited, chosen, file_problems, reference_problems
+from align.constitution_checks import (
+    Inherited,
+    chosen,
+    file_problems,
+    looks_like_a_recipe,
+    reference_problems,
+)
 from align.documents import read_documents
 from align.errors import FileProblems, InputError, Problem
 from align.paper import paper_content
@@ -183,6 +189,8 @@ def _load(path: Path, below: tuple[Path, ...]) -> Constitution:
     if path.is_dir() or path.suffix == ".json":
         return _from_paper(path)
     content, lines = load_yaml(path)
+    if looks_like_a_recipe(content):
+        raise InputError(f"{path}: this looks like a recipe, and a constitution is expected; see `align plan {path}`")
     problems = list(file_problems(content, lines, path.parent))
     parents, unread = _parents(path, content, lines, (*below, path.resolve()), problems)
     if parents is not None:

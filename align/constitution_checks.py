@@ -30,6 +30,11 @@ class Inherited:
         return {tag for principle in self.principles.values() for tag in principle.tags}
 
 
+def looks_like_a_recipe(content: Mapping[str, Any]) -> bool:
+    """Whether a file that was given for a constitution has a recipe's keys and none of a constitution's own."""
+    return "principles" not in content and bool({"model", "prompts", "sample", "sft", "judge"} & content.keys())
+
+
 def chosen(inherited: Iterable[Principle], include: Sequence[str], exclude: Sequence[str]) -> list[Principle]:
     """The principles with one of the tags to include, where there are any, and none of those to exclude."""
     return [
@@ -42,6 +47,7 @@ def chosen(inherited: Iterable[Principle], include: Sequence[str], exclude: Sequ
 def file_problems(content: Mapping[str, Any], lines: Lines, folder: Path) -> Iterator[Problem]:
     """Faults that a file has by itself. `folder` is where it stands."""
     yield from _duplicate_ids(content, lines)
+    yield from _equal_probes(content, lines)
     yield from _probe_problems(content, lines)
     yield from _source_problems(content, lines, folder)
     for tier, count in Counter(_texts(content.get("tiers"))).items():
@@ -121,6 +127,16 @@ def _duplicate_ids(content: Mapping[str, Any], lines: Lines) -> Iterator[Problem
         if isinstance(name, str) and first.setdefault(name, path) != path:
             fault = f"'{name}' is taken by the principle on line {lines.of(first[name])}; ids must be unique"
             yield Problem(key_name(path), fault, lines.of(path))
+
+
+def _equal_probes(content: Mapping[str, Any], lines: Lines) -> Iterator[Problem]:
+    """Probes of two completions that are one and the same, which no judge can tell apart."""
+    for index, principle in _items(content, "principles"):
+        for number, probe in _items(principle, "probes"):
+            better, path = probe.get("better"), ("principles", index, "probes", number, "worse")
+            if isinstance(better, str) and better == probe.get("worse"):
+                fault = "is the same as `better`; give a completion that does not follow the principle"
+                yield Problem(f"{_name(content, path)}: {key_name(path[2:])}", fault, lines.of(path))
 
 
 def _probe_problems(content: Mapping[str, Any], lines: Lines) -> Iterator[Problem]:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from align.artefacts import stage_folder
+from align.artefacts import require_run, stage_folder
 from align.constitution import Constitution
 from align.errors import InputError
 from align.feedback.agreement import Agreement, Label, agreement_between, side_of
@@ -66,6 +66,7 @@ def read_run(run: Path) -> RunRows:
     Raises:
         InputError: neither `revise` nor `compare` is done.
     """
+    require_run(run)
     revise, compare = stage_folder(run, "revise"), stage_folder(run, COMPARE)
     present = {name: (folder / "manifest.json").is_file() for name, folder in (("revise", revise), (COMPARE, compare))}
     if not any(present.values()):

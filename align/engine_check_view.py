@@ -1,5 +1,6 @@
 """`align engine check`: what the engines of a recipe, or one named by itself, can do, as tables."""
 
+import sys
 from collections.abc import Iterator
 
 from rich.console import Console
@@ -8,25 +9,34 @@ from rich.table import Table
 
 from align.config import EngineBlock, ModelBlock
 from align.engine_check import Finding, check_engine
-from align.errors import InputError
+from align.errors import AlignError, InputError
+from align.progress import hide_loading_bars
 from align.recipe import Recipe
 
 MARKS = {True: "[green]yes[/green]", False: "[red]no[/red]", None: ""}
 
 
-def print_engine_checks(engines: dict[str, EngineBlock], model: ModelBlock, console: Console) -> None:
+def print_engine_checks(engines: dict[str, EngineBlock], model: ModelBlock, console: Console) -> int:
     """Try each different engine once, under the names of those that use it.
 
-    Raises:
-        AlignError: an engine cannot be opened or reached, or completes nothing.
+    Returns:
+        The exit code: that of the first engine that cannot be opened or reached, or completes nothing; else 0.
     """
+    hide_loading_bars()
     different: list[EngineBlock] = []
     for engine in engines.values():
         if engine not in different:
             different.append(engine)
+    codes = []
     for engine in different:
         users = ", ".join(name for name, each in engines.items() if each == engine)
-        console.print(_table(f"{users}: {_named(engine, model)}", check_engine(engine, model)))
+        title = f"{users}: {_named(engine, model)}"
+        try:
+            console.print(_table(title, check_engine(engine, model)))
+        except AlignError as error:
+            print(f"{title}: {error}", file=sys.stderr)
+            codes.append(error.exit_code)
+    return codes[0] if codes else 0
 
 
 def engines_of(recipe: Recipe) -> dict[str, EngineBlock]:

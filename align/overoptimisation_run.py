@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from align.artefacts import Manifest, read_manifest, stage_folder
+from align.artefacts import Manifest, read_manifest, require_run, stage_folder
 from align.config import ModelBlock, RewardSourceBlock
 from align.errors import InputError
 from align.overoptimisation import (
@@ -83,6 +83,7 @@ def load_study(run: Path, gold: str | None = None, resamples: int = 2000) -> Stu
     Raises:
         InputError: the run has no gold source, no candidates, another proxy than the reward stage, or too few points.
     """
+    require_run(run)
     ppo, evaluate = (stage_folder(run, name) for name in ("ppo", "evaluate"))
     trained, evaluated = _manifest(ppo), _manifest(evaluate)
     _check_same_inputs(trained, evaluated, run)

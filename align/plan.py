@@ -16,6 +16,7 @@ from align.artefacts import PARTIAL, Manifest, file_digest, read_manifest
 from align.recipe import Recipe
 from align.records import digest
 from align.stages import all_stages
+from align.yaml_files import KeyPath, key_name
 
 State = Literal["done", "stale", "interrupted", "missing"]
 Slice = dict[str, Any]
@@ -138,27 +139,34 @@ def _state(
     return "stale", "; ".join(reasons[:SHOWN_CHANGES] + more)
 
 
-def _flat(value: Any, above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Every setting with its path; lists are settings as a whole."""
+def _flat(value: Any, above: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
+    """Every setting with its path; lists of numbers or texts are settings as a whole."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
             yield from _flat(inner, (*above, str(key)))
+    elif isinstance(value, list | tuple) and all(isinstance(inner, Mapping) for inner in value):
+        for index, inner in enumerate(value):
+            yield from _flat(inner, (*above, index))
     else:
         yield above, value
 
 
-def _change(path: tuple[str, ...], before: Any, now: Any, stage: str) -> str:
+def _change(path: KeyPath, before: Any, now: Any, stage: str) -> str:
     if path[0] == "files":
         return f"{path[1]} changed"
     if path[0] == "constitution":
         return "the constitution changed"
-    key = ".".join((stage, *path[1:]) if path[0] == "settings" else path)
+    key = key_name((stage, *path[1:]) if path[0] == "settings" else path)
     return f"{key}: {_shown(before)} → {_shown(now)}"
 
 
 def _shown(value: Any, width: int = 30) -> str:
-    text = "none" if value is None else str(value)
+    text = ", ".join(map(_word, value)) if isinstance(value, list | tuple) else _word(value)
     return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def _word(value: Any) -> str:
+    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _file_digests(recipe: Recipe, stage: str) -> dict[str, str]:

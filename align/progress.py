@@ -13,6 +13,17 @@ _SECONDS_BETWEEN = {True: 0.2, False: 10.0}
 """Between two states of the bar: in a terminal, and in a file, where each of them is a line that stays."""
 
 
+def hide_loading_bars() -> None:
+    """Load models without the bars of transformers, where a person waits for an answer; downloads keep theirs."""
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+    from transformers.utils import logging
+
+    downloads_shown = not are_progress_bars_disabled()
+    logging.disable_progress_bar()  # switches the hub's off too
+    if downloads_shown:
+        enable_progress_bars()
+
+
 class RowBar:
     """A bar over rows that are worked on in chunks, shown in the first process.
 

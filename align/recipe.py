@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, Field, ValidationError, create_model
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, create_model
 
 from align.artefacts import SHARED_RUN
 from align.config import (
@@ -39,7 +39,16 @@ from align.stages import all_stages
 from align.trl_options import CONFIGS, option_faults
 from align.yaml_files import MISSING, KeyPath, problems_from
 
-FolderName = Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
+
+def _folder_name(name: str) -> str:
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise ValueError(
+            f"may hold letters, digits, `_`, `-` and `.`, and begins with none of the last two, got {name!r}"
+        )
+    return name
+
+
+FolderName = Annotated[str, AfterValidator(_folder_name)]
 Named = ModelBlock | EngineBlock | PromptSource | PairSource | RewardSourceBlock
 
 

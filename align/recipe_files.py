@@ -67,10 +67,10 @@ class Written:
     def _owner(self, path: Sequence[str | int]) -> Lines | None:
         """The file in which a key, or the nearest enclosing one, stands; None where an override gave it."""
         names = [str(part) for part in path]
+        if any([str(name) for name in key] == names[: len(key)] for key in self.overridden):
+            return None
         for length in range(len(names), 0, -1):
             part = names[:length]
-            if any([str(name) for name in key] == part for key in self.overridden):
-                return None
             for lines in self.files:
                 if part in lines:
                     return lines
@@ -136,15 +136,17 @@ def _merged(parent: Mapping[str, Any], child: Mapping[str, Any]) -> dict[str, An
 
 
 def apply_override(content: dict[str, Any], override: str) -> KeyPath:
-    """Put an override into the content, and return its key.
+    """Put an override into the content, and return its key, in which `sources[0]` and `sources.0` are the same.
 
     Raises:
         ValueError: what is wrong with it.
     """
     key, equals, text = override.partition("=")
-    parts = key.strip().split(".")
+    parts = re.sub(r"\[(\d+)\]", r".\1", key.strip()).split(".")
     if not equals or not all(parts):
         raise ValueError("expected key=value, such as ppo.kl_coef=0.1")
+    if "[]" in key:
+        raise ValueError(f"say which entry of the list, such as {key.strip().replace('[]', '[0]')}")
     try:
         value = YAML(typ="safe", pure=True).load(text)
     except YAMLError:

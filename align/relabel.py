@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from align.artefacts import MANIFEST, Manifest, output_digests, read_manifest, stage_folder, write_json
+from align.artefacts import MANIFEST, Manifest, output_digests, read_manifest, require_run, stage_folder, write_json
 from align.backends.recorded import RecordedBackend
 from align.config import Block, JudgeBlock
 from align.constitution import Constitution, Principle, load_constitution
@@ -168,6 +168,7 @@ def read_labelled(source: Path) -> Labelled:
     Raises:
         InputError: it is not there, or keeps no scores.
     """
+    require_run(source, STAGE.name)
     folder = source if (source / "comparisons.jsonl").is_file() else stage_folder(source, STAGE.name)
     manifest = read_manifest(folder)
     if manifest is None or manifest.stage != STAGE.name:

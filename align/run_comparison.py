@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from align.artefacts import require_run
 from align.errors import InputError
 from align.report import (
     BASE,
@@ -99,6 +100,7 @@ def load_run(directory: Path) -> Run:
     Raises:
         InputError: it has not been evaluated, or by another version.
     """
+    require_run(directory, EVALUATE)
     evaluated = directory / EVALUATE if (directory / EVALUATE).is_dir() else directory
     report = read_report(evaluated)
     completions: dict[str, dict[str, EvaluatedSample]] = {}

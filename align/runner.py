@@ -57,7 +57,11 @@ def run_stage(recipe: Recipe, stage: str) -> bool:
         partial = _partial(run, step)
         finished = read_manifest(partial)
         if finished is None or finished.fingerprint != step.fingerprint:
-            _work(recipe, step, partial)
+            try:
+                _work(recipe, step, partial)
+            finally:
+                if processes.is_first():
+                    _remove_if_empty(partial)
         if processes.is_first():
             _publish(partial, step)
     processes.barrier()
@@ -160,6 +164,12 @@ def _work(recipe: Recipe, step: Step, partial: Path) -> None:
         write_json(partial / MANIFEST, manifest.__dict__)
 
 
+def _remove_if_empty(folder: Path) -> None:
+    """Leave nothing of a stage that was refused its input before it wrote anything."""
+    with suppress(OSError):
+        folder.rmdir()
+
+
 def _context(recipe: Recipe, step: Step, partial: Path) -> Context:
     shared = recipe.shared_with(step.stage)
     run = step.directory.parent
@@ -200,4 +210,7 @@ def _publish(partial: Path, step: Step) -> None:
         if path.name not in kept:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     publish(partial, step.directory, manifest)
+    counted = ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in manifest.counts.items())
     print(f"{step.stage}: done in {manifest.seconds:.0f} s ({step.directory})", flush=True)
+    if counted:
+        print(f"  {counted}", flush=True)

@@ -19,6 +19,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
+from align.artefacts import read_manifest
 from align.config import PairSource
 from align.data.sources import (
     Row,
@@ -32,6 +33,14 @@ from align.errors import InputError
 from align.records import Conversation, Demonstration, Message, PreferencePair, as_dicts, digest, read_rows
 
 T = TypeVar("T")
+UNDECIDED = "undecided: "
+"""What the counts of undecided comparisons begin with in compare's manifest, before the reason."""
+REMEDIES = {
+    "cut": "raise `compare.sampling.max_new_tokens`",
+    "identical": "raise `compare.sampling.temperature`",
+    "empty": "use a larger model",
+    "tie": "use another judge, or principles that tell answers apart",
+}
 
 
 def read_pairs(source: PairSource, counts: Counter[str] | None = None) -> list[PreferencePair]:
@@ -82,8 +91,19 @@ def gather_pairs(
     else:
         sides = [list(of_ai.values()), list(of_people.values())]
     if not any(sides):
-        raise InputError(f"{ai or 'human pairs'}: no pair to train on; the manifest beside it counts what was left out")
+        raise InputError(_no_pair(ai))
     return sides[0] + sides[1]
+
+
+def _no_pair(ai: Path | None) -> str:
+    """That there is nothing to train on, and why the judge's comparisons made no pair, as far as a manifest tells."""
+    manifest = read_manifest(ai.parent) if ai is not None else None
+    counts = manifest.counts if manifest is not None else {}
+    reasons = {name.removeprefix(UNDECIDED): count for name, count in counts.items() if name.startswith(UNDECIDED)}
+    told = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items(), key=lambda item: -item[1]))
+    why = f" (comparisons left undecided: {told})" if told else ""
+    remedies = [REMEDIES[reason] for reason in reasons if reason in REMEDIES] or ["give pairs of people's as `human`"]
+    return f"{ai or 'human pairs'}: no pair to train on{why}; {', or '.join(remedies)}"
 
 
 def mix_sizes(ai: int, human: int, human_share: float) -> tuple[int, int]:

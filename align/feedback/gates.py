@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import Field
 
+from align import processes
 from align.config import Block, Fraction, Positive
 from align.errors import GateClosed
 from align.feedback.filters import goes_in_circles, has_emoji
@@ -144,7 +145,7 @@ def _edge_length(edge: Sequence[str]) -> int:
 
 
 def check_gates(stage: str, block: Block, shares: Mapping[str, Share], place: Path | str) -> None:
-    """Stop before anything is trained on a set with a share over its limit.
+    """Stop before anything is trained on a set with a share over its limit; one of too few rows is told instead.
 
     Args:
         place: where the rows are.
@@ -152,15 +153,22 @@ def check_gates(stage: str, block: Block, shares: Mapping[str, Share], place: Pa
     Raises:
         GateClosed: with each such gate, its figure and limit, examples, the file and the remedies.
     """
-    closed = []
+    least = getattr(block, "min_rows", 1)
+    closed, told = [], []
     for name, share in shares.items():
         limit = getattr(block, name)
-        if limit is not None and share.rows >= getattr(block, "min_rows", 1) and share.value > limit:
-            shown = "; ".join(repr(text if len(text) <= 100 else f"{text[:99]}…") for text in share.examples)
-            closed.append(
-                f"gate {stage}.gates.{name} is closed: {share.value:.1%} of {share.rows} {WORDS_FOR[name]}, and the "
-                f"limit is {limit:.1%}" + (f" ({shown})" if shown else "") + f"; {REMEDIES[name]}"
-            )
+        if limit is None or share.value <= limit:
+            continue
+        if share.rows < least:
+            told.append(f"{name} {share.value:.1%} of {share.rows} (limit {limit:.1%})")
+            continue
+        shown = "; ".join(repr(text if len(text) <= 100 else f"{text[:99]}…") for text in share.examples)
+        closed.append(
+            f"gate {stage}.gates.{name} is closed: {share.value:.1%} of {share.rows} {WORDS_FOR[name]}, and the "
+            f"limit is {limit:.1%}" + (f" ({shown})" if shown else "") + f"; {REMEDIES[name]}"
+        )
+    if told and processes.is_first():
+        print(f"{stage}.gates: over the limit, but left open under {least} rows: {', '.join(told)}", flush=True)
     if closed:
         raise GateClosed(
             "\n".join(closed) + f"\nThe rows are in {place}; nothing was trained on them. To go on with them all the "

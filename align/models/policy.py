@@ -16,6 +16,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -103,18 +104,22 @@ def load_tokenizer(
         if tokenizer.eos_token_id is None:
             raise InputError(f"model {path}: its tokenizer has neither pad nor end token; set eos_token in its config")
         tokenizer.pad_token = tokenizer.eos_token
-    if fault := vocabulary_fault(tokenizer, _vocabulary(resolved, revision, trust_remote_code)):
+    config = _configuration(resolved, revision, trust_remote_code)
+    vocabulary = getattr(config.get_text_config(), "vocab_size", None) if config else None
+    if fault := vocabulary_fault(tokenizer, vocabulary):
         raise InputError(f"model {path}: {fault}; put the tokenizer beside the weights that they were trained with")
     return tokenizer
 
 
-def _vocabulary(resolved: str, revision: str | None, trust_remote_code: bool) -> int | None:
-    """How many tokens the model knows; None where its configuration cannot be read, which loading it tells."""
+def _configuration(resolved: str, revision: str | None, trust_remote_code: bool) -> PreTrainedConfig | None:
+    """The model's configuration; None where it cannot be read, which loading the model tells."""
     try:
-        config = AutoConfig.from_pretrained(resolved, revision=revision, trust_remote_code=trust_remote_code)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            resolved, revision=revision, trust_remote_code=trust_remote_code
+        )
     except (OSError, ValueError, KeyError):
         return None
-    return getattr(config.get_text_config(), "vocab_size", None)
+    return config
 
 
 def load_causal_lm(
@@ -127,6 +132,12 @@ def load_causal_lm(
             classifier.
     """
     resolved = resolve_model(path, revision=revision)
+    config = _configuration(resolved, revision, trust_remote_code)
+    if classifiers := [name for name in getattr(config, "architectures", None) or () if name.endswith(CLASSIFIER)]:
+        raise InputError(
+            f"model {path}: a {classifiers[0]}, which scores answers and writes none; give a language model, such as "
+            "the folder of sft, dpo or ppo beside a reward model's"
+        )
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
             resolved,
@@ -138,11 +149,6 @@ def load_causal_lm(
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise InputError(f"model {path}: cannot be loaded as a causal language model ({first_line(error)})") from error
-    if classifiers := [name for name in model.config.architectures or () if name.endswith(CLASSIFIER)]:
-        raise InputError(
-            f"model {path}: a {classifiers[0]}, which scores answers and writes none; give a language model, such as "
-            "the folder of sft, dpo or ppo beside a reward model's"
-        )
     if fault := weights_fault(model.config, loading):
         raise InputError(f"model {path}: {fault}; give the folder of a whole causal language model")
     zero_dropout(model)

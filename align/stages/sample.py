@@ -5,6 +5,7 @@ stream from file to file, a window at a time.
 """
 
 import heapq
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -15,6 +16,7 @@ from pydantic import Field
 from align import processes
 from align.config import Block, EngineBlock, ModelBlock, Positive, PromptsBlock, SamplingBlock
 from align.data.prompts import split_problems, stream_prompts, with_split
+from align.errors import InputError
 from align.generation import Completed, Request
 from align.metrics import text_figures
 from align.provenance import PROVENANCE, text_provenance, write_provenance
@@ -64,6 +66,7 @@ class SampleStage(Stage):
         categories: Counter[str] = Counter()
         if processes.is_first():
             _write_prompts(context, counts, categories)
+            _warn_of_empty_splits(settings.splits, counts)
         processes.barrier()
         backend = open_backend(settings.engine, model)
         provenance = text_provenance(context, "completion", backend, settings.engine)
@@ -86,11 +89,29 @@ class _Made(NamedTuple):
 
 def _write_prompts(context: Context, counts: Counter[str], categories: Counter[str]) -> None:
     block: PromptsBlock = context.shared["prompts"]
-    with RowFile(context.output / "prompts.jsonl") as out:
-        for prompt in stream_prompts(block):
-            out.add(prompt)
-            counts.update(("prompts", _of_split(prompt.split)))
-            categories[prompt.category] += 1
+    path = context.output / "prompts.jsonl"
+    try:
+        with RowFile(path) as out:
+            for prompt in stream_prompts(block):
+                out.add(prompt)
+                counts.update(("prompts", _of_split(prompt.split)))
+                categories[prompt.category] += 1
+    except InputError:
+        path.unlink()
+        raise
+
+
+def _warn_of_empty_splits(splits: Sequence[Split], counts: Mapping[str, int]) -> None:
+    """Say so where prompts were to be completed and none is: all fell into other splits."""
+    if not splits or any(counts[_of_split(split)] for split in splits):
+        return
+    others = ", ".join(f"{count} in {split}" for split in SPLITS if (count := counts[_of_split(split)]))
+    print(
+        f"sample: no prompt is completed: none fell into {' or '.join(splits)} ({others or 'there are none'}); change "
+        "`prompts.split` or `sample.splits`, or give more prompts",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def _of_split(split: str) -> str:

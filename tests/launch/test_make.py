@@ -133,6 +133,15 @@ def test_a_faulty_recipe_ends_make_with_its_faults(folder: Path) -> None:
     failed = make(folder, "letters")
     assert failed.returncode == 2
     assert "line 1  letters.txt: no such setting; did you mean `text`?" in failed.stderr
+    assert "No such file" not in failed.stderr, "make's own, of the rules that it has not"
+
+
+@pytest.mark.parametrize("number", ["0", "x"])
+def test_a_number_of_processes_that_is_none_is_refused_with_nothing_to_do_too(folder: Path, number: str) -> None:
+    assert ran(folder, "letters") == ["letters"]
+    refused = make(folder, "letters", f"NPROC={number}")
+    assert refused.returncode == 2
+    assert f"--nproc: expected a whole number above 0, got {number}" in refused.stderr
 
 
 def test_a_stage_that_the_recipe_lacks_is_named(folder: Path) -> None:

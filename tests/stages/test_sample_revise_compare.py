@@ -16,7 +16,7 @@ import pytest
 from align.artefacts import output_digests
 from align.backends.scripted import ScriptedBackend
 from align.calibration import JudgedPair
-from align.config import JudgeBlock, ModelBlock, PromptsBlock, TrackingBlock
+from align.config import JudgeBlock, ModelBlock, PromptsBlock, SplitBlock, TrackingBlock
 from align.constitution import load_constitution
 from align.errors import InputError, JudgeAtChance
 from align.generation import ChoiceRequest, Request
@@ -86,6 +86,7 @@ class World:
         return list(read_rows(self.root / path, kind))
 
 
+NOTHING_ELSE = {"sft": 0, "preference": 0, "eval": 0}
 THIRDS = {"sft": 0.4, "preference": 0.3, "rl": 0.2, "eval": 0.1}
 
 
@@ -118,6 +119,25 @@ def reply(request: Request) -> str:
             return "It is over there, and it stays there."
         return f"About {subject} Shall I go on?"
     return f"It is known: {last}."
+
+
+def test_sample_says_when_every_prompt_fell_into_other_splits(
+    world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scripted(monkeypatch, reply)
+    world.shared["prompts"] = world.shared["prompts"].model_copy(update={"split": SplitBlock(rl=1, **NOTHING_ELSE)})
+    assert world.run(SAMPLE, SampleBlock()).counts["samples"] == 0
+    assert "none fell into sft or preference (24 in rl)" in capsys.readouterr().err
+    world.run(SAMPLE, SampleBlock(splits=()))
+    assert capsys.readouterr().err == ""
+
+
+def test_sample_leaves_nothing_of_prompts_that_it_refuses(world: World) -> None:
+    (world.root / "bad.jsonl").write_text('{"prompt": "Why?"}\n{\n')
+    world.shared["prompts"] = PromptsBlock.model_validate({"sources": [{"path": str(world.root / "bad.jsonl")}]})
+    with pytest.raises(InputError, match="nothing was written"):
+        world.run(SAMPLE, SampleBlock())
+    assert list((world.root / "sample").iterdir()) == []
 
 
 def test_sample_writes_every_prompt_and_the_samples_of_its_splits(

@@ -92,6 +92,13 @@ def test_names_that_name_nothing_are_faults_with_the_nearest_name(tmp_path: Path
     ]
 
 
+def test_a_probe_must_hold_two_completions(tmp_path: Path) -> None:
+    probed = MINIMAL + "    probes:\n      - {prompt: p, better: Same., worse: Same.}\n"
+    assert faults(tmp_path, probed) == [
+        "line 7  kind: probes[0].worse: is the same as `better`; give a completion that does not follow the principle"
+    ]
+
+
 def test_probes_must_agree_with_the_rule(tmp_path: Path) -> None:
     text = (
         "title: x\nprinciples:\n  - id: asks\n    text: Ask.\n    rule: {ends_with: '?'}\n    probes:\n"

@@ -66,6 +66,26 @@ def test_the_different_engines_of_a_recipe_are_each_tried_once(
     assert "revise.critic, judge.engine: other at" in said
 
 
+def test_an_engine_that_cannot_be_had_is_told_and_the_others_are_tried(
+    tmp_path: Path, tiny_prompts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with FaultyServer(plain) as server:
+        served = {"kind": "openai", "model": "served", "base_url": server.base_url}
+        recipe = {
+            "model": {"path": "org/gone"},
+            "prompts": {"sources": [{"path": str(tiny_prompts)}]},
+            "constitution": "constitutions/style-asking.yaml",
+            "judge": {"kind": "rule"},
+            "sample": {},
+            "revise": {"engine": served},
+        }
+        (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+        assert main(["engine", "check", "--recipe", str(tmp_path / "recipe.yaml")]) == 2
+    shown = capsys.readouterr()
+    assert shown.err.startswith("sample.engine") and "org/gone, here: model org/gone: no such folder" in shown.err
+    assert "revise.engine: served at" in shown.out
+
+
 def test_what_is_missing_and_what_is_away_is_said(capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
     monkeypatch.setattr("align.backends.server_faults.FIRST_PAUSE", 0.001)
     assert main(["engine", "check"]) == 2

@@ -2,6 +2,10 @@
 
 import io
 import json
+import os
+import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +15,7 @@ import pytest
 from align.__main__ import main
 from align.recipe import load_recipe, recipe_model
 from align.records import Conversation
-from tests.fakes import add_fake_stages, remove_fake_stages
+from tests.fakes import FAKES, add_fake_stages, remove_fake_stages
 
 CONSTITUTION = """\
 title: Small
@@ -39,7 +43,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def test_a_stage_runs_in_this_process(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "letters", "--recipe", "recipe.yaml", "--set", "letters.text=xy"]) == 0
     assert Path("runs/recipe/shared/letters/letters.txt").read_text() == "xy"
-    assert "letters: done in 0 s" in capsys.readouterr().out
+    assert "letters: done in 0 s (runs/recipe/shared/letters)\n  letters 2\n" in capsys.readouterr().out
 
 
 def test_a_constitution_on_the_command_line_makes_a_run_of_its_own() -> None:
@@ -87,7 +91,7 @@ def test_an_interruption_ends_with_130(capsys: pytest.CaptureFixture[str]) -> No
         (["run", "letters"], "which recipe? Add --recipe FILE"),
         (["run", "dance", "--recipe", "recipe.yaml"], "align run dance: no such stage; there are capitals, compare"),
         (["run", "dance"], "align run dance: no such stage"),
-        (["run", "recipe.yaml", "--recipe", "recipe.yaml"], "align run recipe.yaml: no such stage"),
+        (["run", "recipe.yaml", "--recipe", "recipe.yaml"], "align run recipe.yaml: name the recipe once"),
         (["launch", "all"], "which recipe? Add --recipe FILE"),
         (["launch", "dance", "--recipe", "recipe.yaml"], "recipe.yaml: no stage `dance` in this recipe"),
     ],
@@ -115,6 +119,37 @@ def test_constitutions_are_checked_all_of_them(capsys: pytest.CaptureFixture[str
     assert "small.yaml: 1 principle" in shown.out
     assert "bad.yaml: 1 problem" in shown.err
     assert "gone.yaml" in shown.err
+
+
+def test_a_recipe_given_for_a_constitution_is_told_to_be_one(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("whole.yaml").write_text("model: {path: org/model}\nconstitution: small.yaml\nsft: {}\n")
+    assert main(["constitution", "check", "whole.yaml"]) == 2
+    assert capsys.readouterr().err.startswith("whole.yaml: this looks like a recipe")
+
+
+@pytest.mark.parametrize(
+    "verb", [["overoptimisation", "--no-plot"], ["compare-runs", "gone"], ["constitution", "stats"]]
+)
+def test_a_run_that_is_not_there_is_not_called_unfinished(verb: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*verb, "gone"]) == 2
+    assert capsys.readouterr().err.startswith("gone: no such folder (looked in ")
+
+
+def test_a_stage_s_folder_in_the_place_of_its_run_s_is_told_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "letters", "--recipe", "recipe.yaml"]) == 0
+    assert main(["overoptimisation", "--no-plot", "runs/recipe/shared/letters"]) == 2
+    told = "runs/recipe/shared/letters: the folder of a stage; name its run's, runs/recipe/shared\n"
+    assert capsys.readouterr().err == told
+
+
+@pytest.mark.parametrize("words", ["settings", "plan recipe.yaml"], ids=["print", "rich"])
+def test_a_reader_that_leaves_early_is_left_alone(words: str) -> None:
+    command = f"{shlex.quote(sys.executable)} -m align {words}"
+    # The reader is gone before anything is written.
+    shell = f"set -o pipefail; (sleep 1; {command}) | true"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(FAKES), os.environ["PYTHONPATH"]])}
+    done = subprocess.run(["bash", "-c", shell], env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_a_constitution_is_shown_as_it_is_written(capsys: pytest.CaptureFixture[str]) -> None:
@@ -169,6 +204,67 @@ def test_a_reward_model_cannot_chat_and_says_who_can(
     told = capsys.readouterr().err
     assert "run/reward/model: a LlamaForSequenceClassification, which scores answers and writes none" in told
     assert "sft, dpo or ppo" in told
+
+
+def test_a_reward_model_is_refused_before_its_weights_are_read(
+    tiny_reward_dir: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import shutil
+
+    shutil.copytree(tiny_reward_dir, folder / "reward")
+    (folder / "reward/model.safetensors").write_bytes(b"no weights")
+    assert main(["chat", "reward"]) == 2
+    assert "which scores answers and writes none" in capsys.readouterr().err
+
+
+def test_chat_explains_its_commands_and_sends_none_of_them(
+    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("/help\n/dance now\n"))
+    assert main(["chat", str(tiny_model_dir)]) == 0
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    explained = "/new starts a new conversation, Ctrl-C stops an answer, Ctrl-D ends.\n"
+    assert shown.err == f"{explained}/dance: no such command. {explained}"
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_chat_refuses_bytes_that_are_no_text(
+    errors: str, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stdin = io.TextIOWrapper(io.BytesIO(b"\n\n/help\n\xff\xfe\n"), encoding="utf-8", errors=errors)
+    monkeypatch.setattr("sys.stdin", stdin)
+    assert main(["chat", str(tiny_model_dir)]) == 2
+    assert "not UTF-8 text" in capsys.readouterr().err
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(("stdin", "code", "answers"), [(Terminal, 0, 2), (io.StringIO, 130, 1)])
+def test_an_interruption_ends_an_answer_and_in_a_terminal_nothing_else(
+    stdin: type[io.StringIO],
+    code: int,
+    answers: int,
+    tiny_model_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import align.chat
+
+    begun = []
+
+    def interrupted(stream: object, value: object) -> None:
+        begun.append(value)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(align.chat._Stream, "put", interrupted)
+    monkeypatch.setattr("sys.stdin", stdin("Hello\nAgain\n"))
+    assert main(["chat", str(tiny_model_dir)]) == code
+    assert len(begun) == answers
+    assert "the same command goes on" not in capsys.readouterr().err
 
 
 def test_the_settings_are_printed_as_the_page_has_them(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from align.plan import Plan, make_plan, model_digest, stage_slice
+from align.plan import Plan, changes, make_plan, model_digest, stage_slice
 from align.recipe import load_recipe, recipe_model
 from align.runner import run_stage
 from tests.fakes import add_fake_stages, remove_fake_stages
@@ -63,6 +63,12 @@ def test_many_changes_are_cut_short() -> None:
     run_all()
     changed = ["letters.text=b", "letters.source=null", "letters.fail=input", "letters.fail_in=1", "seed=1"]
     assert states(*changed)["letters"][1].endswith("; and 3 more")
+
+
+def test_of_a_list_the_entry_that_differs_is_named() -> None:
+    before = {"stage": "sample", "settings": {"splits": ["sft", "rl"]}, "prompts": {"sources": [{"path": "a"}]}}
+    now = {"stage": "sample", "settings": {"splits": ["sft"]}, "prompts": {"sources": [{"path": "a", "limit": 3}]}}
+    assert changes(before, now) == ["sample.splits: sft, rl → sft", "prompts.sources[0].limit: none → 3"]
 
 
 def test_a_changed_file_makes_stale() -> None:

@@ -142,9 +142,16 @@ def test_an_override_wins_over_the_file() -> None:
     assert recipe.settings["dpo"].model_dump()["beta"] == 0.2
 
 
-def test_an_override_reaches_into_lists() -> None:
-    recipe = load_recipe("recipe.yaml", ["prompts.sources.0.limit=3"])
+@pytest.mark.parametrize("key", ["prompts.sources.0.limit", "prompts.sources[0].limit"])
+def test_an_override_reaches_into_lists(key: str) -> None:
+    recipe = load_recipe("recipe.yaml", [f"{key}=3"])
     assert recipe.shared["prompts"].sources[0].limit == 3
+
+
+@pytest.mark.parametrize("name", ["../../x", ".hidden", ""])
+def test_a_name_that_is_no_folder_s_says_what_it_may_hold(name: str) -> None:
+    [told] = faults("recipe.yaml", f"name={name!r}")[1:]
+    assert told.startswith("--set name: may hold letters, digits, `_`, `-` and `.`")
 
 
 def test_an_override_may_be_null_and_take_a_stage_out() -> None:
@@ -163,6 +170,13 @@ def test_faults_of_overrides_are_told_as_theirs() -> None:
     ]
 
 
+def test_a_fault_inside_a_value_that_an_override_gave_is_not_put_down_to_the_file() -> None:
+    said = faults("recipe.yaml", "prompts.sources=[{path: gone.jsonl, limit: 0}]")
+    assert "--set prompts.sources[0].limit: must be above 0, got 0" in said
+    said = faults("recipe.yaml", "prompts.sources=[{path: gone.jsonl}]")
+    assert said[1].startswith("--set prompts.sources[0].path: gone.jsonl: no such file")
+
+
 @pytest.mark.parametrize(
     ("override", "fault"),
     [
@@ -171,6 +185,8 @@ def test_faults_of_overrides_are_told_as_theirs() -> None:
         ("a..b=3", "expected key=value"),
         ("seed=[1", "is not valid YAML"),
         ("seed.more=3", "`seed` is a single value, so there is no `seed.more`"),
+        ("prompts.sources[].path=x", "say which entry of the list, such as prompts.sources[0].path"),
+        ("prompts.sources[7].path=x", "there is no `prompts.sources.7`"),
         ("prompts.sources.7.path=x", "`prompts.sources` is a list of 1, so there is no `prompts.sources.7`"),
     ],
 )

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from align.artefacts import Manifest, write_json
 from align.config import PairSource
 from align.data.pairs import gather_pairs, mix_sizes, pairs_by_source, read_demonstrations, read_pairs
 from align.data.sources import parse_transcript
@@ -289,6 +290,16 @@ def test_no_pair_from_anywhere_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "pairs.jsonl").touch()
     with pytest.raises(InputError, match="no pair to train on"):
         gather_pairs(tmp_path / "pairs.jsonl", [], Counter())
+
+
+def test_why_the_judge_made_no_pair_is_told_from_its_manifest_with_the_remedy(tmp_path: Path) -> None:
+    (tmp_path / "pairs.jsonl").touch()
+    counts = {"comparisons": 3, "undecided: cut": 1, "undecided: tie": 2, "pairs": 0}
+    write_json(tmp_path / "manifest.json", Manifest("compare", "f", {}, {}, {}, counts).__dict__)
+    with pytest.raises(InputError) as raised:
+        gather_pairs(tmp_path / "pairs.jsonl", [], Counter())
+    assert "undecided: 2 tie, 1 cut)" in str(raised.value)
+    assert "raise `compare.sampling.max_new_tokens`" in str(raised.value)
 
 
 @pytest.mark.skipif(not HH_RLHF.exists(), reason="hh-rlhf is not beside the project")

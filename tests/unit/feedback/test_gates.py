@@ -79,10 +79,12 @@ def test_a_closed_gate_says_which_how_much_of_what_where_and_what_to_do() -> Non
     assert told.value.exit_code == 1
 
 
-def test_few_rows_or_no_limit_close_no_gate() -> None:
+def test_few_rows_or_no_limit_close_no_gate_and_few_rows_are_told(capsys: pytest.CaptureFixture[str]) -> None:
     shares = {"emoji": Share(49, 49)}
 
     check_gates("sft", TextGatesBlock(), shares, "x")
+    told = "sft.gates: over the limit, but left open under 50 rows: emoji 100.0% of 49 (limit 25.0%)\n"
+    assert capsys.readouterr().out == told
     check_gates("sft", TextGatesBlock(emoji=None, min_rows=1), shares, "x")
     with pytest.raises(GateClosed):
         check_gates("sft", TextGatesBlock(min_rows=1), shares, "x")
