@@ -17,6 +17,7 @@ from align.models.logprobs import completion_logprobs
 from align.models.openings import can_share
 from align.models.policy import stop_token_ids
 from align.models.running import Running, Task
+from align.models.trees import Continuation, can_score_trees, tree_batches, tree_logprobs
 from align.models.weights import hub_revision, weights_digest
 from align.models.wrapped import inner_model
 from align.records import FinishReason
@@ -27,7 +28,7 @@ RUNNING_ROWS = 64
 KEPT_TOKENS = 2**15
 """Tokens of openings and ended conversations whose keys and values are kept during a call."""
 
-SCORED_TOKENS = 4096
+SCORED_TOKENS = 1024
 """Positions, padding included, of one scoring pass."""
 
 
@@ -146,9 +147,10 @@ class LocalBackend:
             for number, text in enumerate(request.choices)
         ]
         sums = {(choice.request, choice.number): 0.0 for choice in choices}
+        scored = self._score_trees if can_score_trees(self._model) else self._score_rows
         done = 0
-        for batch in _batches([choice for choice in choices if choice.choice]):
-            for choice, logprob in zip(batch, self._score(batch), strict=True):
+        for batch, logprobs in scored([choice for choice in choices if choice.choice]):
+            for choice, logprob in zip(batch, logprobs, strict=True):
                 sums[choice.request, choice.number] = logprob
             done += len(batch)
             progress(done / len(choices))
@@ -156,6 +158,18 @@ class LocalBackend:
         for index, request in enumerate(requests):
             keys = [(index, number) for number in range(len(request.choices))]
             yield ChoiceScores(request.id, tuple(sums[key] for key in keys), tuple(lengths[key] for key in keys))
+
+    def _score_trees(self, choices: Sequence[_Choice]) -> Iterator[tuple[list[_Choice], list[float]]]:
+        """Batches and their scores; what choices have before them in common is read once a batch."""
+        continuations = [Continuation(choice.prompt, choice.choice) for choice in choices]
+        for batch in tree_batches(continuations, SCORED_TOKENS):
+            logprobs = tree_logprobs(self._model, [continuations[index] for index in batch])
+            yield [choices[index] for index in batch], logprobs
+
+    def _score_rows(self, choices: Sequence[_Choice]) -> Iterator[tuple[list[_Choice], list[float]]]:
+        """The same by a row for each choice, for models that take no tree."""
+        for batch in _batches(choices):
+            yield batch, self._score(batch)
 
     def _score(self, batch: Sequence[_Choice]) -> list[float]:
         """Sum of each choice's token log-probabilities."""
