@@ -47,7 +47,9 @@ class PlainEngine:
     read: int = 0
     tokens: dict[str, list[int]] = field(default_factory=dict)
 
-    def complete(self, requests: Sequence[Request], progress: Callable[[float], object]) -> Iterator[Completed]:
+    def complete(
+        self, requests: Sequence[Request], progress: Callable[[float], object], at_once: int | None = None
+    ) -> Iterator[Completed]:
         import torch
 
         stops, pad_id = stop_token_ids(self.model, self.tokenizer), self.tokenizer.pad_token_id
@@ -105,12 +107,18 @@ def make_samples(model: Any, tokenizer: Any, count: int, new_tokens: int, prompt
     ]
 
 
-def run(engine: Any, samples: Sequence[Sample], new_tokens: int = NEW_TOKENS, rounds: int = ROUNDS) -> Outcome:
+def run(
+    engine: Any,
+    samples: Sequence[Sample],
+    new_tokens: int = NEW_TOKENS,
+    rounds: int = ROUNDS,
+    at_once: int = COUNT,
+) -> Outcome:
     """The loop over an engine."""
     loop = Loop(
         constitution=load_constitution(str(CONSTITUTION)),
         backend=engine,
-        sampling=SamplingBlock(max_new_tokens=new_tokens, temperature=0.0, batch_size=len(samples)),
+        sampling=SamplingBlock(max_new_tokens=new_tokens, temperature=0.0, batch_size=at_once),
         seed=0,
         examples=EXAMPLES,
     )

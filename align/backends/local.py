@@ -23,7 +23,7 @@ from align.models.wrapped import inner_model
 from align.records import FinishReason
 
 RUNNING_ROWS = 64
-"""Completions that are written at a time, where as many are asked for."""
+"""Completions that are written at a time, where as many are asked for and the caller sets no bound."""
 
 KEPT_TOKENS = 2**15
 """Tokens of openings and ended conversations whose keys and values are kept during a call."""
@@ -49,8 +49,8 @@ class _Choice:
 class LocalBackend:
     """Completions and choices by a causal LM in this process.
 
-    Requests of one call that share their sampling settings run together, at most `RUNNING_ROWS` at a time; one that
-    ends is replaced by one that waits. Nothing is remembered from call to call, so that a call's results are a function
+    Requests of one call that share their sampling settings run together, as many at a time as the caller allows; one
+    that ends is replaced by one that waits. Nothing is remembered from call to call, so that a call's results are a function
     of its requests alone. `read` counts the prompt tokens that completions took through the model.
     """
 
@@ -82,22 +82,25 @@ class LocalBackend:
             precision=str(self._model.dtype).removeprefix("torch."),
         )
 
-    def complete(self, requests: Sequence[Request], progress: Progress = unheard) -> Iterator[Completed]:
+    def complete(
+        self, requests: Sequence[Request], progress: Progress = unheard, at_once: int | None = None
+    ) -> Iterator[Completed]:
         """Complete each request and its follow-ups, longest first; progress counts follow-ups as they come up."""
         done = 0
         for settings, group in groupby(sorted(requests, key=_settings), key=_settings):
             batch = list(group)
             answers = self._continuous if can_share(inner_model(self._model).config) else self._together
-            yield from answers(batch, settings, _within(progress, done, len(batch), len(requests)))
+            share = _within(progress, done, len(batch), len(requests))
+            yield from answers(batch, settings, share, at_once or RUNNING_ROWS)
             done += len(batch)
 
     def _continuous(
-        self, requests: Sequence[Request], settings: tuple[int, float, float], progress: Progress
+        self, requests: Sequence[Request], settings: tuple[int, float, float], progress: Progress, at_once: int
     ) -> Iterator[Completed]:
         """Requests of the same settings, and their follow-ups, through a running batch."""
         running = Running(
             self._model,
-            rows=RUNNING_ROWS,
+            rows=at_once,
             kept_tokens=KEPT_TOKENS,
             stop_ids=self._stop_ids,
             pad_id=self._tokenizer.pad_token_id,
@@ -117,20 +120,22 @@ class LocalBackend:
         self.read += running.read
 
     def _together(
-        self, requests: Sequence[Request], settings: tuple[int, float, float], progress: Progress
+        self, requests: Sequence[Request], settings: tuple[int, float, float], progress: Progress, at_once: int
     ) -> Iterator[Completed]:
-        """Requests of the same settings as one batch, for models whose cache rows cannot be picked from."""
-        decoded = decode(
-            self._model,
-            [self._prompt(request) for request in requests],
-            seeds=[request.seed for request in requests],
-            stop_ids=self._stop_ids,
-            pad_id=self._tokenizer.pad_token_id,
-            progress=progress,
-            **_as_options(settings),
-        )
-        for request, tokens, reason in zip(requests, decoded.tokens, decoded.finish_reasons, strict=True):
-            yield self._completed(request, tokens, reason)
+        """Requests of the same settings as whole batches, for models whose cache rows cannot be picked from."""
+        for start in range(0, len(requests), at_once):
+            batch = requests[start : start + at_once]
+            decoded = decode(
+                self._model,
+                [self._prompt(request) for request in batch],
+                seeds=[request.seed for request in batch],
+                stop_ids=self._stop_ids,
+                pad_id=self._tokenizer.pad_token_id,
+                progress=_within(progress, start, len(batch), len(requests)),
+                **_as_options(settings),
+            )
+            for request, tokens, reason in zip(batch, decoded.tokens, decoded.finish_reasons, strict=True):
+                yield self._completed(request, tokens, reason)
 
     def _completed(self, request: Request, tokens: list[int], reason: FinishReason) -> Completed:
         words = tokens[:-1] if reason == "stop" else tokens

@@ -16,10 +16,9 @@ def parts(tmp_path_factory):
     return load_causal_lm(str(folder), torch.float32), load_tokenizer(str(folder))
 
 
-def test_greedy_texts_equal_the_plain_loops_and_what_is_known_is_read_once(parts, monkeypatch):
-    monkeypatch.setattr("align.backends.local.RUNNING_ROWS", 4)
-    samples = cai_loop.make_samples(*parts, 10, 8)
-    ours = cai_loop.run(LocalBackend(*parts, name="ours"), samples, 8)
+def test_greedy_texts_equal_the_plain_loops_and_what_is_known_is_read_once(parts):
+    samples = cai_loop.make_samples(*parts, 16, 8)
+    ours = cai_loop.run(LocalBackend(*parts, name="ours"), samples, 8, at_once=2)
     plain = cai_loop.run(cai_loop.PlainEngine(*parts), samples, 8)
     assert ours.turns == plain.turns
     assert len({text for chain in ours.turns for text in chain}) > 20, "texts are to differ"
