@@ -20,12 +20,14 @@ class Columns:
     """Keys and values of rows, in buffers with room for `spare` columns more whenever they are laid out anew.
 
     The columns in use go from `start`, where the longest row begins, to `end`, which is written next. `begins` (R,)
-    has the first column of each row; an empty row has one column, as attention needs at least one.
+    has the first column of each row; an empty row has one column, as attention needs at least one. `elsewhere` (R,)
+    says how many tokens come before it whose states are kept elsewhere.
     """
 
     def __init__(self, config: PreTrainedConfig, spare: int, device: torch.device) -> None:
         self.start = self.end = 0
         self.begins = torch.zeros(0, dtype=torch.long, device=device)
+        self.elsewhere = torch.zeros_like(self.begins)
         self.cache: Cache = DynamicCache(config=config)
         self.cache.layers = []
         self._config, self._spare = config, spare
@@ -46,25 +48,29 @@ class Columns:
         for layer in self.cache.layers:
             layer.move(rows, end, end + self._spare)
         shift = end - self.end
-        self.begins = self.begins[rows] + shift if len(self.begins) else rows.new_full(rows.shape, end)
+        if len(self.begins):
+            self.begins, self.elsewhere = self.begins[rows] + shift, self.elsewhere[rows]
+        else:
+            self.begins, self.elsewhere = rows.new_full(rows.shape, end), torch.zeros_like(rows)
         self.start, self.end = self.start + shift if self.cache.layers else end, end
 
-    def put(self, slot: int, source: Cache, row: int, columns: slice) -> None:
-        """Lay columns of another cache's row here, ending where the others stand."""
+    def put(self, slot: int, source: Cache, row: int, columns: slice, elsewhere: int) -> None:
+        """Lay columns of another cache's row here, but for those of its first tokens that are kept elsewhere."""
         if not self.cache.layers:
             like = source.layers[0].keys
             self.cache.layers = [
                 ColumnLayer(self, like, len(self.begins), self.end + self._spare) for _ in source.layers
             ]
+        columns = slice(columns.start + elsewhere, columns.stop)
         begin = self.end - (columns.stop - columns.start)
         for target, layer in zip(self.cache.layers, source.layers, strict=True):
             target.keys[slot, :, begin : self.end] = layer.keys[row, :, columns]
             target.values[slot, :, begin : self.end] = layer.values[row, :, columns]
-        self.begins[slot] = begin
+        self.begins[slot], self.elsewhere[slot] = begin, elsewhere
 
-    def states(self, slot: int, shared: int) -> States:
-        """Copies of a row's states, without those of its first `shared` tokens."""
-        columns = slice(int(self.begins[slot]) + shared, self.end)
+    def states(self, slot: int, first: int) -> States:
+        """Copies of a row's states from this token on, which must be here."""
+        columns = slice(int(self.begins[slot] - self.elsewhere[slot]) + first, self.end)
         return [
             (layer.keys[slot, :, columns].clone(), layer.values[slot, :, columns].clone())
             for layer in self.cache.layers
@@ -72,7 +78,7 @@ class Columns:
 
     def narrow(self, empty: list[int]) -> None:
         """Let the columns in use begin with the longest row, given which are empty."""
-        self.begins[empty] = self.end
+        self.begins[empty], self.elsewhere[empty] = self.end, 0
         self.start = min(int(self.begins.min()), self.end)
 
     def mask(self) -> Tensor:
@@ -82,7 +88,7 @@ class Columns:
 
     def positions(self) -> Tensor:
         """(R, 1) the position of each row's next token."""
-        return (self.end - self.begins)[:, None]
+        return (self.end - self.begins + self.elsewhere)[:, None]
 
 
 class ColumnLayer(DynamicLayer):

@@ -1,12 +1,14 @@
 """Completions by continuous batching: a row that has ended makes room for a prompt that waits.
 
-What a prompt has in common with an opening or with an earlier conversation is copied instead of computed.
+What a prompt has in common with an opening or with an earlier conversation is copied instead of computed; an opening
+that all have is kept once for all rows.
 
 Shapes: R rows, V vocabulary.
 """
 
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +20,7 @@ from align.errors import NotFinite
 from align.models.columns import Columns
 from align.models.decode import draw, evaluating, reserved_cache
 from align.models.joining import Joining, pass_size, read_prompts
+from align.models.opening_attention import LEAST, after_opening, can_attend_to_opening
 from align.models.openings import shared_openings
 from align.models.prefixes import Prefix, PrefixStore
 from align.models.wrapped import inner_model, without_ddp
@@ -79,6 +82,7 @@ class Running:
         self._limit, self._temperature, self._top_p = max_new_tokens, temperature, top_p
         self._stops, self._pad_id = frozenset(stop_ids), pad_id
         self._store = PrefixStore(kept_tokens)
+        self._opening: Prefix | None = None
         self._places = rows
         self._rows: list[_Row | None] = []
         self._columns = Columns(self._config, 2 * max_new_tokens, self._device)
@@ -99,13 +103,17 @@ class Running:
                 yield from self._step()
 
     def _read_openings(self, prompts: Sequence[Sequence[int]]) -> None:
-        for ids in shared_openings(prompts).ids if len(prompts) > 1 else []:
+        openings = shared_openings(prompts).ids if len(prompts) > 1 else []
+        for ids in openings:
             if ids:
                 cache = reserved_cache(self._config, len(ids))
                 self._forward(torch.tensor([ids], device=self._device), past_key_values=cache, logits_to_keep=1)
                 self.read += len(ids)
                 states = [(layer.keys[0], layer.values[0]) for layer in cache.layers]
-                self._store.add(Prefix(tuple(ids), states))
+                prefix = Prefix(tuple(ids), states)
+                self._store.add(prefix)
+                if openings == [ids] and len(ids) >= LEAST and can_attend_to_opening(self._model):
+                    self._opening = prefix
 
     @property
     def _free(self) -> int:
@@ -117,16 +125,22 @@ class Running:
             return
         while waiting and self._free:
             joining = self._next_rows(waiting)
-            slots = self._slots(len(joining), max(len(row.task.prompt) for row in joining))
+            widths = [len(row.task.prompt) - self._kept_once(row.task.prompt) for row in joining]
+            slots = self._slots(len(joining), max(widths))
             read = read_prompts(
                 self._forward, self._config, [row.joining for row in joining], self._pad_id, self._device
             )
             for number, (slot, row) in enumerate(zip(slots, joining, strict=True)):
-                self._columns.put(slot, read.cache, number, read.columns[number])
+                self._columns.put(slot, read.cache, number, read.columns[number], self._kept_once(row.task.prompt))
                 self._rows[slot] = row
                 self.read += len(row.joining.rest)
             self._narrow()
             yield from self._take(slots, read.logits)
+
+    def _kept_once(self, prompt: Sequence[int]) -> int:
+        """How many of a prompt's first tokens are those of the opening that is kept for all rows."""
+        opening = self._opening.tokens if self._opening else ()
+        return len(opening) if opening == tuple(prompt[: len(opening)]) else 0
 
     def _next_rows(self, waiting: deque[Task]) -> list[_Row]:
         """Tasks that join in one pass."""
@@ -158,15 +172,21 @@ class Running:
         """One token more for every row."""
         if self._columns.is_full:
             self._lay_out(range(len(self._rows)), 0)
-        logits = self._forward(
-            self._next[:, None],
-            attention_mask=self._columns.mask(),
-            position_ids=self._columns.positions(),
-            past_key_values=self._columns.cache,
-            logits_to_keep=1,
-        ).logits[:, -1]
+        with self._after_opening():
+            logits = self._forward(
+                self._next[:, None],
+                attention_mask=self._columns.mask(),
+                position_ids=self._columns.positions(),
+                past_key_values=self._columns.cache,
+                logits_to_keep=1,
+            ).logits[:, -1]
         self._columns.end += 1
         yield from self._take(range(len(self._rows)), logits)
+
+    def _after_opening(self) -> AbstractContextManager[None]:
+        if self._opening is None:
+            return nullcontext()
+        return after_opening(self._config, self._opening, self._columns.elsewhere > 0)
 
     def _take(self, slots: Sequence[int], logits: Tensor) -> Iterator[Finished]:
         """Draw these slots' next tokens; those that end leave."""
@@ -197,9 +217,12 @@ class Running:
 
     def _keep(self, slot: int, row: _Row) -> None:
         """Remember an ended row, for a prompt that goes on from it. The last token was never read."""
-        known = row.joining.known
+        parent, known = row.joining.prefix, row.joining.known
+        here = self._kept_once(row.task.prompt)
+        if known < here:
+            parent, known = self._opening, here
         tokens = (*row.task.prompt, *row.tokens[:-1])
-        self._store.add(Prefix(tokens, self._columns.states(slot, known), row.joining.prefix, known))
+        self._store.add(Prefix(tokens, self._columns.states(slot, known), parent, known))
 
     def _narrow(self) -> None:
         self._columns.narrow([slot for slot, row in enumerate(self._rows) if row is None])
