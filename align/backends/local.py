@@ -50,8 +50,8 @@ class LocalBackend:
     """Completions and choices by a causal LM in this process.
 
     Requests of one call that share their sampling settings run together, as many at a time as the caller allows; one
-    that ends is replaced by one that waits. Nothing is remembered from call to call, so that a call's results are a function
-    of its requests alone. `read` counts the prompt tokens that completions took through the model.
+    that ends is replaced by one that waits. Nothing is remembered from call to call, so that a call's results are a
+    function of its requests alone. `read` counts the prompt tokens that completions took through the model.
     """
 
     depends_on_batch = True

@@ -4,8 +4,8 @@ Attention over two sets of positions is their two results, weighted by the softm
 b of the scores, out = out_a sigmoid(a - b) + out_b sigmoid(b - a) (Juravsky et al. 2024, Hydragen, eq. 4-5). Generation
 on a CPU waits for keys and values more than for anything else, and the queries of all rows together make one product.
 
-Shapes: B rows, H heads, K key-value heads, G = H / K heads that share one, S positions of a row's own, P of the opening,
-D features a head.
+Shapes: B rows, H heads, K key-value heads, G = H / K heads that share one, S positions of a row's own, P of the
+opening, D features a head.
 """
 
 from collections.abc import Iterator

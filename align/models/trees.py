@@ -102,9 +102,7 @@ def tree_logprobs(model: Any, continuations: Sequence[Continuation]) -> list[flo
         continuations: in the order of their tokens, as `tree_batches` gives them.
     """
     tree = tree_of([each.tokens for each in continuations])
-    steps = [
-        (path[len(each.before) - 1 : -1], each.ids) for each, path in zip(continuations, tree.paths, strict=True)
-    ]
+    steps = [(path[len(each.before) - 1 : -1], each.ids) for each, path in zip(continuations, tree.paths, strict=True)]
     asked = sorted({node for nodes, ids in steps for node in nodes[: len(ids)]})
     place = {node: number for number, node in enumerate(asked)}
     which = torch.tensor([place[node] for nodes, ids in steps for node in nodes[: len(ids)]])

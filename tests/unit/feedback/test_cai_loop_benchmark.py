@@ -25,6 +25,16 @@ def test_greedy_texts_equal_the_plain_loops_and_what_is_known_is_read_once(parts
     assert ours.read < plain.read / 2
 
 
+def test_choices_by_all_principles_are_those_of_a_row_for_each(parts):
+    samples = cai_loop.make_samples(*parts, 2, 8)
+    revisions = ["No, I won't.", "Ask somebody else, please."]
+    _, ours = cai_loop.choose(LocalBackend(*parts, name="ours"), samples, revisions)
+    _, plain = cai_loop.choose(cai_loop.PlainEngine(*parts, rows=3), samples, revisions)
+    principles = len(cai_loop.load_constitution(str(cai_loop.CONSTITUTION)).principles)
+    assert len(ours) == 2 * principles * 2 * 2
+    assert ours == pytest.approx(plain, abs=1e-3)
+
+
 def test_tables_are_written_between_their_marks(tmp_path, monkeypatch):
     page = tmp_path / "page.md"
     page.write_text(f"before\n{cai_loop.MARKS[0]}\nold\n{cai_loop.MARKS[1]}\nafter\n")

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from align.errors import NotFinite
 import align.models.running as running_module
+from align.errors import NotFinite
 from align.models.decode import decode
 from align.models.opening_attention import after_opening
 from align.models.policy import load_causal_lm
@@ -127,7 +127,7 @@ def test_an_opening_kept_once_changes_no_row_also_beside_rows_without_it(model, 
         found[task.key] = task.prompt, tokens
         number, turn = task.key
         if turn < 3:
-            others = ([*task.prompt, *tokens, 200, 201 + number], [300 + number, 7, 8], list(OPENING))
+            others = ([*task.prompt, *tokens, 200, 201 + number], [150 + number, 7, 8], list(OPENING))
             waiting.append(Task((number, turn + 1), others[number % 3], 0))
     assert len(found) == 27
     for prompt, tokens in found.values():
