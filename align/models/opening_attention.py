@@ -38,10 +38,15 @@ class _Shared:
 _SHARED: ContextVar[_Shared] = ContextVar("shared opening")
 
 
-def can_attend_to_opening(model: Any) -> bool:
-    """Whether the model runs PyTorch's attention on a CPU, whose kernel also gives log-sum-exps."""
+def can_attend_to_opening(model: Any, opening: Prefix) -> bool:
+    """Whether the model runs PyTorch's attention on a CPU, whose kernel also gives log-sum-exps.
+
+    Its positions must be turned into queries and keys, as a bias of its own for every distance is not known here.
+    """
     inner = inner_model(model)
-    return inner.device.type == "cpu" and inner.config._attn_implementation in ("sdpa", attention.NAME)
+    runs_kernel = inner.device.type == "cpu" and inner.config._attn_implementation in ("sdpa", attention.NAME)
+    is_rotary = bool(getattr(inner.config, "rope_parameters", None))
+    return runs_kernel and is_rotary and all(keys.shape == values.shape for keys, values in opening.states)
 
 
 @contextmanager

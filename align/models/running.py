@@ -112,7 +112,7 @@ class Running:
                 states = [(layer.keys[0], layer.values[0]) for layer in cache.layers]
                 prefix = Prefix(tuple(ids), states)
                 self._store.add(prefix)
-                if openings == [ids] and len(ids) >= LEAST and can_attend_to_opening(self._model):
+                if openings == [ids] and len(ids) >= LEAST and can_attend_to_opening(self._model, prefix):
                     self._opening = prefix
 
     @property

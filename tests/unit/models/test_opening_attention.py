@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from align.models.opening_attention import after_opening, opening_attention
+from align.models.opening_attention import after_opening, can_attend_to_opening, opening_attention
+from align.models.policy import load_causal_lm
 from align.models.prefixes import Prefix
 
 ROWS, GROUPS, HEADS, SIZE, OPENING, OWN = 5, 2, 6, 16, 40, 9
@@ -36,3 +37,15 @@ def test_parts_merge_into_the_softmax_over_all_positions(dtype, tolerance):
     expected = (scores.softmax(-1) @ values).transpose(1, 2)  # (B, 1, H, D)
     assert found.shape == expected.shape
     torch.testing.assert_close(found.double(), expected, atol=tolerance, rtol=tolerance)
+
+
+def test_models_that_the_kernel_does_not_serve_keep_their_own_attention(tiny_model_dir, monkeypatch):
+    model = load_causal_lm(str(tiny_model_dir), torch.float32)
+    opening = Prefix((1, 2), [(torch.zeros(2, 2, 4), torch.zeros(2, 2, 4))])
+    assert can_attend_to_opening(model, opening)
+    assert not can_attend_to_opening(model, Prefix((1, 2), [(torch.zeros(2, 2, 4), torch.zeros(2, 2, 8))]))
+    with monkeypatch.context() as patch:
+        patch.setattr(model.config, "rope_parameters", None)
+        assert not can_attend_to_opening(model, opening)
+    model.set_attn_implementation("eager")
+    assert not can_attend_to_opening(model, opening)
