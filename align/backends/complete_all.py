@@ -1,13 +1,16 @@
 """Answer many requests so that a kill costs one chunk, and neither kills nor the number of processes change a result.
 
 Requests are put into a fixed order and cut into fixed chunks. A chunk is the unit of determinism, since a row's last
-bits may depend on the rows it shared a batch with: a chunk with any row missing from the journal is run whole again.
-Of an engine whose rows do not depend on each other, a server, only the missing rows are asked for again.
+bits may depend on the rows it shared a batch with: a chunk with any row missing from the journal is run whole again. A
+chunk is several batches long where there is enough to do, as the engine fills places that come free within it alone.
+An engine whose rows do not depend on each other, a server, gets all the missing rows in one call, and bounds by itself
+how many are under way.
 """
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -19,6 +22,12 @@ from align.progress import RowBar
 
 Asked = TypeVar("Asked", Request, ChoiceRequest)
 
+MOST_BATCHES = 8
+"""Batches of a chunk: what a kill may cost."""
+
+LEAST_CHUNKS = 4
+"""Chunks of work that is a few batches long, so that processes can share it."""
+
 
 def complete_all(
     backend: Backend, requests: Sequence[Request], batch_size: int, journal_path: Path | None, description: str
@@ -26,7 +35,7 @@ def complete_all(
     """Every request's completion, and its follow-up's, by id, in every process.
 
     Args:
-        batch_size: requests a chunk.
+        batch_size: requests that an engine in this process answers at a time; servers have a bound of their own.
         journal_path: finished rows are kept in `journal_path.<rank>`, and those found there are not made again. None
             keeps nothing, and each process answers all by itself.
         description: what the progress bar says.
@@ -34,7 +43,8 @@ def complete_all(
     Raises:
         AlignError: the backend left a request unanswered.
     """
-    work = _Work(backend.complete, backend.depends_on_batch, batch_size, description, _completed)
+    answer = partial(backend.complete, at_once=batch_size)
+    work = _Work(answer, backend.depends_on_batch, batch_size, description, _completed)
     rows: dict[str, dict[str, Any]] = {}
     asked = list(requests)
     while asked:
@@ -80,9 +90,10 @@ class _Work(Generic[Asked]):
 def _answer_all(work: _Work[Asked], requests: Sequence[Asked], journal_path: Path | None) -> dict[str, dict[str, Any]]:
     if len({request.id for request in requests}) < len(requests):
         raise ValueError(f"{work.description}: two requests have the same id")
-    # Longest first: little padding inside a chunk, and what does not fit in memory shows at once.
-    ordered = sorted(requests, key=lambda request: (-_characters(request), request.id))
-    chunks = [ordered[start : start + work.batch_size] for start in range(0, len(ordered), work.batch_size)]
+    ordered = sorted(requests, key=_place)
+    batches = -(-len(ordered) // work.batch_size)
+    size = work.batch_size * max(1, min(MOST_BATCHES, batches // LEAST_CHUNKS))
+    chunks = [ordered[start : start + size] for start in range(0, len(ordered), size)]
     rows: dict[str, dict[str, Any]] = {}
     if journal_path is None:
         _answer_chunks(work, chunks, rows.get, lambda row: rows.update({row["id"]: row}))
@@ -131,6 +142,8 @@ def _answer_chunks(
         if unanswered
     ]
     total, left = (sum(map(work.answers, some)) for some in (chunks, todo))
+    if todo and not work.depends_on_batch:
+        todo = [[request for chunk in todo for request in chunk]]
     with RowBar(total, total - left, work.description) as bar:
         for chunk in todo:
             bar.begin(work.answers(chunk))
@@ -139,6 +152,8 @@ def _answer_chunks(
                 bar.row()
 
 
-def _characters(request: Request | ChoiceRequest) -> int:
-    choices = request.choices if isinstance(request, ChoiceRequest) else ()
-    return sum(len(message.content) for message in request.messages) + sum(len(choice) for choice in choices)
+def _place(request: Request | ChoiceRequest) -> tuple[Any, ...]:
+    """Longest first: little padding, and what does not fit in memory shows at once. Choices that begin alike together:
+    what they have in common is read once."""
+    texts = [message.content for message in request.messages]
+    return (texts if isinstance(request, ChoiceRequest) else -sum(map(len, texts)), request.id)

@@ -17,17 +17,18 @@ from align.models.logprobs import completion_logprobs
 from align.models.openings import can_share
 from align.models.policy import stop_token_ids
 from align.models.running import Running, Task
+from align.models.trees import Continuation, can_score_trees, tree_batches, tree_logprobs
 from align.models.weights import hub_revision, weights_digest
 from align.models.wrapped import inner_model
 from align.records import FinishReason
 
 RUNNING_ROWS = 64
-"""Completions that are written at a time, where as many are asked for."""
+"""Completions that are written at a time, where as many are asked for and the caller sets no bound."""
 
 KEPT_TOKENS = 2**15
 """Tokens of openings and ended conversations whose keys and values are kept during a call."""
 
-SCORED_TOKENS = 4096
+SCORED_TOKENS = 1024
 """Positions, padding included, of one scoring pass."""
 
 
@@ -48,9 +49,9 @@ class _Choice:
 class LocalBackend:
     """Completions and choices by a causal LM in this process.
 
-    Requests of one call that share their sampling settings run together, at most `RUNNING_ROWS` at a time; one that
-    ends is replaced by one that waits. Nothing is remembered from call to call, so that a call's results are a function
-    of its requests alone. `read` counts the prompt tokens that completions took through the model.
+    Requests of one call that share their sampling settings run together, as many at a time as the caller allows; one
+    that ends is replaced by one that waits. Nothing is remembered from call to call, so that a call's results are a
+    function of its requests alone. `read` counts the prompt tokens that completions took through the model.
     """
 
     depends_on_batch = True
@@ -81,22 +82,25 @@ class LocalBackend:
             precision=str(self._model.dtype).removeprefix("torch."),
         )
 
-    def complete(self, requests: Sequence[Request], progress: Progress = unheard) -> Iterator[Completed]:
+    def complete(
+        self, requests: Sequence[Request], progress: Progress = unheard, at_once: int | None = None
+    ) -> Iterator[Completed]:
         """Complete each request and its follow-ups, longest first; progress counts follow-ups as they come up."""
         done = 0
         for settings, group in groupby(sorted(requests, key=_settings), key=_settings):
             batch = list(group)
             answers = self._continuous if can_share(inner_model(self._model).config) else self._together
-            yield from answers(batch, settings, _within(progress, done, len(batch), len(requests)))
+            share = _within(progress, done, len(batch), len(requests))
+            yield from answers(batch, settings, share, at_once or RUNNING_ROWS)
             done += len(batch)
 
     def _continuous(
-        self, requests: Sequence[Request], settings: tuple[int, float, float], progress: Progress
+        self, requests: Sequence[Request], settings: tuple[int, float, float], progress: Progress, at_once: int
     ) -> Iterator[Completed]:
         """Requests of the same settings, and their follow-ups, through a running batch."""
         running = Running(
             self._model,
-            rows=RUNNING_ROWS,
+            rows=at_once,
             kept_tokens=KEPT_TOKENS,
             stop_ids=self._stop_ids,
             pad_id=self._tokenizer.pad_token_id,
@@ -116,20 +120,22 @@ class LocalBackend:
         self.read += running.read
 
     def _together(
-        self, requests: Sequence[Request], settings: tuple[int, float, float], progress: Progress
+        self, requests: Sequence[Request], settings: tuple[int, float, float], progress: Progress, at_once: int
     ) -> Iterator[Completed]:
-        """Requests of the same settings as one batch, for models whose cache rows cannot be picked from."""
-        decoded = decode(
-            self._model,
-            [self._prompt(request) for request in requests],
-            seeds=[request.seed for request in requests],
-            stop_ids=self._stop_ids,
-            pad_id=self._tokenizer.pad_token_id,
-            progress=progress,
-            **_as_options(settings),
-        )
-        for request, tokens, reason in zip(requests, decoded.tokens, decoded.finish_reasons, strict=True):
-            yield self._completed(request, tokens, reason)
+        """Requests of the same settings as whole batches, for models whose cache rows cannot be picked from."""
+        for start in range(0, len(requests), at_once):
+            batch = requests[start : start + at_once]
+            decoded = decode(
+                self._model,
+                [self._prompt(request) for request in batch],
+                seeds=[request.seed for request in batch],
+                stop_ids=self._stop_ids,
+                pad_id=self._tokenizer.pad_token_id,
+                progress=_within(progress, start, len(batch), len(requests)),
+                **_as_options(settings),
+            )
+            for request, tokens, reason in zip(batch, decoded.tokens, decoded.finish_reasons, strict=True):
+                yield self._completed(request, tokens, reason)
 
     def _completed(self, request: Request, tokens: list[int], reason: FinishReason) -> Completed:
         words = tokens[:-1] if reason == "stop" else tokens
@@ -146,9 +152,10 @@ class LocalBackend:
             for number, text in enumerate(request.choices)
         ]
         sums = {(choice.request, choice.number): 0.0 for choice in choices}
+        scored = self._score_trees if can_score_trees(self._model) else self._score_rows
         done = 0
-        for batch in _batches([choice for choice in choices if choice.choice]):
-            for choice, logprob in zip(batch, self._score(batch), strict=True):
+        for batch, logprobs in scored([choice for choice in choices if choice.choice]):
+            for choice, logprob in zip(batch, logprobs, strict=True):
                 sums[choice.request, choice.number] = logprob
             done += len(batch)
             progress(done / len(choices))
@@ -156,6 +163,18 @@ class LocalBackend:
         for index, request in enumerate(requests):
             keys = [(index, number) for number in range(len(request.choices))]
             yield ChoiceScores(request.id, tuple(sums[key] for key in keys), tuple(lengths[key] for key in keys))
+
+    def _score_trees(self, choices: Sequence[_Choice]) -> Iterator[tuple[list[_Choice], list[float]]]:
+        """Batches and their scores; what choices have before them in common is read once a batch."""
+        continuations = [Continuation(choice.prompt, choice.choice) for choice in choices]
+        for batch in tree_batches(continuations, SCORED_TOKENS):
+            logprobs = tree_logprobs(self._model, [continuations[index] for index in batch])
+            yield [choices[index] for index in batch], logprobs
+
+    def _score_rows(self, choices: Sequence[_Choice]) -> Iterator[tuple[list[_Choice], list[float]]]:
+        """The same by a row for each choice, for models that take no tree."""
+        for batch in _batches(choices):
+            yield batch, self._score(batch)
 
     def _score(self, batch: Sequence[_Choice]) -> list[float]:
         """Sum of each choice's token log-probabilities."""

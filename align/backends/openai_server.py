@@ -97,7 +97,9 @@ class OpenAIBackend:
         own = [each for each in listed if each.id == self.engine.model] or listed
         return EngineIdentity("server", str(self.engine.model), said=_said(own[0]) if len(own) == 1 else {})
 
-    def complete(self, requests: Sequence[Request], progress: Progress = unheard) -> Iterator[Completed]:
+    def complete(
+        self, requests: Sequence[Request], progress: Progress = unheard, at_once: int | None = None
+    ) -> Iterator[Completed]:
         """Complete each request once; results come as they finish."""
         return self._each(self._complete, requests)
 

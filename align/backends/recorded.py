@@ -17,7 +17,9 @@ class RecordedBackend:
     def identity(self) -> EngineIdentity:
         return EngineIdentity("recorded", self.name)
 
-    def complete(self, requests: Sequence[Request], progress: Progress = unheard) -> Iterator[Completed]:
+    def complete(
+        self, requests: Sequence[Request], progress: Progress = unheard, at_once: int | None = None
+    ) -> Iterator[Completed]:
         raise NotImplementedError("answers that were kept are read, not asked for")
 
     def choice_logprobs(

@@ -31,7 +31,9 @@ class ScriptedBackend:
     def identity(self) -> EngineIdentity:
         return EngineIdentity("scripted", self.name)
 
-    def complete(self, requests: Sequence[Request], progress: Progress = unheard) -> Iterator[Completed]:
+    def complete(
+        self, requests: Sequence[Request], progress: Progress = unheard, at_once: int | None = None
+    ) -> Iterator[Completed]:
         for request in requests:
             self.completed += 1
             text = self._text(request)

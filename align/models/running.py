@@ -1,26 +1,27 @@
 """Completions by continuous batching: a row that has ended makes room for a prompt that waits.
 
-All rows take their next token in the same column of the cache, so a row is the columns from where it begins up to
-there, and one that joins is laid so that its prompt ends where the others stand. What a prompt has in common with an
-opening or with an earlier conversation is copied instead of computed.
+What a prompt has in common with an opening or with an earlier conversation is copied instead of computed; an opening
+that all have is kept once for all rows.
 
-Shapes: R running rows, S columns in use, N rows that join, P columns of their longest prefix, L of their longest rest.
+Shapes: R rows, V vocabulary.
 """
 
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from align.errors import NotFinite
-from align.models.decode import ReservedLayer, draw, evaluating, reserved_cache
-from align.models.openings import right_padded, shared_openings
+from align.models.columns import Columns
+from align.models.decode import draw, evaluating, reserved_cache
+from align.models.joining import Joining, pass_size, read_prompts
+from align.models.opening_attention import LEAST, after_opening, can_attend_to_opening
+from align.models.openings import shared_openings
 from align.models.prefixes import Prefix, PrefixStore
 from align.models.wrapped import inner_model, without_ddp
 from align.records import FinishReason
@@ -44,56 +45,15 @@ class Task:
     seed: int
 
 
+Finished = tuple[Task, list[int], FinishReason]
+
+
 @dataclass
 class _Row:
     task: Task
-    prefix: Prefix | None
-    prefix_length: int
+    joining: Joining
     uniforms: np.ndarray
     tokens: list[int] = field(default_factory=list)
-
-    @property
-    def rest(self) -> Sequence[int]:
-        return self.task.prompt[self.prefix_length :]
-
-
-@dataclass
-class _Span:
-    """The columns in use: from the first of the longest row to the one that is written next."""
-
-    start: int = 0
-    end: int = 0
-
-
-class _ColumnLayer(DynamicLayer):
-    """Keys and values (R, K, capacity, D) of one layer, of which the span's columns are in use."""
-
-    def __init__(self, span: _Span, like: Tensor, rows: int, capacity: int) -> None:
-        super().__init__()
-        self.span = span
-        self.dtype, self.device = like.dtype, like.device
-        self.keys = like.new_zeros(rows, like.shape[1], capacity, like.shape[3])
-        self.values = torch.zeros_like(self.keys)
-        self.is_initialized: bool = True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write (R, K, 1, D) states behind the span, and return views of all in use."""
-        end = self.span.end + 1
-        self.keys[:, :, end - 1 : end] = key_states
-        self.values[:, :, end - 1 : end] = value_states
-        return self.keys[:, :, self.span.start : end], self.values[:, :, self.span.start : end]
-
-    def get_seq_length(self) -> int:
-        return self.span.end - self.span.start
-
-    def move(self, rows: Tensor, end: int, capacity: int) -> None:
-        """Keep these rows, the span ending at another column of buffers with another capacity."""
-        start = end - self.get_seq_length()
-        for name in ("keys", "values"):
-            old = getattr(self, name)
-            new = old.new_zeros(len(rows), old.shape[1], capacity, old.shape[3])
-            new[:, :, start:end] = old[:, :, self.span.start : self.span.end].index_select(0, rows)
-            setattr(self, name, new)
 
 
 class Running:
@@ -118,165 +78,123 @@ class Running:
         self.read = 0
         self._model = without_ddp(model)
         inner = inner_model(model)
-        self._config: PreTrainedConfig = inner.config
-        self._device: torch.device = inner.device
+        self._config, self._device = inner.config, inner.device
         self._limit, self._temperature, self._top_p = max_new_tokens, temperature, top_p
         self._stops, self._pad_id = frozenset(stop_ids), pad_id
         self._store = PrefixStore(kept_tokens)
+        self._opening: Prefix | None = None
         self._places = rows
         self._rows: list[_Row | None] = []
-        self._span = _Span()
-        self._begins = torch.zeros(0, dtype=torch.long, device=self._device)
+        self._columns = Columns(self._config, 2 * max_new_tokens, self._device)
         self._next = torch.zeros(0, dtype=torch.long, device=self._device)
-        self._cache: Cache | None = None
 
-    def run(self, waiting: deque[Task]) -> Iterator[tuple[Task, list[int], FinishReason]]:
+    def run(self, waiting: deque[Task]) -> Iterator[Finished]:
         """Complete all that waits, the first first; tokens include the stop token.
 
         The caller may put more tasks into `waiting` after any result: the next turn of a conversation joins at once.
         """
         self._read_openings([task.prompt for task in waiting])
-        self._rows = [None] * min(self._places, len(waiting))
-        while True:
+        self._rows += [None] * (min(self._places, len(waiting)) - len(self._rows))
+        while waiting or any(self._rows):
             yield from self._join(waiting)
-            if not any(self._rows):
-                if waiting:
-                    continue
-                return
             if not waiting:
                 self._drop_ended()
-            yield from self._step()
+            if any(self._rows):
+                yield from self._step()
 
     def _read_openings(self, prompts: Sequence[Sequence[int]]) -> None:
-        for ids in shared_openings(prompts).ids if len(prompts) > 1 else []:
+        openings = shared_openings(prompts).ids if len(prompts) > 1 else []
+        for ids in openings:
             if ids:
                 cache = reserved_cache(self._config, len(ids))
                 self._forward(torch.tensor([ids], device=self._device), past_key_values=cache, logits_to_keep=1)
                 self.read += len(ids)
                 states = [(layer.keys[0], layer.values[0]) for layer in cache.layers]
-                self._store.add(Prefix(tuple(ids), states))
+                prefix = Prefix(tuple(ids), states)
+                self._store.add(prefix)
+                if openings == [ids] and len(ids) >= LEAST and can_attend_to_opening(self._model, prefix):
+                    self._opening = prefix
 
-    def _join(self, waiting: deque[Task]) -> Iterator[tuple[Task, list[int], FinishReason]]:
+    @property
+    def _free(self) -> int:
+        return self._places - sum(row is not None for row in self._rows)
+
+    def _join(self, waiting: deque[Task]) -> Iterator[Finished]:
         """Fill places with tasks that wait, in passes of a bounded size."""
-        running = sum(row is not None for row in self._rows)
-        if running and self._places - running < max(1, JOIN_SHARE * self._places):
+        if self._free < max(1, JOIN_SHARE * self._places):
             return
-        while waiting and running < self._places:
-            joining: list[_Row] = []
-            while waiting and running + len(joining) < self._places:
-                row = self._row(waiting[0])
-                if joining and _pass_size([*joining, row]) > JOIN_POSITIONS:
-                    break
-                joining.append(row)
-                waiting.popleft()
-            slots = self._slots(len(joining), max(len(row.task.prompt) for row in joining))
-            yield from self._take(slots, self._prefill(joining, slots))
-            running = sum(row is not None for row in self._rows)
+        while waiting and self._free:
+            joining = self._next_rows(waiting)
+            widths = [len(row.task.prompt) - self._kept_once(row.task.prompt) for row in joining]
+            slots = self._slots(len(joining), max(widths))
+            read = read_prompts(
+                self._forward, self._config, [row.joining for row in joining], self._pad_id, self._device
+            )
+            for number, (slot, row) in enumerate(zip(slots, joining, strict=True)):
+                self._columns.put(slot, read.cache, number, read.columns[number], self._kept_once(row.task.prompt))
+                self._rows[slot] = row
+                self.read += len(row.joining.rest)
+            self._narrow()
+            yield from self._take(slots, read.logits)
 
-    def _row(self, task: Task) -> _Row:
-        prefix, length = self._store.longest(task.prompt)
-        return _Row(task, prefix, length, np.random.default_rng(task.seed).random(self._limit))
+    def _kept_once(self, prompt: Sequence[int]) -> int:
+        """How many of a prompt's first tokens are those of the opening that is kept for all rows."""
+        opening = self._opening.tokens if self._opening else ()
+        return len(opening) if opening == tuple(prompt[: len(opening)]) else 0
+
+    def _next_rows(self, waiting: deque[Task]) -> list[_Row]:
+        """Tasks that join in one pass."""
+        rows: list[_Row] = []
+        while waiting and len(rows) < self._free:
+            task = waiting[0]
+            joining = Joining(task.prompt, *self._store.longest(task.prompt))
+            if rows and pass_size([*(row.joining for row in rows), joining]) > JOIN_POSITIONS:
+                break
+            rows.append(_Row(task, joining, np.random.default_rng(task.seed).random(self._limit)))
+            waiting.popleft()
+        return rows
 
     def _slots(self, count: int, width: int) -> list[int]:
         """Places for so many rows of at most this width; the columns are made to suffice."""
         free = [slot for slot, row in enumerate(self._rows) if row is None]
-        added = max(count - len(free), 0)
-        free += range(len(self._rows), len(self._rows) + added)
-        everyone = torch.tensor([*range(len(self._rows)), *[0] * added], device=self._device)
+        there, added = len(self._rows), max(count - len(free), 0)
+        if added or width > self._columns.end or len(self._columns.begins) < there:
+            self._lay_out([*range(there), *[0] * added], width)
         self._rows += [None] * added
-        if self._cache is None:
-            self._begins, self._next = torch.zeros(2, len(self._rows), dtype=torch.long, device=self._device)
-            self._span.start = self._span.end = width
-        elif added or width > self._span.end:
-            self._move(everyone, max(width, self._span.end - self._span.start))
-        return free[:count]
+        return [*free, *range(there, there + added)][:count]
 
-    def _move(self, rows: Tensor, end: int) -> None:
-        """Lay these rows out anew, with columns up to `end` in use and as many free as a completion may take twice."""
-        for layer in self._cache.layers if self._cache else []:
-            layer.move(rows, end, end + 2 * self._limit)
-        shift = end - self._span.end
-        self._begins, self._next = self._begins[rows] + shift, self._next[rows]
-        self._span.start, self._span.end = self._span.start + shift, end
+    def _lay_out(self, slots: Sequence[int], width: int) -> None:
+        rows = torch.tensor(slots, device=self._device)
+        self._columns.lay_out(rows, width)
+        self._next = self._next[rows] if len(self._next) else torch.zeros_like(rows)
 
-    def _prefill(self, joining: Sequence[_Row], slots: Sequence[int]) -> Tensor:
-        """Read the rows' prompts into these slots; (N, V) logits of their first tokens."""
-        width = max(row.prefix_length for row in joining)
-        ids, mask = right_padded([row.rest for row in joining], self._pad_id, self._device)
-        lengths = mask.sum(-1)
-        prefixes = torch.tensor([row.prefix_length for row in joining], device=self._device)
-        before = torch.arange(width, device=self._device) >= width - prefixes[:, None]
-        read = self._with_prefixes(joining, width, ids.shape[1])
-        ends, which = (lengths - 1).unique(return_inverse=True)
-        given = self._forward(
-            ids,
-            attention_mask=torch.cat([before.long(), mask], dim=1),
-            position_ids=prefixes[:, None] + torch.arange(ids.shape[1], device=self._device),
-            past_key_values=read,
-            logits_to_keep=ends,
-        )
-        self.read += int(lengths.sum())
-        if self._cache is None:
-            self._cache = DynamicCache(config=self._config)
-            self._cache.layers = [
-                _ColumnLayer(self._span, layer.keys, len(self._rows), self._span.end + 2 * self._limit)
-                for layer in read.layers
-            ]
-        for target, source in zip(self._cache.layers, read.layers, strict=True):
-            for slot, number, row in zip(slots, range(len(joining)), joining, strict=True):
-                columns = slice(width - row.prefix_length, width + len(row.rest))
-                begin = self._span.end - len(row.task.prompt)
-                target.keys[slot, :, begin : self._span.end] = source.keys[number, :, columns]
-                target.values[slot, :, begin : self._span.end] = source.values[number, :, columns]
-        for slot, row in zip(slots, joining, strict=True):
-            self._rows[slot] = row
-            self._begins[slot] = self._span.end - len(row.task.prompt)
-        self._narrow()
-        return given.logits[torch.arange(len(joining), device=self._device), which]
-
-    def _with_prefixes(self, joining: Sequence[_Row], width: int, rest: int) -> Cache:
-        """A cache that holds each row's prefix, padded on the left."""
-        cache = reserved_cache(self._config, width + rest)
-        source = next((row.prefix for row in joining if row.prefix), None)
-        if source is None:
-            return cache
-        while source.parent:
-            source = source.parent
-        for number, (layer, (like, _)) in enumerate(zip(cache.layers, source.states, strict=True)):
-            keys = like.new_zeros(len(joining), like.shape[0], width, like.shape[2])
-            values = torch.zeros_like(keys)
-            for index, row in enumerate(joining):
-                if row.prefix:
-                    start = width - row.prefix_length
-                    row.prefix.write(number, keys[index, :, start:], values[index, :, start:])
-            assert isinstance(layer, ReservedLayer)
-            layer.update(keys, values)
-        return cache
-
-    def _step(self) -> Iterator[tuple[Task, list[int], FinishReason]]:
+    def _step(self) -> Iterator[Finished]:
         """One token more for every row."""
-        assert self._cache is not None
-        if self._span.end == self._cache.layers[0].keys.shape[2]:
-            everyone = torch.arange(len(self._rows), device=self._device)
-            self._move(everyone, self._span.end - self._span.start)
-        columns = torch.arange(self._span.start, self._span.end + 1, device=self._device)
-        logits = self._forward(
-            self._next[:, None],
-            attention_mask=(columns >= self._begins[:, None]).long(),
-            position_ids=(self._span.end - self._begins)[:, None],
-            past_key_values=self._cache,
-            logits_to_keep=1,
-        ).logits[:, -1]
-        self._span.end += 1
+        if self._columns.is_full:
+            self._lay_out(range(len(self._rows)), 0)
+        with self._after_opening():
+            logits = self._forward(
+                self._next[:, None],
+                attention_mask=self._columns.mask(),
+                position_ids=self._columns.positions(),
+                past_key_values=self._columns.cache,
+                logits_to_keep=1,
+            ).logits[:, -1]
+        self._columns.end += 1
         yield from self._take(range(len(self._rows)), logits)
 
-    def _take(self, slots: Sequence[int], logits: Tensor) -> Iterator[tuple[Task, list[int], FinishReason]]:
+    def _after_opening(self) -> AbstractContextManager[None]:
+        if self._opening is None:
+            return nullcontext()
+        return after_opening(self._config, self._opening, self._columns.elsewhere > 0)
+
+    def _take(self, slots: Sequence[int], logits: Tensor) -> Iterator[Finished]:
         """Draw these slots' next tokens; those that end leave."""
         rows = [self._rows[slot] for slot in slots]
         uniforms = np.array([row.uniforms[len(row.tokens)] if row else 0.0 for row in rows])
         tokens = self._draw(logits, uniforms)
         self._next[torch.tensor(slots, device=self._device)] = tokens
-        ended: list[tuple[Task, list[int], FinishReason]] = []
+        ended: list[Finished] = []
         for slot, row, token in zip(slots, rows, tokens.tolist(), strict=True):
             if row is None:
                 continue
@@ -299,37 +217,22 @@ class Running:
 
     def _keep(self, slot: int, row: _Row) -> None:
         """Remember an ended row, for a prompt that goes on from it. The last token was never read."""
-        assert self._cache is not None
-        shared = row.prefix_length
-        begin = int(self._begins[slot])
-        states = [
-            (
-                layer.keys[slot, :, begin + shared : self._span.end].clone(),
-                layer.values[slot, :, begin + shared : self._span.end].clone(),
-            )
-            for layer in self._cache.layers
-        ]
-        tokens = tuple(row.task.prompt) + tuple(row.tokens[:-1])
-        self._store.add(Prefix(tokens, states, row.prefix, shared))
+        parent, known = row.joining.prefix, row.joining.known
+        here = self._kept_once(row.task.prompt)
+        if known < here:
+            parent, known = self._opening, here
+        tokens = (*row.task.prompt, *row.tokens[:-1])
+        self._store.add(Prefix(tokens, self._columns.states(slot, known), parent, known))
 
     def _narrow(self) -> None:
-        """Let the span begin with the longest row; an ended one is a column wide, as attention needs at least one."""
-        empty = [slot for slot, row in enumerate(self._rows) if row is None]
-        if empty:
-            self._begins[torch.tensor(empty, device=self._device)] = self._span.end
-        self._span.start = min(int(self._begins.min()), self._span.end)
+        self._columns.narrow([slot for slot, row in enumerate(self._rows) if row is None])
 
     def _drop_ended(self) -> None:
         kept = [slot for slot, row in enumerate(self._rows) if row is not None]
-        if len(self._rows) - len(kept) >= max(1, DROP_SHARE * len(self._rows)):
-            self._move(torch.tensor(kept, device=self._device), self._span.end - self._span.start)
+        if kept and len(self._rows) - len(kept) >= max(1, DROP_SHARE * len(self._rows)):
+            self._lay_out(kept, 0)
             self._rows = [self._rows[slot] for slot in kept]
 
     def _forward(self, ids: Tensor, **inputs: Any) -> Any:
         with torch.no_grad(), evaluating(self._model):
             return self._model(input_ids=ids, use_cache=True, **inputs)
-
-
-def _pass_size(rows: Sequence[_Row]) -> int:
-    """Positions of a pass of rows that join, padding included."""
-    return len(rows) * (max(row.prefix_length for row in rows) + max(len(row.rest) for row in rows))

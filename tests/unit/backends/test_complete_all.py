@@ -99,7 +99,7 @@ def test_the_bar_follows_what_an_engine_tells_of_a_chunk_before_its_rows_come(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Telling(Engine):
-        def complete(self, requests, progress=unheard):  # type: ignore[no-untyped-def]
+        def complete(self, requests, progress=unheard, at_once=None):  # type: ignore[no-untyped-def]
             for share in (0.25, 0.5, 1.0):
                 progress(share)
             yield from super().complete(requests)
@@ -152,7 +152,7 @@ def test_without_a_journal_nothing_is_written(tmp_path: Path, monkeypatch: pytes
 
 def test_an_engine_that_leaves_requests_out_is_an_error(tmp_path: Path) -> None:
     class Lazy(Engine):
-        def complete(self, requests, progress=unheard):  # type: ignore[no-untyped-def]
+        def complete(self, requests, progress=unheard, at_once=None):  # type: ignore[no-untyped-def]
             return list(super().complete(requests))[1:]
 
     with pytest.raises(AlignError, match="left 4 requests unanswered"):
@@ -182,18 +182,18 @@ def asked_twice(name: str) -> Request:
     return replace(request(name), follow_up=lambda text: request(f"{name} after {text}"))
 
 
-@pytest.mark.parametrize("at_once", [True, False])
-def test_follow_ups_are_asked_with_the_answer_and_answered_once(tmp_path: Path, at_once: bool) -> None:
+@pytest.mark.parametrize("eager", [True, False])
+def test_follow_ups_are_asked_with_the_answer_and_answered_once(tmp_path: Path, eager: bool) -> None:
     class Eager(Engine):
         """Answers follow-ups in the same call, where told to."""
 
-        depends_on_batch = at_once
+        depends_on_batch = eager
 
-        def complete(self, requests, progress=unheard):  # type: ignore[no-untyped-def]
+        def complete(self, requests, progress=unheard, at_once=None):  # type: ignore[no-untyped-def]
             for each in requests:
                 (done,) = super().complete([each])
                 yield done
-                if at_once and each.follow_up:
+                if eager and each.follow_up:
                     yield from super().complete([each.follow_up(done.text)])
 
     requests = [asked_twice(f"r{number}") for number in range(5)]
@@ -211,3 +211,44 @@ def test_a_chunk_whose_follow_up_is_missing_is_made_again_whole(tmp_path: Path) 
     engine = Engine()
     complete_all(engine, requests, 2, tmp_path / "j", "test")
     assert [len(batch) for batch in engine.batches] == [2, 2, 2, 2], "first turns again, and then their follow-ups"
+
+
+def test_a_server_gets_all_that_is_missing_in_one_call(tmp_path: Path) -> None:
+    engine = Engine()
+    engine.depends_on_batch = False
+    complete_all(engine, REQUESTS[:5], 2, tmp_path / "j", "test")
+    complete_all(engine, REQUESTS, 2, tmp_path / "j", "test")
+
+    first, rest = map(set, engine.batches)
+    assert first == {each.id for each in REQUESTS[:5]}
+    assert rest == {each.id for each in REQUESTS[5:]}
+
+
+@pytest.mark.parametrize(("count", "sizes"), [(11, [2, 2, 2, 2, 2, 1]), (16, [4] * 4), (90, [16] * 5 + [10])])
+def test_a_chunk_is_several_batches_long_where_there_is_enough_to_do(
+    tmp_path: Path, count: int, sizes: list[int]
+) -> None:
+    engine = Engine()
+    complete_all(engine, [request(f"r{number}") for number in range(count)], 2, tmp_path / "j", "test")
+
+    assert [len(batch) for batch in engine.batches] == sizes
+
+
+def test_an_engine_is_told_how_many_rows_may_be_under_way(tmp_path: Path) -> None:
+    class Bounded(Engine):
+        def complete(self, requests, progress=unheard, at_once=None):  # type: ignore[no-untyped-def]
+            told.append(at_once)
+            return super().complete(requests)
+
+    told: list[int] = []
+    complete_all(Bounded(), REQUESTS, 6, tmp_path / "j", "test")
+    assert told == [6, 6]
+
+
+def test_choices_that_begin_alike_are_scored_together(tmp_path: Path) -> None:
+    texts = {f"{pair}{principle}": f"{'long ' * pair}{principle}" for pair in range(3) for principle in "xyz"}
+    engine = Engine()
+    requests = [ChoiceRequest(name, (Message("user", text),), ("A", "B")) for name, text in sorted(texts.items())]
+    score_all(engine, requests[::-1], 3, tmp_path / "j", "test")
+
+    assert [len({name[0] for name in batch}) for batch in engine.batches] == [1, 1, 1]

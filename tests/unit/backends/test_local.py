@@ -52,6 +52,18 @@ def test_requests_with_different_settings_are_each_completed_once(backend):
     assert all(found[request.id].tokens <= request.max_new_tokens for request in mixed)
 
 
+def test_no_more_rows_are_under_way_than_the_caller_allows(parts, backend):
+    asked = [Request(str(number), MESSAGES, seed=number, max_new_tokens=6, temperature=0.0) for number in range(5)]
+    rows = []
+    watch = parts[0].register_forward_pre_hook(
+        lambda _, args, inputs: rows.append(len(inputs["input_ids"])), with_kwargs=True
+    )
+    bounded = {each.id: each for each in backend.complete(asked, at_once=2)}
+    watch.remove()
+    assert max(rows) == 2
+    assert bounded == {each.id: each for each in backend.complete(asked)}
+
+
 def test_progress_is_told_after_each_token_and_scored_batch_and_changes_no_row(backend, monkeypatch):
     mixed = [Request(str(number), MESSAGES, seed=number, max_new_tokens=4 + 4 * (number % 2)) for number in range(6)]
     told = []

@@ -26,7 +26,9 @@ class Engine:
         self.requests: list[Request] = []
         self.choices: list[ChoiceRequest] = []
 
-    def complete(self, requests: Sequence[Request], progress: Progress = unheard) -> Iterator[Completed]:
+    def complete(
+        self, requests: Sequence[Request], progress: Progress = unheard, at_once: int | None = None
+    ) -> Iterator[Completed]:
         self.batches.append([request.id for request in requests])
         for request in requests:
             self._live()

@@ -7,8 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import align.models.running as running_module
 from align.errors import NotFinite
 from align.models.decode import decode
+from align.models.opening_attention import after_opening
 from align.models.policy import load_causal_lm
 from align.models.prefixes import Prefix, PrefixStore, common
 from align.models.running import Running, Task
@@ -111,6 +113,28 @@ def test_a_next_turn_reads_its_own_tokens_alone_and_equals_generate(model, kept_
         first = len(OPENING) + sum(len(prompt) - common(prompt, OPENING) for prompt in PROMPTS)
         # A turn's last token was drawn and not yet read; with it come the two of the next.
         assert engine.read <= first + 3 * 3 * len(PROMPTS) + len(OPENING)
+
+
+@pytest.mark.parametrize("kept_tokens", [0, 60, 1000])
+@pytest.mark.parametrize("rows", [2, 64])
+def test_an_opening_kept_once_changes_no_row_also_beside_rows_without_it(model, stops, rows, kept_tokens, monkeypatch):
+    shared = []
+    monkeypatch.setattr(running_module, "after_opening", lambda *of: shared.append(of[2]) or after_opening(*of))
+    engine = running(model, rows, kept_tokens, stops=stops)
+    waiting = deque(Task((number, 1), prompt, 0) for number, prompt in enumerate(PROMPTS[:9]))
+    found = {}
+    for task, tokens, _ in engine.run(waiting):
+        found[task.key] = task.prompt, tokens
+        number, turn = task.key
+        if turn < 3:
+            others = ([*task.prompt, *tokens, 200, 201 + number], [150 + number, 7, 8], list(OPENING))
+            waiting.append(Task((number, turn + 1), others[number % 3], 0))
+    assert len(found) == 27
+    for prompt, tokens in found.values():
+        assert tokens == generated(model, prompt, 12, stops)
+    assert any(rows.any() for rows in shared)
+    assert any(rows.any() and not rows.all() for rows in shared)
+    assert model.config._attn_implementation == "sdpa"
 
 
 def test_nothing_waits(model):
