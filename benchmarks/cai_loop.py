@@ -6,8 +6,8 @@
 SmolLM2-135M, 64 prompts, 2 rounds of a critique and a revision, greedy, at most 64 new tokens a turn, two worked
 examples, the harmlessness constitution. The plain loop puts the whole conversation of every turn through
 `transformers`' generate, 16 rows at a time in the order of the prompts, padded on the left. Texts, chat template, dtype
-and model are the same; ours is the product's own loop and engine. The plain loop at another number of rows is a
-control: how far the arithmetic itself, in that dtype, repeats a chain when only the batches change.
+and model are the same; ours is the product's own loop and engine. Where a chain differs, the plain loop at another number
+of rows is a control: how far the arithmetic itself, in that dtype, repeats a chain when only the batches change.
 
 Then a judge chooses by all the constitution's principles between first answers and last revisions, both orders: ours
 reads what questions have in common once, the plain engine reads a row for every letter of every question.
@@ -205,13 +205,13 @@ def compare(dtype: str, count: int, new_tokens: int) -> tuple[list[str], str]:
     run(LocalBackend(model, tokenizer, name="warm"), samples[:2], 2, 1)
     ours = run(LocalBackend(model, tokenizer, name="ours"), samples, new_tokens)
     plain = run(PlainEngine(model, tokenizer), samples, new_tokens)
-    control = run(PlainEngine(model, tokenizer, CONTROL_ROWS), samples, new_tokens)
+    outcomes = {f"plain loop, {PLAIN_ROWS} rows": plain, "align": ours}
+    if ours.turns != plain.turns:
+        outcomes[f"plain loop, {CONTROL_ROWS} rows"] = run(
+            PlainEngine(model, tokenizer, CONTROL_ROWS), samples, new_tokens
+        )
     rows = []
-    for name, outcome in (
-        (f"plain loop, {PLAIN_ROWS} rows", plain),
-        (f"plain loop, {CONTROL_ROWS} rows", control),
-        ("align", ours),
-    ):
+    for name, outcome in outcomes.items():
         first, whole = same_share(outcome, plain)
         cells = f"{outcome.seconds:.1f} | {60 * count / outcome.seconds:.0f} | {plain.seconds / outcome.seconds:.2f}"
         equal = " | " if outcome is plain else f"{first:.0%} | {whole:.0%}"
