@@ -26,16 +26,28 @@ def note_failure(error: AlignError) -> bool:
     if path is None:
         return False
     try:
-        with path.open("x", encoding="utf-8") as note:
-            json.dump({"exit_code": error.exit_code, "text": str(error), "pid": os.getpid()}, note)
-    except FileExistsError:
-        return True
+        is_first = _leave(path, {"exit_code": error.exit_code, "text": str(error), "pid": os.getpid()})
     except OSError:
         return False
+    if not is_first:
+        return True
     if os.environ.get(FAILURE):
         return True
     _show_launcher(error)
     return False
+
+
+def _leave(path: Path, note: dict[str, Any]) -> bool:
+    """Write the note whole, unless there is one; whether it is this one."""
+    own = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        own.write_text(json.dumps(note), encoding="utf-8")
+        os.link(own, path)
+    except FileExistsError:
+        return False
+    finally:
+        own.unlink(missing_ok=True)
+    return True
 
 
 def follows_from_another() -> bool:

@@ -159,11 +159,20 @@ def run(words: Sequence[str], environment: Mapping[str, str], failure: Path | No
 def _pass_on(errors: IO[bytes] | None, failure: Path | None, interrupted: threading.Event) -> None:
     if errors is None or failure is None:
         return
-    with os.fdopen(os.dup(2), "wb") as out:
-        while part := os.read(errors.fileno(), 1 << 16):
-            if not (failure.exists() or interrupted.is_set()) or os.environ.get("ALIGN_DEBUG"):
-                out.write(part)
-                out.flush()
+    heard = True
+    while part := os.read(errors.fileno(), 1 << 16):
+        if heard and (not (failure.exists() or interrupted.is_set()) or os.environ.get("ALIGN_DEBUG")):
+            heard = _written(part)
+
+
+def _written(part: bytes) -> bool:
+    """Whether standard error took it. Where it is closed or full the child must still be read, or it would wait."""
+    try:
+        while part:
+            part = part[os.write(2, part) :]
+    except OSError:
+        return False
+    return True
 
 
 def _terminal_size() -> dict[str, str]:

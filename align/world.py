@@ -39,8 +39,13 @@ def check_loading() -> None:
     Models that no optimizer trains (references, reward models, the engine's) are used as they are loaded.
 
     Raises:
-        InputError: it would; that is accelerate's default for FSDP.
+        InputError: it would; that is accelerate's default for FSDP. Or it shards by FSDP's first version.
     """
+    if _is_on("ACCELERATE_USE_FSDP") and os.environ.get("FSDP_VERSION", "1") != "2":
+        raise InputError(
+            "fsdp_config.fsdp_version: is not 2 in accelerate's configuration, and FSDP's first version rounds results "
+            "that losses need whole; write `fsdp_version: 2` there, as in recipes/accelerate/fsdp2.yaml"
+        )
     if _is_on("ACCELERATE_USE_FSDP") and _is_on("FSDP_CPU_RAM_EFFICIENT_LOADING"):
         raise InputError(
             "fsdp_config.fsdp_cpu_ram_efficient_loading: is true in accelerate's configuration, as it is where nothing "

@@ -6,8 +6,8 @@
 SmolLM2-135M, 64 prompts, 2 rounds of a critique and a revision, greedy, at most 64 new tokens a turn, two worked
 examples, the harmlessness constitution. The plain loop puts the whole conversation of every turn through
 `transformers`' generate, 16 rows at a time in the order of the prompts, padded on the left. Texts, chat template, dtype
-and model are the same; ours is the product's own loop and engine. Where a chain differs, the plain loop at another number
-of rows is a control: how far the arithmetic itself, in that dtype, repeats a chain when only the batches change.
+and model are the same; ours is the product's own loop and engine. Where a chain differs, the plain loop at another
+number of rows is a control: how far the arithmetic itself, in that dtype, repeats a chain when only the batches change.
 
 Then a judge chooses by all the constitution's principles between first answers and last revisions, both orders: ours
 reads what questions have in common once, the plain engine reads a row for every letter of every question.

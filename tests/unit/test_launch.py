@@ -109,6 +109,9 @@ def test_a_run_that_got_other_processes_than_asked_stops(monkeypatch: pytest.Mon
 
 def test_a_run_whose_models_would_be_empty_in_all_processes_but_one_stops(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(InputError, match="fsdp_version: is not 2"):
+        run_stage(recipe(), "letters")
+    monkeypatch.setenv("FSDP_VERSION", "2")
     monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
     with pytest.raises(InputError, match="fsdp_cpu_ram_efficient_loading: is true"):
         run_stage(recipe(), "letters")
@@ -146,6 +149,18 @@ def test_a_recipe_stops_at_the_first_stage_that_fails(capfd: pytest.CaptureFixtu
     shown = capfd.readouterr()
     assert shown.err == "letters.txt, line 3: not a letter; mend it\n"
     assert "capitals: " not in shown.out
+
+
+def test_a_child_whose_errors_nobody_takes_ends_all_the_same(tmp_path: Path) -> None:
+    program = "import sys; sys.stderr.write('x' * 300_000)"
+    launched = (
+        "from pathlib import Path; from align.launch import run; import sys; "
+        f"sys.exit(run([sys.executable, '-c', {program!r}], {{}}, Path({str(tmp_path / 'note')!r})))"
+    )
+    read, write = os.pipe()
+    os.close(read)
+    assert subprocess.run([sys.executable, "-c", launched], stderr=write, timeout=60, check=False).returncode == 0
+    os.close(write)
 
 
 def test_a_failure_of_ours_ends_with_one() -> None:
