@@ -205,8 +205,11 @@ def test_too_few_candidates_or_iterations_are_refused_with_a_remedy(tmp_path):
 
 
 def test_what_is_missing_is_named_with_what_makes_it(tmp_path):
-    with pytest.raises(InputError, match=r"ppo: not finished; run that run's recipe with `align run`"):
+    with pytest.raises(InputError, match="nowhere: no such folder"):
         load_study(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"ppo: not finished; run that run's recipe with `align run`"):
+        load_study(tmp_path / "empty")
     run = write_run(tmp_path / "run")
     (run / "evaluate" / "best_of.jsonl").unlink()
     with pytest.raises(InputError, match=r"best_of\.jsonl: no such file; set `evaluate\.best_of`"):
