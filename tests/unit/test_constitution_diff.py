@@ -58,7 +58,9 @@ def test_the_opposite_flips_labels_while_paraphrase_and_placebo_do_not(tmp_path:
     found = diff(tmp_path, ASKING, TELLING)
     moved = found["moved"]
     assert moved["B"]["flipped"]["mean"] == 1.0
-    assert moved["B"]["both"] == moved["B"]["pairs"] == 48
+    assert moved["B"]["pairs"] == 48
+    # Telling's hard rule leaves undecided what is short on both sides, as two thirds of asking's probes are.
+    assert moved["B"]["both"] == 24 + 8
     assert moved["A in other words"]["flipped"]["mean"] == moved["A in other words"]["change"]["mean"] == 0.0
     assert moved["placebo"]["other"] == 0  # ties on every pair
     assert moved["placebo"]["flipped"] is None
@@ -67,7 +69,9 @@ def test_the_opposite_flips_labels_while_paraphrase_and_placebo_do_not(tmp_path:
 
 
 def test_a_run_s_pairs_are_judged_by_the_run_s_judge(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = write_run(tmp_path / "run", [("Is it?", "It is!"), ("So it is.", "Is it so?"), ("It is.", "It was.")])
+    # Of three sentences each, as telling's hard rule wants them.
+    endings = [("Is it?", "It is!"), ("So it is.", "Is it so?"), ("It is.", "It was.")]
+    run = write_run(tmp_path / "run", [(f"Well. So. {a}", f"Well. So. {b}") for a, b in endings])
     found = diff(tmp_path, ASKING, TELLING, "--pairs", run)
     assert found["judge"] == "rule"
     assert found["moved"]["B"]["pairs"] == 3
