@@ -139,7 +139,7 @@ class Revision(Row):
 
     `p_better` is the judge's probability that the revision is better than the original; `reason` says why a rejected
     revision was rejected (`JUDGED_WORSE`, or the name of a filter), and is empty for an accepted one.
-    `seed` and `provenance` are the completion's, `judged_by` the principles that the judge gave an opinion by.
+    `seed` and `provenance` are the completion's, `judged_by` the principles that decided.
     """
 
     id: str
@@ -177,8 +177,8 @@ class Comparison(Row):
 
     `p_a` is the probability that A is better, both orders averaged; `p_a_by_principle` has each principle's own, and
     `position_bias` is the mean of (probability given to the first place) minus one half, in [-0.5, 0.5]. `p_a` is None
-    where the judge abstained or nothing told the two apart; `reason` then says which. `provenance` is that of both
-    completions.
+    where the judge abstained or nothing told the two apart; `reason` then says which. `decided_by` has the principles
+    that `p_a` follows from. `provenance` is that of both completions.
     """
 
     id: str
@@ -190,6 +190,7 @@ class Comparison(Row):
     p_a_by_principle: dict[str, float] = field(default_factory=dict)
     position_bias: float = 0.0
     reason: str = ""
+    decided_by: tuple[str, ...] = ()
     judge: str = ""
     category: str = ""
     seed_a: int | None = None
@@ -228,7 +229,7 @@ class PreferencePair(Row):
 
     `prompt`, `chosen` and `rejected` are message lists (the latter two hold the assistant's turn alone);
     `probability` that `chosen` is better lies in [0.5, 1]; `source` is 'ai', 'human' or 'revision'. `judged_by` has the
-    principles that the label was made by, `revised_by` those that led to a chosen revision, round by round.
+    principles that decided, `revised_by` those that led to a chosen revision, round by round.
     """
 
     id: str

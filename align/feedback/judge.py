@@ -37,7 +37,8 @@ KINDS: dict[str, type[Kind]] = {"choice": ByChoice, "contrast": ByContrast, "rul
 class Verdict:
     """The judge's answer to a question.
 
-    `p_a` is the probability that A is better, None where nothing was decided; `reason` then says why.
+    `p_a` is the probability that A is better, None where nothing was decided; `reason` then says why. `decided_by` has
+    the principles that it was decided by: those of the deciding tier that gave an opinion, or the broken hard one.
     `by_principle` has each principle's own probability, `position_bias` the mean over principles of the probability
     given to the place shown first, minus one half; `scores` is what all of it was made of.
     """
@@ -46,6 +47,7 @@ class Verdict:
     by_principle: dict[str, float]
     position_bias: float = 0.0
     reason: str = ""
+    decided_by: tuple[str, ...] = ()
     scores: tuple[OpinionScores, ...] = field(default=(), compare=False, repr=False)
 
 
@@ -156,26 +158,29 @@ class Judge:
         given = [(principle, opinion) for principle, opinion in opinions if opinion is not None]
         by_principle = {principle.id: self._probability(self.kind.lean(each.value)) for principle, each in given}
         bias = sum(opinion.position_bias for _, opinion in given) / max(len(given), 1)
-        lean, reason = self._decide(question, given)
+        lean, reason, decided_by = self._decide(question, given)
         if reason == TIE and not given:
             reason = ABSTAINED if opinions else NO_PRINCIPLE
         rows = tuple(row for _, scores in scored for row in scores)
-        return Verdict(None if lean is None else self._probability(lean), by_principle, bias, reason, rows)
+        p_a = None if lean is None else self._probability(lean)
+        return Verdict(p_a, by_principle, bias, reason, decided_by, rows)
 
-    def _decide(self, question: Question, given: Sequence[tuple[Principle, Opinion]]) -> tuple[float | None, str]:
-        """The lean towards A (probability minus one half), or None and why."""
+    def _decide(
+        self, question: Question, given: Sequence[tuple[Principle, Opinion]]
+    ) -> tuple[float | None, str, tuple[str, ...]]:
+        """The lean towards A (probability minus one half), or None and why; and the ids of what decided."""
         hard = [each for each in self.constitution.principles if each.hard and each.applies_to(question.category)]
         broken = [broken_rule(hard, text) for text in (question.a, question.b)]
         if broken[0] and broken[1]:
-            return None, f"{BOTH_BREAK} ({broken[0].id})"
-        if broken[0] or broken[1]:
-            return (-0.5 if broken[0] else 0.5), ""
+            return None, f"{BOTH_BREAK} ({broken[0].id})", ()
+        if rule := broken[0] or broken[1]:
+            return (-0.5 if broken[0] else 0.5), "", (rule.id,)
         for tier in self._tiers(given):
             weight = sum(principle.weight for principle, _ in tier)
             lean = self.kind.lean(sum(principle.weight * opinion.value for principle, opinion in tier) / weight)
             if abs(lean) > self.block.min_margin:
-                return lean, ""
-        return None, TIE
+                return lean, "", tuple(principle.id for principle, _ in tier)
+        return None, TIE, ()
 
     def _tiers(self, given: Sequence[tuple[Principle, Opinion]]) -> list[list[tuple[Principle, Opinion]]]:
         """The opinions that decide together, those that decide first in front."""

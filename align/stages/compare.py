@@ -330,6 +330,7 @@ def with_verdict(row: Comparison, verdict: "Verdict", judge: str) -> Comparison:
         p_a_by_principle=verdict.by_principle,
         position_bias=verdict.position_bias,
         reason=verdict.reason,
+        decided_by=verdict.decided_by,
         judge=judge,
     )
 
@@ -349,7 +350,7 @@ def pair_of(row: Comparison) -> PreferencePair | None:
         probability=max(row.p_a, 1 - row.p_a),
         source="ai",
         category=row.category,
-        judged_by=tuple(row.p_a_by_principle),
+        judged_by=row.decided_by,
         chosen_seed=seeds[0],
         rejected_seed=seeds[1],
         chosen_provenance=row.provenance,

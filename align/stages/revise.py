@@ -222,8 +222,7 @@ def revise_all(
     )
     with critiques, revisions, rejected:
         for window in windows(chosen_samples(context), total, settings.window, context.output):
-            for chain, row in revise_window(window, loop, judge, settings.rounds):
-                row = replace(row, judge_provenance=judge_provenance if row.judged_by else "")
+            for chain, row in revise_window(window, loop, judge, settings.rounds, judge_provenance):
                 if row.accepted and earlier and earlier.is_repeated(row.completion, row.split):
                     row = replace(row, accepted=False, reason="near-duplicate")
                 if row.accepted:
@@ -238,7 +237,7 @@ def revise_all(
 
 
 def revise_window(
-    window: Window[Sample], loop: "Loop", judge: "Judge", rounds: int
+    window: Window[Sample], loop: "Loop", judge: "Judge", rounds: int, judge_provenance: str
 ) -> Iterator[tuple["Chain", Revision]]:
     """Each sample's chain and the row that it became: chains without a fault are compared with their originals."""
     from align.feedback.opinions import Question
@@ -254,7 +253,9 @@ def revise_window(
     answers = judge.compare(questions, window.folder / "verdicts.journal", f"judge revisions{window.label}")
     verdicts = {chain.sample.id: verdict for chain, verdict in zip(sound, answers, strict=True)}
     for chain in chains:
-        yield chain, _row(chain, faults[chain.sample.id], verdicts.get(chain.sample.id))
+        verdict = verdicts.get(chain.sample.id)
+        row = _row(chain, faults[chain.sample.id], verdict)
+        yield chain, replace(row, judge_provenance=judge_provenance) if verdict else row
 
 
 def hard_rule_broken(constitution: Constitution, chain: "Chain") -> str:
@@ -291,7 +292,7 @@ def _row(chain: "Chain", fault: str, verdict: "Verdict | None") -> Revision:
         reason="" if accepted else reason,
         split=chain.sample.split,
         category=chain.sample.category,
-        judged_by=tuple(verdict.by_principle) if verdict else (),
+        judged_by=verdict.decided_by if verdict else (),
         seed=shown.seed if shown else chain.sample.seed,
         provenance=shown.provenance if shown else chain.sample.provenance,
         original_seed=chain.sample.seed,

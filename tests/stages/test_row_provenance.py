@@ -117,6 +117,30 @@ def test_entries_hold_the_constitutions_digest_the_sampling_and_how_the_judge_sc
     assert (judged["kind"], judged["principle"], judged["scored_by"]) == ("choice", "all", "log-probabilities")
 
 
+def test_a_row_that_a_hard_rule_decided_names_it_and_the_judge(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The judge's kind gives no opinion by this rule, and decides by it."""
+    hard = "  - {id: calm, text: Be calm., rule: {excludes: '!'}, hard: true}\n"
+    Path(world.shared["constitution"]).write_text(ASKING + hard)
+
+    def text(request: Request) -> str:
+        calm = request.messages[-1].content.startswith("Rewrite") or request.seed % 2
+        return f"It is {request.seed}{'.' if calm else '!'}"
+
+    monkeypatch.setattr("align.backends.open.open_backend", lambda *_, **__: ScriptedBackend(text, lambda *_: -1.0))
+    world.shared["judge"] = JudgeBlock(kind="contrast", allow_chance=True)
+    world.run(SAMPLE, SampleBlock())
+    world.run(REVISE, ReviseBlock(critique=False, filters=(), near_duplicates=None))
+    world.run(COMPARE, CompareBlock())
+
+    revisions = world.rows("revise/revisions.jsonl", Revision)
+    assert revisions and all(row.original.endswith("!") for row in revisions)
+    assert {(row.judged_by, bool(row.judge_provenance)) for row in revisions} == {(("calm",), True)}
+    ties = [row for row in world.rows("revise/rejected.jsonl", Revision) if row.reason == "tie"]
+    assert ties and {(row.judged_by, bool(row.judge_provenance)) for row in ties} == {((), True)}
+    pairs = world.rows("compare/pairs.jsonl", PreferencePair)
+    assert pairs and {(pair.judged_by, bool(pair.judge_provenance)) for pair in pairs} == {(("calm",), True)}
+
+
 def test_what_no_judge_saw_names_none(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("align.backends.open.open_backend", lambda *_, **__: ScriptedBackend(lambda request: "Same."))
     world.run(SAMPLE, SampleBlock())

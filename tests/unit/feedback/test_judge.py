@@ -91,6 +91,24 @@ def test_who_breaks_a_hard_rule_loses_whatever_else_it_keeps() -> None:
     assert verdict(judge, "Calm?", "Calm.").p_a == pytest.approx(sigmoid(4))
 
 
+def test_a_verdict_names_the_principles_that_decided_and_no_others() -> None:
+    tiered = rule_judge({**ASKS, "tier": "first"}, CALM, SHORT, {**CALM, "id": "hard", "hard": True}, tiers=("first",))
+
+    assert verdict(tiered, "Wild!?", "Calm.").decided_by == ("hard",)
+    assert verdict(tiered, "Wild!", "Wild!?").decided_by == (), "both are broken, and nothing was decided"
+    assert verdict(tiered, "Calm?", "Calm.").decided_by == ("asks",)
+    assert verdict(tiered, "One.", "One. Two.").decided_by == ("calm", "short")
+    assert verdict(tiered, "One.", "Two.").decided_by == ()
+
+
+def test_a_hard_rule_decides_by_its_own_name_though_the_judge_asks_no_model_about_it() -> None:
+    hard = {"id": "hard", "rule": {"excludes": "!"}, "hard": True, "text": "Calm."}
+    judge = contrast_judge(lambda request, choice: -1.0, ASKS, hard)
+
+    found = verdict(judge, "Wild!", "Calm.")
+    assert (found.p_a, found.by_principle, found.decided_by) == (0.0, {"asks": 0.5}, ("hard",))
+
+
 def test_principles_apply_to_their_categories_alone() -> None:
     judge = rule_judge({**ASKS, "applies": ["talk"]}, {**CALM, "applies": ["calls"], "hard": True})
 
