@@ -245,8 +245,14 @@ def _judges(run: PublishedRun) -> Iterator[str]:
     for stage in ("revise", "compare"):
         figures = run.manifests[stage].figures if stage in run.manifests else {}
         if judge := figures.get("judge"):
-            found = f"`{_code(judge['judge'])}`: {_probes(judge)}.{_calibration(figures.get('calibration'))}"
+            found = f"`{_code(public_judge(judge['judge']))}`: {_probes(judge)}.{_calibration(figures.get('calibration'))}"
             yield f"## The judge of `{stage}`\n\n{found}"
+
+
+def public_judge(name: str) -> str:
+    """A judge's name (its kind, then its engine and model) without the folders of this machine."""
+    *kinds, model = name.split(":", 2)
+    return ":".join((*kinds, public_path(model)))
 
 
 def _probes(judge: Mapping[str, Any]) -> str:

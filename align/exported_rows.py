@@ -33,7 +33,10 @@ DRAWN = ("temperature", "top_p", "max_new_tokens")
 
 @dataclass(frozen=True)
 class DataSet:
-    """One data set that a run can be exported as: the stage and file it comes from, its columns and its rows."""
+    """One data set that a run can be exported as: the stage and file it comes from, its columns and its rows.
+
+    `splits_by` is the stage that decides which rows are the test split.
+    """
 
     name: str
     stage: str
@@ -41,6 +44,7 @@ class DataSet:
     form: str
     schema: "Callable[[], pa.Schema]"
     rows: Callable[[PublishedRun], Iterator[SplitRow]]
+    splits_by: str = ""
 
 
 def preference_rows(run: PublishedRun) -> Iterator[SplitRow]:
@@ -142,10 +146,11 @@ def revision_rows(run: PublishedRun) -> Iterator[SplitRow]:
 
 
 def public_path(path: str) -> str:
-    """A path without the folders of this machine: an absolute one by its last part, any other as it is."""
-    if path.startswith(("/", "~", "\\")) or path[1:3] in (":\\", ":/"):
-        return path.replace("\\", "/").rstrip("/").rpartition("/")[2]
-    return path
+    """A path without the folders of this machine: one that leads out of this folder by its last part, others as they
+    are."""
+    parts = path.replace("\\", "/").rstrip("/").split("/")
+    leads_out = path.startswith(("/", "~", "\\", "file:")) or path[1:3] in (":\\", ":/") or ".." in parts
+    return parts[-1].removeprefix("file:") if leads_out else path
 
 
 class _Entries:
@@ -288,6 +293,7 @@ DATA_SETS = {
                 judge_provenance="origin",
             ),
             preference_rows,
+            splits_by="reward",
         ),
         DataSet(
             "sft",

@@ -33,12 +33,17 @@ def open_backend(engine: EngineBlock, model: ModelBlock, *, path: str | None = N
     return LocalBackend(
         language_model.to(default_device()),
         tokenizer,
-        name=_name(chosen),
+        name=_name(chosen, 2 if path else 1),
         system_prompt=model.system_prompt,
         weights=model_folder(chosen, revision),
     )
 
 
-def _name(path: str) -> str:
-    """What rows call a model: a folder by its last two parts, so that rows do not depend on where the runs are."""
-    return "local:" + ("/".join(Path(path).resolve().parts[-2:]) if Path(path).is_dir() else path)
+def _name(path: str, parts: int) -> str:
+    """What rows call a model: a local one by its path's last parts, so that rows do not depend on where it lies.
+
+    Of a model of one's own that is one part: the folder above it may have its owner's name, and would look like a hub
+    id. The pipeline's own are in their stages' folders, which say more.
+    """
+    local = Path(path).expanduser()
+    return "local:" + ("/".join(local.resolve().parts[-parts:]) if local.exists() else path)

@@ -145,10 +145,38 @@ def test_settings_are_shown_without_folders_addresses_and_texts_of_further_keys(
 
 @pytest.mark.parametrize(
     ("path", "shown_path"),
-    [("/a/b/c.jsonl", "c.jsonl"), ("~/c.jsonl", "c.jsonl"), ("recipes/c.jsonl", "recipes/c.jsonl"), ("a/", "a/")],
+    [
+        ("/a/b/c.jsonl", "c.jsonl"),
+        ("~/c.jsonl", "c.jsonl"),
+        ("~alice/data/c.jsonl", "c.jsonl"),
+        ("../../home/alice/c.jsonl", "c.jsonl"),
+        ("data/../../alice/c.jsonl", "c.jsonl"),
+        ("..\\alice\\c.jsonl", "c.jsonl"),
+        ("file:///home/alice/c.jsonl", "c.jsonl"),
+        ("file:c.jsonl", "c.jsonl"),
+        ("D:\\alice\\c.jsonl", "c.jsonl"),
+        ("recipes/c.jsonl", "recipes/c.jsonl"),
+        ("./c..d.jsonl", "./c..d.jsonl"),
+        ("a/", "a/"),
+    ],
 )
-def test_only_absolute_paths_are_cut(path: str, shown_path: str) -> None:
+def test_only_paths_that_lead_out_of_the_folder_are_cut(path: str, shown_path: str) -> None:
     assert public_path(path) == shown_path
+
+
+@pytest.mark.parametrize(
+    ("judge", "shown_judge"),
+    [
+        ("rule", "rule"),
+        ("contrast:local:/home/alice/x.gguf", "contrast:local:x.gguf"),
+        ("choice:local:~/alice/llama", "choice:local:llama"),
+        ("choice:openai:org/model", "choice:openai:org/model"),
+        ("choice:local:wheel:some-model", "choice:local:wheel:some-model"),
+    ],
+)
+def test_a_judge_is_named_without_folders(judge: str, shown_judge: str) -> None:
+    figures = {"judge": judge, "n": 0, "accuracy": 0.5}
+    assert f"`{shown_judge}`: tested on no probes" in judged(judge=figures)
 
 
 def judged(**figures: Any) -> str:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from align.backends.local import LocalBackend, _batches, _Choice
-from align.backends.open import open_backend
+from align.backends.open import _name, open_backend
 from align.config import EngineBlock, ModelBlock
 from align.data.chat import prompt_ids, token_ids
 from align.generation import ChoiceRequest, Request
@@ -130,11 +130,26 @@ def test_batches_keep_every_choice_and_the_budget(monkeypatch):
         assert len(batch) == 1 or len(batch) * width <= 60
 
 
-def test_a_folder_is_named_by_its_last_two_parts(tiny_model_dir):
+def test_a_model_is_named_without_the_folders_above_it(tiny_model_dir):
     model = ModelBlock(path=str(tiny_model_dir), precision="fp32")
     backend = open_backend(EngineBlock(), model)
-    assert backend.name == f"local:{tiny_model_dir.parent.name}/{tiny_model_dir.name}"
+    assert backend.name == f"local:{tiny_model_dir.name}"
     assert len(list(backend.complete(requests()))) == 2
+
+
+def test_names_of_files_of_homes_and_of_the_pipelines_own_models(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "sft/model").mkdir(parents=True)
+    (tmp_path / "x.gguf").touch()
+    named = {
+        (str(tmp_path / "x.gguf"), 1): "local:x.gguf",
+        ("~/x.gguf", 1): "local:x.gguf",
+        ("~/sft", 1): "local:sft",
+        (str(tmp_path / "sft/model"), 2): "local:sft/model",
+        ("org/model", 1): "local:org/model",
+        ("wheel:some-model", 1): "local:wheel:some-model",
+    }
+    assert {given: _name(*given) for given in named} == named
 
 
 def test_which_model_is_opened(tiny_model_dir, tmp_path):
