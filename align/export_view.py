@@ -8,7 +8,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 
@@ -20,9 +20,6 @@ from align.exported_rows import DATA_SETS, MADE_HERE, TEST, TRAIN, DataSet, Spli
 from align.provenance import CONSTITUTION, Provenance, read_constitution, read_provenance
 from align.published import PublishedRun, read_published
 from align.records import Demonstration, Prompt, read_rows
-
-if TYPE_CHECKING:
-    pass
 
 CARD = "README.md"
 ROWS_AT_A_TIME = 1000
@@ -46,11 +43,12 @@ def main(
         overwrite: replace an earlier export, and leave whatever else is in the folder alone.
 
     Raises:
-        InputError: there is no such run, a stage is not done or has no rows, the folder is not empty or cannot be
-            written, or the constitution is another one.
+        InputError: there is no such run, a stage is not done, has no rows, or was made from another result of an earlier
+            one, the folder is not empty or cannot be written, or the constitution is another one.
     """
-    published = read_published(run)
-    chosen = _chosen(published, what)
+    whole = read_published(run)
+    chosen = _chosen(whole, what)
+    published = whole.made_into(*(name for each in chosen for name in (each.stage, each.splits_by)))
     text = constitution_of_run(published, constitution)
     _require_room(output, overwrite)
     try:

@@ -1,7 +1,7 @@
 """A run as it was published: which stages are done, their manifests, and their rows."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from align.artefacts import MANIFEST, Manifest, file_digest, read_manifest, stage_folder
@@ -25,6 +25,34 @@ class PublishedRun:
     def stage(self, stage: str) -> Path:
         """A stage's folder, which is there if its manifest is."""
         return stage_folder(self.folder, stage)
+
+    def made_into(self, *stages: str) -> "PublishedRun":
+        """The run without the stages that none of these was made from.
+
+        Ids say which prompt a row is about and not what it says, so that rows of stages that do not belong together
+        would be joined all the same.
+
+        Raises:
+            InputError: an earlier stage was made again since.
+        """
+        kept: set[str] = set()
+        waiting = list(stages)
+        while waiting:
+            stage = waiting.pop()
+            if stage in kept or stage not in self.manifests:
+                continue
+            kept.add(stage)
+            self._require_inputs(stage)
+            waiting += self.manifests[stage].inputs
+        return replace(self, manifests={name: each for name, each in self.manifests.items() if name in kept})
+
+    def _require_inputs(self, stage: str) -> None:
+        for name, read in self.manifests[stage].inputs.items():
+            if name in self.manifests and self.manifests[name].content_digest != read:
+                raise InputError(
+                    f"{self.stage(stage)}: `{stage}` was made from another `{name}` than {self.stage(name)}, which was "
+                    "made again since; bring the run up to date with `align run RECIPE`, whose `align plan` says why"
+                )
 
     def rows(self, stage: str, file: str) -> Path:
         """A file that a stage published, as the stage left it.

@@ -1,5 +1,6 @@
 """`align export` of a finished run by the real command: `datasets` loads it, TRL trains on it, and it is true."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from datasets import DatasetDict, load_dataset
 from huggingface_hub import DatasetCard
 from trl.data_utils import is_conversational
 
+from align.artefacts import MANIFEST, file_digest
 from tests.launch.pipeline import Run, in_process, rows
 
 SETS = ("preferences", "sft", "revisions")
@@ -172,22 +174,62 @@ def test_what_cannot_be_exported_is_told_before_anything_is_written(
     assert not output.exists() and not list(tmp_path.glob(".out*"))
 
 
+def made_again(folder: Path, file: str) -> None:
+    """As if a stage had run again with another result."""
+    with (folder / file).open("a") as rows_file:
+        rows_file.write("\n")
+    say_outputs(folder, file)
+
+
+def say_outputs(folder: Path, file: str) -> None:
+    """Let a stage's manifest name the file as it is now."""
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["outputs"][file] = file_digest(folder / file)
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    ("stage", "file"),
+    [("sample", "samples.jsonl"), ("revise", "revisions.jsonl"), ("sft", "metrics.jsonl"), ("compare", "pairs.jsonl")],
+)
+def test_rows_of_stages_that_do_not_belong_together_are_not_joined(
+    run: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    stage: str,
+    file: str,
+) -> None:
+    made_again(run.shared / stage if stage == "sample" else run.own / stage, file)
+    output = tmp_path / "out"
+    words = ("export", str(run.own), "--output", str(output), "--what", "preferences")
+    assert in_process(run.root, monkeypatch, *words) == 2
+    told = capsys.readouterr().err
+    assert "made from another `" in told and f"`{stage}` than" in told
+    assert not output.exists()
+
+
+def test_what_was_made_again_later_does_not_matter_to_earlier_rows(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made_again(run.own / "revise", "revisions.jsonl")
+    words = ("export", str(run.own), "--output", str(tmp_path / "out"), "--what", "revisions")
+    assert in_process(run.root, monkeypatch, *words) == 0
+    card = (tmp_path / "out/README.md").read_text()
+    assert "| `revise` |" in card and "| `sft` |" not in card and "`compare`" not in card
+
+
 def test_a_run_of_an_earlier_version_is_exported_without_its_origins(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows and files of provenance are what such a run lacks."""
-    import json
-
-    from align.artefacts import file_digest
-
     kept = {"id", "prompt", "chosen", "rejected", "probability", "source", "category"}
-    pairs, manifest = run.own / "compare/pairs.jsonl", run.own / "compare/manifest.json"
+    pairs = run.own / "compare/pairs.jsonl"
     old = [{key: row[key] for key in kept} for row in rows(pairs)]
     pairs.write_text("".join(json.dumps(row) + "\n" for row in old))
     (run.own / "compare/provenance.jsonl").unlink()
-    said = json.loads(manifest.read_text())
-    said["outputs"]["pairs.jsonl"] = file_digest(pairs)
-    manifest.write_text(json.dumps(said))
+    say_outputs(run.own / "compare", "pairs.jsonl")
+    shutil.rmtree(run.own / "reward")
     output = tmp_path / "out"
     assert (
         in_process(run.root, monkeypatch, "export", str(run.own), "--output", str(output), "--what", "preferences") == 0
