@@ -176,7 +176,7 @@ def _models(provenance: Iterable[Provenance]) -> str:
     columns = ("who wrote it", "engine", "model", "weights (SHA-256)", "the server says")
     return (
         f"## Models\n\n{table(columns, rows)}\n\nA digest was taken from the weights that were loaded: of one file its "
-        "SHA-256, of several that of what `sha256sum *.safetensors` prints. Of a model on a server there is the "
+        "SHA-256, of several that of what `sha256sum` prints of them. Of a model on a server there is the "
         "server's word alone, which nobody can verify."
     )
 
@@ -245,7 +245,9 @@ def _judges(run: PublishedRun) -> Iterator[str]:
     for stage in ("revise", "compare"):
         figures = run.manifests[stage].figures if stage in run.manifests else {}
         if judge := figures.get("judge"):
-            found = f"`{_code(public_judge(judge['judge']))}`: {_probes(judge)}.{_calibration(figures.get('calibration'))}"
+            found = (
+                f"`{_code(public_judge(judge['judge']))}`: {_probes(judge)}.{_calibration(figures.get('calibration'))}"
+            )
             yield f"## The judge of `{stage}`\n\n{found}"
 
 

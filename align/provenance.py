@@ -131,6 +131,12 @@ def label_provenance(
     return Provenance.of(context.stage, "label", identity, settings, context.seed, constitution)
 
 
+def settle_judge(backend: Backend | None, output: Path) -> None:
+    """Settle who judges before the probes are asked; of nobody without a `backend`."""
+    if backend is not None:
+        settled_identity(backend, output, "label")
+
+
 def _of_labels(block: JudgeBlock) -> dict[str, Any]:
     return block.model_dump(mode="json", exclude=NOT_OF_THE_JUDGE)
 
@@ -142,34 +148,54 @@ def _named(extra: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def settled_identity(backend: Backend, output: Path, step: Step) -> EngineIdentity:
-    """Which model an engine has, in every process. A server is asked when a stage begins, and again when it goes on.
+    """Which model an engine has, in every process. It is settled before the engine is asked anything, and again when a
+    stage goes on.
 
     Args:
-        output: the stage's folder, which keeps what the server said first.
+        output: the stage's folder, which keeps what was found first.
 
     Raises:
-        InputError: the server says that it has another model than when the stage began.
+        InputError: the engine has another model than when the stage began.
     """
     return processes.decided_by_first(lambda: _settled(backend, output / f"engine-of-{step}.json"))
 
 
 def _settled(backend: Backend, kept: Path) -> EngineIdentity:
+    """The digests of weights are kept too: files that have not changed are not read again."""
+    weights = getattr(backend, "weights", None)
     if not kept.exists():
         identity = backend.identity()
-        if identity.kind == "server":
-            write_json(kept, dataclasses.asdict(identity))
+        found = {"identity": dataclasses.asdict(identity), "weights": weights.digests if weights else {}}
+        write_json(kept, found)
         return identity
-    before = EngineIdentity(**json.loads(kept.read_text(encoding="utf-8")))
+    found = json.loads(kept.read_text(encoding="utf-8"))
+    before = EngineIdentity(**found["identity"])
+    if weights:
+        weights.digests.update(found["weights"])
     try:
         now = backend.identity()
     except AlignError:
         return before  # what is not asked for any more needs no server
-    if now.said and before.said and now != before:
-        raise InputError(
-            f"engine {backend.name}: the server says that it has {dict(now.said)} now, and when this stage began it "
-            f"said {dict(before.said)}; serve that model again, or remove {kept.parent} to begin anew"
-        )
+    is_silent = now.kind == "server" and not (now.said and before.said)
+    if now != before and not is_silent:
+        raise InputError(_exchanged(backend.name, before, now, kept.parent))
     return before
+
+
+def _exchanged(engine: str, before: EngineIdentity, now: EngineIdentity, folder: Path) -> str:
+    if now.kind == "server":
+        return (
+            f"engine {engine}: the server says that it has {dict(now.said)} now, and when this stage began it said "
+            f"{dict(before.said)}; serve that model again, or remove {folder} to begin anew"
+        )
+    old, new = dataclasses.asdict(before), dataclasses.asdict(now)
+    changed = ", ".join(
+        f"{key} {old[key] or 'unknown'} before, {new[key] or 'unknown'} now" for key in old if old[key] != new[key]
+    )
+    return (
+        f"engine {engine}: not the model that this stage began with ({changed}); put that one back, or remove "
+        f"{folder} to begin anew"
+    )
 
 
 def write_constitution(output: Path, constitution: Constitution) -> None:

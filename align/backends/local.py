@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from align.models.openings import can_share
 from align.models.policy import stop_token_ids
 from align.models.running import Running, Task
 from align.models.trees import Continuation, can_score_trees, tree_batches, tree_logprobs
-from align.models.weights import hub_revision, weights_digest
+from align.models.weights import Weights, hub_revision
 from align.models.wrapped import inner_model
 from align.records import FinishReason
 
@@ -58,10 +57,10 @@ class LocalBackend:
     choice_method = "log-probabilities"
 
     def __init__(
-        self, model: Any, tokenizer: Any, *, name: str, system_prompt: str | None = None, weights: Path | None = None
+        self, model: Any, tokenizer: Any, *, name: str, system_prompt: str | None = None, weights: Weights | None = None
     ) -> None:
         self.name = name
-        self._weights = weights
+        self.weights = weights
         self.read = 0
         self._model = model
         self._tokenizer = tokenizer
@@ -77,8 +76,8 @@ class LocalBackend:
         return EngineIdentity(
             "local",
             self.name.removeprefix("local:"),
-            digest=weights_digest(self._weights) if self._weights else "",
-            revision=hub_revision(self._weights) if self._weights else "",
+            digest=self.weights.digest() if self.weights else "",
+            revision=hub_revision(self.weights.folder) if self.weights else "",
             precision=str(self._model.dtype).removeprefix("torch."),
         )
 

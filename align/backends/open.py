@@ -23,19 +23,20 @@ def open_backend(engine: EngineBlock, model: ModelBlock, *, path: str | None = N
         return OpenAIBackend(engine, system_prompt=model.system_prompt)
     from align.backends.local import LocalBackend
     from align.models.policy import compute_dtype, default_device, load_causal_lm, load_tokenizer
-    from align.models.weights import model_folder
+    from align.models.weights import Weights, model_folder
 
     chosen = path or engine.model or model.path
     revision = model.revision if chosen == model.path else None
     trust = model.trust_remote_code and chosen in (model.path, path)
     language_model = load_causal_lm(chosen, compute_dtype(model.precision), revision=revision, trust_remote_code=trust)
     tokenizer = load_tokenizer(chosen, revision=revision, trust_remote_code=trust)
+    folder = model_folder(chosen, revision)
     return LocalBackend(
         language_model.to(default_device()),
         tokenizer,
         name=_name(chosen, 2 if path else 1),
         system_prompt=model.system_prompt,
-        weights=model_folder(chosen, revision),
+        weights=Weights(folder) if folder else None,
     )
 
 

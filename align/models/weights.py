@@ -1,10 +1,11 @@
 """What identifies a model's weights: the folder they lie in, and their digest."""
 
 import hashlib
+import json
 import os
 from pathlib import Path
 
-from align.artefacts import file_digest
+from align.artefacts import MANIFEST, file_digest, read_manifest
 from align.models.sources import resolve_model
 
 SNAPSHOTS = "snapshots"
@@ -22,17 +23,50 @@ def model_folder(path: str, revision: str | None = None) -> Path | None:
     return Path(config).parent if isinstance(config, str) else None
 
 
-def weights_digest(folder: Path) -> str:
-    """SHA-256 of a model's weights: of the one file, or, of several, of what `sha256sum *.safetensors` prints.
+class Weights:
+    """The weights in a model's folder. To digest them they are read whole, which is done once for each file."""
 
-    Of one file it is what the hub shows, and the manifest of the stage that made it. Empty where there is no such file.
-    """
-    files = sorted(folder.glob("*.safetensors"))
-    digests = [file_digest(file) for file in files]
-    if len(files) < 2:
-        return "".join(digests)
-    listing = "".join(f"{found}  {file.name}\n" for found, file in zip(digests, files, strict=True))
-    return hashlib.sha256(listing.encode()).hexdigest()
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.digests: dict[str, str] = {}
+        """SHA-256 of each file, by its name, size and time of change."""
+
+    def digest(self) -> str:
+        """SHA-256 of the weights: of the one file, or, of several, of what `sha256sum` prints of them in their order.
+
+        Of one file it is what the hub shows, and the manifest of the stage that made it. Empty where there is none.
+        """
+        files = loaded_files(self.folder)
+        digests = [self._digest(file) for file in files]
+        if len(files) < 2:
+            return "".join(digests)
+        listing = "".join(f"{found}  {file.name}\n" for found, file in zip(digests, files, strict=True))
+        return hashlib.sha256(listing.encode()).hexdigest()
+
+    def _digest(self, file: Path) -> str:
+        status = file.stat()
+        stamp = f"{file.name} {status.st_size} {status.st_mtime_ns}"
+        if stamp not in self.digests:
+            self.digests[stamp] = _published_digest(file) or file_digest(file)
+        return self.digests[stamp]
+
+
+def loaded_files(folder: Path) -> list[Path]:
+    """The files that `from_pretrained` loads: one, or else those that the index names, in the order of their names."""
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if whole.is_file() or not index.is_file():
+        return [whole] if whole.is_file() else []
+    names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+    return [folder / name for name in sorted(set(names))]
+
+
+def _published_digest(file: Path) -> str:
+    """What the manifest of the stage that made a model says of its file; empty where it has changed since."""
+    path = file.parent.parent / MANIFEST
+    if not path.is_file() or path.stat().st_mtime_ns < file.stat().st_mtime_ns:
+        return ""
+    manifest = read_manifest(path.parent)
+    return manifest.outputs.get(f"{file.parent.name}/{file.name}", "") if manifest else ""
 
 
 def hub_revision(folder: Path) -> str:

@@ -35,7 +35,7 @@ from align.data.prompts import stream_drawn
 from align.errors import InputError
 from align.feedback.gates import CompareGatesBlock, Share, check_gates, gate_figures
 from align.generation import Completed, Request
-from align.provenance import PROVENANCE, label_provenance, text_provenance, write_provenance
+from align.provenance import PROVENANCE, label_provenance, settle_judge, text_provenance, write_provenance
 from align.records import (
     Comparison,
     Message,
@@ -151,6 +151,7 @@ class CompareStage(Stage):
             draw_seed=seed if settings.principle == "draw" else None,
             seed=seed,
         )
+        settle_judge(judge.backend, context.output)
         report = examine_judge(judge, context.output / "probes.journal")
         require_better_than_chance(judge, report)
         human, tested = calibrate(judge, context) if settings.calibration else ([], {})

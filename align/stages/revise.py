@@ -21,6 +21,7 @@ from align.provenance import (
     PROVENANCE,
     Provenance,
     label_provenance,
+    settle_judge,
     text_provenance,
     write_constitution,
     write_provenance,
@@ -118,6 +119,7 @@ class ReviseStage(Stage):
             seed=seed,
             backend=backend if judge_block.engine == settings.engine else None,
         )
+        settle_judge(judge.backend, context.output)
         report = examine_judge(judge, context.output / "probes.journal")
         require_better_than_chance(judge, report)
 

@@ -7,7 +7,8 @@ import pytest
 
 from align.backends.scripted import ScriptedBackend
 from align.config import EngineBlock, JudgeBlock
-from align.generation import Request
+from align.errors import InputError
+from align.generation import EngineIdentity, Request
 from align.provenance import read_provenance
 from align.records import Comparison, Critique, PreferencePair, Revision, Sample
 from align.stages.compare import STAGE as COMPARE
@@ -115,6 +116,38 @@ def test_entries_hold_the_constitutions_digest_the_sampling_and_how_the_judge_sc
     assert entries["revise", "revision"].settings["max_new_tokens"] == 256
     judged = entries["compare", "label"].settings
     assert (judged["kind"], judged["principle"], judged["scored_by"]) == ("choice", "all", "log-probabilities")
+
+
+@pytest.mark.parametrize("stage", ["revise", "compare"])
+def test_who_judges_is_settled_before_the_judge_is_asked(
+    world: World, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    """A stage that goes on after a kill, with another model on its server, asks that one nothing."""
+    asked: list[str] = []
+
+    class Served(ScriptedBackend):
+        def identity(self) -> EngineIdentity:
+            return EngineIdentity("server", "m", said={"id": self.name})
+
+        def choice_logprobs(self, *args: Any, **options: Any) -> Any:
+            asked.append(self.name)
+            if self.name == "first":
+                raise InputError("killed")
+            return super().choice_logprobs(*args, **options)
+
+    serving = ["first"]
+    monkeypatch.setattr(
+        "align.backends.open.open_backend", lambda *_, **__: Served(lambda request: "So.", oracle, name=serving[0])
+    )
+    world.shared["judge"] = JudgeBlock(kind="choice")
+    world.run(SAMPLE, SampleBlock(splits=BOTH))
+    run = (REVISE, ReviseBlock()) if stage == "revise" else (COMPARE, CompareBlock())
+    with pytest.raises(InputError, match="killed"):
+        world.run(*run)
+    serving[0] = "second"
+    with pytest.raises(InputError, match="serve that model again"):
+        world.run(*run)
+    assert set(asked) == {"first"}
 
 
 def test_a_row_that_a_hard_rule_decided_names_it_and_the_judge(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

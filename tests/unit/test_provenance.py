@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -9,13 +11,14 @@ from typing import Any
 import pytest
 from faulty_server import FaultyServer
 
+from align.artefacts import Manifest, write_json
 from align.backends.open import open_backend
 from align.backends.openai_server import OpenAIBackend
 from align.backends.scripted import ScriptedBackend
 from align.config import EngineBlock, ModelBlock
 from align.errors import InputError
-from align.generation import EngineIdentity
-from align.models.weights import hub_revision, weights_digest
+from align.generation import Backend, EngineIdentity
+from align.models.weights import Weights, hub_revision, loaded_files
 from align.provenance import Provenance, read_provenance, settled_identity, text_provenance, write_provenance
 from align.stage import Context
 from align.stages.sample import SampleBlock
@@ -26,19 +29,85 @@ def shell(command: str, folder: Path) -> str:
 
 
 def test_the_digest_of_one_file_is_what_sha256sum_says_of_it(tiny_model_dir: Path) -> None:
-    assert weights_digest(tiny_model_dir) == shell("sha256sum model.safetensors", tiny_model_dir).split()[0]
+    assert Weights(tiny_model_dir).digest() == shell("sha256sum model.safetensors", tiny_model_dir).split()[0]
 
 
-def test_the_digest_of_several_files_is_what_sha256sum_says_of_its_own_list(tmp_path: Path) -> None:
-    for number in (2, 1):
-        (tmp_path / f"model-0000{number}-of-00002.safetensors").write_bytes(bytes([number]) * 9)
-    (tmp_path / "config.json").write_text("{}")
-    assert weights_digest(tmp_path) == shell("sha256sum *.safetensors | sha256sum", tmp_path).split()[0]
+def test_the_digest_of_several_files_is_what_sha256sum_says_of_those_that_are_loaded(tmp_path: Path) -> None:
+    names = [f"model-0000{number}-of-00002.safetensors" for number in (2, 1)]
+    for name in (*names, "consolidated.safetensors"):
+        (tmp_path / name).write_text(name)
+    index = {"weight_map": {"b": names[0], "a": names[1], "c": names[0]}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert Weights(tmp_path).digest() == shell("sha256sum model-*.safetensors | sha256sum", tmp_path).split()[0]
+
+
+def test_the_files_that_count_are_those_that_are_loaded(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """Beside an index, one whole file is loaded all the same."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(loaded_files(tmp_path)) == len(list(tmp_path.glob("*.safetensors"))) > 1
+    with torch.no_grad():
+        model.lm_head.weight.fill_(3.0)
+    model.save_pretrained(tmp_path / "whole")
+    shutil.copy(tmp_path / "whole/model.safetensors", tmp_path)
+    assert (AutoModelForCausalLM.from_pretrained(tmp_path).lm_head.weight == 3.0).all()
+    assert loaded_files(tmp_path) == [tmp_path / "model.safetensors"]
+
+
+def test_weights_are_read_again_only_where_a_file_has_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_text("one")
+    first = Weights(tmp_path)
+    digest = first.digest()
+    again = Weights(tmp_path)
+    again.digests.update(first.digests)
+    read: list[Path] = []
+    monkeypatch.setattr("align.models.weights.file_digest", lambda path: read.append(path) or "read")
+    assert again.digest() == digest and not read
+    file.write_text("three")
+    assert again.digest() == "read" and read == [file]
+
+
+def test_of_a_model_that_a_stage_made_its_manifest_tells_unless_the_file_is_newer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model").mkdir()
+    file, manifest = tmp_path / "model/model.safetensors", tmp_path / "manifest.json"
+    file.write_text("weights")
+    write_json(manifest, Manifest("sft", "f", {}, {}, {"model/model.safetensors": "told"}).__dict__)
+    assert Weights(file.parent).digest() == "told"
+    newer = manifest.stat().st_mtime_ns + 1
+    os.utime(file, ns=(newer, newer))
+    assert Weights(file.parent).digest() == shell("sha256sum model.safetensors", file.parent).split()[0]
+
+
+def test_a_stage_that_goes_on_with_other_weights_is_stopped(tiny_model_dir: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model_dir, model)
+    output = tmp_path / "stage"
+    output.mkdir()
+    first = settled_identity(local_engine(model), output, "label")
+    assert settled_identity(local_engine(model), output, "label") == first
+    file = model / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(InputError, match=r"not the model that this stage began with \(digest \w+ before, \w+ now\)"):
+        settled_identity(local_engine(model), output, "label")
+
+
+def local_engine(model: Path) -> Backend:
+    return open_backend(EngineBlock(), ModelBlock(path=str(model), precision="fp32"))
 
 
 def test_a_local_engine_names_its_model_its_weights_and_its_precision(tiny_model_dir: Path) -> None:
     identity = open_backend(EngineBlock(), ModelBlock(path=str(tiny_model_dir), precision="fp32")).identity()
-    assert identity == EngineIdentity("local", tiny_model_dir.name, weights_digest(tiny_model_dir), precision="float32")
+    assert identity == EngineIdentity(
+        "local", tiny_model_dir.name, Weights(tiny_model_dir).digest(), precision="float32"
+    )
 
 
 def test_a_folder_of_the_hubs_cache_tells_its_commit() -> None:
