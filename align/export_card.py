@@ -22,6 +22,10 @@ TAGS = ("align", "trl", "constitutional-ai", "rlaif", "preference", "synthetic")
 LOOP = ("sample", "revise", "sft", "compare")
 """The stages whose settings decide what the rows are."""
 
+PATHS = {"path", "model", "tokenizer", "hub_folder", "harmless", "benign"}
+"""Settings whose texts are paths, or may be."""
+
+OPTIONS = "trl"
 HIDDEN = "(in the manifest)"
 UNKNOWN = "unknown"
 _MARKUP = re.compile(r"([\\`*_\[\]|~$@]|:(?=//)|(?<=www)\.)", re.IGNORECASE)
@@ -91,21 +95,25 @@ def fenced(text: str, language: str = "text") -> str:
     return f"{fence}{language}\n{body}\n{fence}"
 
 
-def public(value: Any) -> Any:
-    """A setting as it may be shown to everybody."""
-    if isinstance(value, Mapping):
-        return {public_path(str(key)): _public_key(str(key), inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [public(each) for each in value]
-    return public_path(value) if isinstance(value, str) else value
-
-
-def _public_key(key: str, value: Any) -> Any:
+def public(value: Any, key: str = "") -> Any:
+    """A setting as it may be shown to everybody; `key` is what it is called, or the list or options that it is in."""
     if key == "base_url":
         return value and HIDDEN
     if key == "extra" and isinstance(value, Mapping):
         return {name: each if isinstance(each, bool | int | float) else HIDDEN for name, each in value.items()}
-    return public(value)
+    if key == "files" and isinstance(value, Mapping):
+        return [[public_path(name), found] for name, found in value.items()]
+    if isinstance(value, Mapping):
+        return {name: public(inner, key if key == OPTIONS else name) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [public(each, key) for each in value]
+    return public_path(value) if isinstance(value, str) and _is_path(key, value) else value
+
+
+def _is_path(key: str, value: str) -> bool:
+    """A prompt may begin with a slash too, so that the key decides; of options that TRL knows, a text without spaces
+    may be one."""
+    return key in PATHS or (key == OPTIONS and len(value.split()) == 1)
 
 
 def _printable(text: str) -> str:

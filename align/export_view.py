@@ -43,8 +43,8 @@ def main(
         overwrite: replace an earlier export, and leave whatever else is in the folder alone.
 
     Raises:
-        InputError: there is no such run, a stage is not done, has no rows, or was made from another result of an earlier
-            one, the folder is not empty or cannot be written, or the constitution is another one.
+        InputError: there is no such run, a stage is not done, has no rows, or was made before an earlier one was made
+            again, the folder is not empty or cannot be written, or the constitution is another one.
     """
     whole = read_published(run)
     chosen = _chosen(whole, what)

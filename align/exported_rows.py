@@ -8,7 +8,7 @@
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,6 +18,8 @@ from align.provenance import Provenance, read_provenance
 from align.published import PublishedRun
 from align.records import Critique, Demonstration, Message, PreferencePair, Revision, Sample, as_dicts, read_rows
 from align.stages.reward import is_held_out
+from align.stages.sft import SPLIT as SFT
+from align.windows import scratch_database
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -75,8 +77,8 @@ def preference_rows(run: PublishedRun) -> Iterator[SplitRow]:
 class _Origin(NamedTuple):
     """Where a demonstration comes from: what a row of another stage says of itself, by the names of the columns."""
 
-    revised_by: tuple[str, ...] = ()
-    judged_by: tuple[str, ...] = ()
+    revised_by: Sequence[str] = ()
+    judged_by: Sequence[str] = ()
     p_better: float | None = None
     provenance: str = ""
     seed: int | None = None
@@ -85,10 +87,10 @@ class _Origin(NamedTuple):
 
 def sft_rows(run: PublishedRun) -> Iterator[SplitRow]:
     """What the SFT policy was trained on. Demonstrations that people wrote have no provenance."""
-    origins = dict(_origins(run))
+    origin_of = _origins(run)
     entries = _Entries(run, "revise", "sample")
     for row in read_rows(run.rows("sft", "demonstrations.jsonl"), Demonstration):
-        origin = origins.get(row.id, _Origin()) if row.source in MADE_HERE else _Origin()
+        origin = origin_of(row.id) if row.source in MADE_HERE else _Origin()
         yield (
             TRAIN,
             {
@@ -104,16 +106,32 @@ def sft_rows(run: PublishedRun) -> Iterator[SplitRow]:
         )
 
 
-def _origins(run: PublishedRun) -> Iterator[tuple[str, _Origin]]:
-    """The origins of all that the run made for SFT, by the demonstrations' ids."""
+def _origins(run: PublishedRun) -> Callable[[str], _Origin]:
+    """Tells the origin of a demonstration that the run made, by its id. All of them are kept in a file: there may be
+    more than memory holds."""
+    database = scratch_database("create table origins (id text primary key, origin text) without rowid")
+    with database:
+        database.execute("begin")
+        rows = ((name, json.dumps(origin)) for name, origin in _made_for_sft(run))
+        database.executemany("insert or replace into origins values (?, ?)", rows)
+
+    def origin_of(row_id: str) -> _Origin:
+        found = database.execute("select origin from origins where id = ?", (row_id,)).fetchone()
+        return _Origin(*json.loads(found[0])) if found else _Origin()
+
+    return origin_of
+
+
+def _made_for_sft(run: PublishedRun) -> Iterator[tuple[str, _Origin]]:
     if "revise" in run.manifests:
         for row in _revisions(run):
-            if row.split == "sft":
+            if row.split == SFT:
                 made = (row.principle_ids, row.judged_by, row.p_better, row.provenance, row.seed, row.judge_provenance)
                 yield row.id, _Origin(*made)
     if "sample" in run.manifests:
         for sample in read_rows(run.rows("sample", "samples.jsonl"), Sample):
-            yield sample.id, _Origin(provenance=sample.provenance, seed=sample.seed)
+            if sample.split == SFT:
+                yield sample.id, _Origin(provenance=sample.provenance, seed=sample.seed)
 
 
 def revision_rows(run: PublishedRun) -> Iterator[SplitRow]:

@@ -127,10 +127,19 @@ def test_a_line_shows_its_words_as_they_are() -> None:
     assert Tags(MARKDOWN.renderInline(shown(text))).text == text
 
 
+def test_texts_are_shown_as_they_are_and_files_of_the_same_name_each() -> None:
+    texts = {"system_prompt": "/no_think Answer in 1/2 lines", "stop": "/end", "target_modules": "../x"}
+    assert public(texts) == texts
+    files = {"/home/a/rows.jsonl": "1", "/home/b/rows.jsonl": "2"}
+    assert public({"files": files}) == {"files": [["rows.jsonl", "1"], ["rows.jsonl", "2"]]}
+
+
 def test_settings_are_shown_without_folders_addresses_and_texts_of_further_keys() -> None:
     given_settings = {
         "path": "/home/me/secret/model",
         "files": {"/home/me/secret/rows.jsonl": "abc"},
+        "trl": {"deepspeed": "/home/me/secret/zero.json", "options": [{"dir": "~/secret/logs"}]},
+        "harmless": ["/home/me/my secret/rows.jsonl", "benign"],
         "engine": {"base_url": "https://user:hush@inner.example/v1", "extra": {"top_k": 0, "token": "hush"}},
         "sources": [
             {"path": "C:\\Users\\me\\secret\\rows.jsonl"},
