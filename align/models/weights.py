@@ -61,9 +61,12 @@ def loaded_files(folder: Path) -> list[Path]:
 
 
 def _published_digest(file: Path) -> str:
-    """What the manifest of the stage that made a model says of its file; empty where it has changed since."""
-    path = file.parent.parent / MANIFEST
-    if not path.is_file() or path.stat().st_mtime_ns < file.stat().st_mtime_ns:
+    """What the manifest of the stage that made a model says of its file; empty where it has changed since.
+
+    A file that was put in its place may bring an older time of its own along; not so the time that it was put there.
+    """
+    path, status = file.parent.parent / MANIFEST, file.stat()
+    if not path.is_file() or path.stat().st_mtime_ns < max(status.st_mtime_ns, status.st_ctime_ns):
         return ""
     manifest = read_manifest(path.parent)
     return manifest.outputs.get(f"{file.parent.name}/{file.name}", "") if manifest else ""
