@@ -125,7 +125,8 @@ class ReviseStage(Stage):
 
         critic = open_backend(settings.critic, model) if settings.critic and settings.critique else None
         critique, revision, verdict = provenance(context, critic or backend, backend, judge, report.scored_by)
-        write_provenance(context.output, (critique, revision, verdict), [context.inputs["sample"]])
+        made = [each for each in (critique, revision, verdict) if each]
+        write_provenance(context.output, made, [context.inputs["sample"]])
         write_constitution(context.output, constitution)
         loop = Loop(
             constitution=constitution,
@@ -137,7 +138,7 @@ class ReviseStage(Stage):
             filters=settings.filters,
             critic=critic,
             provenance=revision.id,
-            critique_provenance=critique.id,
+            critique_provenance=critique.id if critique else "",
         )
         tally = RevisionTally(settings.rounds)
         shares = revise_all(context, loop, judge, total, tally, verdict.id)
@@ -150,13 +151,17 @@ class ReviseStage(Stage):
 
 def provenance(
     context: Context, critic: "Backend", reviser: "Backend", judge: "Judge", scored_by: str
-) -> tuple[Provenance, Provenance, Provenance]:
-    """Where critiques, revisions and verdicts come from."""
+) -> tuple[Provenance | None, Provenance, Provenance]:
+    """Where critiques, revisions and verdicts come from; no critiques where none are asked for."""
     settings: ReviseBlock = context.settings
     loop = {"critique": settings.critique, "examples": settings.examples}
     verdict = {"principle": settings.principle, "scored_by": scored_by}
+    critique = None
+    if settings.critique:
+        writer = settings.critic or settings.engine
+        critique = text_provenance(context, "critique", critic, writer, judge.constitution, **loop)
     return (
-        text_provenance(context, "critique", critic, settings.critic or settings.engine, judge.constitution, **loop),
+        critique,
         text_provenance(context, "revision", reviser, settings.engine, judge.constitution, **loop),
         label_provenance(context, judge.backend, judge.block, judge.constitution, **verdict),
     )

@@ -185,4 +185,7 @@ def test_what_no_judge_saw_names_none(world: World, monkeypatch: pytest.MonkeyPa
     )
     assert {row.reason for row in rejected} == {"copy"} and {row.judge_provenance for row in rejected} == {""}
     assert {row.judge_provenance for row in comparisons} == {""} != {row.provenance for row in comparisons}
-    assert {row.critique_seed for row in world.rows("revise/critiques.jsonl", Critique)} == {None}
+    critiques = world.rows("revise/critiques.jsonl", Critique)
+    assert {(row.critique_seed, row.critique_provenance) for row in critiques} == {(None, "")}
+    steps = {entry.step for entry in read_provenance(world.root / "revise").values() if entry.stage == "revise"}
+    assert steps == {"revision", "label"}, "nobody wrote a critique"
