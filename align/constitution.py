@@ -133,6 +133,20 @@ class Constitution(_Content):
         """The folders whose passages are shown with the principle."""
         return self.sources if principle.sources is None else principle.sources
 
+    def without_folders(self) -> "Constitution":
+        """The constitution with the digests of its documents in the place of their folders; its own stays the same."""
+        principles = tuple(
+            principle.model_copy(update={"sources": self._digests_of(principle.sources)})
+            for principle in self.principles
+        )
+        return self.model_copy(
+            update={"sources": self._digests_of(self.sources), "principles": principles, "documents": {}}
+        )
+
+    def _digests_of(self, sources: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        """What no principle shows has not been read, and is left out."""
+        return None if sources is None else tuple(self.documents[each] for each in sources if each in self.documents)
+
     @cached_property
     def worked_examples(self) -> tuple[Example, ...]:
         """Every worked critique and revision: the constitution's, then those inside its principles."""

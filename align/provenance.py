@@ -199,14 +199,13 @@ def _exchanged(engine: str, before: EngineIdentity, now: EngineIdentity, folder:
 
 
 def write_constitution(output: Path, constitution: Constitution) -> None:
-    """Keep the principles beside the rows that name them, without the folders that documents lie in."""
+    """Keep the principles beside the rows that name them, the folders of documents by their digests alone."""
     if processes.is_first():
-        folders: Any = {"sources": True, "documents": True, "principles": {"__all__": {"sources"}}}
-        write_json(output / CONSTITUTION, constitution.model_dump(mode="json", exclude=folders))
+        write_json(output / CONSTITUTION, constitution.without_folders().model_dump(mode="json", exclude={"documents"}))
 
 
 def read_constitution(path: Path) -> Constitution:
-    """The constitution that `write_constitution` kept.
+    """The constitution that `write_constitution` kept: its digest is the same, and documents cannot be read of it.
 
     Raises:
         InputError: the file is damaged, or of another version.

@@ -1,11 +1,10 @@
 """`align relabel RUN --output DIR`: a compare stage's labels made again, by other settings, from the scores it kept.
 
-No model is asked anything. The new folder holds what the stage's own does, so that runs can be compared and trained on
-it: `pairs.jsonl` is a preference data set.
+No model is asked anything. The new folder holds what the stage's own does but its log and the gates' figures, so that
+runs can be compared and trained on it: `pairs.jsonl` is a preference data set.
 """
 
 import itertools
-import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,11 +21,18 @@ from align.errors import FileProblems, InputError, Problem
 from align.feedback.agreement import agreement_figures
 from align.feedback.judge import Judge
 from align.feedback.tallies import ComparisonTally
-from align.provenance import PROVENANCE, Provenance, read_provenance
+from align.provenance import (
+    CONSTITUTION,
+    PROVENANCE,
+    Provenance,
+    read_constitution,
+    read_provenance,
+    write_constitution,
+)
 from align.recipe_files import apply_override
 from align.records import Comparison, OpinionScores, PreferencePair, digest, read_rows, write_rows
 from align.repro import derive_seed, environment
-from align.stages.compare import STAGE, CompareBlock, pair_of, question_of, with_provenance, with_verdict
+from align.stages.compare import CALIBRATION, STAGE, CompareBlock, pair_of, question_of, with_provenance, with_verdict
 from align.windows import RowFile, SeenOnDisk
 from align.yaml_files import Lines, problems_from
 
@@ -39,7 +45,9 @@ FREE = (
     "compare.principle",
 )
 """Keys that only decide what becomes of the scores."""
-FILES = ("comparisons.jsonl", "pairs.jsonl", "opinions.jsonl", "constitution.json", "agreement.json")
+FILES = ("comparisons.jsonl", "pairs.jsonl", "opinions.jsonl", CONSTITUTION, "agreement.json")
+CARRIED = ("judge", "calibration")
+"""Figures of the judge as it was tested, under the settings of then."""
 
 
 class _Settings(Block):
@@ -110,7 +118,7 @@ def _write_labels(
     """Write all but the manifest, row by row; what that counts and measures."""
     entries, entry = _relabelled(labelled, settings, judge.constitution)
     tally = ComparisonTally([principle.id for principle in judge.principles], judge.block.min_margin)
-    seen, made = SeenOnDisk(), 0
+    seen, made, revised = SeenOnDisk(), 0, 0
     with (
         RowFile(folder / "comparisons.jsonl") as comparisons,
         RowFile(folder / "opinions.jsonl") as opinions,
@@ -128,12 +136,22 @@ def _write_labels(
                     pairs.add(pair)
         for pair in read_rows(labelled.folder / "pairs.jsonl", PreferencePair):
             if pair.source == "revision" and seen.is_new(pair.id):
+                revised += 1
                 pairs.add(pair)
     agreement = tally.agreement.agreement()
     write_rows(folder / PROVENANCE, entries)
     write_json(folder / "agreement.json", agreement.as_json())
-    write_json(folder / "constitution.json", judge.constitution.model_dump(mode="json"))
-    return {**tally.counts(), "pairs": made}, {**tally.figures(), "agreement": agreement_figures(agreement)}
+    write_constitution(folder, judge.constitution)
+    kept = _carried_over(labelled, folder)
+    counted = {**tally.counts(), "pairs": made, "revision_pairs": revised}
+    return counted, {**kept, **tally.figures(), "agreement": agreement_figures(agreement)}
+
+
+def _carried_over(labelled: Labelled, folder: Path) -> dict[str, Any]:
+    """Keep what `compare` found its judge to be worth; its figures."""
+    if (tested := labelled.folder / CALIBRATION).is_file():
+        shutil.copyfile(tested, folder / CALIBRATION)
+    return {name: found for name in CARRIED if (found := labelled.manifest.figures.get(name))}
 
 
 def _judged_again(labelled: Labelled, judge: Judge) -> Iterator[tuple[Comparison, tuple[OpinionScores, ...]]]:
@@ -175,7 +193,7 @@ def read_labelled(source: Path) -> Labelled:
         raise InputError(f"{source}: no finished `compare` in it; name its folder, or its run's")
     if missing := [name for name in FILES if not (folder / name).is_file()]:
         raise InputError(f"{folder}: has no {missing[0]}, which this version's `compare` keeps; run `compare` again")
-    return Labelled(folder, manifest, _stored_constitution(folder / "constitution.json"))
+    return Labelled(folder, manifest, read_constitution(folder / CONSTITUTION))
 
 
 def recorded_judge(labelled: Labelled, settings: _Settings, constitution: Constitution) -> Judge:
@@ -211,13 +229,6 @@ def _never_asked(what: str) -> str:
         f"opinions.jsonl: the judge was never asked {what}; leave it out with --principles, or run `compare` with "
         "these settings"
     )
-
-
-def _stored_constitution(path: Path) -> Constitution:
-    try:
-        return Constitution.model_validate(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, ValidationError) as error:
-        raise InputError(f"{path}: not a constitution of this version ({error}); run `compare` again") from None
 
 
 def _settings(manifest: Manifest, overrides: Sequence[str]) -> _Settings:
@@ -278,13 +289,14 @@ def _write_manifest(
         "judge": settings.judge.model_dump(mode="json"),
         "constitution": {"id": constitution.id, "digest": constitution.digest},
     }
+    written = [name for name in (*FILES, CALIBRATION, PROVENANCE) if (output / name).exists()]
     inputs = {"relabelled": labelled.manifest.content_digest}
     manifest = Manifest(
         stage=STAGE.name,
         fingerprint=digest({"slice": own, "inputs": inputs}),
         settings=labelled.manifest.settings | own,
         inputs=inputs,
-        outputs=output_digests(output, (*FILES, PROVENANCE)),
+        outputs=output_digests(output, written),
         counts=dict(counted),
         figures=dict(measured),
         environment=environment(),

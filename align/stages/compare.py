@@ -35,7 +35,15 @@ from align.data.prompts import stream_drawn
 from align.errors import InputError
 from align.feedback.gates import CompareGatesBlock, Share, check_gates, gate_figures
 from align.generation import Completed, Request
-from align.provenance import PROVENANCE, label_provenance, settle_judge, text_provenance, write_provenance
+from align.provenance import (
+    CONSTITUTION,
+    PROVENANCE,
+    label_provenance,
+    settle_judge,
+    text_provenance,
+    write_constitution,
+    write_provenance,
+)
 from align.records import (
     Comparison,
     Message,
@@ -104,7 +112,7 @@ class CompareStage(Stage):
         "comparisons.jsonl",
         "pairs.jsonl",
         "opinions.jsonl",
-        "constitution.json",
+        CONSTITUTION,
         "agreement.json",
         CALIBRATION,
         PROVENANCE,
@@ -168,7 +176,7 @@ class CompareStage(Stage):
         agreement = tally.agreement.agreement()
         if processes.is_first():
             write_json(context.output / "agreement.json", agreement.as_json())
-            write_json(context.output / "constitution.json", judge.constitution.model_dump(mode="json"))
+        write_constitution(context.output, judge.constitution)
         counted = {**tally.counts(), **pairs}
         shares = {name: Share(tally.reasons[name], tally.comparisons) for name in ("cut", "identical")}
         measured = {"judge": report.as_figures(), **tested, **tally.figures(), "gates": gate_figures(shares)}

@@ -12,6 +12,7 @@ from align.artefacts import Manifest, file_digest, read_manifest, write_json
 from align.config import JudgeBlock
 from align.errors import FileProblems, InputError
 from align.generation import ChoiceRequest, Request
+from align.provenance import read_constitution, read_provenance
 from align.records import Comparison, Message, OpinionScores, PreferencePair
 from align.relabel import relabel
 from align.stages.compare import STAGE as COMPARE
@@ -243,12 +244,53 @@ def test_revision_pairs_stay_as_they_are(world: World) -> None:
     stage = compare(world, {"kind": "rule"}, revision_pairs=True)
     relabel(stage, world.root / "again", overrides=["judge.clamp=0.2"])
 
+    counts = [read_manifest(folder).counts["revision_pairs"] for folder in (stage, world.root / "again")]  # type: ignore[union-attr]
     before, after = (
         [pair for pair in world.rows(f"{folder}/pairs.jsonl", PreferencePair) if pair.source == "revision"]
         for folder in ("compare", "again")
     )
     assert before == after
-    assert before
+    assert before and counts == [len(before)] * 2
+
+
+def test_what_the_judge_was_found_to_be_worth_is_carried_over(world: World) -> None:
+    human = world.root / "human.jsonl"
+    pairs = [{"prompt": f"{number}", "chosen": "Is it so?", "rejected": "It is so."} for number in range(8)]
+    human.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    stage = compare(world, {"kind": "rule"}, calibration={"human": [{"path": str(human)}]})
+    relabel(stage, world.root / "again", overrides=["judge.clamp=0.2"])
+
+    before, after = read_manifest(stage), read_manifest(world.root / "again")
+    assert before and after
+    assert [after.figures[name] for name in ("judge", "calibration")] == [
+        before.figures[name] for name in ("judge", "calibration")
+    ]
+    rows = (stage / "calibration.jsonl").read_bytes()
+    assert (world.root / "again/calibration.jsonl").read_bytes() == rows != b""
+    assert after.outputs["calibration.jsonl"] == file_digest(stage / "calibration.jsonl")
+
+
+def test_no_folder_of_documents_is_kept_and_labels_are_made_again_without_them(world: World) -> None:
+    documents = world.root / "secret-folder"
+    documents.mkdir()
+    (documents / "facts.txt").write_text("Questions end with a mark.")
+    path = Path(world.shared["constitution"])
+    content = json.loads(path.read_text())
+    content["sources"] = "secret-folder"
+    content["principles"][1]["sources"] = []
+    path.write_text(json.dumps(content))
+    stage = compare(world, {"kind": "choice"})
+    (documents / "facts.txt").unlink()
+    documents.rmdir()
+    relabel(stage, world.root / "again", overrides=["judge.clamp=0.1"])
+    relabel(world.root / "again", world.root / "back", overrides=["judge.clamp=0.0"])
+
+    assert same_labels(stage, world.root / "back")
+    used = {entry.constitution_digest for entry in read_provenance(stage).values() if entry.step == "label"}
+    for folder in (stage, world.root / "again", world.root / "back"):
+        kept = folder / "constitution.json"
+        assert "secret-folder" not in kept.read_text() and str(world.root) not in kept.read_text()
+        assert {read_constitution(kept).digest} == used
 
 
 def test_what_was_never_asked_is_told(world: World) -> None:
