@@ -26,6 +26,7 @@ PATHS = {"path", "model", "tokenizer", "hub_folder", "harmless", "benign"}
 """Settings whose texts are paths, or may be."""
 
 OPTIONS = "trl"
+MACHINES = "machine-generated"
 HIDDEN = "(in the manifest)"
 UNKNOWN = "unknown"
 _MARKUP = re.compile(r"([\\`*_\[\]|~$@]|:(?=//)|(?<=www)\.)", re.IGNORECASE)
@@ -42,6 +43,12 @@ class CardContent:
     constitution: Constitution | None
     prompts: Mapping[str, int]
     demonstrations: Mapping[str, int]
+
+    @property
+    def made_here(self) -> bool:
+        """Whether the run itself made any of the rows: of demonstrations, all but those that were read from files."""
+        total = sum(sum(splits.values()) for splits in self.rows.values())
+        return total > sum(self.demonstrations.values())
 
 
 def card_text(content: CardContent) -> str:
@@ -61,8 +68,8 @@ def front_matter(content: CardContent) -> dict[str, Any]:
         "pretty_name": _printable(content.run.name),
         **({"language": languages} if languages else {}),
         "license": UNKNOWN,
-        "annotations_creators": ["machine-generated"],
-        "language_creators": ["machine-generated"],
+        "annotations_creators": [MACHINES if content.made_here else "no-annotation"],
+        "language_creators": [MACHINES] * content.made_here + ["found"] * bool(content.demonstrations),
         "task_categories": ["text-generation"],
         "size_categories": [next((name for limit, name in SIZES if total < limit), "n>10M")],
         "tags": list(TAGS),
@@ -130,11 +137,7 @@ def _languages(constitution: Constitution | None) -> list[str]:
 
 def _parts(content: CardContent) -> Iterator[str]:
     yield f"# {shown(content.run.name)}"
-    yield (
-        "Made by machines with `align`: completions, critiques and revisions by language models, labels by a judge "
-        "that applies a constitution (Constitutional AI, Bai et al. 2022, arXiv 2212.08073). Nobody has read the rows "
-        "one by one. Prompts may ask for harmful things, and completions may give them, the rejected ones above all."
-    )
+    yield _makers(content)
     yield _rows(content)
     if content.provenance:
         yield _models(content.provenance)
@@ -148,6 +151,21 @@ def _parts(content: CardContent) -> Iterator[str]:
     yield _sources(content)
     yield _recipe(content.run)
     yield _versions(content.run)
+
+
+def _makers(content: CardContent) -> str:
+    """Who wrote the rows, in words."""
+    made = (
+        "Made by machines with `align`: completions, critiques and revisions by language models, labels by a judge "
+        "that applies a constitution (Constitutional AI, Bai et al. 2022, arXiv 2212.08073)."
+    )
+    read = sum(content.demonstrations.values())
+    told = f"{read} of the demonstrations were read from files and not made here (see the sources below)."
+    parts = ([made] if content.made_here else []) + ([told] if read else [])
+    return " ".join(parts) + (
+        " Nobody has read the rows one by one. Prompts may ask for harmful things, and completions may give them, the "
+        "rejected ones above all."
+    )
 
 
 def _rows(content: CardContent) -> str:

@@ -112,6 +112,27 @@ def test_the_card_says_what_the_hub_needs_to_load_and_to_list_it() -> None:
     assert data.pretty_name == "recipe/run"
 
 
+@pytest.mark.parametrize(
+    ("read", "creators", "annotations"),
+    [
+        (0, ["machine-generated"], "machine-generated"),
+        (3, ["machine-generated", "found"], "machine-generated"),
+        (9, ["found"], "no-annotation"),
+    ],
+)
+def test_demonstrations_that_were_read_are_not_called_made_by_machines(
+    read: int, creators: list[str], annotations: str
+) -> None:
+    given = dataclasses.replace(
+        content("plain"), rows={"sft": {"train": 9}}, demonstrations={"people.jsonl": read} if read else {}
+    )
+    card = DatasetCard(card_text(given))
+    assert card.data.language_creators == creators
+    assert card.data.annotations_creators == [annotations]
+    assert ("Made by machines" in card.text) == (read < 9)
+    assert (f"{read} of the demonstrations were read from files" in card.text) == (read > 0)
+
+
 def test_a_run_whose_name_is_yaml_is_still_a_name() -> None:
     assert DatasetCard(card_text(content("plain", "a: [b] #c"))).data.pretty_name == "recipe/a: [b] #c"
 
