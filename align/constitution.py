@@ -134,13 +134,14 @@ class Constitution(_Content):
         return self.sources if principle.sources is None else principle.sources
 
     def without_folders(self) -> "Constitution":
-        """The constitution with the digests of its documents in the place of their folders; its own stays the same."""
+        """The constitution with the digests of its documents in the place of their folders; its own digest stays."""
         principles = tuple(
             principle.model_copy(update={"sources": self._digests_of(principle.sources)})
             for principle in self.principles
         )
+        documents = {each: each for each in self.documents.values()}
         return self.model_copy(
-            update={"sources": self._digests_of(self.sources), "principles": principles, "documents": {}}
+            update={"sources": self._digests_of(self.sources), "principles": principles, "documents": documents}
         )
 
     def _digests_of(self, sources: tuple[str, ...] | None) -> tuple[str, ...] | None:

@@ -201,7 +201,7 @@ def _exchanged(engine: str, before: EngineIdentity, now: EngineIdentity, folder:
 def write_constitution(output: Path, constitution: Constitution) -> None:
     """Keep the principles beside the rows that name them, the folders of documents by their digests alone."""
     if processes.is_first():
-        write_json(output / CONSTITUTION, constitution.without_folders().model_dump(mode="json", exclude={"documents"}))
+        write_json(output / CONSTITUTION, constitution.without_folders().model_dump(mode="json"))
 
 
 def read_constitution(path: Path) -> Constitution:

@@ -118,7 +118,7 @@ def _write_labels(
     """Write all but the manifest, row by row; what that counts and measures."""
     entries, entry = _relabelled(labelled, settings, judge.constitution)
     tally = ComparisonTally([principle.id for principle in judge.principles], judge.block.min_margin)
-    seen, made, revised = SeenOnDisk(), 0, 0
+    seen, made = SeenOnDisk(), 0
     with (
         RowFile(folder / "comparisons.jsonl") as comparisons,
         RowFile(folder / "opinions.jsonl") as opinions,
@@ -136,13 +136,13 @@ def _write_labels(
                     pairs.add(pair)
         for pair in read_rows(labelled.folder / "pairs.jsonl", PreferencePair):
             if pair.source == "revision" and seen.is_new(pair.id):
-                revised += 1
                 pairs.add(pair)
     agreement = tally.agreement.agreement()
     write_rows(folder / PROVENANCE, entries)
     write_json(folder / "agreement.json", agreement.as_json())
     write_constitution(folder, judge.constitution)
     kept = _carried_over(labelled, folder)
+    revised = labelled.manifest.counts.get("revision_pairs", 0)
     counted = {**tally.counts(), "pairs": made, "revision_pairs": revised}
     return counted, {**kept, **tally.figures(), "agreement": agreement_figures(agreement)}
 

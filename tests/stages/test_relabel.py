@@ -250,7 +250,7 @@ def test_revision_pairs_stay_as_they_are(world: World) -> None:
         for folder in ("compare", "again")
     )
     assert before == after
-    assert before and counts == [len(before)] * 2
+    assert before and counts[0] == counts[1] >= len(before), "one that is also the judge's own pair is written once"
 
 
 def test_what_the_judge_was_found_to_be_worth_is_carried_over(world: World) -> None:
@@ -282,8 +282,8 @@ def test_no_folder_of_documents_is_kept_and_labels_are_made_again_without_them(w
     stage = compare(world, {"kind": "choice"})
     (documents / "facts.txt").unlink()
     documents.rmdir()
-    relabel(stage, world.root / "again", overrides=["judge.clamp=0.1"])
-    relabel(world.root / "again", world.root / "back", overrides=["judge.clamp=0.0"])
+    relabel(stage, world.root / "again")
+    relabel(world.root / "again", world.root / "back")
 
     assert same_labels(stage, world.root / "back")
     used = {entry.constitution_digest for entry in read_provenance(stage).values() if entry.step == "label"}
