@@ -257,7 +257,10 @@ def test_a_failure_that_cannot_be_noted_is_told_at_once(monkeypatch: pytest.Monk
 def test_an_interruption_of_the_parent_alone_ends_the_child_and_is_told(tmp_path: Path) -> None:
     """As a supervisor sends it; a terminal would have told the child too."""
     child = f"import pathlib, time; pathlib.Path({str(tmp_path / 'begun')!r}).touch(); time.sleep(60)"
-    program = f"import sys; from align.launch import run; sys.exit(run([sys.executable, '-c', {child!r}], {{}}))"
+    # A shell that starts these tests in the background has them ignore it.
+    heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    call = f"import sys; from align.launch import run; sys.exit(run([sys.executable, '-c', {child!r}], {{}}))"
+    program = f"{heard}; {call}"
     parent = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.DEVNULL)
     while not (tmp_path / "begun").exists():
         time.sleep(0.05)
