@@ -40,6 +40,7 @@ __all__ = [
     "constitution_key",
     "draw_principle",
     "load_constitution",
+    "sound_constitution",
 ]
 
 
@@ -177,6 +178,14 @@ def load_constitution(path: str | Path) -> Constitution:
         FileProblems: every fault of the file, with lines.
     """
     return _load(Path(path), ())
+
+
+def sound_constitution(path: str | Path) -> Constitution | None:
+    """`load_constitution`; None where it has faults, which are told elsewhere, for checks of what depends on it."""
+    try:
+        return load_constitution(path)
+    except InputError:
+        return None
 
 
 def constitution_key(path: str | Path) -> str:

@@ -227,6 +227,11 @@ def probe_problems(constitution: Constitution, block: JudgeBlock) -> list[str]:
     ]
 
 
+def labelling_problems(constitution: Constitution, block: JudgeBlock) -> list[str]:
+    """Why this judge cannot label by the constitution, as far as that is known before it is asked."""
+    return judge_problems(constitution, block) or probe_problems(constitution, block)
+
+
 def _example_problems(constitution: Constitution, block: JudgeBlock) -> list[str]:
     there = len(usable_comparisons(constitution, block.chain_of_thought))
     if block.examples <= there:
@@ -284,11 +289,8 @@ def probe_report(
     n = len(right)
     low, high = wilson_interval(sum(right), n)
     accuracy = sum(right) / n if n else 0.5
-    return JudgeReport(judge.name, accuracy, low, high, n, position_bias, by_principle, _scored_by(judge))
-
-
-def _scored_by(judge: Judge) -> str:
-    return judge.kind.backend.choice_method if isinstance(judge.kind, ByChoice | ByContrast) else ""
+    scored_by = judge.backend.choice_method if judge.backend else ""
+    return JudgeReport(judge.name, accuracy, low, high, n, position_bias, by_principle, scored_by)
 
 
 def require_better_than_chance(judge: Judge, report: JudgeReport) -> None:

@@ -29,7 +29,7 @@ from align.config import (
     Positive,
     SamplingBlock,
 )
-from align.constitution import load_constitution
+from align.constitution import load_constitution, sound_constitution
 from align.data.pairs import gather_pairs
 from align.data.prompts import stream_drawn
 from align.errors import InputError
@@ -134,13 +134,10 @@ class CompareStage(Stage):
         ]
 
     def check(self, settings: CompareBlock, shared: Mapping[str, Any]) -> list[str]:
-        from align.feedback.judge import judge_problems, probe_problems
+        from align.feedback.judge import labelling_problems
 
-        try:
-            constitution = load_constitution(shared["constitution"])
-        except InputError:
-            return []
-        return judge_problems(constitution, shared["judge"]) or probe_problems(constitution, shared["judge"])
+        constitution = sound_constitution(shared["constitution"])
+        return labelling_problems(constitution, shared["judge"]) if constitution else []
 
     def run(self, context: Context) -> Outcome:
         from align.backends.open import open_backend

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from align import processes
-from align.constitution import load_constitution
+from align.constitution import load_constitution, sound_constitution
 from align.errors import InputError
 from align.records import Demonstration, Prompt, Split, read_rows
 from align.repro import derive_seed
@@ -37,15 +37,12 @@ class Ppo(Stage):
         return (*self.shares, "constitution", "judge") if settings.asks_judge else self.shares
 
     def check(self, settings: PpoBlock, shared: Mapping[str, Any]) -> list[str]:
-        from align.feedback.judge import judge_problems, probe_problems
+        from align.feedback.judge import labelling_problems
 
         if not settings.asks_judge:
             return []
-        try:
-            constitution = load_constitution(shared["constitution"])
-        except InputError:
-            return []
-        return judge_problems(constitution, shared["judge"]) or probe_problems(constitution, shared["judge"])
+        constitution = sound_constitution(shared["constitution"])
+        return labelling_problems(constitution, shared["judge"]) if constitution else []
 
     def files(self, settings: PpoBlock) -> tuple[str, ...]:
         modules = {source.function.partition(":")[0] for source in settings.rewards if source.function}

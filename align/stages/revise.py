@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from align.config import Block, EngineBlock, Fraction, Integer, JudgeBlock, ModelBlock, Positive, SamplingBlock
-from align.constitution import Constitution, load_constitution
+from align.constitution import Constitution, load_constitution, sound_constitution
 from align.errors import InputError
 from align.feedback.filters import OPTIONAL, FilterName, refuses
 from align.feedback.gates import ReviseGatesBlock, Share, TextShares, check_gates, gate_figures
@@ -86,13 +86,12 @@ class ReviseStage(Stage):
 
     def check(self, settings: ReviseBlock, shared: Mapping[str, Any]) -> list[str]:
         from align.feedback.critique import revising_principles
-        from align.feedback.judge import judge_problems, probe_problems
+        from align.feedback.judge import labelling_problems
 
-        try:
-            constitution = load_constitution(shared["constitution"])
-        except InputError:
+        constitution = sound_constitution(shared["constitution"])
+        if constitution is None:
             return []
-        problems = judge_problems(constitution, shared["judge"]) or probe_problems(constitution, shared["judge"])
+        problems = labelling_problems(constitution, shared["judge"])
         if not revising_principles(constitution):
             problems.append("constitution: no principle to revise by; give one a `text`, or `critique` and `revision`")
         return problems
