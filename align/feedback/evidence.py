@@ -165,13 +165,17 @@ def with_passages(request: str, passages: Sequence[Passage], language: str, *, c
 def harmless(text: str) -> str:
     """The text with a space inside whatever a chat template takes for its own, such as the end of a turn: completions
     are trained against judges and would learn to write it."""
-    return _TEMPLATE_MARK.sub(lambda mark: f"{mark.group()} ", text)
+    return _spaced(_TEMPLATE_MARK, text)
 
 
 def _plain(text: str) -> str:
     """The text on one line without control characters, and nothing that a chat template would take for its own."""
     printable = "".join(letter for letter in " ".join(text.split()) if letter.isprintable())
-    return _LIKE_A_TOKEN.sub(lambda mark: f"{mark.group()} ", printable)
+    return _spaced(_LIKE_A_TOKEN, printable)
+
+
+def _spaced(marks: re.Pattern[str], text: str) -> str:
+    return marks.sub(lambda mark: f"{mark.group()} ", text)
 
 
 def citations(text: str) -> tuple[str, ...]:

@@ -179,7 +179,11 @@ class ByChoice(Kind):
     def ask(
         self, asked: Sequence[Asked], journal_path: Path | None, description: str
     ) -> list[tuple[OpinionScores, ...]]:
-        chats = {(number, view): self._chat(each, view) for number, each in enumerate(asked) for view in ORDERS}
+        chats = {
+            (number, view): chat
+            for number, each in enumerate(asked)
+            for view, chat in zip(ORDERS, self._chats(each), strict=True)
+        }
         thoughts = self._think(chats, journal_path, description) if self.block.chain_of_thought else {}
         requests = {}
         for (number, view), chat in chats.items():
@@ -217,17 +221,16 @@ class ByChoice(Kind):
         """The words around a choice by this principle, in its language."""
         return in_language(FRAMES, principle.language or self.language)
 
-    def _chat(self, asked: Asked, view: str) -> Conversation:
-        """Worked choices, then the question with the completions in this order."""
+    def _chats(self, asked: Asked) -> list[Conversation]:
+        """Worked choices, then the question with the completions in each of the two orders."""
         question, principle = asked
         both = question.a, question.b
-        # Both completions, whichever comes first: the two orders are shown the same passages and choices.
+        # Whichever comes first: the two orders are shown the same passages and choices.
         before = self.showing.before(principle, question.conversation, *both)
         worked = self.showing.comparisons(principle, question.conversation, both)
-        places = both if view == ORDERS[0] else both[::-1]
-        text = self._question(principle, question.conversation, places)
         turns = [turn for number, each in enumerate(worked) for turn in self._worked(number, *each)]
-        return *turns, Message("user", after(before, text))
+        texts = [self._question(principle, question.conversation, places) for places in (both, both[::-1])]
+        return [(*turns, Message("user", after(before, text))) for text in texts]
 
     def _question(self, principle: Principle, conversation: Conversation, places: tuple[str, str]) -> str:
         frame = self.frame(principle)
