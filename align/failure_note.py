@@ -29,9 +29,7 @@ def note_failure(error: AlignError) -> bool:
         is_first = _leave(path, {"exit_code": error.exit_code, "text": str(error), "pid": os.getpid()})
     except OSError:
         return False
-    if not is_first:
-        return True
-    if os.environ.get(FAILURE):
+    if not is_first or os.environ.get(FAILURE):
         return True
     _show_launcher(error)
     return False
