@@ -21,6 +21,7 @@ from align.errors import FileProblems, InputError, Problem
 from align.feedback.agreement import agreement_figures
 from align.feedback.judge import Judge
 from align.feedback.tallies import ComparisonTally
+from align.label_files import LabelFiles
 from align.provenance import (
     CONSTITUTION,
     PROVENANCE,
@@ -33,7 +34,6 @@ from align.recipe_files import apply_override
 from align.records import Comparison, OpinionScores, PreferencePair, digest, read_rows, write_rows
 from align.repro import derive_seed, environment
 from align.stages.compare import CALIBRATION, STAGE, CompareBlock, pair_of, question_of, with_provenance, with_verdict
-from align.windows import RowFile, SeenOnDisk
 from align.yaml_files import Lines, problems_from
 
 FREE = (
@@ -118,25 +118,17 @@ def _write_labels(
     """Write all but the manifest, row by row; what that counts and measures."""
     entries, entry = _relabelled(labelled, settings, judge.constitution)
     tally = ComparisonTally([principle.id for principle in judge.principles], judge.block.min_margin)
-    seen, made = SeenOnDisk(), 0
-    with (
-        RowFile(folder / "comparisons.jsonl") as comparisons,
-        RowFile(folder / "opinions.jsonl") as opinions,
-        RowFile(folder / "pairs.jsonl") as pairs,
-    ):
+    made = 0
+    with LabelFiles(folder, tally) as files:
         for row, scores in _judged_again(labelled, judge):
             comparison = with_provenance(row, row.provenance, entry)
-            comparisons.add(comparison)
-            tally.add(comparison, scores)
-            for each in scores:
-                opinions.add(each)
+            files.add(comparison, scores)
             if pair := pair_of(comparison):
                 made += 1
-                if seen.is_new(pair.id):
-                    pairs.add(pair)
+                files.add_pair(pair)
         for pair in read_rows(labelled.folder / "pairs.jsonl", PreferencePair):
-            if pair.source == "revision" and seen.is_new(pair.id):
-                pairs.add(pair)
+            if pair.source == "revision":
+                files.add_pair(pair)
     agreement = tally.agreement.agreement()
     write_rows(folder / PROVENANCE, entries)
     write_json(folder / "agreement.json", agreement.as_json())

@@ -35,6 +35,7 @@ from align.data.prompts import stream_drawn
 from align.errors import InputError
 from align.feedback.gates import CompareGatesBlock, Share, check_gates, gate_figures
 from align.generation import Completed, Request
+from align.label_files import LabelFiles
 from align.provenance import (
     CONSTITUTION,
     PROVENANCE,
@@ -60,7 +61,7 @@ from align.records import (
 from align.repro import derive_seed
 from align.stage import Context, Outcome, Stage
 from align.tracking import METRICS
-from align.windows import DEFAULT_WINDOW, WINDOW_HELP, RowFile, SeenOnDisk, Window, windows
+from align.windows import DEFAULT_WINDOW, WINDOW_HELP, Window, windows
 
 if TYPE_CHECKING:
     from align.feedback.judge import Judge, Verdict
@@ -200,7 +201,7 @@ def compare_all(
     judge: "Judge",
     total: int,
     tally: "ComparisonTally",
-    named: tuple[str, str] = ("", ""),
+    named: tuple[str, str],
 ) -> dict[str, int]:
     """Compare every prompt's completions, window by window, and write and count what came out; how many pairs of each
     kind there are.
@@ -210,30 +211,18 @@ def compare_all(
     """
     settings: CompareBlock = context.settings
     counted = {"pairs": 0, "revision_pairs": 0}
-    seen = SeenOnDisk()
-    with (
-        RowFile(context.output / "comparisons.jsonl") as comparisons,
-        RowFile(context.output / "opinions.jsonl") as opinions,
-        RowFile(context.output / "pairs.jsonl") as pairs,
-    ):
-
-        def add_pair(pair: PreferencePair, kind: str) -> None:
-            counted[kind] += 1
-            if seen.is_new(pair.id):
-                pairs.add(pair)
-
+    with LabelFiles(context.output, tally) as files:
         for window in windows(chosen_prompts(context), total, settings.window, context.output):
             journal = window.folder / "verdicts.journal"
             for verdict, scores in label(compared(window, context, backend), judge, journal, f"judge{window.label}"):
                 row = with_provenance(verdict, *named)
-                comparisons.add(row)
-                tally.add(row, scores)
-                for each in scores:
-                    opinions.add(each)
+                files.add(row, scores)
                 if pair := pair_of(row):
-                    add_pair(pair, "pairs")
+                    counted["pairs"] += 1
+                    files.add_pair(pair)
         for pair in revision_pairs(context) if settings.revision_pairs else ():
-            add_pair(pair, "revision_pairs")
+            counted["revision_pairs"] += 1
+            files.add_pair(pair)
     return counted
 
 
@@ -303,7 +292,7 @@ def count_prompts(context: Context) -> int:
 
 
 def label(
-    comparisons: Sequence[Comparison], judge: "Judge", journal_path: Path | None = None, description: str = "judge"
+    comparisons: Sequence[Comparison], judge: "Judge", journal_path: Path, description: str
 ) -> list[tuple[Comparison, tuple[OpinionScores, ...]]]:
     """The comparisons with the judge's verdicts, each with the scores that its verdict was made of."""
     judged = [row for row in comparisons if not row.reason]

@@ -1,0 +1,46 @@
+"""The files of a judge's labels, which `compare` writes and `align relabel` writes again."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+from align.records import Comparison, OpinionScores, PreferencePair
+from align.windows import RowFile, SeenOnDisk
+
+if TYPE_CHECKING:
+    from align.feedback.tallies import ComparisonTally
+
+
+class LabelFiles:
+    """comparisons.jsonl, opinions.jsonl and pairs.jsonl of a folder, row by row, and the tally of what they hold.
+
+    Of several pairs of the same two texts the first is written.
+    """
+
+    def __init__(self, folder: Path, tally: "ComparisonTally") -> None:
+        self._tally = tally
+        self._seen = SeenOnDisk()
+        self._open = ExitStack()
+        self._comparisons, self._opinions, self._pairs = (
+            self._open.enter_context(RowFile(folder / name))
+            for name in ("comparisons.jsonl", "opinions.jsonl", "pairs.jsonl")
+        )
+
+    def add(self, row: Comparison, scores: Sequence[OpinionScores]) -> None:
+        """A comparison, and what its verdict was made of."""
+        self._comparisons.add(row)
+        self._tally.add(row, scores)
+        for each in scores:
+            self._opinions.add(each)
+
+    def add_pair(self, pair: PreferencePair) -> None:
+        """A pair to train on."""
+        if self._seen.is_new(pair.id):
+            self._pairs.add(pair)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
