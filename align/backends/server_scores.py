@@ -56,6 +56,9 @@ async def most_alternatives(backend: "OpenAIBackend") -> int:
 async def by_alternatives(backend: "OpenAIBackend", request: ChoiceRequest) -> ChoiceScores:
     """Each choice's log-probability as the next token, over the ways in which spaces may stand around it.
 
+    A choice that is not among the alternatives, where another is, gets the most that it can have: the least that is
+    shown, and no more than its part of what is left. To take it for impossible would make its rival certain.
+
     Raises:
         MalformedReply: the server gave none, though it had given some before.
     """
@@ -66,7 +69,16 @@ async def by_alternatives(backend: "OpenAIBackend", request: ChoiceRequest) -> C
         _log_sum_exp([logprob for word, logprob in alternatives if word == choice.strip()])
         for choice in request.choices
     )
+    hidden = logprobs.count(-math.inf)
+    if 0 < hidden < len(logprobs):
+        most = _most_of_hidden([logprob for _, logprob in alternatives], hidden)
+        logprobs = tuple(max(logprob, most) for logprob in logprobs)
     return ChoiceScores(request.id, logprobs, (1,) * len(request.choices))
+
+
+def _most_of_hidden(shown: Sequence[float], hidden: int) -> float:
+    left = max(0.0, 1 - sum(map(math.exp, shown))) / hidden
+    return min(*shown, math.log(left) if left else -math.inf)
 
 
 async def by_vote(backend: "OpenAIBackend", request: ChoiceRequest) -> ChoiceScores:

@@ -170,10 +170,27 @@ def test_letters_are_scored_by_the_alternatives_of_one_token(server, engine):
     server.answer = lambda body: (200, chat("A", "length", {"content": content}))
     [scores] = OpenAIBackend(engine).choice_logprobs([ChoiceRequest("q", MESSAGES, ("A", "B", "C"))])
     assert scores.logprobs[:2] == pytest.approx((math.log(0.6), math.log(0.3)))
-    assert scores.logprobs[2] == -math.inf
+    assert scores.logprobs[2] == pytest.approx(math.log(0.05)), "what the least that is shown and the rest leave it"
     assert scores.tokens == (1, 1, 1)
     assert server.asked[0]["max_tokens"] == 1 and server.asked[0]["top_logprobs"] == 20
     assert server.asked[1]["top_logprobs"] == 4, "as many as it was found to show"
+
+
+@pytest.mark.parametrize(
+    ("shown", "expected"),
+    [
+        ({"A": 0.5, "Z": 0.4}, (0.5, 0.05, 0.05)),  # two share the 0.1 that is left
+        ({"A": 0.02, "Z": 0.01}, (0.02, 0.01, 0.01)),  # none is likelier than the least that is shown
+        ({"A": 0.75, "Z": 0.25}, (0.75, 0.0, 0.0)),  # nothing is left
+        ({"Y": 0.5, "Z": 0.1}, (0.0, 0.0, 0.0)),  # no letter at all: the judge said something else
+    ],
+)
+def test_a_letter_that_is_not_shown_gets_the_most_that_it_can_have(server, engine, shown, expected):
+    top = [{"token": token, "logprob": math.log(p)} for token, p in shown.items()]
+    content = [{"token": "A", "logprob": -1, "top_logprobs": top}]
+    server.answer = lambda body: (200, chat("A", "length", {"content": content}))
+    [scores] = OpenAIBackend(engine).choice_logprobs([ChoiceRequest("q", MESSAGES, ("A", "B", "C"))])
+    assert [math.exp(logprob) for logprob in scores.logprobs] == pytest.approx(expected)
 
 
 def test_prefill_is_sent_as_an_unfinished_turn_and_not_returned(server, engine):

