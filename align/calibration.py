@@ -52,6 +52,7 @@ class JudgedPair(Row):
     rejected_characters: int
     p_by_principle: dict[str, float] = field(default_factory=dict)
     position_bias: float = 0.0
+    same_place: bool = False
     reason: str = ""
     source: str = "human"
     category: str = ""
@@ -165,11 +166,9 @@ def _position_figures(judged: Sequence[JudgedPair]) -> dict[str, float]:
     seen = [pair for pair in judged if pair.p_by_principle]
     if not seen:
         return {"position_bias": 0.0, "same_place": 0.0}
-    leans = [float(np.mean(list(pair.p_by_principle.values()))) - 0.5 for pair in seen]
-    same = [abs(pair.position_bias) > abs(lean) for pair, lean in zip(seen, leans, strict=True)]
     return {
         "position_bias": float(np.mean([pair.position_bias for pair in seen])),
-        "same_place": float(np.mean(same)),
+        "same_place": float(np.mean([pair.same_place for pair in seen])),
     }
 
 

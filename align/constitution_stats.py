@@ -5,10 +5,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from align.artefacts import require_run, stage_folder
+from align.artefacts import read_manifest, require_run, stage_folder
+from align.config import JudgeBlock
 from align.constitution import Constitution
 from align.errors import InputError
-from align.feedback.agreement import Agreement, Label, agreement_between, side_of
+from align.feedback.agreement import Agreement, Label, agreement_between, margins_of, side_of
 from align.feedback.critique_findings import finds_fault
 from align.feedback.judge import BOTH_BREAK, TIE
 from align.judged_pairs import COMPARE, COMPARISONS
@@ -52,12 +53,13 @@ class PrincipleStats:
 
 @dataclass(frozen=True)
 class RunRows:
-    """The rows of a run's `revise` and `compare`; empty where a stage was not run."""
+    """The rows of a run's `revise` and `compare`, empty where a stage was not run, and the judge that compared."""
 
     critiques: Sequence[Critique] = ()
     revisions: Sequence[Revision] = ()
     comparisons: Sequence[Comparison] = ()
     missing: tuple[str, ...] = field(default=())
+    judge: JudgeBlock = field(default_factory=JudgeBlock)
 
 
 def read_run(run: Path) -> RunRows:
@@ -72,11 +74,14 @@ def read_run(run: Path) -> RunRows:
     if not any(present.values()):
         raise InputError(f"{run}: neither `revise` nor `compare` is done in it; name a run's folder")
     kept = [revise / name for name in ("revisions.jsonl", "rejected.jsonl")] if present["revise"] else []
+    manifest = read_manifest(compare)
+    judge = manifest.settings.get("judge", {}) if manifest else {}
     return RunRows(
         critiques=list(read_rows(revise / "critiques.jsonl", Critique)) if present["revise"] else [],
         revisions=[row for path in kept for row in read_rows(path, Revision)],
         comparisons=list(read_rows(compare / COMPARISONS, Comparison)) if present[COMPARE] else [],
         missing=tuple(name for name, done in present.items() if not done),
+        judge=JudgeBlock.model_validate(judge),
     )
 
 
@@ -118,7 +123,8 @@ def run_agreement(rows: RunRows, constitution: Constitution | None = None) -> Ag
     """How the principles that judged the run's comparisons relate to each other."""
     judged = {name for row in rows.comparisons for name in row.p_a_by_principle}
     names = [name for name in principle_names(rows, constitution) if name in judged]
-    return agreement_between(names, [Label(row.p_a, row.p_a_by_principle) for row in rows.comparisons])
+    labels = [Label(row.p_a, row.p_a_by_principle) for row in rows.comparisons]
+    return agreement_between(names, labels, *margins_of(rows.judge))
 
 
 def conflicts_between_tiers(agreement: Agreement, constitution: Constitution) -> Share:

@@ -117,7 +117,7 @@ def _write_labels(
 ) -> tuple[dict[str, int], dict[str, Any]]:
     """Write all but the manifest, row by row; what that counts and measures."""
     entries, entry = _relabelled(labelled, settings, judge.constitution)
-    tally = ComparisonTally([principle.id for principle in judge.principles], judge.block.min_margin)
+    tally = ComparisonTally([principle.id for principle in judge.principles], judge.block)
     made = 0
     with LabelFiles(folder, tally) as files:
         for row, scores in _judged_again(labelled, judge):

@@ -9,10 +9,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from align.config import JudgeBlock
+
 TIE_MARGIN = 0.02
 """A probability no further from one half than this prefers neither completion; the judge's own default."""
 CLEAR_MARGIN = 0.1
-"""A preference is clear where its probability is further from one half than this."""
+"""A preference is clear where its probability is further from one half than this; see `margins_of`."""
 
 COUNTED = ("judged", "decided", "alike", "opposed", "won")
 
@@ -25,6 +27,16 @@ def side_of(p: float | None, margin: float = TIE_MARGIN) -> int:
     if p is None or abs(p - 0.5) <= margin:
         return 0
     return 1 if p > 0.5 else -1
+
+
+def margins_of(block: JudgeBlock) -> tuple[float, float]:
+    """How far from one half a judge's probabilities are a preference, and a clear one.
+
+    A clamp, or the range after a chain of thought, may hold them closer to one half than `CLEAR_MARGIN`: then half of
+    the way that they can go is clear, or no two principles would ever be in conflict.
+    """
+    bounds = (block.clamp, block.chain_of_thought_range[0]) if block.chain_of_thought else (block.clamp,)
+    return block.min_margin, max(block.min_margin, min(CLEAR_MARGIN, (0.5 - max(bounds)) / 2))
 
 
 @dataclass(frozen=True)

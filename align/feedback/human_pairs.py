@@ -59,6 +59,7 @@ def _judged(pair: PreferencePair, verdict: Verdict) -> JudgedPair:
         rejected_characters=len(pair.rejected[-1].content),
         p_by_principle={name: _of_chosen(p, first) for name, p in verdict.by_principle.items()},
         position_bias=verdict.position_bias,
+        same_place=verdict.same_place,
         reason=verdict.reason,
         source=pair.source,
         category=pair.category,

@@ -40,7 +40,8 @@ class Verdict:
     `p_a` is the probability that A is better, None where nothing was decided; `reason` then says why. `decided_by` has
     the principles that it was decided by: those of the deciding tier that gave an opinion, or the broken hard one.
     `by_principle` has each principle's own probability, `position_bias` the mean over principles of the probability
-    given to the place shown first, minus one half; `scores` is what all of it was made of.
+    given to the place shown first, minus one half, and `same_place` says that it is more than what the completions
+    make before any clamp; `scores` is what all of it was made of.
     """
 
     p_a: float | None
@@ -49,6 +50,7 @@ class Verdict:
     reason: str = ""
     decided_by: tuple[str, ...] = ()
     scores: tuple[OpinionScores, ...] = field(default=(), compare=False, repr=False)
+    same_place: bool = False
 
 
 @dataclass(frozen=True)
@@ -158,12 +160,13 @@ class Judge:
         given = [(principle, opinion) for principle, opinion in opinions if opinion is not None]
         by_principle = {principle.id: self._probability(self.kind.lean(each.value)) for principle, each in given}
         bias = sum(opinion.position_bias for _, opinion in given) / max(len(given), 1)
+        same_place = abs(sum(each.position_bias for _, each in given)) > abs(sum(each.unclamped for _, each in given))
         lean, reason, decided_by = self._decide(question, given)
         if reason == TIE and not given:
             reason = ABSTAINED if opinions else NO_PRINCIPLE
         rows = tuple(row for _, scores in scored for row in scores)
         p_a = None if lean is None else self._probability(lean)
-        return Verdict(p_a, by_principle, bias, reason, decided_by, rows)
+        return Verdict(p_a, by_principle, bias, reason, decided_by, rows, same_place)
 
     def _decide(
         self, question: Question, given: Sequence[tuple[Principle, Opinion]]

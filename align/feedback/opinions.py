@@ -35,11 +35,12 @@ class Opinion(NamedTuple):
     """One principle's view of one question.
 
     `value` is in the kind's own unit; `position_bias` is the mean probability given to the place shown first, minus
-    one half.
+    one half, and `unclamped` that given to A: where the former is larger, the same place is preferred in both orders.
     """
 
     value: float
     position_bias: float = 0.0
+    unclamped: float = 0.0
 
 
 Asked = tuple[Question, Principle]
@@ -200,7 +201,8 @@ class ByChoice(Kind):
         a_first, b_first = (self._lean_to_first(row) for row in scores)
         if a_first is None or b_first is None:
             return None
-        return Opinion((self._kept(a_first) - self._kept(b_first)) / 2, (a_first + b_first) / 2)
+        value = (self._kept(a_first) - self._kept(b_first)) / 2
+        return Opinion(value, (a_first + b_first) / 2, (a_first - b_first) / 2)
 
     def _lean_to_first(self, row: OpinionScores) -> float | None:
         """Normalised probability of the first letter minus one half; None where neither letter was likely at all."""

@@ -4,7 +4,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from align.feedback.agreement import AgreementTally, Label
+from align.config import JudgeBlock
+from align.feedback.agreement import AgreementTally, Label, margins_of
 from align.feedback.evidence import grounding
 from align.records import Comparison, OpinionScores, Revision
 
@@ -97,8 +98,8 @@ class _Round:
 class ComparisonTally:
     """Counts and figures of comparisons and the scores behind them, and how the principles agree on them."""
 
-    def __init__(self, principles: Sequence[str], tie_margin: float) -> None:
-        self.agreement = AgreementTally(principles, tie_margin)
+    def __init__(self, principles: Sequence[str], judge: JudgeBlock) -> None:
+        self.agreement = AgreementTally(principles, *margins_of(judge))
         self.comparisons = 0
         self.decided = 0
         self.reasons: Counter[str] = Counter()

@@ -168,7 +168,7 @@ class CompareStage(Stage):
         if settings.revision_pairs:
             require_revision_pairs(context)
         backend = open_backend(EngineBlock(), model, path=str(context.inputs["sft"] / "model"))
-        tally = ComparisonTally([principle.id for principle in judge.principles], judge.block.min_margin)
+        tally = ComparisonTally([principle.id for principle in judge.principles], judge.block)
         named = provenance(context, backend, judge, report.scored_by)
         pairs = compare_all(context, backend, judge, total, tally, named)
         agreement = tally.agreement.agreement()

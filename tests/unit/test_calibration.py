@@ -122,7 +122,7 @@ def test_each_principle_is_counted_on_the_pairs_that_it_tells_apart() -> None:
 
 
 def test_a_judge_that_looks_at_the_place_alone_is_seen() -> None:
-    fixed = [judged(0.52, n, p_by_principle={"a": 0.52}, position_bias=0.4) for n in range(3)]
+    fixed = [judged(0.52, n, p_by_principle={"a": 0.52}, position_bias=0.4, same_place=True) for n in range(3)]
     free = judged(0.9, 3, p_by_principle={"a": 0.9}, position_bias=-0.1)
     figures = calibration_figures([*fixed, free])
     assert figures["same_place"] == 0.75

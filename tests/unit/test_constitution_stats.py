@@ -88,6 +88,17 @@ def test_figures_by_principle_are_those_worked_by_hand(run: Path) -> None:
     assert short.accepted.value is short.with_people.value is None
 
 
+def test_the_matrices_are_by_the_margins_of_the_judge_that_compared(run: Path) -> None:
+    path = run / "compare/manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["settings"]["judge"] = JudgeBlock(chain_of_thought=True, min_margin=0.05).model_dump(mode="json")
+    write_json(path, manifest)
+    rows = [comparison(0, None, asks=0.6, calm=0.4), comparison(1, None, asks=0.6, calm=0.54)]
+    write_rows(run / "compare/comparisons.jsonl", rows)
+    agreement = run_agreement(read_run(run))
+    assert (agreement.decided[0][1], agreement.opposed[0][1]) == (1, 1)
+
+
 def test_weights_decide_what_the_rest_prefers(run: Path) -> None:
     text = CONSTITUTION.replace('{ends_with: "?"}}', '{ends_with: "?"}, weight: 3}')
     (run.parent / "weighted.yaml").write_text(text)

@@ -1,11 +1,14 @@
 """Agreement and conflict between principles, beside a count one pair at a time and under the exchange of A and B."""
 
 import json
+from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from align.feedback.agreement import Agreement, Label, agreement_between, agreement_figures
+from align.config import JudgeBlock
+from align.feedback.agreement import Agreement, Label, agreement_between, agreement_figures, margins_of
 
 NAMES = ("asks", "calm", "short")
 # 128ths are exact under 1 - p, so the exchange of A and B is too.
@@ -40,6 +43,16 @@ def test_counts_are_those_worked_by_hand() -> None:
     assert found.conflict == ((0.0, 1 / 4), (1 / 4, 0.0))
     assert found.won == ((0, 1), (0, 0))
     assert agreement_figures(found) == {"asks × calm": {"agreement": 1 / 3, "conflict": 1 / 4}}
+
+
+@pytest.mark.parametrize(
+    ("block", "furthest"),
+    [({}, 1.0), ({"clamp": 0.4}, 0.6), ({"chain_of_thought": True}, 0.6), ({"clamp": 0.46, "min_margin": 0.03}, 0.54)],
+)
+def test_principles_that_are_as_sure_as_a_judge_may_be_are_in_conflict(block: dict[str, Any], furthest: float) -> None:
+    labels = [Label(None, {"asks": furthest, "calm": 1 - furthest}), Label(None, {"asks": furthest, "calm": 0.5})]
+    found = agreement_between(("asks", "calm"), labels, *margins_of(JudgeBlock.model_validate(block)))
+    assert found.conflict[0][1] == 1 / 2
 
 
 @given(LABELS)

@@ -62,6 +62,14 @@ def test_a_bias_towards_a_changes_no_accuracy_and_is_told() -> None:
     assert figures["same_place"] == 1.0
 
 
+@pytest.mark.parametrize("block", [{"clamp": 0.45}, {"chain_of_thought": True}])
+def test_no_clamp_makes_the_same_place_seem_preferred_in_both_orders(block: dict[str, Any]) -> None:
+    # The good one is preferred in either place, more so as A: 0.93 and 0.60, which both clamps make 0.55 or 0.60.
+    found = judge_pairs(judge(prefers("good", bias=0.98), **block), pairs(20))
+    assert found[0].position_bias > abs((found[0].p_chosen or 0.0) - 0.5)
+    assert calibration_figures(found)["same_place"] == 0.0
+
+
 def test_a_killed_test_of_a_judge_goes_on_from_its_journal(tmp_path: Path) -> None:
     dying = prefers("good")
     dying.left = 50
