@@ -15,12 +15,13 @@ if TYPE_CHECKING:
 class LabelFiles:
     """comparisons.jsonl, opinions.jsonl and pairs.jsonl of a folder, row by row, and the tally of what they hold.
 
-    Of several pairs of the same two texts the first is written.
+    Of several pairs of the same two texts the first is written; `repeated` counts the others.
     """
 
     def __init__(self, folder: Path, tally: "ComparisonTally") -> None:
         self._tally = tally
         self._seen = SeenOnDisk()
+        self.repeated = 0
         self._open = ExitStack()
         self._comparisons, self._opinions, self._pairs = (
             self._open.enter_context(RowFile(folder / name))
@@ -34,10 +35,13 @@ class LabelFiles:
         for each in scores:
             self._opinions.add(each)
 
-    def add_pair(self, pair: PreferencePair) -> None:
-        """A pair to train on."""
-        if self._seen.is_new(pair.id):
+    def add_pair(self, pair: PreferencePair) -> bool:
+        """Whether the pair is written, to be trained on."""
+        is_new = self._seen.is_new(pair.id)
+        if is_new:
             self._pairs.add(pair)
+        self.repeated += not is_new
+        return is_new
 
     def __enter__(self) -> Self:
         return self

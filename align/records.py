@@ -139,7 +139,8 @@ class Revision(Row):
 
     `p_better` is the judge's probability that the revision is better than the original; `reason` says why a rejected
     revision was rejected (`JUDGED_WORSE`, or the name of a filter), and is empty for an accepted one.
-    `seed` and `provenance` are the completion's, `judged_by` the principles that decided.
+    `seed` and `provenance` are the completion's, `judged_by` the principles that decided. `original_cut` says that the
+    length limit ended the original.
     """
 
     id: str
@@ -159,6 +160,7 @@ class Revision(Row):
     original_seed: int | None = None
     original_provenance: str = ""
     judge_provenance: str = ""
+    original_cut: bool = False
 
 
 @dataclass(frozen=True)

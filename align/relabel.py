@@ -118,24 +118,23 @@ def _write_labels(
     """Write all but the manifest, row by row; what that counts and measures."""
     entries, entry = _relabelled(labelled, settings, judge.constitution)
     tally = ComparisonTally([principle.id for principle in judge.principles], judge.block)
-    made = 0
+    made = revised = 0
     with LabelFiles(folder, tally) as files:
         for row, scores in _judged_again(labelled, judge):
             comparison = with_provenance(row, row.provenance, entry)
             files.add(comparison, scores)
             if pair := pair_of(comparison):
-                made += 1
-                files.add_pair(pair)
+                made += files.add_pair(pair)
         for pair in read_rows(labelled.folder / "pairs.jsonl", PreferencePair):
             if pair.source == "revision":
-                files.add_pair(pair)
+                revised += files.add_pair(pair)
     agreement = tally.agreement.agreement()
     write_rows(folder / PROVENANCE, entries)
     write_json(folder / "agreement.json", agreement.as_json())
     write_constitution(folder, judge.constitution)
     kept = _carried_over(labelled, folder)
-    revised = labelled.manifest.counts.get("revision_pairs", 0)
-    counted = {**tally.counts(), "pairs": made, "revision_pairs": revised}
+    repeated = {"pairs_repeated": files.repeated} if files.repeated else {}
+    counted = {**tally.counts(), "pairs": made, "revision_pairs": revised, **repeated}
     return counted, {**kept, **tally.figures(), "agreement": agreement_figures(agreement)}
 
 

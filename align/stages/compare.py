@@ -89,7 +89,7 @@ class CompareBlock(Block):
 
     sampling: SamplingBlock = Field(default_factory=SamplingBlock)
     completions: Annotated[Integer, Field(ge=2)] = Field(2, description="a prompt; each is compared with each")
-    revision_pairs: bool = Field(False, description="add accepted revisions over their originals as pairs")
+    revision_pairs: bool = Field(False, description="add accepted revisions over their originals that were not cut")
     limit: Positive | None = Field(None, description="at most this many prompts, drawn by their content")
     principle: Literal["all", "draw"] = Field(
         "all", description="the judge averages over all principles that apply, or draws one for each comparison"
@@ -210,7 +210,7 @@ def compare_all(
         named: the provenance that rows name for completions and for labels.
     """
     settings: CompareBlock = context.settings
-    counted = {"pairs": 0, "revision_pairs": 0}
+    counted = Counter(pairs=0, revision_pairs=0)
     with LabelFiles(context.output, tally) as files:
         for window in windows(chosen_prompts(context), total, settings.window, context.output):
             journal = window.folder / "verdicts.journal"
@@ -218,11 +218,11 @@ def compare_all(
                 row = with_provenance(verdict, *named)
                 files.add(row, scores)
                 if pair := pair_of(row):
-                    counted["pairs"] += 1
-                    files.add_pair(pair)
-        for pair in revision_pairs(context) if settings.revision_pairs else ():
-            counted["revision_pairs"] += 1
-            files.add_pair(pair)
+                    counted["pairs"] += files.add_pair(pair)
+        for pair in revision_pairs(context, counted) if settings.revision_pairs else ():
+            counted["revision_pairs"] += files.add_pair(pair)
+    if files.repeated:
+        counted["pairs_repeated"] = files.repeated
     return counted
 
 
@@ -354,10 +354,16 @@ def pair_of(row: Comparison) -> PreferencePair | None:
     )
 
 
-def revision_pairs(context: Context) -> Iterator[PreferencePair]:
-    """Accepted revisions of the preference split over their originals."""
+def revision_pairs(context: Context, counts: Counter[str]) -> Iterator[PreferencePair]:
+    """Accepted revisions of the preference split over their originals.
+
+    An original that is cut or empty is none to train on, as in a comparison: it is left out and counted.
+    """
     for row in read_rows(context.inputs["revise"] / "revisions.jsonl", Revision):
         if row.accepted and row.split == SPLIT:
+            if fault := "cut" if row.original_cut else "" if row.original.strip() else "empty":
+                counts[f"revision_pairs_{fault}"] += 1
+                continue
             chosen, rejected = Message("assistant", row.completion), Message("assistant", row.original)
             yield PreferencePair(
                 id=pair_id(row.prompt, chosen, rejected),
@@ -383,10 +389,13 @@ def require_revision_pairs(context: Context) -> None:
     Raises:
         InputError: revise made none of the preference split.
     """
-    if next(revision_pairs(context), None) is None:
+    left_out: Counter[str] = Counter()
+    if next(revision_pairs(context, left_out), None) is None:
+        why = f" of an original that ended by itself ({dict(left_out)})" if left_out else ""
         raise InputError(
-            f"{context.inputs['revise'] / 'revisions.jsonl'}: no accepted revision in the split {SPLIT}; name it in "
-            "`revise.splits` and `sample.splits`, or leave out `compare.revision_pairs`"
+            f"{context.inputs['revise'] / 'revisions.jsonl'}: no accepted revision in the split {SPLIT}{why}; name it "
+            "in `revise.splits` and `sample.splits`, raise `sample.sampling.max_new_tokens`, or leave out "
+            "`compare.revision_pairs`"
         )
 
 

@@ -291,6 +291,7 @@ def _row(chain: "Chain", fault: str, verdict: "Verdict | None") -> Revision:
         prompt_id=chain.sample.prompt_id,
         prompt=chain.sample.prompt,
         original=chain.sample.completion,
+        original_cut=chain.sample.finish_reason == "length",
         completion=shown.revision.strip() if chain.fault and shown else chain.completion,
         principle_ids=chain.principle_ids,
         p_better=p_better,

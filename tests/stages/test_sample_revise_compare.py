@@ -327,6 +327,27 @@ def test_accepted_revisions_are_pairs_where_asked_for(world: World, monkeypatch:
     ]
 
 
+def test_pairs_of_the_same_texts_are_written_once_and_the_others_counted(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Four answers a prompt, of which three are alike: three comparisons have the same two texts.
+    scripted(monkeypatch, lambda request: "Is it?" if request.id.endswith("/0") else "It is.")
+    world.run(SAMPLE, SampleBlock())
+    counts = world.run(COMPARE, CompareBlock(completions=4, limit=2)).counts
+
+    assert (counts["decided"], counts["pairs"], counts["pairs_repeated"]) == (2 * 3, 2, 2 * 2)
+    assert len(world.rows("compare/pairs.jsonl", PreferencePair)) == 2
+
+
+def test_revisions_of_originals_that_were_cut_make_no_pair(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    scripted(monkeypatch, reply)
+    world.run(SAMPLE, SampleBlock.model_validate({"sampling": {"max_new_tokens": 1}}))
+    world.run(REVISE, ReviseBlock(splits=("sft", "preference")))
+    assert any(row.original_cut for row in world.rows("revise/revisions.jsonl", Revision))
+    with pytest.raises(InputError, match=r"of an original that ended by itself \(.*revision_pairs_cut"):
+        world.run(COMPARE, CompareBlock(revision_pairs=True))
+
+
 def test_revision_pairs_need_revisions_of_the_preference_split(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     scripted(monkeypatch, reply)
     world.run(SAMPLE, SampleBlock())
