@@ -100,8 +100,9 @@ def main(
     pairs = _gathered(tested.pairs, counts)
     folder = output or FOLDER / _folder_name(tested, pairs)
     folder.mkdir(parents=True, exist_ok=True)
-    draw_seed = derive_seed(tested.seed, "compare") if tested.draws else None
-    judge = open_judge(tested.judge, tested.model, tested.constitution, draw_seed=draw_seed)
+    seed = derive_seed(tested.seed, "compare")
+    draw_seed = seed if tested.draws else None
+    judge = open_judge(tested.judge, tested.model, tested.constitution, draw_seed=draw_seed, seed=seed)
     judged = judge_pairs(judge, pairs, folder / "verdicts.journal")
     write_rows(folder / "judged.jsonl", judged)
     figures = calibration_figures(judged, tested.judge.min_margin)

@@ -14,6 +14,7 @@ Conversations stay whole: every turn before the last answer is part of the promp
 
 import hashlib
 import heapq
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate
 from typing import Any
@@ -40,8 +41,11 @@ def read_prompts(block: PromptsBlock) -> list[Prompt]:
     return list(stream_prompts(block))
 
 
-def stream_prompts(block: PromptsBlock) -> Iterator[Prompt]:
+def stream_prompts(block: PromptsBlock, counts: Counter[str] | None = None) -> Iterator[Prompt]:
     """Every prompt of the sources, each content once, in their order; the first source's category and split hold.
+
+    Args:
+        counts: gets, under `prompts_repeated`, how many rows repeat an earlier prompt.
 
     Raises:
         InputError: no such file or dataset, a malformed line, a row without a prompt, an unknown split, or shares that
@@ -49,12 +53,14 @@ def stream_prompts(block: PromptsBlock) -> Iterator[Prompt]:
     """
     if problems := split_problems(block.split):
         raise InputError("\n".join(problems))
-    seen = SeenOnDisk()
+    seen, counts = SeenOnDisk(), Counter() if counts is None else counts
     for source in block.sources:
         for place, row in source_rows(source):
             prompt = _prompt(row, place, source, block.split)
             if seen.is_new(prompt.id):
                 yield prompt
+            else:
+                counts["prompts_repeated"] += 1
 
 
 def split_problems(split: SplitBlock) -> list[str]:

@@ -285,6 +285,7 @@ class Frame:
     """The words around a choice, in one language."""
 
     conversation: str
+    system: str
     user: str
     assistant: str
     ask: str
@@ -303,14 +304,15 @@ class Frame:
         return "\n\n".join([*self._turns(answered), principle, self.mark])
 
     def _turns(self, conversation: Conversation) -> list[str]:
-        names = {"user": self.user, "assistant": self.assistant}
-        said = [f"{names[turn.role]}: {harmless(turn.content)}" for turn in conversation if turn.role in names]
+        names = {"system": self.system, "user": self.user, "assistant": self.assistant}
+        said = [f"{names[turn.role]}: {harmless(turn.content)}" for turn in conversation]
         return [self.conversation, *said]
 
 
 FRAMES = {
     "en": Frame(
         "Here is a conversation between a user and an assistant.",
+        "System",
         "User",
         "Assistant",
         "Which response is it? Answer with one letter, A or B.",
@@ -321,6 +323,7 @@ FRAMES = {
     ),
     "ja": Frame(
         "次はユーザーとアシスタントの会話です。",
+        "システム",
         "ユーザー",
         "アシスタント",
         "どちらの回答ですか。AかBの一文字で答えてください。",

@@ -90,8 +90,8 @@ class ReviseStage(Stage):
 
         constitution = sound_constitution(shared["constitution"])
         if constitution is None:
-            return []
-        problems = labelling_problems(constitution, shared["judge"])
+            return _unread(settings)
+        problems = [*_unread(settings), *labelling_problems(constitution, shared["judge"])]
         if not revising_principles(constitution):
             problems.append("constitution: no principle to revise by; give one a `text`, or `critique` and `revision`")
         return problems
@@ -146,6 +146,13 @@ class ReviseStage(Stage):
         context.log_rows(_logged(counted, measured))
         check_gates(self.name, settings.gates, shares, context.output / "revisions.jsonl")
         return Outcome(counted, measured)
+
+
+def _unread(settings: ReviseBlock) -> list[str]:
+    """What is said and has no effect."""
+    if settings.critic is None or settings.critique:
+        return []
+    return ["revise.critic: writes no critiques with `critique: false`; remove one of the two"]
 
 
 def provenance(

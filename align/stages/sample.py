@@ -74,7 +74,9 @@ class SampleStage(Stage):
         made = _samples(context, backend, provenance.id, counts)
         described = heapq.nsmallest(DESCRIBED, made, key=lambda each: each.sample.id)
 
-        ordered = {name: counts[name] for name in ("prompts", *map(_of_split, SPLITS), "samples", "samples_cut")}
+        repeated = ("prompts_repeated",) if counts["prompts_repeated"] else ()
+        names = ("prompts", *map(_of_split, SPLITS), *repeated, "samples", "samples_cut")
+        ordered = {name: counts[name] for name in names}
         figures = _figures(described)
         context.log_rows([{**ordered, **figures}])
         return Outcome(ordered, {"categories": dict(categories), **figures})
@@ -92,7 +94,7 @@ def _write_prompts(context: Context, counts: Counter[str], categories: Counter[s
     path = context.output / "prompts.jsonl"
     try:
         with RowFile(path) as out:
-            for prompt in stream_prompts(block):
+            for prompt in stream_prompts(block, counts):
                 out.add(prompt)
                 counts.update(("prompts", _of_split(prompt.split)))
                 categories[prompt.category] += 1

@@ -161,6 +161,15 @@ def test_sample_writes_every_prompt_and_the_samples_of_its_splits(
     assert logged["mean_tokens"] == pytest.approx(sum(words) / len(words)), "the scripted engine's stop token included"
 
 
+def test_prompts_that_repeat_an_earlier_one_are_counted(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    scripted(monkeypatch, reply)
+    path = world.root / "twice.jsonl"
+    path.write_text('{"prompt": "Why?"}\n{"prompt": "How?"}\n{"prompt": "Why?"}\n')
+    world.shared["prompts"] = PromptsBlock.model_validate({"sources": [{"path": str(path)}]})
+    counts = world.run(SAMPLE, SampleBlock()).counts
+    assert (counts["prompts"], counts["prompts_repeated"]) == (2, 1)
+
+
 def _request(sample: Sample) -> Request:
     return Request("x", sample.prompt, 0, 1)
 
@@ -403,6 +412,13 @@ def test_check_tells_what_the_constitution_lacks(world: World) -> None:
     assert load_constitution(world.shared["constitution"]).principles[0].requests is None
     world.shared["constitution"] = "missing.yaml"
     assert REVISE.check(ReviseBlock(), world.shared) == COMPARE.check(CompareBlock(), world.shared) == []
+
+
+def test_a_critic_that_would_write_nothing_is_told(world: World) -> None:
+    block = ReviseBlock.model_validate({"critique": False, "critic": {"model": "other"}})
+    assert REVISE.check(block, world.shared) == [
+        "revise.critic: writes no critiques with `critique: false`; remove one of the two"
+    ]
 
 
 def test_check_tells_shares_that_do_not_add_up(world: World) -> None:

@@ -197,12 +197,14 @@ def test_a_judge_that_only_looks_at_the_place_finds_a_tie() -> None:
 
 def test_choice_shows_the_whole_conversation_the_question_and_both_completions() -> None:
     judge = choice_judge(letters(lambda text: 0.5), {"id": "brief", "compare": "Choose the shorter."})
-    talk = (*TALK, Message("assistant", "Yes?"), Message("user", "Tea or coffee?"))
+    system = Message("system", "Be a waiter.")
+    talk = (system, *TALK, Message("assistant", "Yes?"), Message("user", "Tea or coffee?"))
     judge.compare([("q", talk, "Tea {}.", "Coffee %s.", "")])
 
     asked = [request.messages[0].content for request in judge.kind.backend.choices]  # type: ignore[attr-defined]
     [shown] = [text for text in asked if "(A) Tea" in text]
     parts = [
+        "System: Be a waiter.",
         "User: Hello?",
         "Assistant: Yes?",
         "User: Tea or coffee?",
