@@ -162,31 +162,46 @@ def _plain(text: str) -> str:
     return fold(text).translate(_STRAIGHT).strip().lstrip("*_# ")
 
 
-_EMOJI = re.compile("[\U0001f000-\U0001faff\u2600-\u27bf\u2b50\u2b55\ufe0f]")
+_EMOJI = re.compile("[\U0001f000-\U0001faff\u2600-\u27bf\u231a\u231b\u23e9-\u23fa\u2b1b\u2b1c\u2b50\u2b55\ufe0f]")
 _STRAIGHT = {0x2019: "'"}
 _QUOTES = {('"', '"'), ("“", "”"), ("「", "」")}
 _NEW = r"(?:revised|rewritten|re-written|improved|updated|corrected|edited|modified|better|new|possible|suggested)"
 _ANSWER = r"(?:response|answer|version|reply|revision|rewrite)"
+_REVISED = r"(?:revised|rewritten|re-written|improved|updated|corrected|edited|modified)"
+_REVISE = r"(?:rewrite|re-write|revise|rephrase|edit|modify)"
 _PREAMBLE = re.compile(
-    r"(?:(?:sure|certainly|of course|ok|okay|absolutely|yes|great)\b[^.\n]{0,20}?\b)?"
+    r"(?:(?:sure|certainly|of course|ok|okay|absolutely|yes|great|thank you|thanks)\b[^\n]{0,30}?\b)?"
     rf"(?:(?:here's|here is|this is|below is) (?:\w+ ){{0,3}}?(?:{_NEW}(?: \w+){{0,2}} {_ANSWER}|revision|rewrite)\b"
-    rf"|(?:here's|here is|below is) (?:an?|the|my|your) {_ANSWER}\b[^.!?\n]{{0,60}}:"
+    rf"|(?:here's|here is|below is) (?:an?|the|my|your) (?:\w+ ){{0,2}}{_ANSWER}\b[^.!?\n]{{0,60}}:"
+    rf"|here(?:'s| is) how i(?:'d| would| might) {_REVISE}\b"
+    rf"|(?:the|my) {_REVISED} {_ANSWER} (?:is|reads|would be|could be)\b"
+    rf"|i(?:'d| would| can| will|'ll)(?: be (?:happy|glad) to)? {_REVISE} (?:the|my|this|that) (?:\w+ )?{_ANSWER}\b"
+    rf"|(?:{_REVISE}|point out|identify|critique)\b[^.\n]{{0,20}} (?:the|your) assistant's\b"
+    rf"|(?:{_REVISE}|critique) the (?:last |previous )?{_ANSWER}\b"
     rf"|i(?:'ve| have) (?:revised|rewritten|updated|modified|edited) (?:the|your|my|this)(?: \w+)? {_ANSWER}\b)"
     r"|(?:以下|こちら|下記)(?:は|が|に)[^。\n]{0,20}(?:書き直|修正|改訂|改善)"
     r"|(?:はい|承知しました|わかりました)[、。][^。\n]{0,20}(?:書き直|修正|改訂|改善)(?:した|しました|いたしました)"
 )
 _LABEL = re.compile(
-    rf"(?:(?:{_NEW} )?{_ANSWER}|{_NEW}|(?:書き直した|修正した|改訂した)?(?:回答|返答)|修正版|改訂版)[*_\s]*:"
+    rf"{_REVISED} {_ANSWER}\b[^.!?\n]{{0,40}}(?::|\n)|"
+    rf"(?:(?:{_NEW} )?{_ANSWER}|{_NEW}|assistant|(?:書き直した|修正した|改訂した)?(?:回答|返答)|修正版|改訂版)[*_\s]*:"
 )
 _AFTERWORD = re.compile(
     r"\n\s*[*_(\[]*(?:note|explanation|changes(?: made)?|critique|revisionrequest|critiquerequest)[*_]*:"
     r"|\n\s*[*_(\[]*(?:i(?:'ve| have)? |this |the )(?:revised|rewrote|rewritten|revision|rewrite|changed|removed)\b"
+    r"|\n\s*[*_(\[]*(?:this|the) (?:response|answer|reply) (?:is now|now|no longer|avoids|removes)\b"
 )
+_GIVEN = r"(?:the|this|your) (?:(?:last|previous|preceding|original|above) )?(?:assistant|response|reply|answer)"
 _ABOUT_THE_ANSWER = re.compile(
     r"(?:the|this|your) assistant(?:'s)?\b"
     r"|(?:the|this|your) (?:(?:last|previous|preceding|original|above) )?(?:response|reply|revision|answer) (?:\w+ )?"
     r"(?:does|did|could|should|would|may|might|contains?|fails?|lacks?|needs?|follows?|uses?|ends?|includes?|provides?"
     r"|violates?|breaks?|has|is (?:not|too|very|quite|harm|help|un|in|good|clear|polite|missing))"
+    rf"|(?:one|another) (?:way|problem|issue|thing) (?:with |in |about |that )?{_GIVEN}\b"
+    rf"|there (?:is|are)\b[^.\n]{{0,40}}\b(?:problem|issue|fault|flaw|harm)\w* (?:with|in) {_GIVEN}\b"
+    r"|in (?:the|its|this|your) (?:last|previous|preceding|above) (?:response|reply|answer)\b"
+    r"|i (?:think|believe|feel)(?: that)? (?:the|this|your) (?:assistant|(?:last |previous )?response)\b"
+    r"|my (?:last|previous|original|earlier) (?:response|reply|answer)\b"
     r"|(?:critique|criticism|feedback)[*_]*:"
     r"|(?:直前の|この|上の|その|アシスタントの)?(?:回答|返答)(?:は|に|には|が)"
 )
@@ -195,5 +210,7 @@ _REFUSAL = re.compile(
     r"|\bi (?:can't|can ?not|won't|will not|am (?:not able|unable) to|must decline to|refuse to) (?:\w+ )?"
     r"(?:help|assist|provide|do|fulfil|answer|support|give|share|comply|engage|discuss|respond|offer|write|tell|continue)"
     r"|\bi'm (?:not able|unable) to\b|\bi must decline\b"
+    r"|\bi(?:'m| am) not comfortable\b|\bi (?:don't|do not) feel comfortable\b|\bi(?:'d| would) rather not\b"
+    r"|^no,? i (?:won't|will not|can't|cannot)\b"
     r"|(?:申し訳|お手伝いできません|お答えできません|お応えできません|できかねます)"
 )

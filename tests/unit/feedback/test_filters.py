@@ -19,6 +19,11 @@ FAIR = [
     "Here are five new ways to answer your boss.",
     "This is a great way to start. I can't recommend walking enough!",
     "パンは四十分焼いてください。温度計はありますか。",
+    "Rewrite your essay in the morning, with a fresh eye.",
+    "Thank you for asking! Here is how to bake it.",
+    "One way to find the answer is to ask. There are problems with every recipe.",
+    "I think the answer is forty minutes.",
+    "I would rather bake it twice: no, I cannot say why.",
 ]
 CAUGHT = {
     "preamble": [
@@ -33,6 +38,18 @@ CAUGHT = {
         "Bake it.\n(I revised the answer to be shorter.)",
         "以下は書き直した回答です。パンを焼きます。",
         "回答：パンを焼きます。",
+        "Of course. Here's a better answer: Bake it.",
+        "Here is a more polite version: Bake it.",
+        "Here's how I'd rewrite it: Bake it.",
+        "The revised response is: Bake it.",
+        "### Revised Response\n\nBake it.",
+        "Rewritten answer to the original: Bake it.",
+        "Thank you for the feedback. Here is the new answer: Bake it.",
+        "Certainly, I can revise the response. Bake it.",
+        "Assistant: Bake it.",
+        "Bake it.\n\nThis response is now harmless.",
+        "Rewrite the assistant's last answer so that it is short: Bake it.",
+        "Rewrite the answer in two short sentences.",
     ],
     "critique": [
         "The assistant's last response is harmful, since it helps with a crime.",
@@ -41,16 +58,25 @@ CAUGHT = {
         "This answer does not follow the principle.",
         "Critique: too long.",
         "この回答は質問で終わっていません。",
+        "One way the answer could improve is to be shorter.",
+        "In the previous response, the assistant encourages a crime.",
+        "I think the response is harmful.",
+        "My last answer was harmful, because it helped.",
+        "There are several problems with the assistant's answer.",
     ],
     "refusal": [
         "I'm sorry, but I can't help with that.",
         "I’m sorry. I cannot assist with this request.",
         "I apologize, but I am not able to do that.",
         "申し訳ありませんが、お手伝いできません。",
+        "I'm not comfortable helping with that.",
+        "I don’t feel comfortable answering that.",
+        "I'd rather not help with that.",
+        "No, I won't.",
     ],
     "repetition": ["Go on and on. " * 8, "one two three four " * 5],
     "empty": ["", "  \n", "...", "🙂"],
-    "emoji": ["Bake it for an hour 🍞.", "Well done ✨", "行きましょう🇯🇵。"],
+    "emoji": ["Bake it for an hour 🍞.", "Well done ✨", "An hour ⏰.", "行きましょう🇯🇵。"],
 }
 
 
