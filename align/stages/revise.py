@@ -13,6 +13,7 @@ from pydantic import Field
 
 from align.config import Block, EngineBlock, Fraction, Integer, JudgeBlock, ModelBlock, Positive, SamplingBlock
 from align.constitution import Constitution, load_constitution, sound_constitution
+from align.data.prompts import with_split
 from align.errors import InputError
 from align.feedback.filters import OPTIONAL, FilterName, refuses
 from align.feedback.gates import ReviseGatesBlock, Share, TextShares, check_gates, gate_figures
@@ -198,17 +199,20 @@ def benign_prompts(context: Context) -> SeenOnDisk:
     """Ids of the prompts whose category or file the gates name benign.
 
     Raises:
-        InputError: a name that no prompt goes by.
+        InputError: a name that no prompt goes by whose sample is revised: its gate would have nothing to count.
     """
     names = set(context.settings.gates.benign)
     unknown, benign = set(names), SeenOnDisk()
     path = context.inputs["sample"] / "prompts.jsonl"
-    for prompt in read_rows(path, Prompt) if names else ():
+    for prompt in with_split(read_rows(path, Prompt), context.settings.splits) if names else ():
         if found := names & {prompt.category, prompt.source}:
             unknown -= found
             benign.is_new(prompt.id)
     if unknown:
-        raise InputError(f"revise.gates.benign: no prompt of category or file {min(unknown)!r} in {path}; remove it")
+        raise InputError(
+            f"revise.gates.benign: no prompt of category or file {min(unknown)!r} of the splits "
+            f"{', '.join(context.settings.splits)} in {path}; remove it, or give more prompts"
+        )
     return benign
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from align.config import PromptSource
 from align.errors import GateClosed, InputError
 from align.records import Revision
 from align.stages.compare import STAGE as COMPARE
@@ -54,6 +55,16 @@ def test_refused_benign_prompts_close_the_gate(world: World, monkeypatch: pytest
     assert world.run(REVISE, revise(**open_otherwise)).figures["gates"]["benign_refused"]["rows"] == 0
     with pytest.raises(InputError, match=r"revise\.gates\.benign: no prompt of category or file 'bening'"):
         world.run(REVISE, revise(benign=["bening"]))
+
+
+def test_benign_prompts_of_which_none_is_revised_are_told(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    scripted(monkeypatch, reply)
+    (world.root / "more.jsonl").write_text('{"prompt": "Why?", "split": "rl", "category": "kept for later"}\n')
+    sources = [*world.shared["prompts"].sources, PromptSource(path=str(world.root / "more.jsonl"))]
+    world.shared["prompts"] = world.shared["prompts"].model_copy(update={"sources": tuple(sources)})
+    world.run(SAMPLE, SampleBlock())
+    with pytest.raises(InputError, match=r"'kept for later' of the splits sft, preference in .*more prompts"):
+        world.run(REVISE, revise(benign=["kept for later"]))
 
 
 def test_near_duplicates_are_rejected_by_name_and_kept_beside(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
