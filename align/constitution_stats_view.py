@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from align.artefacts import stage_folder
 from align.constitution import Constitution, load_constitution
 from align.constitution_diff import labels_of, open_settings_judge
 from align.constitution_stats import (
@@ -21,8 +22,9 @@ from align.constitution_stats import (
 )
 from align.errors import InputError
 from align.feedback.agreement import Agreement, Label, Shares
-from align.judged_pairs import drawn_pairs, judge_of_run, preferred_pairs
+from align.judged_pairs import COMPARE, drawn_pairs, judge_of_run, preferred_pairs
 from align.label_changes import Pair
+from align.provenance import CONSTITUTION, read_constitution
 from align.sheets import Sheet, print_sheet
 
 NONE = "–"
@@ -39,8 +41,8 @@ def main(
     """Print a run's figures by principle.
 
     Args:
-        constitution: the run's constitution, for its weights and tiers; the shipped one that the run was made with is
-            found by itself.
+        constitution: the run's constitution, for judging `human`; the shipped one that the run was made with is found
+            by itself. Weights and tiers are in the run.
         human: preferences in TRL's format, judged by the run's judge.
         limit: at most so many of them, drawn by their content.
 
@@ -51,7 +53,7 @@ def main(
     known = _constitution_of(run, constitution)
     people = _judged(run, known, drawn_pairs(preferred_pairs(human), limit)) if human else []
     console = console or Console()
-    for sheet in stats_sheets(rows, known, people):
+    for sheet in stats_sheets(rows, known or _kept_in(run), people):
         print_sheet(sheet, console)
 
 
@@ -118,6 +120,12 @@ def _constitution_of(run: Path, named: Path | None) -> Constitution | None:
     path = CONSTITUTIONS / f"{folder.rpartition('-')[0]}.yaml"
     found_beside = load_constitution(path) if path.is_file() else None
     return found_beside if found_beside and found_beside.key == folder else None
+
+
+def _kept_in(run: Path) -> Constitution | None:
+    """The constitution as a stage of the run kept it, whose documents cannot be read; None of an earlier version's."""
+    kept = (stage_folder(run, stage) / CONSTITUTION for stage in (COMPARE, "revise"))
+    return next((read_constitution(path) for path in kept if path.is_file()), None)
 
 
 def _judged(run: Path, constitution: Constitution | None, pairs: Sequence[Pair]) -> list[tuple[Pair, Label]]:

@@ -11,6 +11,7 @@ from align.artefacts import Manifest, write_json
 from align.config import JudgeBlock, ModelBlock
 from align.constitution import load_constitution
 from align.constitution_stats import Share, conflicts_between_tiers, principle_stats, read_run, run_agreement
+from align.provenance import write_constitution
 from align.records import Comparison, Critique, Message, Revision, write_rows
 
 PROMPT = (Message("user", "Hello?"),)
@@ -128,6 +129,14 @@ def test_the_command_shows_every_figure_and_a_dash_where_nothing_is_known(
     assert "3 of 4" in shown and "–" in shown
     assert "the earlier tier's principle won 1 of 1" in shown
     assert "--human FILE" in shown
+
+
+def test_weights_and_tiers_are_those_that_the_run_kept(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["constitution", "stats", str(run)]) == 0
+    assert "Every weight counts as 1" in capsys.readouterr().out
+    write_constitution(run / "compare", load_constitution(run.parent / "tiers.yaml"))
+    assert main(["constitution", "stats", str(run)]) == 0
+    assert "the earlier tier's principle won 1 of 1" in capsys.readouterr().out
 
 
 def test_human_pairs_are_judged_by_the_run_s_judge(
