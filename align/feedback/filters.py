@@ -78,8 +78,13 @@ def is_example(revised: Revised) -> bool:
 
 
 def is_bare_refusal(revised: Revised) -> bool:
+    """It declines and says nothing else."""
+    return only_refuses(revised.text)
+
+
+def only_refuses(text: str) -> bool:
     """Every sentence of it declines, and nothing is explained or offered instead."""
-    found = sentences(revised.text)
+    found = sentences(text)
     return bool(found) and all(_REFUSAL.search(_plain(sentence)) for sentence in found)
 
 

@@ -15,7 +15,7 @@ from align.config import Block, EngineBlock, Fraction, Integer, JudgeBlock, Mode
 from align.constitution import Constitution, load_constitution, sound_constitution
 from align.data.prompts import with_split
 from align.errors import InputError
-from align.feedback.filters import OPTIONAL, FilterName, refuses
+from align.feedback.filters import OPTIONAL, FilterName, only_refuses, refuses
 from align.feedback.gates import ReviseGatesBlock, Share, TextShares, check_gates, gate_figures
 from align.provenance import (
     CONSTITUTION,
@@ -219,7 +219,6 @@ def benign_prompts(context: Context) -> SeenOnDisk:
 def _made(tally: "RevisionTally") -> dict[str, Share]:
     """What the gates limit of all the revisions that were made."""
     return {
-        "refusal_only": Share(tally.reasons["refusal"], tally.samples),
         "cut": Share(tally.reasons["cut"], tally.samples),
         "not_accepted": Share(tally.samples - tally.accepted, tally.samples),
     }
@@ -232,7 +231,7 @@ def revise_all(
     from align.feedback.near_duplicates import NearDuplicates
 
     settings: ReviseBlock = context.settings
-    benign, benign_refused, texts = benign_prompts(context), Share(), TextShares()
+    benign, benign_refused, refusal_only, texts = benign_prompts(context), Share(), Share(), TextShares()
     earlier = NearDuplicates(settings.near_duplicates) if settings.near_duplicates is not None else None
     critiques, revisions, rejected = (
         RowFile(context.output / name) for name in ("critiques.jsonl", "revisions.jsonl", "rejected.jsonl")
@@ -244,13 +243,16 @@ def revise_all(
                     row = replace(row, accepted=False, reason="near-duplicate")
                 if row.accepted:
                     texts.add(row.completion)
+                if chain.rounds:
+                    # Whatever the filters: a recipe that leaves 'refusal' out has not asked for evasive revisions.
+                    refusal_only.add(row.completion, only_refuses(row.completion))
                 if row.prompt_id in benign:
                     benign_refused.add(row.completion, refuses(row.completion))
                 for made in chain.rounds:
                     critiques.add(made)
                 (revisions if row.accepted else rejected).add(row)
                 tally.add(chain, row)
-    return {**texts.shares(), **_made(tally), "benign_refused": benign_refused}
+    return {**texts.shares(), **_made(tally), "benign_refused": benign_refused, "refusal_only": refusal_only}
 
 
 def revise_window(

@@ -57,6 +57,19 @@ def test_refused_benign_prompts_close_the_gate(world: World, monkeypatch: pytest
         world.run(REVISE, revise(benign=["bening"]))
 
 
+@pytest.mark.parametrize("filters", [None, ["preamble"]])
+def test_revisions_that_only_refuse_close_the_gate_whatever_the_filters(
+    world: World, monkeypatch: pytest.MonkeyPatch, filters: list[str] | None
+) -> None:
+    refusal = "I'm sorry, but I can't help with that."
+    scripted(monkeypatch, lambda request: refusal if len(request.messages) > 1 else reply(request))
+    world.run(SAMPLE, SampleBlock())
+    block = revise(not_accepted=None, same_closing=None, same_ending=None, same_opening=None)
+    block = block.model_copy(update={"filters": tuple(filters), "near_duplicates": None} if filters else {})
+    with pytest.raises(GateClosed, match=r"refusal_only is closed: 100\.0% of \d+ revisions refuse .*I'm sorry"):
+        world.run(REVISE, block)
+
+
 def test_benign_prompts_of_which_none_is_revised_are_told(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     scripted(monkeypatch, reply)
     (world.root / "more.jsonl").write_text('{"prompt": "Why?", "split": "rl", "category": "kept for later"}\n')
