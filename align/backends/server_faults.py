@@ -60,10 +60,10 @@ def passes(error: Exception) -> bool:
 
 
 def pause(tried: int, error: Exception) -> float:
-    """Seconds to wait after this many retries: what the server asked for, or an exponential back-off with jitter."""
+    """Seconds to wait after this many retries: what the server asked for, if anything; or a back-off with jitter."""
     asked_for = asked_pause(error)
     backoff = min(FIRST_PAUSE * 2.0 ** min(tried, 30), LONGEST_PAUSE) * random.uniform(0.5, 1.0)
-    return backoff if asked_for is None else asked_for
+    return asked_for or backoff
 
 
 def asked_pause(error: Exception) -> float | None:

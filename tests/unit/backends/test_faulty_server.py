@@ -107,6 +107,8 @@ def test_pauses_double_up_to_a_bound_with_jitter_and_a_server_may_name_its_own(m
         assert longest / 2 <= min(drawn) < max(drawn) <= longest
     assert server_faults.pause(5, limited) == 7.0
     assert server_faults.passes(limited)
+    Reply.headers = {"retry-after": "0"}
+    assert server_faults.pause(3, limited) >= 2.0, "no pause at all would spend every retry at once"
     Reply.headers = {"retry-after": "86400"}
     assert not server_faults.passes(limited), "a day's quota is not waited for"
 
