@@ -23,6 +23,7 @@ from align.errors import InputError
 from align.feedback.agreement import Agreement, Label, Shares
 from align.judged_pairs import drawn_pairs, judge_of_run, preferred_pairs
 from align.label_changes import Pair
+from align.provenance import CONSTITUTION, read_constitution
 from align.sheets import Sheet, print_sheet
 
 NONE = "–"
@@ -39,8 +40,8 @@ def main(
     """Print a run's figures by principle.
 
     Args:
-        constitution: the run's constitution, for its weights and tiers; the shipped one that the run was made with is
-            found by itself.
+        constitution: the run's constitution, for its weights and tiers; the one that the run was made with is found by
+            itself, shipped or as the run's stages keep it. Only to judge by documents must its file be named.
         human: preferences in TRL's format, judged by the run's judge.
         limit: at most so many of them, drawn by their content.
 
@@ -108,7 +109,7 @@ def _tier_remarks(agreement: Agreement, constitution: Constitution | None) -> tu
 
 
 def _constitution_of(run: Path, named: Path | None) -> Constitution | None:
-    """The run's constitution: the file that is named, or a shipped one whose key is the folder's name."""
+    """The run's constitution: the file named, a shipped one whose key is the folder's name, or the kept copy."""
     folder = run.resolve().name
     if named:
         found = load_constitution(named)
@@ -117,11 +118,19 @@ def _constitution_of(run: Path, named: Path | None) -> Constitution | None:
         return found
     path = CONSTITUTIONS / f"{folder.rpartition('-')[0]}.yaml"
     found_beside = load_constitution(path) if path.is_file() else None
-    return found_beside if found_beside and found_beside.key == folder else None
+    if found_beside and found_beside.key == folder:
+        return found_beside
+    kept = (run / stage / CONSTITUTION for stage in ("compare", "revise"))
+    return next((read_constitution(path) for path in kept if path.is_file()), None)
+
+
+def _lacks_documents(constitution: Constitution) -> bool:
+    """Whether it is a kept copy, which has the digests of its documents in the place of their folders."""
+    return any(folder == digest for folder, digest in constitution.documents.items())
 
 
 def _judged(run: Path, constitution: Constitution | None, pairs: Sequence[Pair]) -> list[tuple[Pair, Label]]:
-    if constitution is None:
+    if constitution is None or _lacks_documents(constitution):
         raise InputError(f"{run}: judging human pairs needs the run's constitution; name it with --constitution FILE")
     judge = open_settings_judge(constitution, judge_of_run(run))
     return list(zip(pairs, labels_of(judge, pairs), strict=True))
