@@ -365,6 +365,7 @@ def _constitution_schema(options: argparse.Namespace) -> None:
 
 
 def _check_engines(options: argparse.Namespace) -> int:
+    from pydantic import ValidationError
     from rich.console import Console
 
     from align.config import EngineBlock, ModelBlock
@@ -376,7 +377,11 @@ def _check_engines(options: argparse.Namespace) -> int:
     if not options.model:
         raise InputError("which engine? Add --recipe FILE, or --model MODEL with or without --base-url URL")
     server = {"kind": "openai", "model": options.model, "base_url": options.base_url} if options.base_url else {}
-    return print_engine_checks({"engine": EngineBlock(**server)}, ModelBlock(path=options.model), Console())
+    try:
+        engine = EngineBlock(**server)
+    except ValidationError as error:
+        raise InputError(f"--base-url: {error.errors()[0]['ctx']['error']}") from None
+    return print_engine_checks({"engine": engine}, ModelBlock(path=options.model), Console())
 
 
 def _calibrate(options: argparse.Namespace) -> None:

@@ -3,12 +3,19 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 
 def _not_bool(value: Any) -> Any:
     if isinstance(value, bool):
         raise ValueError("expected a number, got true/false")
+    return value
+
+
+def _address(value: str) -> str:
+    # Without a scheme the client reports that the server cannot be reached, and tries again for a minute.
+    if not value.startswith(("http://", "https://")):
+        raise ValueError(f"must begin with http:// or https://, got {value!r}; write http://{value}")
     return value
 
 
@@ -104,7 +111,9 @@ class EngineBlock(Block):
 
     kind: Literal["local", "openai"] = Field("local", description="this machine, or a server")
     model: str | None = Field(None, description="another model than the recipe's; for a server, the name it serves")
-    base_url: str | None = Field(None, description="the server's address; OpenAI's own without one")
+    base_url: Annotated[str, AfterValidator(_address)] | None = Field(
+        None, description="the server's address; OpenAI's own without one"
+    )
     votes: Positive = Field(8, description="samples that decide between letters where a server shows no probabilities")
     tokenizer: str | None = Field(
         None, description="the served model's, to score texts by echoed completions; null does without"

@@ -41,8 +41,8 @@ def main(
     """Print a run's figures by principle.
 
     Args:
-        constitution: the run's constitution, for judging `human`; the shipped one that the run was made with is found
-            by itself. Weights and tiers are in the run.
+        constitution: the run's constitution, for its weights and tiers; the one that the run was made with is found by
+            itself, shipped or as the run's stages keep it. Only to judge by documents must its file be named.
         human: preferences in TRL's format, judged by the run's judge.
         limit: at most so many of them, drawn by their content.
 
@@ -53,7 +53,7 @@ def main(
     known = _constitution_of(run, constitution)
     people = _judged(run, known, drawn_pairs(preferred_pairs(human), limit)) if human else []
     console = console or Console()
-    for sheet in stats_sheets(rows, known or _kept_in(run), people):
+    for sheet in stats_sheets(rows, known, people):
         print_sheet(sheet, console)
 
 
@@ -110,7 +110,7 @@ def _tier_remarks(agreement: Agreement, constitution: Constitution | None) -> tu
 
 
 def _constitution_of(run: Path, named: Path | None) -> Constitution | None:
-    """The run's constitution: the file that is named, or a shipped one whose key is the folder's name."""
+    """The run's constitution: the file named, a shipped one whose key is the folder's name, or the kept copy."""
     folder = run.resolve().name
     if named:
         found = load_constitution(named)
@@ -119,17 +119,19 @@ def _constitution_of(run: Path, named: Path | None) -> Constitution | None:
         return found
     path = CONSTITUTIONS / f"{folder.rpartition('-')[0]}.yaml"
     found_beside = load_constitution(path) if path.is_file() else None
-    return found_beside if found_beside and found_beside.key == folder else None
-
-
-def _kept_in(run: Path) -> Constitution | None:
-    """The constitution as a stage of the run kept it, whose documents cannot be read; None of an earlier version's."""
+    if found_beside and found_beside.key == folder:
+        return found_beside
     kept = (stage_folder(run, stage) / CONSTITUTION for stage in (COMPARE, "revise"))
     return next((read_constitution(path) for path in kept if path.is_file()), None)
 
 
+def _lacks_documents(constitution: Constitution) -> bool:
+    """Whether it is a kept copy, which has the digests of its documents in the place of their folders."""
+    return any(folder == digest for folder, digest in constitution.documents.items())
+
+
 def _judged(run: Path, constitution: Constitution | None, pairs: Sequence[Pair]) -> list[tuple[Pair, Label]]:
-    if constitution is None:
+    if constitution is None or _lacks_documents(constitution):
         raise InputError(f"{run}: judging human pairs needs the run's constitution; name it with --constitution FILE")
     judge = open_settings_judge(constitution, judge_of_run(run))
     return list(zip(pairs, labels_of(judge, pairs), strict=True))

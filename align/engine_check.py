@@ -1,5 +1,6 @@
 """What an engine can do, found out by trying: for a person who sets one up, before a run of hours depends on it."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -99,6 +100,9 @@ def _letters(backend: Backend) -> tuple[bool, str]:
     [scores] = backend.choice_logprobs([ChoiceRequest("letters", LETTERS_QUESTION, ("A", "B"))])
     count = backend.alternatives if isinstance(backend, OpenAIBackend) else 0
     shown = f", {count} alternatives" if count else ""
+    if not any(map(math.isfinite, scores.logprobs)):
+        # A judge would abstain from everything, and the run end without a pair.
+        return False, f"by {backend.choice_method}{shown}: neither A nor B was among them, and a judge would abstain"
     values = ", ".join(f"{letter} {value:.2f}" for letter, value in zip("AB", scores.logprobs, strict=True))
     return True, f"by {backend.choice_method}{shown}: {values} nats"
 

@@ -252,8 +252,12 @@ def _constitution(content: CardContent) -> str:
 
 
 def principle_text(principle: Principle) -> str:
-    """All that a principle says, a line each."""
+    """All that a principle says and how it counts, a line each."""
     texts = {
+        "hard": "its rule's violation loses outright" if principle.hard else None,
+        "tier": principle.tier,
+        "weight": None if principle.weight == 1 else f"{principle.weight:g}",
+        "applies to": ", ".join(principle.applies),
         "text": principle.text,
         "opposite": principle.opposite,
         "critique": principle.critique,
@@ -262,6 +266,7 @@ def principle_text(principle: Principle) -> str:
         "rule": json.dumps(principle.rule.model_dump(exclude_none=True), ensure_ascii=False)
         if principle.rule
         else None,
+        "documents": "shown to the critic and the judge, and not part of this data set" if principle.sources else None,
     }
     return "\n".join(f"{name}: {text}" for name, text in texts.items() if text)
 
@@ -319,13 +324,16 @@ def _gates(run: PublishedRun) -> str:
     if not rows:
         return ""
     columns = ("stage", "gate", "share", "of rows", "limit")
-    return f"### Gates: shares of a whole set, none of which closed one\n\n{table(columns, rows)}"
+    return f"### Gates: shares of a whole set, over whose limits a stage stops\n\n{table(columns, rows)}"
 
 
 def _gates_of(stage: str, manifest: Manifest) -> Iterator[tuple[object, ...]]:
     limits = manifest.settings["settings"].get("gates", {})
+    least = limits.get("min_rows", 1)
     for name, found in manifest.figures.get("gates", {}).items():
         limit = "off" if limits.get(name) is None else f"{limits[name]:.1%}"
+        if found["rows"] < least:
+            limit += f", from {least} rows"
         yield f"`{stage}`", f"`{name}`", f"{found['share']:.1%}", found["rows"], limit
 
 

@@ -160,6 +160,9 @@ def check_gates(stage: str, block: Block, shares: Mapping[str, Share], place: Pa
         if limit is None or share.value <= limit:
             continue
         if share.rows < least:
+            # One row of three is over most limits, and says nothing of the set.
+            if share.count == 1:
+                continue
             told.append(f"{name} {share.value:.1%} of {share.rows} (limit {limit:.1%})")
             continue
         shown = "; ".join(repr(text if len(text) <= 100 else f"{text[:99]}…") for text in share.examples)

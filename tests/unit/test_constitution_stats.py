@@ -131,12 +131,29 @@ def test_the_command_shows_every_figure_and_a_dash_where_nothing_is_known(
     assert "--human FILE" in shown
 
 
-def test_weights_and_tiers_are_those_that_the_run_kept(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_weights_are_those_of_the_constitution_that_the_run_keeps(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
     assert main(["constitution", "stats", str(run)]) == 0
     assert "Every weight counts as 1" in capsys.readouterr().out
     write_constitution(run / "compare", load_constitution(run.parent / "tiers.yaml"))
     assert main(["constitution", "stats", str(run)]) == 0
-    assert "the earlier tier's principle won 1 of 1" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "Every weight counts as 1" not in shown
+    assert "the earlier tier's principle won 1 of 1" in shown
+
+
+def test_human_pairs_are_not_judged_by_a_kept_constitution_without_its_documents(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run.parent / "facts").mkdir()
+    (run.parent / "facts" / "house.txt").write_text("It opened in 1987.")
+    (run.parent / "tiers.yaml").write_text(CONSTITUTION + "sources: [facts]\n")
+    write_constitution(run / "compare", load_constitution(run.parent / "tiers.yaml"))
+    (run.parent / "people.jsonl").write_text('{"prompt": "One", "chosen": "Is it?", "rejected": "It is."}\n')
+    assert main(["constitution", "stats", str(run), "--human", str(run.parent / "people.jsonl")]) == 2
+    assert "name it with --constitution FILE" in capsys.readouterr().err
 
 
 def test_human_pairs_are_judged_by_the_run_s_judge(

@@ -10,7 +10,14 @@ from align.__main__ import main
 
 
 def plain(path, body):
-    """A server without log-probabilities that obeys seeds and limits."""
+    """A server without log-probabilities that obeys seeds and limits, and names a letter where it is asked for one."""
+    if "one letter" in body["messages"][-1]["content"]:
+        return chat_reply("A")
+    return talkative(path, body)
+
+
+def talkative(path, body):
+    """One that answers every question with other words than a letter."""
     text = f"{body['messages'][-1]['content'][:9]} {body.get('seed') if body.get('temperature') else 'greedy'}"
     return chat_reply(text, "length" if body["max_tokens"] < 5 else "stop")
 
@@ -35,6 +42,18 @@ def test_a_server_without_log_probabilities_can_serve_a_judge_by_choice(capsys: 
     assert "choices of a word yes by vote of 8 samples" in said
     assert "log-probabilities of a text no" in said
     assert "kinds of judge choice, rule" in said
+
+
+def test_a_server_that_names_no_letter_can_serve_no_judge_by_choice(capsys: pytest.CaptureFixture[str]) -> None:
+    with FaultyServer(talkative) as server:
+        said = checked(capsys, "--base-url", server.base_url, "--model", "served")
+    assert "choices of a word no by vote of 8 samples: neither A nor B was among them" in said
+    assert "kinds of judge rule" in said
+
+
+def test_an_address_without_its_scheme_is_told_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["engine", "check", "--base-url", "localhost:8000/v1", "--model", "served"]) == 2
+    assert "--base-url: must begin with http:// or https://" in capsys.readouterr().err
 
 
 def test_a_model_in_this_process_can_serve_every_judge(

@@ -14,9 +14,10 @@ from markdown_it import MarkdownIt
 
 from align.artefacts import Manifest
 from align.constitution import Constitution
-from align.export_card import CardContent, card_text, fenced, public, shown
+from align.export_card import CardContent, card_text, fenced, principle_text, public, shown
 from align.exported_rows import public_path
 from align.generation import EngineIdentity
+from align.principles import Principle
 from align.provenance import Provenance
 from align.published import PublishedRun
 
@@ -226,3 +227,29 @@ def test_a_judge_is_told_with_what_it_got_right_on_probes_and_beside_people() ->
     assert "`choice:m`: 87.5% of 24 probes right, 95% interval 69.0% to 95.7%; scored by vote of 8 samples" in told
     assert "position bias -0.125" in told and '"expected_calibration_error": 0.07' in told
     assert "not calibrated" in judged(judge=probes), "a manifest of a version that did not say how it was scored"
+
+
+def test_the_card_says_how_much_a_principle_counts_and_what_it_is_for() -> None:
+    principle = Principle(
+        id="p",
+        text="Be kind.",
+        weight=2.5,
+        tier="first",
+        hard=True,
+        applies=("letters", "poems"),
+        rule={"excludes": "!"},
+    )
+    told = principle_text(principle).splitlines()
+    assert {"weight: 2.5", "tier: first", "applies to: letters, poems"} <= set(told)
+    assert any(line.startswith("hard: ") for line in told)
+    assert principle_text(Principle(id="p", text="Be kind.")) == "text: Be kind."
+
+
+def test_a_share_over_its_limit_is_told_with_the_rows_that_the_limit_is_for() -> None:
+    given = content("plain")
+    manifest = given.run.manifests["revise"]
+    manifest.settings["settings"]["gates"] = {"emoji": 0.25, "min_rows": 50}
+    manifest.figures["gates"] = {"emoji": {"share": 0.5, "count": 1, "rows": 2}}
+    card = card_text(given)
+    assert "| 50.0% | 2 | 25.0%, from 50 rows |" in card
+    assert "none of which closed" not in card

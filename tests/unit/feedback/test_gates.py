@@ -128,3 +128,8 @@ def test_groups_are_apart_and_short_texts_never_repeat() -> None:
 
     assert [earlier.is_repeated(text, group) for group in ("sft", "preference", "sft")] == [False, False, True]
     assert [earlier.is_repeated("Yes, it is.") for _ in range(2)] == [False, False]
+
+
+def test_one_row_of_few_is_not_told(capsys: pytest.CaptureFixture[str]) -> None:
+    check_gates("sft", TextGatesBlock(), {"emoji": Share(1, 3), "same_closing": Share(2, 3)}, "x")
+    assert capsys.readouterr().out.endswith("under 50 rows: same_closing 66.7% of 3 (limit 25.0%)\n")
