@@ -16,6 +16,9 @@ def _address(value: str) -> str:
     # Without a scheme the client reports that the server cannot be reached, and tries again for a minute.
     if not value.startswith(("http://", "https://")):
         raise ValueError(f"must begin with http:// or https://, got {value!r}; write http://{value}")
+    if "@" in value.split("/")[2]:
+        # Recipes, manifests and errors all show the address.
+        raise ValueError("holds a name or password before its @; put the key in the variable that api_key_env names")
     return value
 
 

@@ -73,8 +73,9 @@ def _completions(backend: Backend) -> list[Finding]:
     short = _completed(backend, "short", SHORT, 64)
     seconds = time.monotonic() - start
     cut = _completed(backend, "cut", LONG, 4)
+    text = short.text.strip()
     return [
-        Finding("completes", True, f"{short.text.strip()[:60]!r}, {short.tokens} tokens in {seconds:.2f} s"),
+        Finding("completes", bool(text), f"{text[:60]!r}, {short.tokens} tokens in {seconds:.2f} s"),
         Finding("ends its turn by itself", short.finish_reason == "stop", f"finish reason {short.finish_reason}"),
         Finding("says when it is cut", cut.finish_reason == "length", f"finish reason {cut.finish_reason} at 4 tokens"),
     ]

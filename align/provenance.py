@@ -132,9 +132,31 @@ def label_provenance(
 
 
 def settle_judge(backend: Backend | None, output: Path) -> None:
-    """Settle who judges before the probes are asked; of nobody without a `backend`."""
+    """Settle who judges, and how its choices are scored, before the probes are asked; of nobody without a `backend`.
+
+    Raises:
+        InputError: the engine has another model, or scores choices in another way, than when the stage began.
+    """
     if backend is not None:
         settled_identity(backend, output, "label")
+        processes.decided_by_first(lambda: _settled_method(backend, output / "method-of-label.json"))
+
+
+def _settled_method(backend: Backend, kept: Path) -> str:
+    """A stage whose journal held both votes and log-probabilities would call all of them by one name."""
+    if not kept.exists():
+        write_json(kept, {"scored_by": backend.choice_method})
+    before = str(json.loads(kept.read_text(encoding="utf-8"))["scored_by"])
+    try:
+        now = backend.choice_method
+    except AlignError:
+        return before  # what is not asked for any more needs no server
+    if now != before:
+        raise InputError(
+            f"engine {backend.name}: scores choices by {now} now, and by {before} when this stage began; serve the "
+            f"model as before, or remove {kept.parent} to begin anew"
+        )
+    return before
 
 
 def _of_labels(block: JudgeBlock) -> dict[str, Any]:

@@ -11,8 +11,8 @@ import openai
 
 from align import processes
 from align.backends import server_scores
-from align.backends.server_faults import explained, try_until_answered
-from align.backends.server_replies import ChatReply, Reply, TextReply, read_reply
+from align.backends.server_faults import MalformedReply, explained, try_until_answered
+from align.backends.server_replies import ChatReply, ListedModel, ModelList, Reply, TextReply, read_reply
 from align.config import EngineBlock
 from align.data.chat import with_system_prompt
 from align.errors import AlignError, InputError
@@ -122,17 +122,18 @@ class OpenAIBackend:
 
     def models(self) -> list[str]:
         """The models that the server lists."""
-        return [model.id for model in self.ask(self._tried(self._listed))]
+        return [model.id for model in self.ask(self._listed())]
 
-    async def _listed(self) -> list[Any]:
-        return [model async for model in self._client.models.list()]
+    async def _listed(self) -> tuple[ListedModel, ...]:
+        listed = self._client.models.with_raw_response.list
+        return (await self._reply(ModelList, listed)).data
 
-    async def _listed_if_any(self) -> list[Any]:
-        """The same; none where the server does not know the question, or refuses it."""
+    async def _listed_if_any(self) -> tuple[ListedModel, ...]:
+        """The same; none where the server does not know the question, refuses it or answers something else."""
         try:
-            return await self._tried(self._listed)
-        except openai.APIStatusError:
-            return []
+            return await self._listed()
+        except (openai.APIStatusError, MalformedReply):
+            return ()
 
     def ask(self, question: Awaitable[Answered]) -> Answered:
         """What comes of a coroutine on this engine's loop."""
@@ -145,7 +146,13 @@ class OpenAIBackend:
         except Exception as error:
             raise self.told(error) from None
 
-    async def chat(self, request: Request | ChoiceRequest, max_new_tokens: int, **options: Any) -> ChatReply:
+    async def chat(
+        self,
+        request: Request | ChoiceRequest,
+        max_new_tokens: int,
+        shape: type[ChatReply] = ChatReply,
+        **options: Any,
+    ) -> ChatReply:
         """The reply to a conversation, checked; tried again as the engine's settings say."""
         messages = as_dicts(with_system_prompt(request.messages, self.system_prompt))
         extra = {**self.engine.extra, **options.pop("extra_body", {})}
@@ -157,7 +164,7 @@ class OpenAIBackend:
         options["max_completion_tokens" if self.engine.base_url is None else "max_tokens"] = max_new_tokens
         create: Any = self._client.chat.completions.with_raw_response.create
         return await self._reply(
-            ChatReply, lambda: create(model=self.engine.model, messages=messages, extra_body=extra, **options)
+            shape, lambda: create(model=self.engine.model, messages=messages, extra_body=extra, **options)
         )
 
     async def echo(self, prompt: str) -> TextReply:
@@ -236,9 +243,9 @@ class OpenAIBackend:
 _END = object()
 
 
-def _said(listed: Any) -> dict[str, str]:
+def _said(listed: ListedModel) -> dict[str, str]:
     """What tells models apart of an entry in a server's list; a path on the server's disk by its last part alone."""
-    found = {key: getattr(listed, key, None) for key in ("id", "root", "owned_by")}
+    found = listed.model_dump()
     return {key: value.rpartition("/")[2] if value.startswith("/") else value for key, value in found.items() if value}
 
 

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, Field, ValidationError, field_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from align.backends.server_faults import MalformedReply
 from align.records import FinishReason
@@ -68,6 +68,13 @@ class ChatReply(Reply):
     choices: Annotated[tuple[_ChatChoice, ...], Field(min_length=1)]
     prompt_logprobs: tuple[dict[str, _GivenToken] | None, ...] | None = None
 
+    @field_validator("prompt_logprobs")
+    @classmethod
+    def _each_has_one(cls, given: tuple[dict[str, _GivenToken] | None, ...] | None) -> Any:
+        if given and not all(given[1:]):
+            raise ValueError("not a log-probability for each token but the first")
+        return given
+
     @property
     def text(self) -> str:
         return self.choices[0].message.content or ""
@@ -98,9 +105,25 @@ class ChatReply(Reply):
         return [next(iter(each.values())).logprob if each else 0.0 for each in self.prompt_logprobs]
 
 
+class ScoredReply(ChatReply):
+    """The reply of a server that shows log-probabilities: one without them is a faulty one."""
+
+    @model_validator(mode="after")
+    def _is_scored(self) -> "ScoredReply":
+        if not self.tokens:
+            raise ValueError("no log-probabilities, though it had given some before")
+        return self
+
+
 class _TextLogprobs(BaseModel):
     tokens: tuple[str, ...]
     token_logprobs: tuple[Logprob | None, ...]
+
+    @model_validator(mode="after")
+    def _each_has_one(self) -> "_TextLogprobs":
+        if len(self.tokens) != len(self.token_logprobs) or None in self.token_logprobs[1:]:
+            raise ValueError("not a log-probability for each token but the first")
+        return self
 
 
 class _TextChoice(BaseModel):
@@ -111,6 +134,20 @@ class TextReply(Reply):
     """The reply to a completion request that echoes its prompt."""
 
     choices: Annotated[tuple[_TextChoice, ...], Field(min_length=1)]
+
+
+class ListedModel(BaseModel):
+    """An entry in a server's list of models."""
+
+    id: str
+    root: str | None = None
+    owned_by: str | None = None
+
+
+class ModelList(Reply):
+    """The reply to the question which models there are."""
+
+    data: tuple[ListedModel, ...]
 
 
 def read_reply(shape: type[Shape], content: bytes) -> Shape:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import openai
 
 from align.backends.server_faults import MalformedReply, passes
-from align.backends.server_replies import ChatReply
+from align.backends.server_replies import ChatReply, ScoredReply
 from align.data.chat import prompt_text, token_ids
 from align.errors import InputError
 from align.generation import ChoiceRequest, ChoiceScores, Request
@@ -62,9 +62,7 @@ async def by_alternatives(backend: "OpenAIBackend", request: ChoiceRequest) -> C
     Raises:
         MalformedReply: the server gave none, though it had given some before.
     """
-    alternatives = (await _next_token(backend, request, backend.alternatives)).alternatives
-    if not alternatives:
-        raise MalformedReply("gave no log-probabilities, though it had given some before")
+    alternatives = (await _next_token(backend, request, backend.alternatives, ScoredReply)).alternatives
     logprobs = tuple(
         _log_sum_exp([logprob for word, logprob in alternatives if word == choice.strip()])
         for choice in request.choices
@@ -144,8 +142,10 @@ def _shown(backend: "OpenAIBackend") -> dict[str, Any]:
     return {"logprobs": True, "top_logprobs": backend.alternatives} if backend.alternatives else {}
 
 
-async def _next_token(backend: "OpenAIBackend", request: ChoiceRequest, count: int) -> ChatReply:
-    return await backend.chat(request, 1, temperature=1.0, logprobs=True, top_logprobs=count)
+async def _next_token(
+    backend: "OpenAIBackend", request: ChoiceRequest, count: int, shape: type[ChatReply] = ChatReply
+) -> ChatReply:
+    return await backend.chat(request, 1, shape, temperature=1.0, logprobs=True, top_logprobs=count)
 
 
 async def _logprobs_of_text(backend: "OpenAIBackend", request: ChoiceRequest, text: str) -> list[float]:

@@ -10,17 +10,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faulty_server import FaultyServer
+from faulty_server import FaultyServer, chat_reply
 
 from align.artefacts import Manifest, write_json
 from align.backends.open import open_backend
 from align.backends.openai_server import OpenAIBackend
 from align.backends.scripted import ScriptedBackend
 from align.config import EngineBlock, ModelBlock
-from align.errors import InputError
+from align.errors import AlignError, InputError
 from align.generation import Backend, EngineIdentity
 from align.models.weights import Weights, hub_revision, loaded_files
-from align.provenance import Provenance, read_provenance, settled_identity, text_provenance, write_provenance
+from align.provenance import (
+    Provenance,
+    read_provenance,
+    settle_judge,
+    settled_identity,
+    text_provenance,
+    write_provenance,
+)
 from align.stage import Context
 from align.stages.sample import SampleBlock
 
@@ -143,7 +150,11 @@ def server_engine(server: FaultyServer, **changes: Any) -> EngineBlock:
 
 def listing(server: FaultyServer, *models: dict[str, str], status: int = 200) -> None:
     """Make the server list these models."""
-    content = json.dumps({"object": "list", "data": list(models)}).encode()
+    answering(server, json.dumps({"object": "list", "data": list(models)}).encode(), status)
+
+
+def answering(server: FaultyServer, content: bytes, status: int = 200) -> None:
+    """Make the server answer this when it is asked for its models."""
 
     def do_get(handler: Any) -> None:
         handler.wfile.write(handler._http(status, content))
@@ -176,6 +187,42 @@ def test_a_server_that_lists_no_models_is_no_fault() -> None:
         assert OpenAIBackend(server_engine(server)).identity().said == {}
 
 
+@pytest.mark.parametrize(
+    "content", [b"", b"<html>", b"null", b"[]", b'{"data": ["a"]}', b'{"data": [{"name": "x"}]}', b'{"data": [{"id":']
+)
+def test_a_list_of_models_that_is_none_is_no_fault_and_can_be_looked_at(content: bytes) -> None:
+    with FaultyServer() as server:
+        answering(server, content)
+        backend = OpenAIBackend(server_engine(server))
+        assert backend.identity().said == {}
+        with pytest.raises(AlignError, match=r"not of the protocol.*align engine check"):
+            backend.models()
+
+
+@pytest.mark.parametrize("content", [b"", b'{"data": [{"id":'])
+def test_a_list_of_models_that_comes_garbled_is_asked_for_again(content: bytes, monkeypatch: Any) -> None:
+    monkeypatch.setattr("align.backends.server_faults.FIRST_PAUSE", 0.01)
+    replies = iter([content, b'{"data": [{"id": "served"}]}'])
+    with FaultyServer() as server:
+        handler = server.RequestHandlerClass
+        answer = {"do_GET": lambda self: self.wfile.write(self._http(200, next(replies)))}
+        server.RequestHandlerClass = type("Garbling", (handler,), answer)
+        assert OpenAIBackend(server_engine(server, max_retries=1)).identity().said == {"id": "served"}
+
+
+def test_a_judge_whose_server_shows_no_log_probabilities_any_more_is_stopped(tmp_path: Path) -> None:
+    shown = [{"token": letter, "logprob": -1.0} for letter in "AB"]
+    scored = {"content": [{"token": "A", "logprob": -1.0, "top_logprobs": shown}]}
+    with FaultyServer(lambda path, body: chat_reply("A", logprobs=scored)) as server:
+        settle_judge(OpenAIBackend(server_engine(server)), tmp_path)
+        settle_judge(OpenAIBackend(server_engine(server)), tmp_path)
+    settle_judge(OpenAIBackend(server_engine(server)), tmp_path)  # a server that is away
+    with FaultyServer(lambda path, body: chat_reply("A")) as server:
+        voting = OpenAIBackend(server_engine(server))
+        with pytest.raises(InputError, match=r"by vote of 8 samples now, and by log-probabilities when"):
+            settle_judge(voting, tmp_path)
+
+
 def test_a_stage_that_goes_on_with_another_model_on_the_server_is_stopped(tmp_path: Path) -> None:
     with FaultyServer() as server:
         backend = OpenAIBackend(server_engine(server))
@@ -198,7 +245,7 @@ def test_an_entry_holds_no_address_no_key_and_no_text_of_further_keys(
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
     extra = {"top_k": 5, "service_token": "hush-hush", "headers": {"authorization": "Bearer hush-hush"}}
-    engine = EngineBlock(kind="openai", model="m", base_url="http://user:hush-hush@inner.example/v1", extra=extra)
+    engine = EngineBlock(kind="openai", model="m", base_url="http://inner.example/v1/hush-hush", extra=extra)
     context = Context("sample", SampleBlock(), {"model": ModelBlock(path="p")}, {}, tmp_path, 3, "run", None)  # type: ignore[arg-type]
     entry = text_provenance(context, "completion", ScriptedBackend(lambda request: ""), engine)
     written = json.dumps(entry.to_json())

@@ -169,6 +169,25 @@ def test_texts_are_scored_by_the_log_probabilities_of_the_prompts_tokens(monkeyp
     assert scores.logprobs == (-8.0, -11.0) and scores.tokens == (3, 4)
 
 
+def test_a_letter_without_log_probabilities_is_asked_for_again():
+    shown = [{"token": letter, "logprob": -1.0} for letter in "AB"]
+    scored = {"content": [{"token": "A", "logprob": -1.0, "top_logprobs": shown}]}
+    replies = iter([scored, None, scored])
+    with FaultyServer(lambda path, body: chat_reply("A", logprobs=next(replies))) as server:
+        [scores] = backend_of(server).choice_logprobs([ChoiceRequest("q", (Message("user", "which"),), ("A", "B"))])
+    assert scores.logprobs == (-1.0, -1.0) and sum(server.tries.values()) == 3
+
+
+@pytest.mark.parametrize("given", [[None, None, {"7": {"logprob": -1.0}}], [None, {"7": {"logprob": -1.0}}, {}]])
+def test_a_text_whose_tokens_have_no_log_probabilities_is_not_taken_for_certain(given):
+    def answer(path, body):
+        return prompt_logprobs(path, body) | ({"prompt_logprobs": given} if "prompt_logprobs" in body else {})
+
+    with FaultyServer(answer) as server, pytest.raises(AlignError, match="for each token but the first"):
+        backend = backend_of(server, max_retries=0)
+        list(backend.choice_logprobs([ChoiceRequest("q", (Message("user", "where"),), ("on the mat",))]))
+
+
 def test_a_server_that_contradicts_itself_about_a_text_is_not_believed():
     with FaultyServer(prompt_logprobs) as server, pytest.raises(InputError, match=r"differ .* by 1\.50 nats a token"):
         backend_of(server).choice_logprobs([ChoiceRequest("q", (Message("user", "where"),), ("on the mat",))])
