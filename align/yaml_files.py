@@ -119,8 +119,12 @@ def problems_from(error: ValidationError, lines: Lines, model: type[BaseModel]) 
     The alternatives of a union, which pydantic reports one by one, are joined into one problem.
     """
     faults: dict[KeyPath, list[str]] = {}
-    for detail in error.errors(include_url=False):
+    details = error.errors(include_url=False)
+    for detail in details:
         location = detail["loc"]
+        if detail["type"] == "too_short" and any(_inside(other["loc"], location) for other in details):
+            # Entries with a fault of their own are not counted: the list is as short as they are many.
+            continue
         if detail["type"] == "invalid_key":
             location = (*location[:-1], _as_written(detail["input"]))
         if detail["type"] == "missing":
@@ -131,6 +135,10 @@ def problems_from(error: ValidationError, lines: Lines, model: type[BaseModel]) 
         if fault not in faults.setdefault(path, []):
             faults[path].append(fault)
     return [Problem(key_name(path), ", or ".join(found), lines.of(path)) for path, found in faults.items()]
+
+
+def _inside(location: KeyPath, outer: KeyPath) -> bool:
+    return len(location) > len(outer) and location[: len(outer)] == outer
 
 
 def _normal(path: Sequence[str | int]) -> tuple[str, ...]:
@@ -210,8 +218,17 @@ def _plain_words(detail: Mapping[str, Any], location: KeyPath, model: type[BaseM
         return f"expected text, got {_shown(given)}; put it in quotes"
     family = kind.split("_")[0]
     if family in KINDS and (kind.endswith(("_type", "_parsing")) or kind == "int_from_float"):
-        return f"expected {KINDS[family]}, got {_shown(given)}"
+        return f"expected {KINDS[family]}, got {_shown(given)}{_as_block(kind, given, location, model)}"
     return f"{detail['msg']}, got {_shown(given)}"
+
+
+def _as_block(kind: str, given: Any, location: KeyPath, model: type[BaseModel]) -> str:
+    """What a text was to be, where the settings that stand there have one key that must be given."""
+    if kind != "model_type" or not isinstance(given, str):
+        return ""
+    models = _models_at(model, location)
+    needed = [name for found in models for name, field in found.model_fields.items() if field.is_required()]
+    return f"; write {{{needed[0]}: {given}}}" if len(needed) == 1 else ""
 
 
 def _as_written(key: Any) -> str:
@@ -231,13 +248,18 @@ def _unknown_key(key: str, fields: Sequence[str]) -> str:
 
 
 def _fields_at(model: type[BaseModel], path: KeyPath) -> list[str]:
-    """The keys that the model takes at `path`, where union tags and list indices are passed over."""
+    """The keys that the model takes at `path`."""
+    return [name for found in _models_at(model, path) for name in found.model_fields]
+
+
+def _models_at(model: type[BaseModel], path: KeyPath) -> list[type[BaseModel]]:
+    """The models that may stand at `path`, where union tags and list indices are passed over."""
     models = [model]
     for part in path:
         named = [found.model_fields[str(part)] for found in models if str(part) in found.model_fields]
         if named:
             models = [inner for field in named for inner in _models_in(field.annotation)]
-    return [name for found in models for name in found.model_fields]
+    return models
 
 
 def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:

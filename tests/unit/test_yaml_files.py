@@ -1,6 +1,7 @@
 """YAML is read with the line of every key, and every fault is told with its line and the nearest right key."""
 
 from pathlib import Path
+from typing import Annotated
 
 import pytest
 from pydantic import Field, ValidationError
@@ -23,11 +24,20 @@ class Outer(Block):
     count: Integer = 0
 
 
-def problems(text: str) -> list[str]:
+class Source(Block):
+    path: str
+    limit: int | None = None
+
+
+class Prompts(Block):
+    sources: Annotated[tuple[Source, ...], Field(min_length=1)]
+
+
+def problems(text: str, model: type[Block] = Outer) -> list[str]:
     content, lines = parse_yaml(text, "a.yaml")
     with pytest.raises(ValidationError) as raised:
-        Outer.model_validate(content)
-    return [str(problem) for problem in problems_from(raised.value, lines, Outer)]
+        model.model_validate(content)
+    return [str(problem) for problem in problems_from(raised.value, lines, model)]
 
 
 def test_lines_are_known_for_every_key_and_item() -> None:
@@ -68,6 +78,13 @@ def test_the_alternatives_of_a_union_are_one_fault() -> None:
     found = problems("title: x\nlora:\n  target_modules: {q: 1}\n")
 
     assert found == ["line 3  lora.target_modules: expected text, got settings, or expected a list, got settings"]
+
+
+def test_a_file_where_a_source_belongs_is_told_how_to_write_it_and_not_counted_as_missing() -> None:
+    assert problems("sources: [my.jsonl]\n", Prompts) == [
+        "line 1  sources[0]: expected `key: value` settings, got 'my.jsonl'; write {path: my.jsonl}"
+    ]
+    assert problems("sources: []\n", Prompts) == ["line 1  sources: must have at least 1, got 0"]
 
 
 def test_a_number_where_text_belongs_is_told_to_be_quoted() -> None:
