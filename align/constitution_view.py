@@ -72,13 +72,14 @@ def _first_words(text: str, width: int = 60) -> str:
 
 
 def _summary(constitution: Constitution) -> str:
+    folders = len(constitution.documents)
     parts = [
         f"{len(constitution.principles)} principles",
         f"{sum(principle.rule is not None for principle in constitution.principles)} with a rule",
         f"{sum(len(principle.probes) for principle in constitution.principles)} probes",
         f"{len(constitution.worked_examples)} examples",
         *([f"{len(constitution.worked_comparisons)} choices"] if constitution.worked_comparisons else []),
-        *([f"{len(constitution.documents)} folders of documents"] if constitution.documents else []),
+        *([f"{folders} folder{'s' * (folders > 1)} of documents"] if folders else []),
         constitution.language,
         constitution.key,
     ]

@@ -62,7 +62,8 @@ class Rule(Block):
 
     def __str__(self) -> str:
         name, value = self.check
-        return f"{name} {value!r}"
+        # A pattern's backslashes are shown as they stand in it; what cannot be printed stays escaped.
+        return f"{name} {value!r}".replace("\\\\", "\\")
 
 
 def ends_with(text: str, ending: str) -> bool:

@@ -49,7 +49,7 @@ def test_show_prints_every_part(file: Path) -> None:
 
     lines = console.export_text().splitlines()
     facts = file.parent / "facts"
-    assert lines[0].startswith("Whole  2 principles, 0 with a rule, 0 probes, 2 examples, 2 choices, 1 folders")
+    assert lines[0].startswith("Whole  2 principles, 0 with a rule, 0 probes, 2 examples, 2 choices, 1 folder of")
     traits = f"weight 2; hard; tags tone, short; in ja; by the documents in {facts}; only for talk"
     assert lines[2:4] == ["tier: safety", ""]
     assert lines[4:13] == [

@@ -82,3 +82,5 @@ def test_a_rule_that_cannot_be_checked_is_refused(written: dict[str, object], to
 
 def test_a_rule_reads_as_its_check() -> None:
     assert str(Rule(ends_with="?")) == "ends_with '?'"
+    assert str(Rule(matches=r"\bvery\b")) == r"matches '\bvery\b'"
+    assert str(Rule(contains="\n")) == r"contains '\n'"
