@@ -34,7 +34,7 @@ from align.recipe_files import apply_override
 from align.records import Comparison, OpinionScores, PreferencePair, digest, read_rows, write_rows
 from align.repro import derive_seed, environment
 from align.stages.compare import CALIBRATION, STAGE, CompareBlock, pair_of, question_of, with_provenance, with_verdict
-from align.yaml_files import Lines, problems_from
+from align.yaml_files import Lines, nearest, problems_from
 
 FREE = (
     "judge.clamp",
@@ -229,7 +229,9 @@ def _settings(manifest: Manifest, overrides: Sequence[str]) -> _Settings:
     for override in overrides:
         key = override.partition("=")[0].strip()
         if key not in FREE:
-            raise InputError(f"--set {override}: labels are made again by {', '.join(FREE)} alone; run `compare` again")
+            match = nearest(key, FREE, 0.8)
+            remedy = f"did you mean `{match}`?" if match else "run `compare` again"
+            raise InputError(f"--set {override}: labels are made again by {', '.join(FREE)} alone; {remedy}")
         try:
             apply_override(content, override)
         except ValueError as error:
@@ -245,9 +247,9 @@ def _chosen(labelled: Labelled, path: str | None, ids: Sequence[str]) -> Constit
     constitution = load_constitution(path) if path else labelled.constitution
     known = [principle.id for principle in constitution.principles]
     if unknown := [name for name in ids if name not in known]:
-        raise InputError(
-            f"--principles {unknown[0]}: no such principle in '{constitution.id}'; it has {', '.join(known)}"
-        )
+        match = nearest(unknown[0], known)
+        remedy = f"did you mean `{match}`?" if match else f"it has {', '.join(known)}"
+        raise InputError(f"--principles {unknown[0]}: no such principle in '{constitution.id}'; {remedy}")
     if not ids:
         return constitution
     kept = tuple(principle for principle in constitution.principles if principle.id in ids)

@@ -308,6 +308,8 @@ def test_what_was_never_asked_is_told(world: World) -> None:
         ({"overrides": ["judge.kind=contrast"]}, r"--set judge\.kind=contrast: labels are made again by judge\.clamp"),
         ({"overrides": ["judge.clamp=0.7"]}, r"judge\.clamp: .*0\.5"),
         ({"principles": ["asks", "loud"]}, "--principles loud: no such principle in 'four'; it has asks"),
+        ({"principles": ["ask"]}, "--principles ask: no such principle in 'four'; did you mean `asks`?"),
+        ({"overrides": ["judge.clamps=0.1"]}, r"--set judge\.clamps=0\.1: .* alone; did you mean `judge\.clamp`\?"),
     ],
 )
 def test_bad_settings_are_told(world: World, options: dict[str, Any], told: str) -> None:
