@@ -21,6 +21,8 @@ MANIFEST = "manifest.json"
 PARTIAL = ".partial"
 SHARED_RUN = "shared"
 """The folder, beside the runs of a recipe, of stages that do not depend on the constitution."""
+RELABELLED = "relabelled"
+"""The input that labels made again name in their manifest: the labels that they were made from."""
 SECONDS_BETWEEN_SYNCS = 1.0
 """A journal waits for the disk no more often than this: it takes milliseconds, which quick engines have not."""
 

@@ -138,6 +138,7 @@ def _languages(constitution: Constitution | None) -> list[str]:
 def _parts(content: CardContent) -> Iterator[str]:
     yield f"# {shown(content.run.name)}"
     yield _makers(content)
+    yield _made_again(content.run)
     yield _rows(content)
     if content.provenance:
         yield _models(content.provenance)
@@ -165,6 +166,17 @@ def _makers(content: CardContent) -> str:
     return " ".join(parts) + (
         " Nobody has read the rows one by one. Prompts may ask for harmful things, and completions may give them, the "
         "rejected ones above all."
+    )
+
+
+def _made_again(run: PublishedRun) -> str:
+    """What to know of labels that are not those of their run."""
+    if not run.relabelled:
+        return ""
+    return (
+        "The labels were made again by `align relabel`: from the scores that the judge of a run had given, which was "
+        "asked nothing more, by the settings of `compare` below. What the judge is worth was measured under the run's "
+        "own. Which prompts there were, and how its policy was trained, the run tells."
     )
 
 
@@ -343,8 +355,9 @@ def _sources(content: CardContent) -> str:
         (shown(public_path(name)), "demonstrations", count, UNKNOWN) for name, count in content.demonstrations.items()
     ]
     columns = ("source", "what", "rows", "licence")
+    told = f"{table(columns, rows)}\n\n" if rows else ""
     return (
-        f"## Sources and licences\n\n{table(columns, rows)}\n\nThe licences of prompts, of demonstrations that people "
+        f"## Sources and licences\n\n{told}The licences of prompts, of demonstrations that people "
         "wrote, and of what the models wrote are unknown to the program that made this card: look them up, and put the "
         "result into `license` above, before you share it."
     )

@@ -4,17 +4,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from align.artefacts import MANIFEST, Manifest, file_digest, read_manifest, stage_folder
+from align.artefacts import MANIFEST, RELABELLED, Manifest, file_digest, read_manifest, stage_folder
 from align.errors import InputError
 from align.stages import all_stages
 
 
 @dataclass(frozen=True)
 class PublishedRun:
-    """The folder of a run, and the manifest of each stage that is done."""
+    """The folder of a run, and the manifest of each stage that is done; or that of labels made again, of `compare`
+    alone, which has no folders in it."""
 
     folder: Path
     manifests: Mapping[str, Manifest]
+    relabelled: bool = False
 
     @property
     def name(self) -> str:
@@ -24,7 +26,7 @@ class PublishedRun:
 
     def stage(self, stage: str) -> Path:
         """A stage's folder, which is there if its manifest is."""
-        return stage_folder(self.folder, stage)
+        return self.folder if self.relabelled else stage_folder(self.folder, stage)
 
     def made_into(self, *stages: str) -> "PublishedRun":
         """The run without the stages that none of these was made from.
@@ -60,6 +62,8 @@ class PublishedRun:
         Raises:
             InputError: the stage is not done, or the file is gone or not what the stage wrote.
         """
+        if stage not in self.manifests and self.relabelled:
+            raise InputError(f"{self.folder}: labels made again, with no rows of `{stage}`; export the run they are of")
         if stage not in self.manifests:
             raise InputError(
                 f"{self.folder}: `{stage}` is not done in this run; finish it with `align run RECIPE`, whose "
@@ -78,13 +82,15 @@ class PublishedRun:
 
 
 def read_published(folder: Path) -> PublishedRun:
-    """The run in a folder.
+    """The run in a folder, or the labels of one that `align relabel` made again.
 
     Raises:
         InputError: there is no such folder, or it holds no run.
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder (looked in {Path.cwd()}); name a run, such as runs/RECIPE/RUN")
+    if (alone := read_manifest(folder)) and RELABELLED in alone.inputs:
+        return PublishedRun(folder, {alone.stage: alone}, relabelled=True)
     found = {stage: manifest for stage in all_stages() if (manifest := read_manifest(stage_folder(folder, stage)))}
     own = [stage for stage in found if (folder / stage / MANIFEST).is_file()]
     if not own:

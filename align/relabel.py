@@ -13,7 +13,16 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from align.artefacts import MANIFEST, Manifest, output_digests, read_manifest, require_run, stage_folder, write_json
+from align.artefacts import (
+    MANIFEST,
+    RELABELLED,
+    Manifest,
+    output_digests,
+    read_manifest,
+    require_run,
+    stage_folder,
+    write_json,
+)
 from align.backends.recorded import RecordedBackend
 from align.config import Block, JudgeBlock
 from align.constitution import Constitution, Principle, load_constitution
@@ -283,7 +292,7 @@ def _write_manifest(
         "constitution": {"id": constitution.id, "digest": constitution.digest},
     }
     written = [name for name in (*FILES, CALIBRATION, PROVENANCE) if (output / name).exists()]
-    inputs = {"relabelled": labelled.manifest.content_digest}
+    inputs = {RELABELLED: labelled.manifest.content_digest}
     manifest = Manifest(
         stage=STAGE.name,
         fingerprint=digest({"slice": own, "inputs": inputs}),

@@ -236,3 +236,26 @@ def test_a_run_of_an_earlier_version_is_exported_without_its_origins(
     )
     loaded = load_dataset(str(output), cache_dir=str(tmp_path / "cache"))["train"]
     assert loaded["chosen_provenance"][:] == [None] * len(loaded)
+
+
+def test_labels_made_again_are_exported_by_themselves(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    again, output = tmp_path / "again", tmp_path / "out"
+    words = ("relabel", str(run.own), "--output", str(again), "--set", "judge.clamp=0.3")
+    assert in_process(run.root, monkeypatch, *words) == 0
+    assert in_process(run.root, monkeypatch, "export", str(again), "--output", str(output)) == 0
+    data = load_dataset(str(output), cache_dir=str(tmp_path / "cache"))
+    assert data.keys() == {"train"}, "what a reward model would hold out is told by none here"
+    made = rows(again / "pairs.jsonl")
+    judged = [row["probability"] for row in made if row["source"] != "revision"]
+    assert judged and max(judged) <= 0.7
+    assert data["train"]["probability"][:] == [row["probability"] for row in made]
+    labels = [each for row in data["train"] if (each := row["judge_provenance"]) and each["stage"] == "compare"]
+    assert labels and all(json.loads(each["settings"])["clamp"] == 0.3 for each in labels)
+    card = DatasetCard.load(output / "README.md").content
+    assert "made again by `align relabel`" in card and "| source |" not in card
+    capsys.readouterr()
+    words = ("export", str(again), "--output", str(tmp_path / "sft"), "--what", "sft")
+    assert in_process(run.root, monkeypatch, *words) == 2
+    assert "no rows of `sft`; export the run they are of" in capsys.readouterr().err
