@@ -125,7 +125,7 @@ def _label_remarks(diff: ConstitutionDiff) -> Iterator[str]:
     if diff.beyond_null is None:
         yield "No null band: name A in other words with --null FILE to see what wording alone changes."
     else:
-        word = "more" if diff.beyond_null else "not more"
+        word = "more" if diff.beyond_null else "no more"
         yield f"B flips {word} labels than the null band, by whole intervals."
     if not any("seed" in each.role for each in diff.others):
         yield "The judge averages over all principles: it draws nothing, and another seed gives the same labels."
