@@ -43,7 +43,7 @@ def _add_constitution_diff(kinds: Verbs) -> None:
     text = "by principle: draws, faults found, revisions accepted, wins, agreement with the rest and with people"
     stats = kinds.add_parser("stats", help=text, description=text)
     stats.add_argument("run_folder", metavar="RUN", type=Path)
-    stats.add_argument("--constitution", metavar="FILE", type=Path, help="the run's own (default: the copy that it keeps)")
+    stats.add_argument("--constitution", metavar="FILE", type=Path, help="the run's own (default: the copy it keeps)")
     stats.add_argument("--human", metavar="FILE", type=Path, help="preferences of people, judged by the run's judge")
     stats.add_argument("--limit", metavar="N", type=positive, default=300, help="pairs of them (default: 300)")
     stats.set_defaults(run=_constitution_stats)
