@@ -111,7 +111,8 @@ class Critique(Row):
     """One round of critique and revision of one completion.
 
     `evidence` has the ids of the passages that were shown, `cited` those that the critique cites, made-up ones too.
-    `seed` and `provenance` are the revision's; the critique, which another engine may have written, has its own.
+    `finish_reason`, `seed` and `provenance` are the revision's; the critique, which another engine may have written,
+    has its own. `critique_finish_reason` is None where no critique was asked for, and in rows of earlier versions.
     """
 
     id: str
@@ -128,6 +129,7 @@ class Critique(Row):
     provenance: str = ""
     critique_seed: int | None = None
     critique_provenance: str = ""
+    critique_finish_reason: FinishReason | None = None
 
 
 JUDGED_WORSE = "judged worse"

@@ -142,7 +142,7 @@ class ReviseStage(Stage):
         )
         tally = RevisionTally(settings.rounds)
         shares = revise_all(context, loop, judge, total, tally, verdict.id)
-        measured = {"judge": report.as_figures(), **tally.figures(), "gates": gate_figures(shares)}
+        measured = {"judge": report.as_figures(), **tally.figures(), "gates": gate_figures(shares | _told(tally))}
         counted = tally.counts()
         context.log_rows(_logged(counted, measured))
         check_gates(self.name, settings.gates, shares, context.output / "revisions.jsonl")
@@ -222,6 +222,11 @@ def _made(tally: "RevisionTally") -> dict[str, Share]:
         "cut": Share(tally.reasons["cut"], tally.samples),
         "not_accepted": Share(tally.samples - tally.accepted, tally.samples),
     }
+
+
+def _told(tally: "RevisionTally") -> dict[str, Share]:
+    """What is shown beside the gates and limited by none: a cut critique may still lead to a sound revision."""
+    return {"critiques_cut": Share(tally.critiques_cut, tally.critiques)} if tally.critiques else {}
 
 
 def revise_all(
