@@ -8,27 +8,20 @@ too, where their scores were kept; which revisions sft was trained on stays as i
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-from pydantic import ValidationError
 
 from align.artefacts import (
     MANIFEST,
     RELABELLED,
     Manifest,
     output_digests,
-    read_manifest,
-    require_run,
-    stage_folder,
     write_json,
 )
 from align.backends.recorded import RecordedBackend
-from align.config import Block, JudgeBlock
-from align.constitution import Constitution, Principle, load_constitution
-from align.errors import FileProblems, InputError, Problem
+from align.constitution import Constitution, Principle
+from align.errors import InputError
 from align.feedback.agreement import agreement_figures
 from align.feedback.judge import Judge, Verdict
 from align.feedback.opinions import Question
@@ -36,29 +29,24 @@ from align.feedback.tallies import ComparisonTally
 from align.judged_revisions import FILES as REVISION_FILES
 from align.judged_revisions import (
     OPINIONS,
-    RevisionLabels,
     by_principle,
     judged_again,
     read_kept,
-    read_settings,
     with_scores,
 )
 from align.label_files import LabelFiles
+from align.labelled import FILES, Labelled, LabelSettings, chosen_principles, label_settings, read_labelled
 from align.provenance import (
-    CONSTITUTION,
     PROVENANCE,
     Provenance,
-    read_constitution,
     read_provenance,
     write_constitution,
 )
-from align.recipe_files import apply_override
 from align.records import Comparison, OpinionScores, PreferencePair, digest, read_rows, write_rows
 from align.repro import derive_seed, environment
 from align.stages.compare import (
     CALIBRATION,
     STAGE,
-    CompareBlock,
     pair_of,
     question_of,
     revision_pairs,
@@ -66,51 +54,11 @@ from align.stages.compare import (
     with_verdict,
 )
 from align.stages.revise import STAGE as REVISE
-from align.yaml_files import Lines, nearest, problems_from
 
-FREE = (
-    "judge.clamp",
-    "judge.min_margin",
-    "judge.scale",
-    "judge.min_option_mass",
-    "judge.chain_of_thought_range",
-    "compare.principle",
-    "revise.principle",
-)
-"""Keys that only decide what becomes of the scores."""
-FILES = ("comparisons.jsonl", "pairs.jsonl", "opinions.jsonl", CONSTITUTION, "agreement.json")
 NOT_RELABELLED = "revision_pairs_not_relabelled"
 """Counts the pairs of revisions whose scores were not kept: they have the label of then."""
 CARRIED = ("judge", "calibration")
 """Figures of the judge as it was tested, under the settings of then."""
-
-
-class _Settings(Block):
-    """What labels depend on, besides the scores."""
-
-    seed: int
-    judge: JudgeBlock
-    compare: CompareBlock
-    revise: RevisionLabels | None = None
-
-
-@dataclass(frozen=True)
-class Labelled:
-    """A compare stage's folder as it was read: its settings, those that its revisions were labelled by where it keeps
-    their scores, and its constitution; rows stay in their files."""
-
-    folder: Path
-    manifest: Manifest
-    constitution: Constitution
-    revise: RevisionLabels | None
-
-    def comparisons(self) -> Iterator[Comparison]:
-        """The rows, read from the file."""
-        return read_rows(self.folder / "comparisons.jsonl", Comparison)
-
-    def first(self, key: str) -> str:
-        """What the first comparison that has it says under `key`; empty where none does."""
-        return next((found for row in self.comparisons() if (found := getattr(row, key))), "")
 
 
 def relabel(
@@ -135,8 +83,8 @@ def relabel(
     if output.exists():
         raise InputError(f"{output}: is there already; name a new folder with --output")
     labelled = read_labelled(source)
-    settings = _settings(labelled, overrides)
-    chosen = _chosen(labelled, constitution, principles)
+    settings = label_settings(labelled, overrides)
+    chosen = chosen_principles(labelled, constitution, principles)
     judge = recorded_judge(labelled, settings, chosen, STAGE.name, settings.compare.principle)
     _require_same_words(judge, labelled.constitution)
     unfinished = output.parent / f".{output.name}.partial"
@@ -152,7 +100,7 @@ def relabel(
 
 
 def _write_labels(
-    labelled: Labelled, judge: Judge, settings: _Settings, folder: Path
+    labelled: Labelled, judge: Judge, settings: LabelSettings, folder: Path
 ) -> tuple[dict[str, int], dict[str, Any]]:
     """Write all but the manifest, row by row; what that counts and measures."""
     entries, names = _relabelled(labelled, settings, judge.constitution)
@@ -178,7 +126,7 @@ def _write_labels(
 
 def _pairs_of_revisions(
     labelled: Labelled,
-    settings: _Settings,
+    settings: LabelSettings,
     constitution: Constitution,
     folder: Path,
     names: Mapping[str, str],
@@ -230,24 +178,8 @@ def _verdict(judge: Judge, file: str, question: Question, scores: Sequence[Opini
         raise InputError(_never_asked(file, f"about principle {error}, which these labels need")) from None
 
 
-def read_labelled(source: Path) -> Labelled:
-    """The compare stage of a run, or the stage's own folder.
-
-    Raises:
-        InputError: it is not there, or keeps no scores.
-    """
-    require_run(source, STAGE.name)
-    folder = source if (source / "comparisons.jsonl").is_file() else stage_folder(source, STAGE.name)
-    manifest = read_manifest(folder)
-    if manifest is None or manifest.stage != STAGE.name:
-        raise InputError(f"{source}: no finished `compare` in it; name its folder, or its run's")
-    if missing := [name for name in FILES if not (folder / name).is_file()]:
-        raise InputError(f"{folder}: has no {missing[0]}, which this version's `compare` keeps; run `compare` again")
-    return Labelled(folder, manifest, read_constitution(folder / CONSTITUTION), read_settings(folder))
-
-
 def recorded_judge(
-    labelled: Labelled, settings: _Settings, constitution: Constitution, stage: str, principle: str
+    labelled: Labelled, settings: LabelSettings, constitution: Constitution, stage: str, principle: str
 ) -> Judge:
     """A judge that gives again the opinions that are stored, under these settings.
 
@@ -286,46 +218,8 @@ def _never_asked(file: str, what: str) -> str:
     )
 
 
-def _settings(labelled: Labelled, overrides: Sequence[str]) -> _Settings:
-    """The stage's own settings with the overrides."""
-    stored = labelled.manifest.settings
-    content: dict[str, Any] = {"seed": stored["seed"], "judge": stored["judge"], "compare": stored["settings"]}
-    if labelled.revise:
-        content["revise"] = labelled.revise.model_dump(mode="json")
-    for override in overrides:
-        key = override.partition("=")[0].strip()
-        if key.startswith("revise.") and not labelled.revise:
-            raise InputError(f"--set {override}: no scores of revisions were kept in {labelled.folder}; leave it out")
-        if key not in FREE:
-            match = nearest(key, FREE, 0.8)
-            remedy = f"did you mean `{match}`?" if match else "run `compare` again"
-            raise InputError(f"--set {override}: labels are made again by {', '.join(FREE)} alone; {remedy}")
-        try:
-            apply_override(content, override)
-        except ValueError as error:
-            raise FileProblems("align relabel", [Problem(f"--set {override}", str(error))]) from None
-    try:
-        return _Settings.model_validate(content)
-    except ValidationError as error:
-        raise FileProblems("align relabel", problems_from(error, Lines(""), _Settings)) from None
-
-
-def _chosen(labelled: Labelled, path: str | None, ids: Sequence[str]) -> Constitution:
-    """The constitution that labels follow: the stage's own or another, with all its principles or some."""
-    constitution = load_constitution(path) if path else labelled.constitution
-    known = [principle.id for principle in constitution.principles]
-    if unknown := [name for name in ids if name not in known]:
-        match = nearest(unknown[0], known)
-        remedy = f"did you mean `{match}`?" if match else f"it has {', '.join(known)}"
-        raise InputError(f"--principles {unknown[0]}: no such principle in '{constitution.id}'; {remedy}")
-    if not ids:
-        return constitution
-    kept = tuple(principle for principle in constitution.principles if principle.id in ids)
-    return constitution.model_copy(update={"principles": kept})
-
-
 def _relabelled(
-    labelled: Labelled, settings: _Settings, constitution: Constitution
+    labelled: Labelled, settings: LabelSettings, constitution: Constitution
 ) -> tuple[list[Provenance], dict[str, str]]:
     """The stage's entries, those of its labels as they are now; and what these are called, by what they were."""
     entries = read_provenance(labelled.folder)
@@ -344,7 +238,7 @@ def _relabelled(
 def _write_manifest(
     labelled: Labelled,
     output: Path,
-    settings: _Settings,
+    settings: LabelSettings,
     constitution: Constitution,
     counted: Mapping[str, int],
     measured: Mapping[str, Any],
