@@ -344,7 +344,9 @@ def _gates_of(stage: str, manifest: Manifest) -> Iterator[tuple[object, ...]]:
     least = limits.get("min_rows", 1)
     for name, found in manifest.figures.get("gates", {}).items():
         limit = "off" if limits.get(name) is None else f"{limits[name]:.1%}"
-        if found["rows"] < least:
+        if name not in limits:
+            limit = "none"  # shown beside the gates, and limited by none
+        elif found["rows"] < least:
             limit += f", from {least} rows"
         yield f"`{stage}`", f"`{name}`", f"{found['share']:.1%}", found["rows"], limit
 

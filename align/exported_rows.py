@@ -227,6 +227,7 @@ def _round(made: Critique) -> dict[str, Any]:
         "critique": made.critique,
         "revision": made.revision,
         "finish_reason": made.finish_reason,
+        "critique_finish_reason": made.critique_finish_reason,
         "critique_seed": made.critique_seed,
         "revision_seed": made.seed,
         "evidence": list(made.evidence),
@@ -261,7 +262,8 @@ def _fields() -> dict[str, "pa.DataType"]:
     }
     rounds = {
         "round": pa.int64(),
-        **dict.fromkeys(("principle", "completion", "critique", "revision", "finish_reason"), text),
+        **dict.fromkeys(("principle", "completion", "critique", "revision"), text),
+        **dict.fromkeys(("finish_reason", "critique_finish_reason"), text),
         **dict.fromkeys(("critique_seed", "revision_seed"), pa.int64()),
         **dict.fromkeys(("evidence", "cited"), pa.list_(text)),
     }

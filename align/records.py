@@ -111,7 +111,8 @@ class Critique(Row):
     """One round of critique and revision of one completion.
 
     `evidence` has the ids of the passages that were shown, `cited` those that the critique cites, made-up ones too.
-    `seed` and `provenance` are the revision's; the critique, which another engine may have written, has its own.
+    `finish_reason`, `seed` and `provenance` are the revision's; the critique, which another engine may have written,
+    has its own. `critique_finish_reason` is None where no critique was asked for, and in rows of earlier versions.
     """
 
     id: str
@@ -128,6 +129,7 @@ class Critique(Row):
     provenance: str = ""
     critique_seed: int | None = None
     critique_provenance: str = ""
+    critique_finish_reason: FinishReason | None = None
 
 
 JUDGED_WORSE = "judged worse"
@@ -140,7 +142,7 @@ class Revision(Row):
     `p_better` is the judge's probability that the revision is better than the original; `reason` says why a rejected
     revision was rejected (`JUDGED_WORSE`, or the name of a filter), and is empty for an accepted one.
     `seed` and `provenance` are the completion's, `judged_by` the principles that decided. `original_cut` says that the
-    length limit ended the original.
+    length limit ended the original; `sample_id` is what the judge's scores call the row.
     """
 
     id: str
@@ -161,6 +163,7 @@ class Revision(Row):
     original_provenance: str = ""
     judge_provenance: str = ""
     original_cut: bool = False
+    sample_id: str = ""
 
 
 @dataclass(frozen=True)
@@ -205,6 +208,7 @@ class Comparison(Row):
 class OpinionScores(Row):
     """What the judge's engine gave for a principle's opinion of a comparison, in one view: labels follow from these.
 
+    `comparison_id` is of a revision, compared with its original, the sample's id; the revision is A.
     `view` is, of a choice, the order in which the completions were shown, 'ab' or 'ba'; of a contrast, the completion
     and what stood before it: 'a', 'a opposite', 'b' or 'b opposite'. `logprobs` are in nats, of the letters A and B or
     the sum over the completion's `tokens`; None is minus infinity (a server that did not show the letter).

@@ -1,87 +1,64 @@
 """`align relabel RUN --output DIR`: a compare stage's labels made again, by other settings, from the scores it kept.
 
 No model is asked anything. The new folder holds what the stage's own does but its log and the gates' figures, so that
-runs can be compared and trained on it: `pairs.jsonl` is a preference data set.
+runs can be compared and trained on it: `pairs.jsonl` is a preference data set. Pairs of revisions are judged again
+too, where their scores were kept; which revisions sft was trained on stays as it was.
 """
 
-import itertools
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-from pydantic import ValidationError
 
 from align.artefacts import (
     MANIFEST,
     RELABELLED,
     Manifest,
     output_digests,
-    read_manifest,
-    require_run,
-    stage_folder,
     write_json,
 )
 from align.backends.recorded import RecordedBackend
-from align.config import Block, JudgeBlock
-from align.constitution import Constitution, Principle, load_constitution
-from align.errors import FileProblems, InputError, Problem
+from align.constitution import Constitution, Principle
+from align.errors import InputError
 from align.feedback.agreement import agreement_figures
-from align.feedback.judge import Judge
+from align.feedback.judge import Judge, Verdict
+from align.feedback.opinions import Question
 from align.feedback.tallies import ComparisonTally
+from align.judged_revisions import FILES as REVISION_FILES
+from align.judged_revisions import (
+    OPINIONS,
+    by_principle,
+    judged_again,
+    read_kept,
+    with_scores,
+)
 from align.label_files import LabelFiles
+from align.labelled import FILES, Labelled, LabelSettings, chosen_principles, label_settings, read_labelled
 from align.provenance import (
-    CONSTITUTION,
     PROVENANCE,
     Provenance,
-    read_constitution,
     read_provenance,
     write_constitution,
 )
-from align.recipe_files import apply_override
 from align.records import Comparison, OpinionScores, PreferencePair, digest, read_rows, write_rows
 from align.repro import derive_seed, environment
-from align.stages.compare import CALIBRATION, STAGE, CompareBlock, pair_of, question_of, with_provenance, with_verdict
-from align.yaml_files import Lines, nearest, problems_from
-
-FREE = (
-    "judge.clamp",
-    "judge.min_margin",
-    "judge.scale",
-    "judge.min_option_mass",
-    "judge.chain_of_thought_range",
-    "compare.principle",
+from align.stages.compare import (
+    CALIBRATION,
+    STAGE,
+    pair_of,
+    question_of,
+    revision_pairs,
+    with_provenance,
+    with_verdict,
 )
-"""Keys that only decide what becomes of the scores."""
-FILES = ("comparisons.jsonl", "pairs.jsonl", "opinions.jsonl", CONSTITUTION, "agreement.json")
+from align.stages.revise import STAGE as REVISE
+
+NOT_RELABELLED = "revision_pairs_not_relabelled"
+"""Counts the pairs of revisions whose scores were not kept: they have the label of then."""
 CARRIED = ("judge", "calibration")
 """Figures of the judge as it was tested, under the settings of then."""
-
-
-class _Settings(Block):
-    """What labels depend on, besides the scores."""
-
-    seed: int
-    judge: JudgeBlock
-    compare: CompareBlock
-
-
-@dataclass(frozen=True)
-class Labelled:
-    """A compare stage's folder as it was read: its settings and its constitution; rows stay in their files."""
-
-    folder: Path
-    manifest: Manifest
-    constitution: Constitution
-
-    def comparisons(self) -> Iterator[Comparison]:
-        """The rows, read from the file."""
-        return read_rows(self.folder / "comparisons.jsonl", Comparison)
-
-    def first(self, key: str) -> str:
-        """What the first comparison that has it says under `key`; empty where none does."""
-        return next((found for row in self.comparisons() if (found := getattr(row, key))), "")
 
 
 def relabel(
@@ -106,45 +83,66 @@ def relabel(
     if output.exists():
         raise InputError(f"{output}: is there already; name a new folder with --output")
     labelled = read_labelled(source)
-    settings = _settings(labelled.manifest, overrides)
-    judge = recorded_judge(labelled, settings, _chosen(labelled, constitution, principles))
+    settings = label_settings(labelled, overrides)
+    chosen = chosen_principles(labelled, constitution, principles)
+    judge = recorded_judge(labelled, settings, chosen, STAGE.name, settings.compare.principle)
     _require_same_words(judge, labelled.constitution)
-    partial = output.parent / f".{output.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    unfinished = output.parent / f".{output.name}.partial"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
     try:
-        counted, measured = _write_labels(labelled, judge, settings, partial)
-        _write_manifest(labelled, partial, settings, judge.constitution, counted, measured)
-        partial.rename(output)
+        counted, measured = _write_labels(labelled, judge, settings, unfinished)
+        _write_manifest(labelled, unfinished, settings, judge.constitution, counted, measured)
+        unfinished.rename(output)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
     return counted
 
 
 def _write_labels(
-    labelled: Labelled, judge: Judge, settings: _Settings, folder: Path
+    labelled: Labelled, judge: Judge, settings: LabelSettings, folder: Path
 ) -> tuple[dict[str, int], dict[str, Any]]:
     """Write all but the manifest, row by row; what that counts and measures."""
-    entries, entry = _relabelled(labelled, settings, judge.constitution)
+    entries, names = _relabelled(labelled, settings, judge.constitution)
     tally = ComparisonTally([principle.id for principle in judge.principles], judge.block)
-    made = revised = 0
+    counted = Counter(pairs=0, revision_pairs=0)
     with LabelFiles(folder, tally) as files:
         for row, scores in _judged_again(labelled, judge):
-            comparison = with_provenance(row, row.provenance, entry)
+            comparison = with_provenance(row, row.provenance, names.get(row.judge_provenance, ""))
             files.add(comparison, scores)
             if pair := pair_of(comparison):
-                made += files.add_pair(pair)
-        for pair in read_rows(labelled.folder / "pairs.jsonl", PreferencePair):
-            if pair.source == "revision":
-                revised += files.add_pair(pair)
+                counted["pairs"] += files.add_pair(pair)
+        for pair in _pairs_of_revisions(labelled, settings, judge.constitution, folder, names, counted):
+            counted["revision_pairs"] += files.add_pair(pair)
     agreement = tally.agreement.agreement()
     write_rows(folder / PROVENANCE, entries)
     write_json(folder / "agreement.json", agreement.as_json())
     write_constitution(folder, judge.constitution)
     kept = _carried_over(labelled, folder)
-    repeated = {"pairs_repeated": files.repeated} if files.repeated else {}
-    counted = {**tally.counts(), "pairs": made, "revision_pairs": revised, **repeated}
-    return counted, {**kept, **tally.figures(), "agreement": agreement_figures(agreement)}
+    if files.repeated:
+        counted["pairs_repeated"] = files.repeated
+    return {**tally.counts(), **counted}, {**kept, **tally.figures(), "agreement": agreement_figures(agreement)}
+
+
+def _pairs_of_revisions(
+    labelled: Labelled,
+    settings: LabelSettings,
+    constitution: Constitution,
+    folder: Path,
+    names: Mapping[str, str],
+    counted: Counter[str],
+) -> Iterator[PreferencePair]:
+    """By the verdicts that the revisions' scores give now, which are kept in the folder; where none were kept, as they
+    were."""
+    if settings.revise:
+        judge = recorded_judge(labelled, settings, constitution, REVISE.name, settings.revise.principle)
+        verdict_of = partial(_verdict, judge, OPINIONS)
+        yield from revision_pairs(judged_again(labelled.folder, folder, settings.revise, verdict_of, names), counted)
+        return
+    for pair in read_rows(labelled.folder / "pairs.jsonl", PreferencePair):
+        if pair.source == "revision":
+            counted[NOT_RELABELLED] += 1
+            yield pair
 
 
 def _carried_over(labelled: Labelled, folder: Path) -> dict[str, Any]:
@@ -160,52 +158,41 @@ def _judged_again(labelled: Labelled, judge: Judge) -> Iterator[tuple[Comparison
     Raises:
         InputError: a principle that counts was never asked about.
     """
-    stored = itertools.groupby(
-        read_rows(labelled.folder / "opinions.jsonl", OpinionScores), key=lambda each: each.comparison_id
-    )
-    ahead = next(stored, None)
-    for row in labelled.comparisons():
-        scores: dict[str, tuple[OpinionScores, ...]] = {}
-        if ahead is not None and ahead[0] == row.id:
-            for each in ahead[1]:
-                scores[each.principle_id] = (*scores.get(each.principle_id, ()), each)
-            ahead = next(stored, None)
+    for row, scores in with_scores(labelled.comparisons(), labelled.folder / "opinions.jsonl", lambda row: row.id):
         if not row.judge:
             yield row, ()
             continue
-        try:
-            verdict = judge.verdict(question_of(row), scores)
-        except KeyError as error:
-            raise InputError(_never_asked(f"about principle {error}, which these labels need")) from None
+        verdict = _verdict(judge, "opinions.jsonl", question_of(row), scores)
         yield with_verdict(row, verdict, judge.name), verdict.scores
 
 
-def read_labelled(source: Path) -> Labelled:
-    """The compare stage of a run, or the stage's own folder.
+def _verdict(judge: Judge, file: str, question: Question, scores: Sequence[OpinionScores]) -> Verdict:
+    """The verdict that scores of a file give now.
 
     Raises:
-        InputError: it is not there, or keeps no scores.
+        InputError: a principle that counts was never asked about.
     """
-    require_run(source, STAGE.name)
-    folder = source if (source / "comparisons.jsonl").is_file() else stage_folder(source, STAGE.name)
-    manifest = read_manifest(folder)
-    if manifest is None or manifest.stage != STAGE.name:
-        raise InputError(f"{source}: no finished `compare` in it; name its folder, or its run's")
-    if missing := [name for name in FILES if not (folder / name).is_file()]:
-        raise InputError(f"{folder}: has no {missing[0]}, which this version's `compare` keeps; run `compare` again")
-    return Labelled(folder, manifest, read_constitution(folder / CONSTITUTION))
+    try:
+        return judge.verdict(question, by_principle(scores))
+    except KeyError as error:
+        raise InputError(_never_asked(file, f"about principle {error}, which these labels need")) from None
 
 
-def recorded_judge(labelled: Labelled, settings: _Settings, constitution: Constitution) -> Judge:
+def recorded_judge(
+    labelled: Labelled, settings: LabelSettings, constitution: Constitution, stage: str, principle: str
+) -> Judge:
     """A judge that gives again the opinions that are stored, under these settings.
+
+    Args:
+        stage: the one that asked, with whose seed principles are drawn.
+        principle: `all`, or `draw` for one a question.
 
     Raises:
         InputError: the constitution lacks what this kind of judge needs.
     """
-    seed = derive_seed(settings.seed, STAGE.name)
     name = labelled.first("judge").partition(":")[2]
     backend = RecordedBackend(name) if settings.judge.kind != "rule" else None
-    draw_seed = seed if settings.compare.principle == "draw" else None
+    draw_seed = derive_seed(settings.seed, stage) if principle == "draw" else None
     # Worked choices were shown when the judge was asked; now it is asked nothing.
     return Judge(constitution, settings.judge.model_copy(update={"examples": 0}), backend, draw_seed=draw_seed)
 
@@ -217,68 +204,41 @@ def _require_same_words(judge: Judge, stored: Constitution) -> None:
     known = {principle.id: _asked_words(principle) for principle in stored.principles}
     for principle in judge.principles:
         if known.get(principle.id) != _asked_words(principle):
-            raise InputError(_never_asked(f"about principle '{principle.id}' in these words"))
+            raise InputError(_never_asked("opinions.jsonl", f"about principle '{principle.id}' in these words"))
 
 
 def _asked_words(principle: Principle) -> tuple[str | None, ...]:
     return principle.question, principle.text, principle.opposite, principle.language
 
 
-def _never_asked(what: str) -> str:
+def _never_asked(file: str, what: str) -> str:
     return (
-        f"opinions.jsonl: the judge was never asked {what}; leave it out with --principles, or run `compare` with "
+        f"{file}: the judge was never asked {what}; leave it out with --principles, or run `compare` with "
         "these settings"
     )
 
 
-def _settings(manifest: Manifest, overrides: Sequence[str]) -> _Settings:
-    """The stage's own settings with the overrides."""
-    stored = manifest.settings
-    content: dict[str, Any] = {"seed": stored["seed"], "judge": stored["judge"], "compare": stored["settings"]}
-    for override in overrides:
-        key = override.partition("=")[0].strip()
-        if key not in FREE:
-            match = nearest(key, FREE, 0.8)
-            remedy = f"did you mean `{match}`?" if match else "run `compare` again"
-            raise InputError(f"--set {override}: labels are made again by {', '.join(FREE)} alone; {remedy}")
-        try:
-            apply_override(content, override)
-        except ValueError as error:
-            raise FileProblems("align relabel", [Problem(f"--set {override}", str(error))]) from None
-    try:
-        return _Settings.model_validate(content)
-    except ValidationError as error:
-        raise FileProblems("align relabel", problems_from(error, Lines(""), _Settings)) from None
-
-
-def _chosen(labelled: Labelled, path: str | None, ids: Sequence[str]) -> Constitution:
-    """The constitution that labels follow: the stage's own or another, with all its principles or some."""
-    constitution = load_constitution(path) if path else labelled.constitution
-    known = [principle.id for principle in constitution.principles]
-    if unknown := [name for name in ids if name not in known]:
-        match = nearest(unknown[0], known)
-        remedy = f"did you mean `{match}`?" if match else f"it has {', '.join(known)}"
-        raise InputError(f"--principles {unknown[0]}: no such principle in '{constitution.id}'; {remedy}")
-    if not ids:
-        return constitution
-    kept = tuple(principle for principle in constitution.principles if principle.id in ids)
-    return constitution.model_copy(update={"principles": kept})
-
-
-def _relabelled(labelled: Labelled, settings: _Settings, constitution: Constitution) -> tuple[list[Provenance], str]:
-    """The stage's entries, that of its labels as they are now; and this one's id, empty where rows named none."""
+def _relabelled(
+    labelled: Labelled, settings: LabelSettings, constitution: Constitution
+) -> tuple[list[Provenance], dict[str, str]]:
+    """The stage's entries, those of its labels as they are now; and what these are called, by what they were."""
     entries = read_provenance(labelled.folder)
-    before = labelled.first("judge_provenance")
-    if before not in entries:
-        return list(entries.values()), ""
-    now = entries[before].with_label(settings.judge, constitution, principle=settings.compare.principle)
-    return [now if entry.id == before else entry for entry in entries.values()], now.id
+    principles = {labelled.first("judge_provenance"): settings.compare.principle}
+    if settings.revise:
+        of_revisions = next((row.judge_provenance for row, _ in read_kept(labelled.folder)), "")
+        principles[of_revisions] = settings.revise.principle
+    now = {
+        name: entries[name].with_label(settings.judge, constitution, principle=principle)
+        for name, principle in principles.items()
+        if name in entries
+    }
+    return [now.get(name, entry) for name, entry in entries.items()], {name: entry.id for name, entry in now.items()}
 
 
 def _write_manifest(
     labelled: Labelled,
     output: Path,
-    settings: _Settings,
+    settings: LabelSettings,
     constitution: Constitution,
     counted: Mapping[str, int],
     measured: Mapping[str, Any],
@@ -291,7 +251,9 @@ def _write_manifest(
         "judge": settings.judge.model_dump(mode="json"),
         "constitution": {"id": constitution.id, "digest": constitution.digest},
     }
-    written = [name for name in (*FILES, CALIBRATION, PROVENANCE) if (output / name).exists()]
+    if settings.revise:
+        own["revise"] = settings.revise.model_dump(mode="json")
+    written = [name for name in (*FILES, *REVISION_FILES, CALIBRATION, PROVENANCE) if (output / name).exists()]
     inputs = {RELABELLED: labelled.manifest.content_digest}
     manifest = Manifest(
         stage=STAGE.name,

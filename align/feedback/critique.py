@@ -85,16 +85,18 @@ class Loop:
 
     def _round(self, chains: Sequence[Chain], number: int, progress: str) -> list[Chain]:
         steps = {chain.sample.id: step for chain in chains if (step := self._step(chain, number))}
-        critiques: dict[str, str] = {}
+        critiques: dict[str, Completed] = {}
         done: dict[str, Completed] = {}
         if self.critique:
             done = self._criticised(steps, number, progress)
-            critiques = {key: done[_step_id(key, number, "critique")].text.strip() for key in steps}
+            critiques = {key: done[_step_id(key, number, "critique")] for key in steps}
         if self.critic or not self.critique:
-            asked = [self._revision_request(key, step, number, critiques.get(key)) for key, step in steps.items()]
+            asked = [
+                self._revision_request(key, step, number, _text(critiques.get(key))) for key, step in steps.items()
+            ]
             done |= self._complete(self.backend, asked, f"revision {progress}")
         return [
-            self._revised(steps[key], number, critiques.get(key, ""), done[_step_id(key, number, "revision")])
+            self._revised(steps[key], number, critiques.get(key), done[_step_id(key, number, "revision")])
             if (key := chain.sample.id) in steps
             else replace(chain, fault=NO_PRINCIPLE)
             for chain in chains
@@ -172,8 +174,9 @@ class Loop:
     def _complete(self, backend: Backend, requests: Sequence[Request], description: str) -> dict[str, Completed]:
         return complete_all(backend, requests, self.sampling.batch_size, self.journal_path, description)
 
-    def _revised(self, step: _Step, number: int, critique: str, revision: Completed) -> Chain:
+    def _revised(self, step: _Step, number: int, written: Completed | None, revision: Completed) -> Chain:
         chain = step.chain
+        critique = _text(written) or ""
         text = without_preamble(revision.text)
         shown = tuple(text for example in step.examples for text in (example.completion, example.revision))
         revised = Revised(chain.completion, critique, text, revision.finish_reason, shown, self.critique)
@@ -193,6 +196,7 @@ class Loop:
             provenance=self.provenance,
             critique_seed=derive_seed(self.seed, "critique", chain.sample.id, number) if self.critique else None,
             critique_provenance=self.critique_provenance if self.critique else "",
+            critique_finish_reason=written.finish_reason if written else None,
         )
         was_revised = any(not earlier for earlier in chain.faults)
         return Chain(
@@ -225,6 +229,10 @@ def nearest_examples(examples: Sequence[Example], principle: Principle, count: i
 
 def _step_id(key: str, number: int, step: str) -> str:
     return f"{key}/{number}/{step}"
+
+
+def _text(critique: Completed | None) -> str | None:
+    return critique.text.strip() if critique else None
 
 
 def _ask(turns: Conversation, request: str) -> Conversation:

@@ -20,6 +20,8 @@ class RevisionTally:
         self.samples = 0
         self.accepted = 0
         self.preambles = 0
+        self.critiques = 0
+        self.critiques_cut = 0
         self.original_characters = 0
         self.reasons: Counter[str] = Counter()
         self._draws: Counter[str] = Counter()
@@ -40,6 +42,8 @@ class RevisionTally:
             self._draws[made.principle_id] += 1
             self._filtered[made.principle_id] += bool(fault)
             self._accepted[made.principle_id] += row.accepted
+            self.critiques += made.critique_finish_reason is not None
+            self.critiques_cut += made.critique_finish_reason == "length"
             self._evidence.update(grounding([made]).get("evidence", {}))
             of_round.add(len(made.revision), bool(fault))
         last = max((number for number, fault in enumerate(chain.faults) if not fault), default=None)
@@ -47,13 +51,16 @@ class RevisionTally:
             self._rounds[last].end(row.accepted)
 
     def counts(self) -> dict[str, int]:
-        """How many were accepted, and how many rejected for each reason."""
+        """How many were accepted, and how many rejected for each reason; how many preambles were removed; and, where
+        critiques were asked for, how many of them the length limit cut."""
+        cut = {"critiques_cut": self.critiques_cut} if self.critiques else {}
         return {
             "samples": self.samples,
             "accepted": self.accepted,
             "rejected": self.samples - self.accepted,
             **{f"rejected: {reason}": count for reason, count in sorted(self.reasons.items())},
             "preambles_removed": self.preambles,
+            **cut,
         }
 
     def figures(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ stream from file to file, a window at a time.
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -35,6 +35,8 @@ from align.data.prompts import stream_drawn
 from align.errors import InputError
 from align.feedback.gates import CompareGatesBlock, Share, check_gates, gate_figures
 from align.generation import Completed, Request
+from align.judged_revisions import FILES as REVISION_FILES
+from align.judged_revisions import KeptRevisions, judged_in, settings_of
 from align.label_files import LabelFiles
 from align.provenance import (
     CONSTITUTION,
@@ -113,6 +115,7 @@ class CompareStage(Stage):
         "comparisons.jsonl",
         "pairs.jsonl",
         "opinions.jsonl",
+        *REVISION_FILES,
         CONSTITUTION,
         "agreement.json",
         CALIBRATION,
@@ -219,7 +222,7 @@ def compare_all(
                 files.add(row, scores)
                 if pair := pair_of(row):
                     counted["pairs"] += files.add_pair(pair)
-        for pair in revision_pairs(context, counted) if settings.revision_pairs else ():
+        for pair in revision_pairs(kept_revisions(context), counted) if settings.revision_pairs else ():
             counted["revision_pairs"] += files.add_pair(pair)
     if files.repeated:
         counted["pairs_repeated"] = files.repeated
@@ -354,33 +357,60 @@ def pair_of(row: Comparison) -> PreferencePair | None:
     )
 
 
-def revision_pairs(context: Context, counts: Counter[str]) -> Iterator[PreferencePair]:
-    """Accepted revisions of the preference split over their originals.
+def kept_revisions(context: Context) -> Iterator[Revision]:
+    """The revisions of the preference split that came before revise's judge, kept with its scores as they pass; where
+    there are none of those, the accepted ones alone."""
+    revise = context.inputs["revise"]
+    settings = settings_of(revise)
+    if settings is None:
+        yield from accepted_revisions(context)
+        return
+    with KeptRevisions(context.output, settings) as kept:
+        for row, scores in judged_in(revise, context.inputs["sample"] / "samples.jsonl"):
+            if row.split == SPLIT:
+                kept.add(row, scores)
+                yield row
+
+
+def accepted_revisions(context: Context) -> Iterator[Revision]:
+    """Those of the preference split."""
+    rows = read_rows(context.inputs["revise"] / "revisions.jsonl", Revision)
+    return (row for row in rows if row.split == SPLIT)
+
+
+def revision_pairs(rows: Iterable[Revision], counts: Counter[str]) -> Iterator[PreferencePair]:
+    """Accepted revisions over their originals; those that are not accepted are counted by their reason.
 
     An original that is cut or empty is none to train on, as in a comparison: it is left out and counted.
     """
-    for row in read_rows(context.inputs["revise"] / "revisions.jsonl", Revision):
-        if row.accepted and row.split == SPLIT:
-            if fault := "cut" if row.original_cut else "" if row.original.strip() else "empty":
-                counts[f"revision_pairs_{fault}"] += 1
-                continue
-            chosen, rejected = Message("assistant", row.completion), Message("assistant", row.original)
-            yield PreferencePair(
-                id=pair_id(row.prompt, chosen, rejected),
-                prompt=row.prompt,
-                chosen=(chosen,),
-                rejected=(rejected,),
-                probability=row.p_better,
-                source="revision",
-                category=row.category,
-                judged_by=row.judged_by,
-                revised_by=row.principle_ids,
-                chosen_seed=row.seed,
-                rejected_seed=row.original_seed,
-                chosen_provenance=row.provenance,
-                rejected_provenance=row.original_provenance,
-                judge_provenance=row.judge_provenance,
-            )
+    for row in rows:
+        if not row.accepted:
+            counts[f"revision_pairs_rejected: {row.reason}"] += 1
+        elif fault := "cut" if row.original_cut else "" if row.original.strip() else "empty":
+            counts[f"revision_pairs_{fault}"] += 1
+        else:
+            yield pair_of_revision(row)
+
+
+def pair_of_revision(row: Revision) -> PreferencePair:
+    """The revision over its original."""
+    chosen, rejected = Message("assistant", row.completion), Message("assistant", row.original)
+    return PreferencePair(
+        id=pair_id(row.prompt, chosen, rejected),
+        prompt=row.prompt,
+        chosen=(chosen,),
+        rejected=(rejected,),
+        probability=row.p_better,
+        source="revision",
+        category=row.category,
+        judged_by=row.judged_by,
+        revised_by=row.principle_ids,
+        chosen_seed=row.seed,
+        rejected_seed=row.original_seed,
+        chosen_provenance=row.provenance,
+        rejected_provenance=row.original_provenance,
+        judge_provenance=row.judge_provenance,
+    )
 
 
 def require_revision_pairs(context: Context) -> None:
@@ -390,7 +420,7 @@ def require_revision_pairs(context: Context) -> None:
         InputError: revise made none of the preference split.
     """
     left_out: Counter[str] = Counter()
-    if next(revision_pairs(context, left_out), None) is None:
+    if next(revision_pairs(accepted_revisions(context), left_out), None) is None:
         why = f" of an original that ended by itself ({dict(left_out)})" if left_out else ""
         raise InputError(
             f"{context.inputs['revise'] / 'revisions.jsonl'}: no accepted revision in the split {SPLIT}{why}; name it "

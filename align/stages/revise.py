@@ -2,7 +2,7 @@
 
 A revision is never assumed to be better (Bai et al. 2022 do): filters catch what went wrong, hard rules are checked,
 and the judge must prefer it to the original. What is rejected is kept beside, with the reason. Rows stream from file to
-file, a window at a time.
+file, a window at a time. What the judge's engine gave stands in opinions.jsonl, as compare's does.
 """
 
 from collections.abc import Iterator, Mapping
@@ -17,6 +17,7 @@ from align.data.prompts import with_split
 from align.errors import InputError
 from align.feedback.filters import OPTIONAL, FilterName, only_refuses, refuses
 from align.feedback.gates import ReviseGatesBlock, Share, TextShares, check_gates, gate_figures
+from align.judged_revisions import REVISE_OPINIONS, near_duplicates, question_of, unless_repeated, with_verdict
 from align.provenance import (
     CONSTITUTION,
     PROVENANCE,
@@ -27,7 +28,7 @@ from align.provenance import (
     write_constitution,
     write_provenance,
 )
-from align.records import JUDGED_WORSE, Critique, Prompt, Revision, Sample, Split, digest, read_rows
+from align.records import Critique, OpinionScores, Prompt, Revision, Sample, Split, digest, read_rows
 from align.repro import derive_seed
 from align.stage import Context, Outcome, Stage
 from align.tracking import METRICS
@@ -35,7 +36,7 @@ from align.windows import DEFAULT_WINDOW, WINDOW_HELP, RowFile, SeenOnDisk, Wind
 
 if TYPE_CHECKING:
     from align.feedback.critique import Chain, Loop
-    from align.feedback.judge import Judge, Verdict
+    from align.feedback.judge import Judge
     from align.feedback.tallies import RevisionTally
     from align.generation import Backend
 
@@ -69,7 +70,15 @@ class ReviseStage(Stage):
     settings = ReviseBlock
     shares = ("model", "constitution", "judge")
     only_gates = ("gates",)
-    outputs = ("critiques.jsonl", "revisions.jsonl", "rejected.jsonl", CONSTITUTION, PROVENANCE, METRICS)
+    outputs = (
+        "critiques.jsonl",
+        "revisions.jsonl",
+        "rejected.jsonl",
+        REVISE_OPINIONS,
+        CONSTITUTION,
+        PROVENANCE,
+        METRICS,
+    )
 
     def inputs(self, settings: ReviseBlock) -> tuple[str, ...]:
         return ("sample",)
@@ -142,7 +151,7 @@ class ReviseStage(Stage):
         )
         tally = RevisionTally(settings.rounds)
         shares = revise_all(context, loop, judge, total, tally, verdict.id)
-        measured = {"judge": report.as_figures(), **tally.figures(), "gates": gate_figures(shares)}
+        measured = {"judge": report.as_figures(), **tally.figures(), "gates": gate_figures(shares | _told(tally))}
         counted = tally.counts()
         context.log_rows(_logged(counted, measured))
         check_gates(self.name, settings.gates, shares, context.output / "revisions.jsonl")
@@ -224,23 +233,26 @@ def _made(tally: "RevisionTally") -> dict[str, Share]:
     }
 
 
+def _told(tally: "RevisionTally") -> dict[str, Share]:
+    """What is shown beside the gates and limited by none: a cut critique may still lead to a sound revision."""
+    return {"critiques_cut": Share(tally.critiques_cut, tally.critiques)} if tally.critiques else {}
+
+
 def revise_all(
     context: Context, loop: "Loop", judge: "Judge", total: int, tally: "RevisionTally", judge_provenance: str
 ) -> dict[str, Share]:
     """Revise and judge every sample, window by window, and write and count what came out; the shares for the gates."""
-    from align.feedback.near_duplicates import NearDuplicates
-
     settings: ReviseBlock = context.settings
     benign, benign_refused, refusal_only, texts = benign_prompts(context), Share(), Share(), TextShares()
-    earlier = NearDuplicates(settings.near_duplicates) if settings.near_duplicates is not None else None
-    critiques, revisions, rejected = (
-        RowFile(context.output / name) for name in ("critiques.jsonl", "revisions.jsonl", "rejected.jsonl")
+    earlier = near_duplicates(settings.near_duplicates)
+    critiques, revisions, rejected, opinions = (
+        RowFile(context.output / name)
+        for name in ("critiques.jsonl", "revisions.jsonl", "rejected.jsonl", REVISE_OPINIONS)
     )
-    with critiques, revisions, rejected:
+    with critiques, revisions, rejected, opinions:
         for window in windows(chosen_samples(context), total, settings.window, context.output):
-            for chain, row in revise_window(window, loop, judge, settings.rounds, judge_provenance):
-                if row.accepted and earlier and earlier.is_repeated(row.completion, row.split):
-                    row = replace(row, accepted=False, reason="near-duplicate")
+            for chain, judged, scores in revise_window(window, loop, judge, settings.rounds, judge_provenance):
+                row = unless_repeated(judged, earlier)
                 if row.accepted:
                     texts.add(row.completion)
                 if chain.rounds:
@@ -250,6 +262,8 @@ def revise_all(
                     benign_refused.add(row.completion, refuses(row.completion))
                 for made in chain.rounds:
                     critiques.add(made)
+                for each in scores:
+                    opinions.add(each)
                 (revisions if row.accepted else rejected).add(row)
                 tally.add(chain, row)
     return {**texts.shares(), **_made(tally), "benign_refused": benign_refused, "refusal_only": refusal_only}
@@ -257,24 +271,22 @@ def revise_all(
 
 def revise_window(
     window: Window[Sample], loop: "Loop", judge: "Judge", rounds: int, judge_provenance: str
-) -> Iterator[tuple["Chain", Revision]]:
-    """Each sample's chain and the row that it became: chains without a fault are compared with their originals."""
-    from align.feedback.opinions import Question
-
+) -> Iterator[tuple["Chain", Revision, tuple[OpinionScores, ...]]]:
+    """Each sample's chain, the row that it became, and the scores of its verdict: chains without a fault are compared
+    with their originals."""
     loop = replace(loop, journal_path=window.folder / "steps.journal", label=window.label)
     chains = loop.run(window.rows, rounds)
-    faults = {chain.sample.id: chain.fault or hard_rule_broken(judge.constitution, chain) for chain in chains}
-    sound = [chain for chain in chains if not faults[chain.sample.id]]
-    questions = [
-        Question(chain.sample.id, chain.sample.prompt, chain.completion, chain.sample.completion, chain.sample.category)
-        for chain in sound
-    ]
-    answers = judge.compare(questions, window.folder / "verdicts.journal", f"judge revisions{window.label}")
-    verdicts = {chain.sample.id: verdict for chain, verdict in zip(sound, answers, strict=True)}
-    for chain in chains:
-        verdict = verdicts.get(chain.sample.id)
-        row = _row(chain, faults[chain.sample.id], verdict)
-        yield chain, replace(row, judge_provenance=judge_provenance) if verdict else row
+    rows = [_row(chain, chain.fault or hard_rule_broken(judge.constitution, chain)) for chain in chains]
+    sound = [row for row in rows if not row.reason]
+    answers = judge.compare(
+        map(question_of, sound), window.folder / "verdicts.journal", f"judge revisions{window.label}"
+    )
+    verdicts = {row.id: verdict for row, verdict in zip(sound, answers, strict=True)}
+    for chain, row in zip(chains, rows, strict=True):
+        if verdict := verdicts.get(row.id):
+            yield chain, replace(with_verdict(row, verdict), judge_provenance=judge_provenance), verdict.scores
+        else:
+            yield chain, row, ()
 
 
 def hard_rule_broken(constitution: Constitution, chain: "Chain") -> str:
@@ -294,10 +306,8 @@ def _logged(counted: Mapping[str, int], measured: Mapping[str, Any]) -> list[dic
     return [*rows, {**last, "samples": counted["samples"], **shares, **known}]
 
 
-def _row(chain: "Chain", fault: str, verdict: "Verdict | None") -> Revision:
-    p_better = verdict.p_a if verdict and verdict.p_a is not None else 0.5
-    accepted = not fault and p_better > 0.5
-    reason = fault or (verdict.reason if verdict else "") or JUDGED_WORSE
+def _row(chain: "Chain", fault: str) -> Revision:
+    """What a chain became, rejected for its fault; without one it is still to be judged."""
     shown = _shown_round(chain)
     return Revision(
         id=digest([chain.sample.id, "revision"]),
@@ -307,16 +317,16 @@ def _row(chain: "Chain", fault: str, verdict: "Verdict | None") -> Revision:
         original_cut=chain.sample.finish_reason == "length",
         completion=shown.revision.strip() if chain.fault and shown else chain.completion,
         principle_ids=chain.principle_ids,
-        p_better=p_better,
-        accepted=accepted,
-        reason="" if accepted else reason,
+        p_better=0.5,
+        accepted=False,
+        reason=fault,
         split=chain.sample.split,
         category=chain.sample.category,
-        judged_by=verdict.decided_by if verdict else (),
         seed=shown.seed if shown else chain.sample.seed,
         provenance=shown.provenance if shown else chain.sample.provenance,
         original_seed=chain.sample.seed,
         original_provenance=chain.sample.provenance,
+        sample_id=chain.sample.id,
     )
 
 

@@ -95,7 +95,7 @@ def _calibrate(options: argparse.Namespace) -> None:
 
 
 def _relabel(options: argparse.Namespace) -> None:
-    from align.relabel import relabel
+    from align.relabel import NOT_RELABELLED, relabel
 
     counted = relabel(
         options.source,
@@ -105,3 +105,8 @@ def _relabel(options: argparse.Namespace) -> None:
         principles=[name for name in options.principles.split(",") if name],
     )
     print(", ".join(f"{name} {count}" for name, count in counted.items()) + f" ({options.output})")
+    if kept := counted.get(NOT_RELABELLED):
+        print(
+            f"{kept} pairs of revisions have the label that `revise` gave them then: their scores were not kept. Run "
+            "`revise` and `compare` again to have labels of these made again too."
+        )

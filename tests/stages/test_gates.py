@@ -7,7 +7,8 @@ import pytest
 
 from align.config import PromptSource
 from align.errors import GateClosed, InputError
-from align.records import Revision
+from align.generation import Request
+from align.records import Critique, Revision
 from align.stages.compare import STAGE as COMPARE
 from align.stages.compare import CompareBlock
 from align.stages.revise import STAGE as REVISE
@@ -68,6 +69,43 @@ def test_revisions_that_only_refuse_close_the_gate_whatever_the_filters(
     block = block.model_copy(update={"filters": tuple(filters), "near_duplicates": None} if filters else {})
     with pytest.raises(GateClosed, match=r"refusal_only is closed: 100\.0% of \d+ revisions refuse .*I'm sorry"):
         world.run(REVISE, block)
+
+
+def test_critiques_that_were_cut_say_so_and_are_counted_and_shown_without_a_limit(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def rambling(request: Request) -> str:
+        if request.messages[-1].content.startswith("Point out"):
+            return "It ends with a full stop " + ("and so on and on." if request.seed % 2 else "here.")
+        return "Is it?" if request.messages[-1].content.startswith("Rewrite") else "It is."
+
+    scripted(monkeypatch, rambling)
+    world.run(SAMPLE, SampleBlock())
+    block = revise(same_closing=None, same_ending=None, same_opening=None, cut=0.0)
+    sampling = block.sampling.model_copy(update={"max_new_tokens": 8})
+    outcome = world.run(REVISE, block.model_copy(update={"sampling": sampling, "rounds": 2, "filters": ()}))
+
+    critiques = world.rows("revise/critiques.jsonl", Critique)
+    cut = [row for row in critiques if row.critique_finish_reason == "length"]
+    assert {row.id for row in cut} == {row.id for row in critiques if row.critique_seed % 2}
+    assert {row.critique_finish_reason for row in critiques} == {"length", "stop"}
+    assert {row.finish_reason for row in critiques} == {"stop"}
+    assert outcome.counts["critiques_cut"] == len(cut)
+    share = {"share": len(cut) / len(critiques), "count": len(cut), "rows": len(critiques)}
+    assert outcome.figures["gates"]["critiques_cut"] == share
+
+
+def test_nothing_is_said_of_critiques_where_none_is_asked_for_and_older_rows_are_read(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted(monkeypatch, reply)
+    world.run(SAMPLE, SampleBlock())
+    outcome = world.run(REVISE, revise(same_ending=None, same_closing=None).model_copy(update={"critique": False}))
+
+    assert "critiques_cut" not in {**outcome.counts, **outcome.figures["gates"]}
+    row = world.rows("revise/critiques.jsonl", Critique)[0].to_json()
+    assert row.pop("critique_finish_reason") is None
+    assert Critique.from_json(row).critique_finish_reason is None
 
 
 def test_benign_prompts_of_which_none_is_revised_are_told(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

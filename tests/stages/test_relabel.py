@@ -17,8 +17,6 @@ from align.records import Comparison, Message, OpinionScores, PreferencePair
 from align.relabel import relabel
 from align.stages.compare import STAGE as COMPARE
 from align.stages.compare import CompareBlock
-from align.stages.revise import STAGE as REVISE
-from align.stages.revise import ReviseBlock
 from align.stages.sample import STAGE as SAMPLE
 from align.stages.sample import SampleBlock
 from tests.stages.test_sample_revise_compare import World, scripted
@@ -236,21 +234,6 @@ def test_ties_and_abstentions_are_counted_apart(world: World) -> None:
     assert manifest.counts["opinions"] == len(opinions) / 2
     assert manifest.counts["opinions_abstained"] == len(unlikely)
     assert manifest.counts["pairs"] == sum(row.p_a is not None for row in rows)
-
-
-def test_revision_pairs_stay_as_they_are(world: World) -> None:
-    world.shared["judge"] = JudgeBlock(kind="rule")
-    world.run(REVISE, ReviseBlock(splits=("preference",), filters=()))
-    stage = compare(world, {"kind": "rule"}, revision_pairs=True)
-    relabel(stage, world.root / "again", overrides=["judge.clamp=0.2"])
-
-    counts = [read_manifest(folder).counts["revision_pairs"] for folder in (stage, world.root / "again")]  # type: ignore[union-attr]
-    before, after = (
-        [pair for pair in world.rows(f"{folder}/pairs.jsonl", PreferencePair) if pair.source == "revision"]
-        for folder in ("compare", "again")
-    )
-    assert before == after
-    assert before and counts[0] == counts[1] >= len(before), "one that is also the judge's own pair is written once"
 
 
 def test_what_the_judge_was_found_to_be_worth_is_carried_over(world: World) -> None:

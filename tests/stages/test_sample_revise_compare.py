@@ -428,6 +428,11 @@ def test_check_tells_shares_that_do_not_add_up(world: World) -> None:
     assert told.startswith("prompts.split: the shares of sft, preference, rl, eval add up to 1.6")
 
 
+def outputs(folder: Path, stage: Stage) -> dict[str, str]:
+    """Digests of what the stage wrote, of all that it may write."""
+    return output_digests(folder, [name for name in stage.outputs if (folder / name).exists()])
+
+
 def dying(text: Callable[[Request], str], after: int) -> Callable[[Request], str]:
     left = [after]
 
@@ -458,7 +463,7 @@ def test_stages_that_were_interrupted_go_on_and_end_as_undisturbed_ones(
         world.run(stage, block, output=f"{stage.name}-undisturbed")
 
         ended, undisturbed = world.root / stage.name, world.root / f"{stage.name}-undisturbed"
-        assert output_digests(ended, stage.outputs) == output_digests(undisturbed, stage.outputs)
+        assert outputs(ended, stage) == outputs(undisturbed, stage)
 
 
 KILLED = """\

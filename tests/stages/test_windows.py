@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,14 +10,14 @@ from typing import Any
 
 import pytest
 
-from align.artefacts import output_digests
+from align.artefacts import Manifest, write_json
 from align.stages.compare import STAGE as COMPARE
 from align.stages.compare import CompareBlock
 from align.stages.revise import STAGE as REVISE
 from align.stages.revise import ReviseBlock
 from align.stages.sample import STAGE as SAMPLE
 from align.stages.sample import SampleBlock
-from tests.stages.test_sample_revise_compare import World, dying, reply, scripted, varied
+from tests.stages.test_sample_revise_compare import World, dying, outputs, reply, scripted, varied
 
 STAGES = [
     (SAMPLE, SampleBlock, {}),
@@ -48,10 +49,13 @@ def test_the_window_changes_no_byte(world: World, monkeypatch: pytest.MonkeyPatc
         whole = world.run(stage, settings(block, options, 1000))
         cut = world.run(stage, settings(block, options, window), output="cut")
 
-        assert output_digests(world.root / "cut", stage.outputs) == output_digests(
-            world.root / stage.name, stage.outputs
-        )
+        assert outputs(world.root / "cut", stage) == outputs(world.root / stage.name, stage)
         assert (cut.counts, cut.figures) == (whole.counts, whole.figures)
+        shutil.rmtree(world.root / "cut")
+        # Of a stage with a manifest compare keeps the judged revisions.
+        settled = {"settings": settings(block, options, 1000).model_dump(mode="json")}
+        write_json(world.root / stage.name / "manifest.json", Manifest(stage.name, "", settled, {}, {}).__dict__)
+    assert (world.root / "compare/judged_revisions.jsonl").read_text()
 
 
 @pytest.mark.parametrize("death", [3, 10, 23])

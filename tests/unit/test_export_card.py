@@ -249,7 +249,9 @@ def test_a_share_over_its_limit_is_told_with_the_rows_that_the_limit_is_for() ->
     given = content("plain")
     manifest = given.run.manifests["revise"]
     manifest.settings["settings"]["gates"] = {"emoji": 0.25, "min_rows": 50}
-    manifest.figures["gates"] = {"emoji": {"share": 0.5, "count": 1, "rows": 2}}
+    share = {"share": 0.5, "count": 1, "rows": 2}
+    manifest.figures["gates"] = {"emoji": share, "critiques_cut": share}
     card = card_text(given)
     assert "| 50.0% | 2 | 25.0%, from 50 rows |" in card
+    assert "`critiques_cut` | 50.0% | 2 | none |" in card
     assert "none of which closed" not in card
