@@ -27,7 +27,7 @@ from align.provenance import (
     write_constitution,
     write_provenance,
 )
-from align.records import JUDGED_WORSE, Critique, Prompt, Revision, Sample, Split, digest, read_rows
+from align.records import JUDGED_WORSE, NEAR_DUPLICATE, Critique, Prompt, Revision, Sample, Split, digest, read_rows
 from align.repro import derive_seed
 from align.stage import Context, Outcome, Stage
 from align.tracking import METRICS
@@ -240,7 +240,7 @@ def revise_all(
         for window in windows(chosen_samples(context), total, settings.window, context.output):
             for chain, row in revise_window(window, loop, judge, settings.rounds, judge_provenance):
                 if row.accepted and earlier and earlier.is_repeated(row.completion, row.split):
-                    row = replace(row, accepted=False, reason="near-duplicate")
+                    row = replace(row, accepted=False, reason=NEAR_DUPLICATE)
                 if row.accepted:
                     texts.add(row.completion)
                 if chain.rounds:
