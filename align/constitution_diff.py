@@ -4,9 +4,9 @@ A difference means something beside two others. The null band is how far labels 
 changed: A in other words, and A under another seed. The placebo is a constitution that no ordinary pair turns on: what
 a judge decides by it is the judge's own taste.
 
-A judge that averages over all principles draws nothing: another seed gives it the same labels, and chance is only in
-which pairs there are, which the intervals over prompts show. A judge that draws one principle a pair is judged by again
-with another seed.
+A judge that averages over all principles and only scores draws nothing: another seed gives it the same labels, and
+chance is only in which pairs there are, which the intervals over prompts show. One that draws (a principle for each
+pair, a chain of thought, what worked choices show) judges again with another seed.
 """
 
 import dataclasses
@@ -137,7 +137,7 @@ def diff_constitutions(
         raise InputError("\n".join(problems))
     backend = _backend(settings)
     judges = {role: _judge(each, settings, backend, SEEDS[0]) for role, each in constitutions.items()}
-    if settings.draws:
+    if settings.by_chance:
         judges[SEED] = _judge(constitutions[A], settings, backend, SEEDS[1])
     labelled = {role: _labelled(role, judge, pairs) for role, judge in judges.items()}
     texts = tuple(text_changes(constitutions[A], constitutions[B]))
@@ -165,7 +165,7 @@ def _backend(settings: JudgeSettings) -> Backend | None:
 
 
 def _judge(constitution: Constitution, settings: JudgeSettings, backend: Backend | None, seed: int) -> Judge:
-    return Judge(constitution, settings.block, backend, draw_seed=seed if settings.draws else None)
+    return Judge(constitution, settings.block, backend, draw_seed=seed if settings.draws else None, seed=seed)
 
 
 def _labelled(role: str, judge: Judge, pairs: Sequence[Pair]) -> Labelling:

@@ -128,7 +128,7 @@ def _label_remarks(diff: ConstitutionDiff) -> Iterator[str]:
         word = "more" if diff.beyond_null else "no more"
         yield f"B flips {word} labels than the null band, by whole intervals."
     if not any("seed" in each.role for each in diff.others):
-        yield "The judge averages over all principles: it draws nothing, and another seed gives the same labels."
+        yield "The judge draws nothing: another seed gives the same labels, and is no null band of its own."
     placebo = [each for each in diff.others if each.role == PLACEBO]
     if not placebo:
         yield "No placebo: name a constitution that nothing turns on with --placebo FILE."

@@ -14,7 +14,7 @@ from align.feedback.critique_findings import finds_fault
 from align.feedback.judge import BOTH_BREAK, TIE
 from align.judged_pairs import COMPARE, COMPARISONS
 from align.label_changes import Pair
-from align.records import JUDGED_WORSE, Comparison, Critique, Revision, read_rows
+from align.records import JUDGED_WORSE, NEAR_DUPLICATE, Comparison, Critique, Revision, read_rows
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ def _won(revisions: Sequence[Revision]) -> Share:
 
 def _outcome(row: Revision) -> float | None:
     """1 where the judge preferred the revision, 0 where the original, one half for a tie; None: it was not judged."""
-    if row.accepted:
+    if row.accepted or row.reason == NEAR_DUPLICATE:
         return 1.0
     if row.reason.startswith((TIE, BOTH_BREAK)):
         return 0.5

@@ -7,6 +7,7 @@ from rich.markup import escape
 
 from align.constitution import Constitution, Principle, load_constitution
 from align.errors import InputError
+from align.sheets import printable
 
 
 def check_constitutions(paths: Sequence[str], console: Console) -> None:
@@ -34,23 +35,25 @@ def show_constitution(path: str, console: Console) -> None:
         InputError: its faults.
     """
     constitution = load_constitution(path)
-    console.print(f"[bold]{escape(constitution.title)}[/]  {escape(_summary(constitution))}", highlight=False)
+    console.print(f"[bold]{_safe(constitution.title)}[/]  {_safe(_summary(constitution))}", highlight=False)
+    if origin := _origin(constitution):
+        console.print(_safe(origin), highlight=False)
     if constitution.preamble:
-        console.print(f"\n{escape(constitution.preamble.strip())}", highlight=False)
+        console.print(f"\n{_safe(constitution.preamble.strip())}", highlight=False)
     for tier in (*constitution.tiers, None):
         of_tier = [principle for principle in constitution.principles if principle.tier == tier]
         if of_tier and constitution.tiers:
-            console.print(f"\n[bold]tier: {escape(tier or 'none')}[/]", highlight=False)
+            console.print(f"\n[bold]tier: {_safe(tier or 'none')}[/]", highlight=False)
         for principle in of_tier:
             _show_principle(constitution, principle, console)
     for example in constitution.examples:
-        console.print(f"\n[bold]example[/]  {escape(_first_words(example.prompt[-1].content))}", highlight=False)
+        console.print(f"\n[bold]example[/]  {_safe(_first_words(example.prompt[-1].content))}", highlight=False)
     for comparison in constitution.comparisons:
-        console.print(f"\n[bold]choice[/]  {escape(_first_words(comparison.prompt[-1].content))}", highlight=False)
+        console.print(f"\n[bold]choice[/]  {_safe(_first_words(comparison.prompt[-1].content))}", highlight=False)
 
 
 def _show_principle(constitution: Constitution, principle: Principle, console: Console) -> None:
-    console.print(f"\n[cyan]{principle.id}[/]  {escape(_traits(constitution, principle))}", highlight=False)
+    console.print(f"\n[cyan]{principle.id}[/]  {_safe(_traits(constitution, principle))}", highlight=False)
     parts = {
         "": principle.text,
         "not: ": principle.opposite,
@@ -58,12 +61,24 @@ def _show_principle(constitution: Constitution, principle: Principle, console: C
         "revision: ": principle.revision,
         "choice: ": principle.compare,
         "why: ": principle.rationale,
+        "probes: ": "; ".join(_first_words(each.prompt) for each in principle.probes),
         "examples: ": "; ".join(_first_words(each.prompt[-1].content) for each in principle.examples),
         "choices: ": "; ".join(_first_words(each.prompt[-1].content) for each in principle.comparisons),
     }
     for name, text in parts.items():
         if text:
-            console.print(f"  {name}{escape(text.strip())}", highlight=False)
+            console.print(f"  {name}{_safe(text.strip())}", highlight=False)
+
+
+def _safe(text: str) -> str:
+    """A text of the file's, which neither marks anything up nor moves the cursor."""
+    return escape(printable(text))
+
+
+def _origin(constitution: Constitution) -> str:
+    """What the file says of itself."""
+    parts = {"version": constitution.version, "licence": constitution.licence, "source": constitution.source}
+    return "; ".join(f"{name} {text}" for name, text in parts.items() if text)
 
 
 def _first_words(text: str, width: int = 60) -> str:
@@ -90,6 +105,7 @@ def _traits(constitution: Constitution, principle: Principle) -> str:
     traits = [
         *([f"weight {principle.weight:g}"] if principle.weight != 1 else []),
         *(["hard"] if principle.hard else []),
+        *([principle.framing] if principle.framing != "neutral" else []),
         *([f"tags {', '.join(principle.tags)}"] if principle.tags else []),
         *([f"in {principle.language}"] if principle.language not in (None, constitution.language) else []),
         *([f"by the documents in {', '.join(sources)}"] if (sources := constitution.sources_of(principle)) else []),

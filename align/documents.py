@@ -68,7 +68,10 @@ def read_documents(folder: Path) -> Documents:
     if not folder.is_dir():
         fault = "is a file" if folder.exists() else "no such folder"
         raise InputError(f"{folder}: {fault}; name a folder, relative to the constitution's own")
-    files = [file for file in sorted(folder.rglob("*")) if file.is_file() and not _is_hidden(file, folder)]
+    found = [file for file in sorted(folder.rglob("*")) if not _is_hidden(file, folder)]
+    for link in (file for file in found if file.is_symlink() and not file.is_file()):
+        raise InputError(f"{link}: a link to a folder, or to nothing, that is not followed; put copies in its place")
+    files = [file for file in found if file.is_file()]
     if (size := sum(file.stat().st_size for file in files)) > LARGEST:
         raise InputError(f"{folder}: {size:,} bytes of documents, at most {LARGEST:,} are read; keep what matters")
     read = Documents(folder, {file.relative_to(folder).as_posix(): _text(file, folder) for file in files})
@@ -90,7 +93,8 @@ def _text(file: Path, folder: Path) -> str:
     if not file.resolve().is_relative_to(folder.resolve()):
         raise InputError(f"{file}: a link that leads out of the folder; put a copy in its place")
     try:
-        return file.read_text(encoding="utf-8")
+        # Some editors begin a file with a byte order mark, which would hide its first heading or row.
+        return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{file}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
     except OSError as error:

@@ -27,6 +27,13 @@ class JudgeSettings:
     model: ModelBlock | None = None
     draws: bool = False
 
+    @property
+    def by_chance(self) -> bool:
+        """Whether another seed may give other labels: principles, chains of thought or worked choices are drawn."""
+        block = self.block
+        reasons = block.chain_of_thought and block.reasoning.temperature > 0
+        return self.draws or (block.kind == "choice" and (reasons or block.examples > 0))
+
 
 def compare_folder(run: Path) -> Path:
     """A run's `compare` folder, from the run or from that folder itself.

@@ -16,7 +16,7 @@ from align import processes
 from align.artefacts import read_manifest, write_json
 from align.config import Block, Fraction
 from align.errors import InputError
-from align.records import JUDGED_WORSE, OpinionScores, R, Revision, Sample, read_rows
+from align.records import JUDGED_WORSE, NEAR_DUPLICATE, OpinionScores, R, Revision, Sample, read_rows
 from align.windows import RowFile
 
 if TYPE_CHECKING:
@@ -183,7 +183,7 @@ def near_duplicates(similarity: float | None) -> "NearDuplicates | None":
 def unless_repeated(row: Revision, earlier: "NearDuplicates | None") -> Revision:
     """The revision, rejected where it nearly repeats an earlier accepted one of its split; else it is remembered."""
     if row.accepted and earlier is not None and earlier.is_repeated(row.completion, row.split):
-        return replace(row, accepted=False, reason="near-duplicate")
+        return replace(row, accepted=False, reason=NEAR_DUPLICATE)
     return row
 
 

@@ -3,13 +3,22 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BeforeValidator, ConfigDict, Field, JsonValue, model_validator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
+from pydantic_core import PydanticCustomError
 
 from align.config import AboveZero, Block
 from align.records import Conversation, Message
 from align.rules import Rule
 
-Text = Annotated[str, Field(min_length=1)]
+
+def _with_words(text: str) -> str:
+    """Spaces alone say nothing."""
+    if not text.strip():
+        raise PydanticCustomError("string_too_short", "must not be empty")
+    return text
+
+
+Text = Annotated[str, Field(min_length=1), AfterValidator(_with_words)]
 Id = Annotated[str, Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")]
 Language = Annotated[str, Field(pattern=r"^[A-Za-z]{2,3}(-[A-Za-z0-9]+)*$")]
 T = TypeVar("T")
@@ -136,7 +145,7 @@ class Principle(Block):
     def _says_something(self) -> Self:
         if (self.critique is None) != (self.revision is None):
             raise ValueError("critique and revision go together; give both or none")
-        if not (self.text or self.critique or self.compare):
+        if not (self.text.strip() or self.critique or self.compare):
             raise ValueError("needs a `text`: the principle as an instruction to the assistant")
         return self
 

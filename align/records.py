@@ -133,6 +133,8 @@ class Critique(Row):
 
 
 JUDGED_WORSE = "judged worse"
+NEAR_DUPLICATE = "near-duplicate"
+"""Said of a revision that the judge preferred, and that is set aside all the same."""
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,8 @@ from align.errors import FileProblems, InputError, Problem
 KeyPath = tuple[str | int, ...]
 MISSING = "is missing"
 MERGE_TAG = "tag:yaml.org,2002:merge"
+MOST_NODES = 1_000_000
+"""Keys and values of a file, its aliases written out: a few lines of aliases to aliases can stand for any number."""
 
 
 class Lines:
@@ -89,6 +91,7 @@ def _parsed(text: str, source: str) -> tuple[dict[str, Any], Lines, list[Problem
             raise FileProblems(source, [Problem("", "is empty; it must hold `key: value` settings")])
         if not isinstance(root, MappingNode):
             raise FileProblems(source, [Problem("", "must hold `key: value` settings at its top", _line(root))])
+        _require_readable(root)
         positions = list(_positions(root))
         return yaml.load(text), Lines(source, dict(positions)), _duplicates(positions)
     except MarkedYAMLError as error:
@@ -97,6 +100,8 @@ def _parsed(text: str, source: str) -> tuple[dict[str, Any], Lines, list[Problem
         raise FileProblems(source, [Problem("", fault, mark.line + 1 if mark else None)]) from None
     except YAMLError as error:
         raise FileProblems(source, [Problem("", f"not valid YAML: {str(error).splitlines()[0]}")]) from None
+    except RecursionError:
+        raise FileProblems(source, [Problem("", "nested too deeply; no setting lies that deep")]) from None
 
 
 def key_name(path: Iterable[str | int]) -> str:
@@ -149,20 +154,49 @@ def _line(node: Node) -> int:
     return int(node.start_mark.line) + 1
 
 
-def _positions(node: Node, path: KeyPath = (), above: tuple[Node, ...] = ()) -> Iterator[tuple[KeyPath, int]]:
+def _require_readable(root: Node) -> None:
+    """Refuse aliases that make the file endless, or so long that nobody could read it.
+
+    Raises:
+        MarkedYAMLError: where the alias leads.
+    """
+    sizes: dict[int, int | None] = {}
+
+    def size(node: Node) -> int:
+        """How many nodes this one stands for; every node is looked at once."""
+        if id(node) not in sizes:
+            sizes[id(node)] = None
+            sizes[id(node)] = 1 + sum(map(size, _parts(node)))
+        found = sizes[id(node)]
+        if found is None:
+            raise MarkedYAMLError(problem="an alias that contains itself", problem_mark=node.start_mark)
+        if found > MOST_NODES:
+            fault = f"more than {MOST_NODES:,} keys and values, its aliases written out"
+            raise MarkedYAMLError(problem=fault, problem_mark=node.start_mark)
+        return found
+
+    size(root)
+
+
+def _parts(node: Node) -> Iterator[Node]:
+    if isinstance(node, MappingNode):
+        yield from (part for pair in node.value for part in pair)
+    elif isinstance(node, SequenceNode):
+        yield from node.value
+
+
+def _positions(node: Node, path: KeyPath = ()) -> Iterator[tuple[KeyPath, int]]:
     """Every key's path and line, in the file's order; a path comes twice where a mapping has a key twice."""
-    if any(node is ancestor for ancestor in above):
-        raise MarkedYAMLError(problem="an alias that contains itself", problem_mark=node.start_mark)
     if isinstance(node, MappingNode):
         for key, value in node.value:
             if key.tag == MERGE_TAG:
                 continue
             yield (*path, str(key.value)), _line(key)
-            yield from _positions(value, (*path, str(key.value)), (*above, node))
+            yield from _positions(value, (*path, str(key.value)))
     elif isinstance(node, SequenceNode):
         for index, value in enumerate(node.value):
             yield (*path, index), _line(value)
-            yield from _positions(value, (*path, index), (*above, node))
+            yield from _positions(value, (*path, index))
 
 
 def _duplicates(positions: Iterable[tuple[KeyPath, int]]) -> list[Problem]:

@@ -20,7 +20,11 @@ from align.sentences import fold
 
 _CJK = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 _TERM = re.compile(rf"[^\W{_CJK}]+|[{_CJK}]+")
-_ID = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._/-]*(?:{'|'.join(map(re.escape, SPLITTERS))})#\d+")
+_SUFFIXES = "|".join(map(re.escape, SPLITTERS))
+_ID = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._/-]*(?:{_SUFFIXES})#\d+")
+_BRACKETS = re.compile(r"\[[^\[\]]*\]")
+_LIKE_AN_ID = re.compile(r"[A-Za-z0-9][\w./-]*\.\w+#\d+")
+"""In brackets, where ids are asked for: what is made up may have a name that no document can have."""
 _TEMPLATE_MARK = re.compile(r"<(?=\|[^|\s]+\|>|/?s>|(?:start|end)_of_turn>|[be]os>)|\[(?=/?INST\])|<(?=</?SYS>>)")
 _LIKE_A_TOKEN = re.compile(r"<(?=[|/A-Za-z_])|\[(?=/?[A-Z_]+\])")
 
@@ -180,7 +184,10 @@ def _spaced(marks: re.Pattern[str], text: str) -> str:
 
 def citations(text: str) -> tuple[str, ...]:
     """The ids of passages that a text cites, each once."""
-    return tuple(dict.fromkeys(_ID.findall(text)))
+    found = [(match.start(), match.group()) for match in _ID.finditer(text)]
+    for cited in _BRACKETS.finditer(text):
+        found += [(match.start(), match.group()) for match in _LIKE_AN_ID.finditer(text, cited.start(), cited.end())]
+    return tuple(dict.fromkeys(name for _, name in sorted(found)))
 
 
 def made_up(critique: Critique) -> tuple[str, ...]:

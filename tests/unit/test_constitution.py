@@ -394,3 +394,13 @@ def test_an_example_inside_a_principle_names_no_other(tmp_path: Path) -> None:
         "line 5  principles[0].examples[0].principle: no such setting; there are: prompt, completion, critique, "
         "revision, critique_request, revision_request"
     ]
+
+
+def test_texts_of_spaces_alone_say_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text('title: "  "\nprinciples: [{id: a, text: " "}, {id: b, compare: " "}]\n')
+
+    with pytest.raises(FileProblems, match="title: must not be empty") as raised:
+        load_constitution(path)
+    assert "principles[0]: needs a `text`" in str(raised.value)
+    assert "principles[1].compare: must not be empty" in str(raised.value)

@@ -10,6 +10,7 @@ import pytest
 
 from align.__main__ import main
 from align.artefacts import Manifest, write_json
+from align.backends.scripted import ScriptedBackend
 from align.config import JudgeBlock, ModelBlock
 from align.constitution import Constitution, Principle, load_constitution
 from align.constitution_texts import text_changes, word_diff
@@ -92,6 +93,30 @@ def test_drawing_one_principle_adds_another_seed_to_the_null_band(tmp_path: Path
     # Each probe is decided by one principle of three, so another draw decides other pairs.
     assert found["moved"]["A with another seed"]["change"]["mean"] > 0
     assert found["moved"]["A with another seed"]["both"] < 48
+
+
+class Thinking(ScriptedBackend):
+    """Thinks what its seed says, and chooses the letter that it thought of."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            lambda request: f"The better one is {'AB'[request.seed % 2]}.",
+            lambda request, choice: 0.0 if f"is {choice}." in request.messages[-2].content else -3.0,
+        )
+
+
+def test_a_judge_that_thinks_is_asked_again_with_another_seed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write_run(tmp_path / "run", [(f"It is {n}.", f"Is it {n}?") for n in range(12)])
+    manifest = json.loads((run / "compare/manifest.json").read_text())
+    manifest["settings"]["judge"] = JudgeBlock(kind="choice", chain_of_thought=True).model_dump(mode="json")
+    write_json(run / "compare/manifest.json", manifest)
+    monkeypatch.setattr("align.backends.open.open_backend", lambda engine, model: Thinking())
+    moved = diff(tmp_path, ASKING, TELLING, "--pairs", run)["moved"]
+
+    assert moved["A with another seed"]["change"]["mean"] > 0
+    assert "draws nothing" not in capsys.readouterr().out
 
 
 def test_the_page_escapes_what_completions_hold(tmp_path: Path) -> None:

@@ -48,6 +48,7 @@ REJECTED = [
     revision(2, ("asks",), False, "judged worse"),
     revision(3, ("asks",), False, "copy"),
     revision(4, ("calm",), False, "tie"),
+    revision(5, ("short",), False, "near-duplicate"),
 ]
 COMPARISONS = [
     comparison(0, 0.9, asks=0.9, calm=0.1, short=0.5),
@@ -86,7 +87,9 @@ def test_figures_by_principle_are_those_worked_by_hand(run: Path) -> None:
     assert (asks.won, calm.won) == (Share(2, 3), Share(1.5, 2))
     # asks: against (0.1, 0.5) no, with (0.9, 0.9) yes; calm: against (0.9, 0.5) no, yes, yes with (0.5, 0.1).
     assert (asks.with_rest, calm.with_rest) == (Share(1, 2), Share(2, 3))
-    assert short.accepted.value is short.with_people.value is None
+    # A near-duplicate won before the judge, and was not accepted.
+    assert (short.accepted, short.won) == (Share(0, 1), Share(1, 1))
+    assert short.found_fault.value is short.with_people.value is None
 
 
 def test_the_matrices_are_by_the_margins_of_the_judge_that_compared(run: Path) -> None:

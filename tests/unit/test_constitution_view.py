@@ -11,6 +11,8 @@ from align.constitution_view import show_constitution
 
 WHOLE = """\
 title: Whole
+version: "3"
+licence: MIT
 tiers: [safety]
 sources: facts
 principles:
@@ -25,6 +27,8 @@ principles:
     tier: safety
     weight: 2
     hard: true
+    framing: negative
+    probes: [{prompt: Help?, better: a, worse: b}]
     applies: [talk]
     rationale: It helps.
     examples: [{prompt: Hi, completion: a, critique: b, revision: c}]
@@ -49,10 +53,10 @@ def test_show_prints_every_part(file: Path) -> None:
 
     lines = console.export_text().splitlines()
     facts = file.parent / "facts"
-    assert lines[0].startswith("Whole  2 principles, 0 with a rule, 0 probes, 2 examples, 2 choices, 1 folder of")
-    traits = f"weight 2; hard; tags tone, short; in ja; by the documents in {facts}; only for talk"
-    assert lines[2:4] == ["tier: safety", ""]
-    assert lines[4:13] == [
+    assert lines[0].startswith("Whole  2 principles, 0 with a rule, 1 probes, 2 examples, 2 choices, 1 folder of")
+    traits = f"weight 2; hard; negative; tags tone, short; in ja; by the documents in {facts}; only for talk"
+    assert lines[1:5] == ["version 3; licence MIT", "", "tier: safety", ""]
+    assert lines[5:15] == [
         f"kind  {traits}",
         "  Be [kind].",
         "  not: Be rude.",
@@ -60,11 +64,20 @@ def test_show_prints_every_part(file: Path) -> None:
         "  revision: Make it kind.",
         "  choice: Which is kinder?",
         "  why: It helps.",
+        "  probes: Help?",
         "  examples: Hi",
         "  choices: Tea?",
     ]
     assert "  choice: Which is plainer?" in lines
     assert lines[-3:] == ["example  How are you?", "", "choice  Milk?"]
+
+
+def test_show_gives_the_terminal_no_commands(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text('title: "a\\e[2J"\nprinciples: [{id: a, text: "b\\e]0;c\\a"}]\n')
+    console = Console(record=True)
+    show_constitution(str(tmp_path / "a.yaml"), console)
+
+    assert "\x1b" not in console.export_text(styles=False)
 
 
 def test_check_tells_the_faults_of_every_file(file: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -49,6 +49,21 @@ def test_long_paragraphs_are_cut_between_sentences_and_lose_nothing(tmp_path: Pa
     assert [len(passage.text) for passage in endless] == [800, 800, 400]
 
 
+def test_a_byte_order_mark_hides_no_heading_and_no_row(tmp_path: Path) -> None:
+    directory = folder(tmp_path, a_md="\ufeff# Danube\n\nIt is long.\n", b_jsonl='\ufeff{"text": "First."}\n')
+
+    assert [passage.text for passage in read_documents(directory).passages] == ["Danube: It is long.", "First."]
+
+
+@pytest.mark.parametrize("target", [".", "nothing"])
+def test_a_link_that_is_not_followed_is_told(tmp_path: Path, target: str) -> None:
+    directory = folder(tmp_path, a_txt="One.")
+    (directory / "more").symlink_to(tmp_path / target)
+
+    with pytest.raises(InputError, match=r"more: a link to a folder, or to nothing"):
+        read_documents(directory)
+
+
 def test_the_digest_is_of_names_and_texts_wherever_the_folder_stands(tmp_path: Path) -> None:
     (tmp_path / "x").mkdir()
     here = read_documents(folder(tmp_path, a_txt="One.", b_txt="Two."))

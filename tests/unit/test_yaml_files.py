@@ -33,6 +33,10 @@ class Prompts(Block):
     sources: Annotated[tuple[Source, ...], Field(min_length=1)]
 
 
+DOUBLED = "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 60))
+"""Sixty lines of aliases that stand for more values than a memory holds."""
+
+
 def problems(text: str, model: type[Block] = Outer) -> list[str]:
     content, lines = parse_yaml(text, "a.yaml")
     with pytest.raises(ValidationError) as raised:
@@ -116,6 +120,8 @@ def test_every_duplicate_key_is_told_with_the_line_of_the_first() -> None:
         ("- 1\n", "line 1  must hold `key: value` settings at its top"),
         ("a: 1\nb: [1\n", "not valid YAML"),
         ("a: &x [*x]\n", "an alias that contains itself"),
+        (DOUBLED, "line 20  not valid YAML: more than 1,000,000 keys and values"),
+        ("a: " + "[" * 3000 + "]" * 3000, "nested too deeply"),
         ("a: !!python/object/apply:os.getcwd []\n", "could not determine a constructor"),
     ],
 )
