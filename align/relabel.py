@@ -36,6 +36,7 @@ from align.judged_revisions import (
 )
 from align.label_files import LabelFiles
 from align.labelled import FILES, Labelled, LabelSettings, chosen_principles, label_settings, read_labelled
+from align.preference_pairs import pair_of, question_of, revision_pairs, with_provenance, with_verdict
 from align.provenance import (
     PROVENANCE,
     Provenance,
@@ -44,15 +45,7 @@ from align.provenance import (
 )
 from align.records import Comparison, OpinionScores, PreferencePair, digest, read_rows, write_rows
 from align.repro import derive_seed, environment
-from align.stages.compare import (
-    CALIBRATION,
-    STAGE,
-    pair_of,
-    question_of,
-    revision_pairs,
-    with_provenance,
-    with_verdict,
-)
+from align.stages.compare import CALIBRATION, STAGE
 from align.stages.revise import STAGE as REVISE
 
 NOT_RELABELLED = "revision_pairs_not_relabelled"

@@ -8,8 +8,7 @@ stream from file to file, a window at a time.
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -38,6 +37,7 @@ from align.generation import Completed, Request
 from align.judged_revisions import FILES as REVISION_FILES
 from align.judged_revisions import KeptRevisions, judged_in, settings_of
 from align.label_files import LabelFiles
+from align.preference_pairs import pair_of, question_of, revision_pairs, with_provenance, with_verdict
 from align.provenance import (
     CONSTITUTION,
     PROVENANCE,
@@ -49,13 +49,10 @@ from align.provenance import (
 )
 from align.records import (
     Comparison,
-    Message,
     OpinionScores,
-    PreferencePair,
     Prompt,
     Revision,
     Split,
-    as_dicts,
     digest,
     read_rows,
     write_rows,
@@ -66,8 +63,7 @@ from align.tracking import METRICS
 from align.windows import DEFAULT_WINDOW, WINDOW_HELP, Window, windows
 
 if TYPE_CHECKING:
-    from align.feedback.judge import Judge, Verdict
-    from align.feedback.opinions import Question
+    from align.feedback.judge import Judge
     from align.feedback.tallies import ComparisonTally
     from align.generation import Backend
 
@@ -308,55 +304,6 @@ def label(
     ]
 
 
-def with_provenance(row: Comparison, completions: str, label: str) -> Comparison:
-    """The comparison with the entries that it names; that of the label only where the judge was asked."""
-    return replace(row, provenance=completions, judge_provenance=label if row.judge else "")
-
-
-def question_of(row: Comparison) -> "Question":
-    """What a judge is asked about a comparison."""
-    from align.feedback.opinions import Question
-
-    return Question(row.id, row.prompt, row.completion_a, row.completion_b, row.category)
-
-
-def with_verdict(row: Comparison, verdict: "Verdict", judge: str) -> Comparison:
-    """The comparison with what its judge said."""
-    return replace(
-        row,
-        p_a=verdict.p_a,
-        p_a_by_principle=verdict.by_principle,
-        position_bias=verdict.position_bias,
-        reason=verdict.reason,
-        decided_by=verdict.decided_by,
-        judge=judge,
-    )
-
-
-def pair_of(row: Comparison) -> PreferencePair | None:
-    """The comparison as a training pair; None where it was not decided."""
-    if row.p_a is None:
-        return None
-    a, b = Message("assistant", row.completion_a), Message("assistant", row.completion_b)
-    chosen, rejected = (a, b) if row.p_a >= 0.5 else (b, a)
-    seeds = (row.seed_a, row.seed_b) if row.p_a >= 0.5 else (row.seed_b, row.seed_a)
-    return PreferencePair(
-        id=pair_id(row.prompt, chosen, rejected),
-        prompt=row.prompt,
-        chosen=(chosen,),
-        rejected=(rejected,),
-        probability=max(row.p_a, 1 - row.p_a),
-        source="ai",
-        category=row.category,
-        judged_by=row.decided_by,
-        chosen_seed=seeds[0],
-        rejected_seed=seeds[1],
-        chosen_provenance=row.provenance,
-        rejected_provenance=row.provenance,
-        judge_provenance=row.judge_provenance,
-    )
-
-
 def kept_revisions(context: Context) -> Iterator[Revision]:
     """The revisions of the preference split that came before revise's judge, kept with its scores as they pass; where
     there are none of those, the accepted ones alone."""
@@ -378,41 +325,6 @@ def accepted_revisions(context: Context) -> Iterator[Revision]:
     return (row for row in rows if row.split == SPLIT)
 
 
-def revision_pairs(rows: Iterable[Revision], counts: Counter[str]) -> Iterator[PreferencePair]:
-    """Accepted revisions over their originals; those that are not accepted are counted by their reason.
-
-    An original that is cut or empty is none to train on, as in a comparison: it is left out and counted.
-    """
-    for row in rows:
-        if not row.accepted:
-            counts[f"revision_pairs_rejected: {row.reason}"] += 1
-        elif fault := "cut" if row.original_cut else "" if row.original.strip() else "empty":
-            counts[f"revision_pairs_{fault}"] += 1
-        else:
-            yield pair_of_revision(row)
-
-
-def pair_of_revision(row: Revision) -> PreferencePair:
-    """The revision over its original."""
-    chosen, rejected = Message("assistant", row.completion), Message("assistant", row.original)
-    return PreferencePair(
-        id=pair_id(row.prompt, chosen, rejected),
-        prompt=row.prompt,
-        chosen=(chosen,),
-        rejected=(rejected,),
-        probability=row.p_better,
-        source="revision",
-        category=row.category,
-        judged_by=row.judged_by,
-        revised_by=row.principle_ids,
-        chosen_seed=row.seed,
-        rejected_seed=row.original_seed,
-        chosen_provenance=row.provenance,
-        rejected_provenance=row.original_provenance,
-        judge_provenance=row.judge_provenance,
-    )
-
-
 def require_revision_pairs(context: Context) -> None:
     """Stop before anything is asked where pairs are to be made of revisions and there are none.
 
@@ -427,10 +339,6 @@ def require_revision_pairs(context: Context) -> None:
             "in `revise.splits` and `sample.splits`, raise `sample.sampling.max_new_tokens`, or leave out "
             "`compare.revision_pairs`"
         )
-
-
-def pair_id(prompt: Sequence[Message], chosen: Message, rejected: Message) -> str:
-    return digest([as_dicts(tuple(prompt)), chosen.as_dict(), rejected.as_dict()])
 
 
 def _request(prompt: Prompt, number: int, sampling: SamplingBlock, seed: int) -> Request:
