@@ -2,8 +2,9 @@
 
 The labels are soft (Bai et al. 2022, section 4.1): the reward model and DPO are trained on probabilities. Ties, cut,
 empty and identical completions stay in comparisons.jsonl with the reason, and make no pair. What the judge's engine
-gave stands in opinions.jsonl, and the principles in constitution.json: `align relabel` makes labels of them again. Rows
-stream from file to file, a window at a time.
+gave stands in opinions.jsonl, and the principles in constitution.json: `align relabel` makes labels of them again. What
+revise's judge gave for revisions that may become pairs is kept beside it. Rows stream from file to file, a window at a
+time.
 """
 
 import itertools
