@@ -20,6 +20,7 @@ from align.constitution_checks import (
     file_problems,
     looks_like_a_recipe,
     reference_problems,
+    shared_source_problems,
 )
 from align.documents import read_documents
 from align.errors import FileProblems, InputError, Problem
@@ -219,6 +220,7 @@ def _load(path: Path, below: tuple[Path, ...]) -> Constitution:
     parents, unread = _parents(path, content, lines, (*below, path.resolve()), problems)
     if parents is not None:
         problems += reference_problems(content, lines, _inherited(parents))
+        problems += shared_source_problems(content, lines, _inherited_sources(parents))
     try:
         written = ConstitutionFile.model_validate(content)
     except ValidationError as error:
@@ -319,7 +321,15 @@ def _sources(path: Path, written: ConstitutionFile, parents: Sequence[Constituti
     """The constitution's folders, as paths from here: its own, or those of its parents where it names none."""
     if written.sources is not None:
         return tuple(str(path.parent / name) for name in written.sources)
-    return tuple(dict.fromkeys(source for parent in parents for source in parent.sources))
+    return _inherited_sources(parents)
+
+
+def _inherited_sources(parents: Sequence[Constitution]) -> tuple[str, ...]:
+    """The parents' folders, each once, however they spell it."""
+    sources: dict[Path, str] = {}
+    for source in (source for parent in parents for source in parent.sources):
+        sources.setdefault(Path(source).resolve(), source)
+    return tuple(sources.values())
 
 
 def _resolved(principle: Principle, folder: Path, language: str, sources: tuple[str, ...]) -> Principle:

@@ -162,6 +162,13 @@ def _source_problems(content: Mapping[str, Any], lines: Lines, folder: Path) -> 
         yield from _folder_problems(own, lines, folder)
 
 
+def shared_source_problems(content: Mapping[str, Any], lines: Lines, inherited: Sequence[str]) -> Iterator[Problem]:
+    """Folders of several parents that hold files of one name, where the file's own principles are shown them all."""
+    takes_all = any(principle.get("sources") is None for _, principle in _items(content, "principles"))
+    if content.get("sources") is None and takes_all:
+        yield from _folder_problems([(("extends",), source) for source in inherited], lines, Path())
+
+
 def _folder_problems(named: Named, lines: Lines, folder: Path) -> Iterator[Problem]:
     owners: dict[str, str] = {}
     for path, name in named:

@@ -69,9 +69,11 @@ class ConstitutionDiff:
 
     @property
     def beyond_null(self) -> bool | None:
-        """Whether B flips more than every null labelling by whole intervals; None where there is none."""
+        """Whether B flips more than every null labelling by whole intervals; None where that cannot be said: there is
+        no null labelling, or none (or B itself) that decides a pair which A decides too."""
         moved = self.moved(self.b)
-        return all(beyond(moved, self.moved(null)) for null in self.nulls) if self.nulls else None
+        nulls = [null for each in self.nulls if (null := self.moved(each)).flipped]
+        return all(beyond(moved, null) for null in nulls) if moved.flipped and nulls else None
 
     @property
     def pulls(self) -> list[PrinciplePull]:

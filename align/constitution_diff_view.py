@@ -122,7 +122,9 @@ def _movement_cells(moved: Movement) -> tuple[str, str, str]:
 
 def _label_remarks(diff: ConstitutionDiff) -> Iterator[str]:
     yield "Intervals are 95%, over prompts. Flipped: of the pairs that both decide; in the mean, undecided is 0.5."
-    if diff.beyond_null is None:
+    if diff.nulls and diff.beyond_null is None:
+        yield "No pair is decided on both sides: whether B flips more labels than the null band cannot be said."
+    elif diff.beyond_null is None:
         yield "No null band: name A in other words with --null FILE to see what wording alone changes."
     else:
         word = "more" if diff.beyond_null else "no more"

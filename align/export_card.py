@@ -128,11 +128,11 @@ def _printable(text: str) -> str:
 
 
 def _languages(constitution: Constitution | None) -> list[str]:
-    """ISO codes of the constitution's languages; a principle's own among them."""
+    """ISO code of the constitution's language. A principle's own is that of its text, and not of what it judges."""
     if constitution is None:
         return []
-    named = [constitution.language, *(each.language or "" for each in constitution.principles)]
-    return sorted({code for name in named if re.fullmatch("[a-z]{2,3}", code := name.partition("-")[0].lower())})
+    code = constitution.language.partition("-")[0].lower()
+    return [code] if re.fullmatch("[a-z]{2,3}", code) else []
 
 
 def _parts(content: CardContent) -> Iterator[str]:
@@ -192,11 +192,17 @@ def _rows(content: CardContent) -> str:
         if tested
         else ""
     )
+    labels = (
+        " `probability` is the judge's soft label, and `margin` 2 `probability` - 1, which `RewardTrainer` takes as "
+        "the margin of its loss."
+        if "preferences" in content.rows
+        else ""
+    )
     return (
         f"## Rows\n\n{table(('data set', 'split', 'rows', 'format'), rows)}\n\n{split}"
         "Each row says where it comes from: `…_provenance` columns have engine, model, the digest of its weights, "
-        "sampling, constitution and seed; `revised_by` and `judged_by` the ids of the principles. `probability` is the "
-        "judge's soft label, and `margin` 2 `probability` - 1, which `RewardTrainer` takes as the margin of its loss."
+        "sampling, constitution and seed; `revised_by` the ids of the principles of every round, and `judged_by` those "
+        f"that the judge decided by.{labels}"
     )
 
 

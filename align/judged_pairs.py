@@ -71,13 +71,18 @@ def preferred_pairs(path: Path) -> list[Pair]:
 
 
 def probe_pairs(constitutions: Iterable[Constitution]) -> list[Pair]:
-    """Every probe of the constitutions as a pair, each once, the better completion first."""
+    """Every probe of the constitutions as a pair, each once, the better completion first.
+
+    Its prompt is of the first category that its principle applies to, or that principle would not judge it.
+    """
     pairs: dict[str, Pair] = {}
     for principle in (each for constitution in constitutions for each in constitution.principles):
         for probe in principle.probes:
             prompt = (Message("user", probe.prompt),)
             pair_id = digest([probe.prompt, *sorted((probe.better, probe.worse))])
-            pairs.setdefault(pair_id, Pair(pair_id, digest(as_dicts(prompt)), prompt, probe.better, probe.worse))
+            category = next(iter(principle.applies), "")
+            pair = Pair(pair_id, digest(as_dicts(prompt)), prompt, probe.better, probe.worse, category)
+            pairs.setdefault(pair_id, pair)
     return list(pairs.values())
 
 

@@ -404,3 +404,21 @@ def test_texts_of_spaces_alone_say_nothing(tmp_path: Path) -> None:
         load_constitution(path)
     assert "principles[0]: needs a `text`" in str(raised.value)
     assert "principles[1].compare: must not be empty" in str(raised.value)
+
+
+def test_folders_of_two_parents_are_shown_once_and_must_not_hold_one_name(tmp_path: Path) -> None:
+    for folder in ("here", "sub/here"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "a.md").write_text(f"Of {folder}.")
+    parent = "title: P\nsources: {sources}\nprinciples: [{{id: {id}, text: Be {id}.}}]\n"
+    (tmp_path / "one.yaml").write_text(parent.format(sources="here", id="one"))
+    (tmp_path / "sub/two.yaml").write_text(parent.format(sources="../here", id="two"))
+    (tmp_path / "sub/other.yaml").write_text(parent.format(sources="here", id="other"))
+    child = tmp_path / "child.yaml"
+    child.write_text("title: C\nextends: [one.yaml, sub/two.yaml]\nprinciples: [{id: own, text: Be own.}]\n")
+
+    assert load_constitution(child).principle("own").sources == (str(tmp_path / "here"),)
+
+    child.write_text("title: C\nextends: [one.yaml, sub/other.yaml]\nprinciples: [{id: own, text: Be own.}]\n")
+    with pytest.raises(FileProblems, match=r"line 2  extends: .* both hold a\.md"):
+        load_constitution(child)

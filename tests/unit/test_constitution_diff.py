@@ -88,6 +88,24 @@ def test_a_constitution_beside_itself_differs_in_nothing(tmp_path: Path) -> None
     assert found["beyond_null"] is False
 
 
+def test_no_verdict_is_given_where_no_pair_is_decided(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_run(tmp_path / "run", [("Well. So. It is.", "Well. So. It was.")])
+
+    assert diff(tmp_path, ASKING, TELLING, "--pairs", run)["beyond_null"] is None
+    assert "cannot be said" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_principle_for_some_prompts_judges_its_own_probes(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text(
+        "title: T\nprinciples:\n  - {id: asks, text: Ask., applies: [talk], rule: {ends_with: '?'},\n"
+        "     probes: [{prompt: Hi, better: 'Yes?', worse: No.}]}\n"
+    )
+    moved = diff(tmp_path, path, path)["moved"]["B"]
+
+    assert (moved["pairs"], moved["both"]) == (1, 1)
+
+
 def test_drawing_one_principle_adds_another_seed_to_the_null_band(tmp_path: Path) -> None:
     found = diff(tmp_path, ASKING, TELLING, "--draw")
     # Each probe is decided by one principle of three, so another draw decides other pairs.

@@ -255,3 +255,9 @@ def test_a_share_over_its_limit_is_told_with_the_rows_that_the_limit_is_for() ->
     assert "| 50.0% | 2 | 25.0%, from 50 rows |" in card
     assert "`critiques_cut` | 50.0% | 2 | none |" in card
     assert "none of which closed" not in card
+
+
+def test_the_card_tells_of_labels_where_there_are_any() -> None:
+    labelled = dataclasses.replace(content("plain"), rows={"preferences": {"train": 9}})
+    assert "soft label" in card_text(labelled)
+    assert "soft label" not in card_text(content("plain"))
