@@ -37,9 +37,9 @@ class PrincipleStats:
     """One principle in one run.
 
     `drawn`: rounds of critique and revision that drew it. `found_fault`: critiques that found one, of those with words.
-    `accepted`: accepted revisions, of those whose rounds drew it. `won`: of those that came before the judge, how many
-    it preferred to the original. `with_rest`: comparisons on which it sides with the weighted mean of the others, of
-    those that both decide. `with_people`: the same beside human preferences.
+    `accepted`: accepted revisions, of those whose rounds drew it. `won`: of those that it led to and that came before
+    the judge, how many it preferred to the original. `with_rest`: comparisons on which it sides with the weighted mean
+    of the others, of those that both decide. `with_people`: the same beside human preferences.
     """
 
     principle: str
@@ -105,15 +105,16 @@ def principle_stats(
     """
     weights = {each.id: each.weight for each in constitution.principles} if constitution else {}
     draws = Counter(row.principle_id for row in rows.critiques)
+    margin, _ = margins_of(rows.judge)
     return [
         PrincipleStats(
             name,
             drawn=Share(draws[name], len(rows.critiques)),
             found_fault=_found_fault(row.critique for row in rows.critiques if row.principle_id == name),
-            accepted=_accepted(own := [row for row in rows.revisions if name in row.principle_ids]),
-            won=_won(own),
-            with_rest=_with_rest(name, [row.p_a_by_principle for row in rows.comparisons], weights),
-            with_people=_with_people(name, human),
+            accepted=_accepted([row for row in rows.revisions if name in row.principle_ids]),
+            won=_won([row for row in rows.revisions if name in (row.revised_by or row.principle_ids)]),
+            with_rest=_with_rest(name, [row.p_a_by_principle for row in rows.comparisons], weights, margin),
+            with_people=_with_people(name, human, margin),
         )
         for name in principle_names(rows, constitution)
     ]
@@ -164,23 +165,25 @@ def _outcome(row: Revision) -> float | None:
     return 0.0 if row.reason == JUDGED_WORSE else None
 
 
-def _with_rest(name: str, opinions: Iterable[Mapping[str, float]], weights: Mapping[str, float]) -> Share:
+def _with_rest(
+    name: str, opinions: Iterable[Mapping[str, float]], weights: Mapping[str, float], margin: float
+) -> Share:
     alike = []
     for given in opinions:
         others = {other: weights.get(other, 1.0) for other in given if other != name}
         if name not in given or not others:
             continue
         rest = sum(weight * given[other] for other, weight in others.items()) / sum(others.values())
-        sides = side_of(given[name]), side_of(rest)
+        sides = side_of(given[name], margin), side_of(rest, margin)
         if all(sides):
             alike.append(sides[0] == sides[1])
     return Share(sum(alike), len(alike))
 
 
-def _with_people(name: str, human: Sequence[tuple[Pair, Label]]) -> Share:
+def _with_people(name: str, human: Sequence[tuple[Pair, Label]], margin: float) -> Share:
     alike = [
         (side > 0) == pair.a_preferred
         for pair, label in human
-        if pair.a_preferred is not None and (side := side_of(label.by_principle.get(name)))
+        if pair.a_preferred is not None and (side := side_of(label.by_principle.get(name), margin))
     ]
     return Share(sum(alike), len(alike))

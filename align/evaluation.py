@@ -14,8 +14,9 @@ from align import processes
 from align.artefacts import Journal
 from align.config import EngineBlock, ModelBlock
 from align.errors import NotFinite
-from align.generation import Completed, Request
+from align.generation import Backend, Completed, Request
 from align.progress import RowBar
+from align.provenance import Provenance
 from align.report import EvaluatedSample
 
 if TYPE_CHECKING:
@@ -31,21 +32,25 @@ def policy_completions(
     batch_size: int,
     journal_path: Path,
     description: str,
-) -> dict[str, Completed]:
-    """A policy's completion of every request, by id, in every process; the policy is gone afterwards.
+    entry_of: Callable[[Backend], Provenance],
+) -> tuple[dict[str, Completed], Provenance]:
+    """A policy's completion of every request, by id, in every process, and what made them; the policy is gone
+    afterwards.
 
     Args:
         folder: where the policy is; None takes the recipe's base model.
+        entry_of: makes the entry, before the policy is asked anything.
         journal_path: completions are kept in `journal_path.<rank>`, and those found there are not made again.
     """
     from align.backends.complete_all import complete_all
     from align.backends.open import open_backend
 
     backend = open_backend(EngineBlock(), block, path=folder)
+    entry = entry_of(backend)
     done = complete_all(backend, requests, batch_size, journal_path, description)
     del backend
     release_memory()
-    return done
+    return done, entry
 
 
 def measure_all(

@@ -17,7 +17,7 @@ from align.constitution import Constitution, load_constitution
 from align.errors import InputError
 from align.export_card import CardContent, card_text, data_file
 from align.exported_rows import DATA_SETS, MADE_HERE, TEST, TRAIN, DataSet, SplitRow
-from align.provenance import CONSTITUTION, Provenance, read_constitution, read_provenance
+from align.provenance import CONSTITUTION, Provenance, read_constitution
 from align.published import PublishedRun, read_published
 from align.records import Demonstration, Prompt, read_rows
 
@@ -151,7 +151,7 @@ def _content(
 ) -> CardContent:
     entries: dict[str, Provenance] = {}
     for stage in dict.fromkeys(("sample", "revise", *(each.stage for each in chosen))):
-        entries |= read_provenance(run.stage(stage)) if stage in run.manifests else {}
+        entries |= run.provenance(stage)
     return CardContent(run, rows, list(entries.values()), constitution, _prompts(run), _demonstrations(run, rows))
 
 

@@ -8,18 +8,16 @@
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from align.errors import InputError
-from align.provenance import Provenance, read_provenance
+from align.provenance import Provenance
 from align.published import PublishedRun
-from align.records import Critique, Demonstration, Message, PreferencePair, Revision, Sample, as_dicts, read_rows
+from align.records import Critique, Demonstration, Message, PreferencePair, Revision, as_dicts, read_rows
 from align.stages.reward import is_held_out
-from align.stages.sft import SPLIT as SFT
-from align.windows import scratch_database
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -74,64 +72,23 @@ def preference_rows(run: PublishedRun) -> Iterator[SplitRow]:
         )
 
 
-class _Origin(NamedTuple):
-    """Where a demonstration comes from: what a row of another stage says of itself, by the names of the columns."""
-
-    revised_by: Sequence[str] = ()
-    judged_by: Sequence[str] = ()
-    p_better: float | None = None
-    provenance: str = ""
-    seed: int | None = None
-    judge_provenance: str = ""
-
-
 def sft_rows(run: PublishedRun) -> Iterator[SplitRow]:
     """What the SFT policy was trained on. Demonstrations that people wrote have no provenance."""
-    origin_of = _origins(run)
-    entries = _Entries(run, "revise", "sample")
+    entries = _Entries(run, "sft")
     for row in read_rows(run.rows("sft", "demonstrations.jsonl"), Demonstration):
-        origin = origin_of(row.id) if row.source in MADE_HERE else _Origin()
         yield (
             TRAIN,
             {
                 "id": row.id,
                 "messages": as_dicts((*row.prompt, Message("assistant", row.completion))),
                 "source": public_path(row.source),
-                "revised_by": list(origin.revised_by),
-                "judged_by": list(origin.judged_by),
-                "p_better": origin.p_better,
-                "provenance": entries.whole(origin.provenance, origin.seed),
-                "judge_provenance": entries.whole(origin.judge_provenance),
+                "revised_by": list(row.revised_by),
+                "judged_by": list(row.judged_by),
+                "p_better": row.p_better,
+                "provenance": entries.whole(row.provenance, row.seed),
+                "judge_provenance": entries.whole(row.judge_provenance),
             },
         )
-
-
-def _origins(run: PublishedRun) -> Callable[[str], _Origin]:
-    """Tells the origin of a demonstration that the run made, by its id. All of them are kept in a file: there may be
-    more than memory holds."""
-    database = scratch_database("create table origins (id text primary key, origin text) without rowid")
-    with database:
-        database.execute("begin")
-        rows = ((name, json.dumps(origin)) for name, origin in _made_for_sft(run))
-        database.executemany("insert or replace into origins values (?, ?)", rows)
-
-    def origin_of(row_id: str) -> _Origin:
-        found = database.execute("select origin from origins where id = ?", (row_id,)).fetchone()
-        return _Origin(*json.loads(found[0])) if found else _Origin()
-
-    return origin_of
-
-
-def _made_for_sft(run: PublishedRun) -> Iterator[tuple[str, _Origin]]:
-    if "revise" in run.manifests:
-        for row in _revisions(run):
-            if row.split == SFT:
-                made = (row.principle_ids, row.judged_by, row.p_better, row.provenance, row.seed, row.judge_provenance)
-                yield row.id, _Origin(*made)
-    if "sample" in run.manifests:
-        for sample in read_rows(run.rows("sample", "samples.jsonl"), Sample):
-            if sample.split == SFT:
-                yield sample.id, _Origin(provenance=sample.provenance, seed=sample.seed)
 
 
 def revision_rows(run: PublishedRun) -> Iterator[SplitRow]:
@@ -153,7 +110,7 @@ def revision_rows(run: PublishedRun) -> Iterator[SplitRow]:
                 "p_better": row.p_better,
                 "split": row.split,
                 "category": row.category,
-                "revised_by": list(row.principle_ids),
+                "revised_by": list(row.revised_by),
                 "judged_by": list(row.judged_by),
                 "original_provenance": entries.whole(row.original_provenance, row.original_seed),
                 "critique_provenance": entries.whole(*critic),
@@ -172,13 +129,11 @@ def public_path(path: str) -> str:
 
 
 class _Entries:
-    """The provenance that stages wrote, written out for a row."""
+    """The provenance that a stage wrote, written out for a row."""
 
-    def __init__(self, run: PublishedRun, *stages: str) -> None:
-        self._known: dict[str, Provenance] = {}
-        for stage in stages:
-            self._known |= read_provenance(run.stage(stage))
-        self._folder = run.stage(stages[0])
+    def __init__(self, run: PublishedRun, stage: str) -> None:
+        self._known = run.provenance(stage)
+        self._folder = run.stage(stage)
 
     def whole(self, entry_id: str, seed: int | None = None) -> dict[str, Any] | None:
         """The entry that a row names, with the row's own seed; None where the row names none.

@@ -85,7 +85,7 @@ def pair_of_revision(row: Revision) -> PreferencePair:
         source="revision",
         category=row.category,
         judged_by=row.judged_by,
-        revised_by=row.principle_ids,
+        revised_by=row.revised_by,
         chosen_seed=row.seed,
         rejected_seed=row.original_seed,
         chosen_provenance=row.provenance,

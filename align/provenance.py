@@ -107,18 +107,21 @@ def text_provenance(
     backend: Backend,
     engine: EngineBlock,
     constitution: Constitution | None = None,
+    *,
+    writer: str = "",
     **how: Any,
 ) -> Provenance:
     """The entry of texts that an engine writes in a stage, by the sampling settings of its block.
 
     Args:
+        writer: which of a stage's engines it is, where several take the same step.
         how: what else decides how the texts come out.
     """
     model: ModelBlock = context.shared["model"]
     system = {"system_prompt": model.system_prompt} if model.system_prompt else {}
     sampling = context.settings.sampling.model_dump(mode="json")
     settings = {**sampling, **_named(engine.extra), **system, **how}
-    identity = settled_identity(backend, context.output, step)
+    identity = settled_identity(backend, context.output, writer or step)
     return Provenance.of(context.stage, step, identity, settings, context.seed, constitution)
 
 
@@ -169,11 +172,12 @@ def _named(extra: Mapping[str, Any]) -> dict[str, Any]:
     return {"extra": shown} if shown else {}
 
 
-def settled_identity(backend: Backend, output: Path, step: Step) -> EngineIdentity:
+def settled_identity(backend: Backend, output: Path, step: str) -> EngineIdentity:
     """Which model an engine has, in every process. It is settled before the engine is asked anything, and again when a
     stage goes on.
 
     Args:
+        step: what the engine does in the stage.
         output: the stage's folder, which keeps what was found first.
 
     Raises:

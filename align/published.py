@@ -6,6 +6,7 @@ from pathlib import Path
 
 from align.artefacts import MANIFEST, RELABELLED, Manifest, file_digest, read_manifest, stage_folder
 from align.errors import InputError
+from align.provenance import PROVENANCE, Provenance, read_provenance
 from align.stages import all_stages
 
 
@@ -79,6 +80,16 @@ class PublishedRun:
                 f"remove {path.parent} and run it again"
             )
         return path
+
+    def provenance(self, stage: str) -> dict[str, Provenance]:
+        """The entries that a stage's rows name, as the stage left them; none of a stage of an earlier version.
+
+        Raises:
+            InputError: as for `rows`.
+        """
+        if stage not in self.manifests or PROVENANCE not in self.manifests[stage].outputs:
+            return {}
+        return read_provenance(self.rows(stage, PROVENANCE).parent)
 
 
 def read_published(folder: Path) -> PublishedRun:

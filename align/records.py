@@ -143,8 +143,10 @@ class Revision(Row):
 
     `p_better` is the judge's probability that the revision is better than the original; `reason` says why a rejected
     revision was rejected (`JUDGED_WORSE`, or the name of a filter), and is empty for an accepted one.
-    `seed` and `provenance` are the completion's, `judged_by` the principles that decided. `original_cut` says that the
-    length limit ended the original; `sample_id` is what the judge's scores call the row.
+    `principle_ids` has every round's principle, `revised_by` those of the rounds that led to the completion: a round
+    whose revision a filter caught did not. `seed` and `provenance` are the completion's, `judged_by` the principles
+    that decided. `original_cut` says that the length limit ended the original; `sample_id` is what the judge's scores
+    call the row.
     """
 
     id: str
@@ -166,16 +168,27 @@ class Revision(Row):
     judge_provenance: str = ""
     original_cut: bool = False
     sample_id: str = ""
+    revised_by: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Demonstration(Row):
-    """A prompt and the completion to imitate; `source` is 'revision', 'own' or the path it was read from."""
+    """A prompt and the completion to imitate; `source` is 'revision', 'own' or the path it was read from.
+
+    What the run made itself says how: `seed` and `provenance` are the completion's, `revised_by`, `judged_by` and
+    `p_better` are those of a revision.
+    """
 
     id: str
     prompt: Conversation
     completion: str
     source: str
+    seed: int | None = None
+    provenance: str = ""
+    judge_provenance: str = ""
+    revised_by: tuple[str, ...] = ()
+    judged_by: tuple[str, ...] = ()
+    p_better: float | None = None
 
 
 @dataclass(frozen=True)

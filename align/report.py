@@ -39,7 +39,8 @@ class EvaluatedSample(Row):
     """One policy's completion of one held-out prompt, and what was measured on it (None where it was not).
 
     `tokens` counts the stop token; `score` is the reward model's; `p_better` the judge's probability that it is better
-    than the base model's; `kl_to_reference_k1` and `_k3` are sums over its tokens, in nats.
+    than the base model's; `kl_to_reference_k1` and `_k3` are sums over its tokens, in nats. `seed` and `provenance`
+    are the completion's, `judged_by` has the principles that decided.
     """
 
     id: str
@@ -54,6 +55,10 @@ class EvaluatedSample(Row):
     p_better: float | None = None
     kl_to_reference_k1: float | None = None
     kl_to_reference_k3: float | None = None
+    seed: int | None = None
+    provenance: str = ""
+    judged_by: tuple[str, ...] = ()
+    judge_provenance: str = ""
 
 
 class Part(Block):

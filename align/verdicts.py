@@ -1,23 +1,42 @@
 """Who judges evaluated completions against the base model's, and the verdicts."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from align.constitution import Constitution
+from align.provenance import Provenance, label_provenance, settle_judge
 from align.report import BASE, TIED, EvaluatedSample
 from align.stage import Context
 from align.statistics import Estimate
 
+if TYPE_CHECKING:
+    from align.feedback.judge import Verdict
+    from align.feedback.opinions import Question
+
 
 @dataclass(frozen=True)
 class Judged:
-    """Who judged, and its probability that each sample is better than the base model's (by id; None: it abstained)."""
+    """Who judged, how that is told, and the verdicts on the samples that differ from the base model's, by their ids."""
 
     judge: str
     probes: Estimate | None
-    p_better: Mapping[str, float | None]
+    provenance: Provenance
+    verdicts: "Mapping[str, Verdict]"
+
+    def beside(self, sample: EvaluatedSample) -> EvaluatedSample:
+        """The sample with what the judge said of it. One that says the same as the base model's is a tie."""
+        if sample.policy == BASE:
+            return sample
+        if sample.id not in self.verdicts:
+            return replace(sample, p_better=TIED)
+        verdict = self.verdicts[sample.id]
+        return replace(
+            sample,
+            p_better=_p_better(verdict),
+            judged_by=verdict.decided_by,
+            judge_provenance=self.provenance.id,
+        )
 
 
 def judge_samples(
@@ -35,26 +54,31 @@ def judge_samples(
     if problems := judge_problems(constitution, block):
         return problems[0]
     judge = open_judge(block, context.shared["model"], constitution, seed=context.seed)
+    settle_judge(judge.backend, context.output)
     found = examine_judge(judge, context.output / "probes.journal")
     if block.kind != "rule" and not block.allow_chance and found.low <= 0.5:
         return f"judge {judge.name} is not shown to be better than chance ({found})"
     probes = Estimate(found.accuracy, found.low, found.high, found.n) if found.n else None
-    return Judged(judge.name, probes, _verdicts(judge, samples, context.output / "verdicts.journal"))
+    made = label_provenance(context, judge.backend, block, constitution, principle="all", scored_by=found.scored_by)
+    unlike = _unlike_base(samples)
+    answers = judge.compare(list(unlike.values()), context.output / "verdicts.journal", "judge")
+    return Judged(judge.name, probes, made, dict(zip(unlike, answers, strict=True)))
 
 
-def _verdicts(judge: Any, samples: Sequence[EvaluatedSample], journal_path: Path) -> dict[str, float | None]:
-    from align.feedback.judge import BOTH_BREAK, TIE
+def _unlike_base(samples: Sequence[EvaluatedSample]) -> "dict[str, Question]":
+    """What the judge is asked of the samples that say something else than the base model's, by their ids."""
     from align.feedback.opinions import Question
 
     base = {sample.prompt_id: sample.completion for sample in samples if sample.policy == BASE}
-    others = [sample for sample in samples if sample.policy != BASE]
-    unlike = [sample for sample in others if sample.completion.strip() != base[sample.prompt_id].strip()]
-    questions = [
-        Question(sample.id, sample.prompt, sample.completion, base[sample.prompt_id], sample.category)
-        for sample in unlike
-    ]
-    found: dict[str, float | None] = {sample.id: TIED for sample in others}
-    for sample, verdict in zip(unlike, judge.compare(questions, journal_path, "judge"), strict=True):
-        tied = verdict.p_a is None and verdict.reason.startswith((TIE, BOTH_BREAK))
-        found[sample.id] = TIED if tied else verdict.p_a
-    return found
+    return {
+        sample.id: Question(sample.id, sample.prompt, sample.completion, base[sample.prompt_id], sample.category)
+        for sample in samples
+        if sample.policy != BASE and sample.completion.strip() != base[sample.prompt_id].strip()
+    }
+
+
+def _p_better(verdict: "Verdict") -> float | None:
+    from align.feedback.judge import BOTH_BREAK, TIE
+
+    tied = verdict.p_a is None and verdict.reason.startswith((TIE, BOTH_BREAK))
+    return TIED if tied else verdict.p_a

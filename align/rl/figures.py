@@ -64,8 +64,10 @@ def least_squares_slope(x: Tensor, y: Tensor) -> float:
     return float((x * y).sum()) / spread if spread else 0.0
 
 
-def rollout_rows(experience: Experience, rewards: Rewards, iteration: int) -> Iterator[dict[str, Any]]:
-    """A JSON-able row a completion."""
+def rollout_rows(
+    experience: Experience, rewards: Rewards, iteration: int, provenance: str = ""
+) -> Iterator[dict[str, Any]]:
+    """A JSON-able row a completion, which names the entry `provenance`."""
     scores, _ = weighted_moments(experience.raw_scores[:, : rewards.trained], rewards.weights)
     for row, completion in enumerate(experience.completions):
         each = dict(zip(rewards.names, experience.raw_scores[row].tolist(), strict=True))
@@ -79,4 +81,6 @@ def rollout_rows(experience: Experience, rewards: Rewards, iteration: int) -> It
             "kl_to_reference_k1": float(experience.kl["k1"][row]),
             "tokens": len(completion.tokens),
             "finish_reason": "stop" if completion.stopped else "length",
+            "seed": completion.seed,
+            "provenance": provenance,
         }

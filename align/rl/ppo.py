@@ -59,6 +59,7 @@ class PpoTrainer:
         rewards: the sources that score completions as text.
         settings: the recipe's `ppo` block.
         demonstrations: what the SFT policy was trained on; needed where `ptx_coef` is above 0.
+        provenance: the entry that the rows of rollouts name.
         stop_ids: tokens that end a completion.
         output: folder for metrics, rollouts and checkpoints; an interrupted run there is gone on with.
     """
@@ -76,6 +77,7 @@ class PpoTrainer:
         output: Path,
         tracker: Tracker,
         demonstrations: Sequence[Completion] = (),
+        provenance: str = "",
         accelerator: Accelerator | None = None,
     ) -> None:
         self.accelerator = accelerator or Accelerator()
@@ -88,6 +90,7 @@ class PpoTrainer:
         self.tracker = tracker
         self.watch = Watch(settings, rewards.names[rewards.trained :], output, tracker)
         self.demonstrations = demonstrations
+        self.provenance = provenance
         self.kl_coef = settings.kl_coef
         self.iteration = 0
         self.skipped = 0
@@ -150,7 +153,7 @@ class PpoTrainer:
         timings = self.clock.timings(int(experience.mask.sum()))
         self.tracker.log(self.iteration, figures, timings=timings | {"peak_memory_gb": self._peak_memory()})
         if processes.is_first():
-            rows = list(rollout_rows(experience, self.rewards, self.iteration))
+            rows = list(rollout_rows(experience, self.rewards, self.iteration, self.provenance))
             rollouts.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             rollouts.flush()
             self.watch.show_samples(self.iteration, rows)

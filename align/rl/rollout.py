@@ -29,7 +29,7 @@ class Completion:
     """One sampled completion: its tokens (stop token included), what it says, and whether it stopped by itself.
 
     `sampled_logprobs` are those of the pass that sampled it, and `sampled_values` the values before each token, empty
-    where that pass gives none.
+    where that pass gives none. `seed` is what it was drawn with; None for one that was not sampled.
     """
 
     prompt: TokenizedPrompt
@@ -38,6 +38,7 @@ class Completion:
     stopped: bool
     sampled_logprobs: tuple[float, ...]
     sampled_values: tuple[float, ...] = ()
+    seed: int | None = None
 
     @property
     def length(self) -> int:
@@ -105,12 +106,12 @@ def sample_completions(
                 synced=synced,
             )
             values = drawn.values or [[]] * len(chunk)
-            for (prompt, _), tokens, reason, logprobs, each in zip(
+            for (prompt, seed), tokens, reason, logprobs, each in zip(
                 chunk, drawn.tokens, drawn.finish_reasons, drawn.logprobs or [], values, strict=True
             ):
                 stopped = reason == "stop"
                 text = to_text(tokens[:-1] if stopped else tokens)
-                completions.append(Completion(prompt, tuple(tokens), text, stopped, tuple(logprobs), tuple(each)))
+                completions.append(Completion(prompt, tuple(tokens), text, stopped, tuple(logprobs), tuple(each), seed))
     return completions
 
 

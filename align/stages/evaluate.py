@@ -16,13 +16,14 @@ from pydantic import Field, field_validator
 from align import processes
 from align.artefacts import write_json
 from align.best_of import best_of_each, best_of_name, candidate_id, candidate_requests
-from align.config import Block, Integer, ModelBlock, Positive, SamplingBlock
+from align.config import Block, EngineBlock, Integer, ModelBlock, Positive, SamplingBlock
 from align.constitution import Constitution, load_constitution
 from align.data.prompts import drawn_prompts
 from align.errors import InputError
-from align.generation import Completed, Request
+from align.generation import Backend, Completed, Request
 from align.overoptimisation import best_of_kl
 from align.policy_figures import constitution_used, policy_report
+from align.provenance import PROVENANCE, Provenance, text_provenance, write_provenance
 from align.records import Prompt, Split, read_rows, write_rows
 from align.report import (
     BASE,
@@ -79,7 +80,7 @@ class Evaluate(Stage):
     settings = EvaluateBlock
     shares = ("model", "constitution", "judge")
     optional = ("constitution",)
-    outputs = (REPORT, SAMPLES, CANDIDATES, METRICS)
+    outputs = (REPORT, SAMPLES, CANDIDATES, PROVENANCE, METRICS)
 
     def inputs(self, settings: EvaluateBlock) -> tuple[str, ...]:
         trained = [policy for policy in settings.policies if policy not in (BASE, REFERENCE)]
@@ -104,8 +105,9 @@ class Evaluate(Stage):
         constitution_path = context.shared.get("constitution")
         constitution = load_constitution(constitution_path) if constitution_path else None
         prompts, n = held_out_prompts(context), context.settings.best_of
-        samples = with_divergence(drawn_samples(context, prompts), context)
-        candidates = drawn_candidates(context, prompts, n) if n else []
+        made: dict[str, Provenance] = {}
+        samples = with_divergence(drawn_samples(context, prompts, made), context)
+        candidates = drawn_candidates(context, prompts, n, made) if n else []
         if context.settings.reward:
             scored = with_scores([*samples, *candidates], context)
             samples, candidates = scored[: len(samples)], scored[len(samples) :]
@@ -113,8 +115,10 @@ class Evaluate(Stage):
             samples += best_of_each(candidates, best_of_name(n))
         judged = judge_samples(samples, constitution, context)
         if isinstance(judged, Judged):
-            samples = [replace(sample, p_better=judged.p_better.get(sample.id)) for sample in samples]
+            samples = [judged.beside(sample) for sample in samples]
+            made[judged.provenance.id] = judged.provenance
         report = make_report(samples, constitution, judged, context)
+        write_provenance(context.output, made.values())
         if processes.is_first():
             _publish(report, samples, candidates, context)
         counts = {"prompts": report.prompts, "completions": len(samples)}
@@ -134,22 +138,40 @@ def held_out_prompts(context: Context) -> list[Prompt]:
     return drawn_prompts(prompts, context.settings.limit, "held out")
 
 
-def drawn_samples(context: Context, prompts: Sequence[Prompt]) -> list[EvaluatedSample]:
-    """Each policy's completion of each prompt. A prompt's seed is the same for every policy."""
+def drawn_samples(context: Context, prompts: Sequence[Prompt], made: dict[str, Provenance]) -> list[EvaluatedSample]:
+    """Each policy's completion of each prompt. A prompt's seed is the same for every policy.
+
+    Args:
+        made: where the entries that they name are added.
+    """
     requests = _requests(context, prompts)
     samples = []
     for policy in context.settings.policies:
-        done = _completions(context, policy, requests, policy)
-        samples += [_sample(policy, prompt, done[prompt.id]) for prompt in prompts]
+        done, entry = _completions(context, policy, requests, policy)
+        made[entry.id] = entry
+        samples += [
+            _sample(policy, prompt, done[prompt.id], request.seed, entry.id)
+            for prompt, request in zip(prompts, requests, strict=True)
+        ]
     return samples
 
 
-def drawn_candidates(context: Context, prompts: Sequence[Prompt], n: int) -> list[EvaluatedSample]:
-    """The SFT policy's n completions of each prompt, which best-of-n chooses from."""
+def drawn_candidates(
+    context: Context, prompts: Sequence[Prompt], n: int, made: dict[str, Provenance]
+) -> list[EvaluatedSample]:
+    """The SFT policy's n completions of each prompt, which best-of-n chooses from; `made` is as for `drawn_samples`."""
     requests = candidate_requests(_requests(context, prompts), n, context.seed)
-    done = _completions(context, REFERENCE, requests, best_of_name(n))
+    done, entry = _completions(context, REFERENCE, requests, best_of_name(n))
+    made[entry.id] = entry
+    seeds = {request.id: request.seed for request in requests}
     drawn = [(prompt, candidate_id(prompt.id, number)) for prompt in prompts for number in range(n)]
-    return [replace(_sample(REFERENCE, prompt, done[name]), id=f"{best_of_name(n)}/{name}") for prompt, name in drawn]
+    return [
+        replace(
+            _sample(REFERENCE, prompt, done[name], seeds[name], entry.id),
+            id=f"{best_of_name(n)}/{name}",
+        )
+        for prompt, name in drawn
+    ]
 
 
 def _requests(context: Context, prompts: Sequence[Prompt]) -> list[Request]:
@@ -167,14 +189,23 @@ def _requests(context: Context, prompts: Sequence[Prompt]) -> list[Request]:
     ]
 
 
-def _completions(context: Context, policy: str, requests: Sequence[Request], name: str) -> dict[str, Completed]:
-    """The policy's completions by the requests' ids, kept in a journal of this name."""
+def _completions(
+    context: Context, policy: str, requests: Sequence[Request], name: str
+) -> tuple[dict[str, Completed], Provenance]:
+    """The policy's completions by the requests' ids, kept in a journal of this name, and what made them."""
     from align.evaluation import policy_completions
 
     folder = None if policy == BASE else str(context.inputs[policy] / "model")
     journal = context.output / f"completions-{name}.journal"
     batch_size = context.settings.sampling.batch_size
-    return policy_completions(folder, context.shared["model"], requests, batch_size, journal, f"{name} answers")
+    entry_of = partial(_entry, context, name)
+    return policy_completions(
+        folder, context.shared["model"], requests, batch_size, journal, f"{name} answers", entry_of
+    )
+
+
+def _entry(context: Context, name: str, backend: Backend) -> Provenance:
+    return text_provenance(context, "completion", backend, EngineBlock(), writer=name)
 
 
 def with_divergence(samples: Sequence[EvaluatedSample], context: Context) -> list[EvaluatedSample]:
@@ -294,7 +325,7 @@ def _headline(policy: PolicyReport) -> dict[str, float]:
     return means | {"tokens": policy.text.mean_tokens}
 
 
-def _sample(policy: str, prompt: Prompt, completed: Completed) -> EvaluatedSample:
+def _sample(policy: str, prompt: Prompt, completed: Completed, seed: int, provenance: str) -> EvaluatedSample:
     return EvaluatedSample(
         id=f"{policy}/{prompt.id}",
         prompt_id=prompt.id,
@@ -304,6 +335,8 @@ def _sample(policy: str, prompt: Prompt, completed: Completed) -> EvaluatedSampl
         completion=completed.text,
         finish_reason=completed.finish_reason,
         tokens=completed.tokens,
+        seed=seed,
+        provenance=provenance,
     )
 
 

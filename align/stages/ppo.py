@@ -12,6 +12,8 @@ from typing import Any
 from align import processes
 from align.constitution import load_constitution, sound_constitution
 from align.errors import InputError
+from align.generation import EngineIdentity
+from align.provenance import PROVENANCE, Provenance, write_provenance
 from align.records import Demonstration, Prompt, Split, read_rows
 from align.repro import derive_seed
 from align.rl.settings import PpoBlock
@@ -25,7 +27,7 @@ class Ppo(Stage):
     help = "train the SFT policy against rewards (PPO)"
     settings = PpoBlock
     shares = ("model",)
-    outputs = ("model", "adapter", "rollouts.jsonl", "metrics.jsonl", "alarms.jsonl")
+    outputs = ("model", "adapter", "rollouts.jsonl", PROVENANCE, "metrics.jsonl", "alarms.jsonl")
 
     def inputs(self, settings: PpoBlock) -> tuple[str, ...]:
         return ("sample", "sft", *(["reward"] if settings.reads_reward_stage else []))
@@ -95,6 +97,7 @@ class Ppo(Stage):
                 output=context.output,
                 tracker=tracker,
                 demonstrations=_demonstrations(context, tokenizer) if settings.ptx_coef else (),
+                provenance=_provenance(context, policy, str(dtype).removeprefix("torch.")),
                 accelerator=accelerator,
             )
             figures = trainer.train()
@@ -108,6 +111,23 @@ class Ppo(Stage):
             "published_iteration": trainer.ending.published,
         }
         return Outcome({"prompts": len(prompts), "prompts_too_long": too_long}, figures | ending | exam)
+
+
+def _provenance(context: Context, policy: Path, precision: str) -> str:
+    """Write where the rollouts come from; the entry's id. The weights are those that the policy begins from: a row's
+    iteration says how often they were updated before it was drawn."""
+    from align.models.weights import Weights
+
+    settings, system = context.settings, context.shared["model"].system_prompt
+    how = {
+        **settings.sampling.model_dump(mode="json"),
+        **({"system_prompt": system} if system else {}),
+        "weights": "as training began",
+    }
+    identity = EngineIdentity("local", "/".join(policy.parts[-2:]), Weights(policy).digest(), precision=precision)
+    entry = Provenance.of(context.stage, "completion", identity, how, context.seed)
+    write_provenance(context.output, [entry])
+    return entry.id
 
 
 def _check_divisible(settings: PpoBlock) -> None:

@@ -179,7 +179,7 @@ def provenance(
 ) -> tuple[Provenance | None, Provenance, Provenance]:
     """Where critiques, revisions and verdicts come from; no critiques where none are asked for."""
     settings: ReviseBlock = context.settings
-    loop = {"critique": settings.critique, "examples": settings.examples}
+    loop: dict[str, Any] = {"critique": settings.critique, "examples": settings.examples}
     verdict = {"principle": settings.principle, "scored_by": scored_by}
     critique = None
     if settings.critique:
@@ -317,7 +317,8 @@ def _logged(counted: Mapping[str, int], measured: Mapping[str, Any]) -> list[dic
 
 def _row(chain: "Chain", fault: str) -> Revision:
     """What a chain became, rejected for its fault; without one it is still to be judged."""
-    shown = _shown_round(chain)
+    led = _leading_rounds(chain)
+    shown = led[-1] if led else None
     return Revision(
         id=digest([chain.sample.id, "revision"]),
         prompt_id=chain.sample.prompt_id,
@@ -336,18 +337,16 @@ def _row(chain: "Chain", fault: str) -> Revision:
         original_seed=chain.sample.seed,
         original_provenance=chain.sample.provenance,
         sample_id=chain.sample.id,
+        revised_by=tuple(made.principle_id for made in led),
     )
 
 
-def _shown_round(chain: "Chain") -> Critique | None:
-    """The round whose revision the row shows: the last that took the completion's place, or of a faulty chain the last.
-
-    None where no principle applied.
-    """
+def _leading_rounds(chain: "Chain") -> list[Critique]:
+    """The rounds that led to the completion that the row shows, which is the last one's revision: those whose revision
+    took the completion's place, or of a faulty chain the last. There are none where no principle applied."""
     if chain.fault:
-        return chain.rounds[-1] if chain.rounds else None
-    taken = (made for made, fault in zip(chain.rounds, chain.faults, strict=True) if not fault)
-    return next(reversed(list(taken)), None)
+        return list(chain.rounds[-1:])
+    return [made for made, fault in zip(chain.rounds, chain.faults, strict=True) if not fault]
 
 
 STAGE = ReviseStage()

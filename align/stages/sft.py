@@ -17,6 +17,7 @@ from align.data.columns import demonstration_columns
 from align.data.pairs import read_demonstrations
 from align.errors import InputError
 from align.feedback.gates import TextGatesBlock, TextShares, check_gates, gate_figures
+from align.provenance import PROVENANCE, write_provenance
 from align.records import Demonstration, Prompt, Revision, Sample, Split, read_rows, write_rows
 from align.repro import derive_seed
 from align.stage import Context, Outcome, Stage
@@ -56,7 +57,7 @@ class Sft(Stage):
     help = "fine-tune the base model on accepted revisions and helpful demonstrations"
     settings = SftBlock
     shares = ("model",)
-    outputs = ("model", "adapter", "demonstrations.jsonl", "metrics.jsonl")
+    outputs = ("model", "adapter", "demonstrations.jsonl", PROVENANCE, "metrics.jsonl")
 
     def inputs(self, settings: SftBlock) -> tuple[str, ...]:
         if not settings.revisions:
@@ -120,6 +121,7 @@ class Sft(Stage):
             too_long = set(columns.too_long)
             kept = (demonstration for demonstration in demonstrations if demonstration.id not in too_long)
             write_rows(context.output / "demonstrations.jsonl", kept)
+        write_provenance(context.output, (), context.inputs.values())
         counts.update(demonstrations=len(columns), too_long=len(columns.too_long), steps=trained.steps)
         return Outcome(
             counts,
@@ -178,7 +180,18 @@ def _accepted(revise: Path) -> dict[str, Demonstration]:
     """Accepted revisions of the sft split, by prompt id."""
     rows = read_rows(revise / "revisions.jsonl", Revision)
     return {
-        row.prompt_id: Demonstration(row.id, row.prompt, row.completion, "revision")
+        row.prompt_id: Demonstration(
+            row.id,
+            row.prompt,
+            row.completion,
+            "revision",
+            seed=row.seed,
+            provenance=row.provenance,
+            judge_provenance=row.judge_provenance,
+            revised_by=row.revised_by,
+            judged_by=row.judged_by,
+            p_better=row.p_better,
+        )
         for row in rows
         if row.accepted and row.split == SPLIT
     }
@@ -191,7 +204,7 @@ def _own_samples(sample: Path, block: HelpfulBlock, revisions: Mapping[str, Demo
     """
     harmless = _harmless_prompts(sample / "prompts.jsonl", block.harmless) if block.harmless else set()
     return [
-        Demonstration(row.id, row.prompt, row.completion, "own")
+        Demonstration(row.id, row.prompt, row.completion, "own", seed=row.seed, provenance=row.provenance)
         for row in read_rows(sample / "samples.jsonl", Sample)
         if row.split == SPLIT
         and row.finish_reason == "stop"

@@ -76,7 +76,14 @@ def test_a_single_row_tells_all_of_how_it_was_made(finished: Run, data: dict[str
     for row in data["sft"]["train"]:
         step = {"revision": "revision", "own": "completion"}[row["source"]]
         assert row["provenance"]["step"] == step and len(row["provenance"]["model_digest"]) == 64
-        assert row["revised_by"] == (["has-e", "has-e"] if row["source"] == "revision" else [])
+        assert bool(row["revised_by"]) == (row["source"] == "revision")
+    assert any(len(row["revised_by"]) < len(row["rounds"]) for row in data["revisions"]["train"])
+    for row in data["revisions"]["train"]:
+        rounds = row["rounds"]
+        before = [each["completion"] for each in rounds]
+        after = [*before[1:], row["completion"][0]["content"]]
+        changed = [each["principle"] for each, one, two in zip(rounds, before, after, strict=True) if one != two]
+        assert row["revised_by"] == changed, "a round whose revision was caught led to nothing"
 
 
 def test_the_card_tells_models_constitution_counts_and_versions(finished: Run, exported: Path) -> None:
@@ -167,6 +174,9 @@ def test_what_cannot_be_exported_is_told_before_anything_is_written(
     with (run.own / "compare/pairs.jsonl").open("a") as file:
         file.write("\n")
     assert "has changed since `compare` wrote it" in told(run.own)
+    with (run.own / "sft/provenance.jsonl").open("a") as file:
+        file.write("\n")
+    assert "provenance.jsonl: has changed since `sft` wrote it" in told(run.own, "--what", "sft")
     shutil.rmtree(run.own / "compare")
     assert "`compare` is not done in this run; finish it with `align run RECIPE`" in told(
         run.own, "--what", "preferences"
@@ -179,6 +189,13 @@ def made_again(folder: Path, file: str) -> None:
     with (folder / file).open("a") as rows_file:
         rows_file.write("\n")
     say_outputs(folder, file)
+
+
+def say_without(folder: Path, file: str) -> None:
+    """Let a stage's manifest be that of a version that did not write the file."""
+    manifest = json.loads((folder / MANIFEST).read_text())
+    del manifest["outputs"][file]
+    (folder / MANIFEST).write_text(json.dumps(manifest))
 
 
 def say_outputs(folder: Path, file: str) -> None:
@@ -229,6 +246,7 @@ def test_a_run_of_an_earlier_version_is_exported_without_its_origins(
     pairs.write_text("".join(json.dumps(row) + "\n" for row in old))
     (run.own / "compare/provenance.jsonl").unlink()
     say_outputs(run.own / "compare", "pairs.jsonl")
+    say_without(run.own / "compare", "provenance.jsonl")
     shutil.rmtree(run.own / "reward")
     output = tmp_path / "out"
     assert (

@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 
-from align.artefacts import Journal
+from align.artefacts import Journal, file_digest
 from align.config import JudgeBlock, ModelBlock, TrackingBlock
+from align.constitution import load_constitution
 from align.data.chat import prompt_ids
 from align.errors import InputError
+from align.provenance import read_provenance
 from align.records import Message, Prompt, read_rows, write_rows
-from align.report import EvaluatedSample, Report, read_report, read_samples
+from align.report import CANDIDATES, EvaluatedSample, Report, read_report, read_samples
 from align.repro import derive_seed
 from align.stage import Context
 from align.stages.evaluate import STAGE
@@ -358,3 +360,25 @@ def test_the_report_holds_no_path_of_this_machine(evaluated, upstream, tiny_mode
     assert content.pop("base_model") == str(tiny_model_dir)
     assert str(upstream["sft"].parent) not in json.dumps(content)
     assert Report.model_validate(content | {"base_model": "tiny"}).constitution.checked[0].id == "has-e"
+
+
+def test_rows_name_the_weights_the_seed_and_the_judge_that_made_them(evaluated, upstream, tiny_model_dir, constitution):
+    entries = read_provenance(evaluated)
+    folders = {"base": tiny_model_dir, "sft": upstream["sft"] / "model", "ppo": upstream["ppo"] / "model"}
+    weights = {name: file_digest(folder / "model.safetensors") for name, folder in folders.items()}
+    for sample in [*read_samples(evaluated), *read_rows(evaluated / CANDIDATES, EvaluatedSample)]:
+        made = entries[sample.provenance]
+        assert (made.stage, made.step, made.engine, made.seed) == ("evaluate", "completion", "local", 3)
+        assert made.model_digest == weights["sft" if sample.policy == BEST else sample.policy]
+        assert (made.settings["temperature"], made.settings["max_new_tokens"]) == (TEMPERATURE, 12)
+        if sample.policy in SETTINGS["policies"] and not sample.id.startswith(BEST):
+            assert sample.seed == derive_seed(3, "evaluate", sample.prompt_id)
+    seeds = [sample.seed for sample in read_rows(evaluated / CANDIDATES, EvaluatedSample)]
+    assert len(set(seeds)) == len(seeds)
+    judged = [sample for sample in read_samples(evaluated) if sample.judge_provenance]
+    assert judged and all(sample.policy != "base" for sample in judged)
+    for sample in judged:
+        label = entries[sample.judge_provenance]
+        assert (label.step, label.engine) == ("label", "rule")
+        assert label.constitution_digest == load_constitution(constitution).digest
+        assert sample.p_better in (0.5, None) or sample.judged_by

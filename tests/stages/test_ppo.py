@@ -10,9 +10,12 @@ from typing import Any
 import pytest
 import torch
 
+from align.artefacts import file_digest
 from align.config import JudgeBlock, ModelBlock, OptimizerBlock, TrackingBlock
 from align.errors import InputError, NotFinite
+from align.provenance import read_provenance
 from align.records import Conversation, Message, Prompt, write_rows
+from align.repro import derive_seed
 from align.rl.settings import PpoBlock
 from align.sentences import count_words, fold
 from align.stage import Context
@@ -73,6 +76,20 @@ def test_scores_are_those_of_the_reward_model_opened_by_itself(
         with torch.no_grad():
             score = model.score(model.model(**ids).last_hidden_state[0, -1])
         assert row["score"] == pytest.approx(float(score), rel=1e-4, abs=1e-5)
+
+
+def test_a_rollout_names_the_weights_that_training_began_from_and_its_seed(
+    inputs: dict[str, Path], tmp_path: Path, tiny_model_dir: Path
+) -> None:
+    run(PPO, SETTINGS, tiny_model_dir, tmp_path / "out", inputs, lora=SMALL_LORA)
+    written = rows(tmp_path / "out/rollouts.jsonl")
+    places = [(number, place) for number in range(2) for place in range(6)]
+    assert [row["seed"] for row in written] == [derive_seed(7, "ppo", *place, 0) for place in places]
+    (entry,) = read_provenance(tmp_path / "out").values()
+    assert {row["provenance"] for row in written} == {entry.id}
+    assert (entry.stage, entry.step, entry.engine, entry.model) == ("ppo", "completion", "local", "sft/model")
+    assert entry.model_digest == file_digest(tiny_model_dir / "model.safetensors")
+    assert (entry.settings["weights"], entry.settings["max_new_tokens"]) == ("as training began", 6)
 
 
 def test_prompts_too_long_are_left_out_and_counted(

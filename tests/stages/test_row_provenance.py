@@ -1,5 +1,6 @@
 """Each row of the loop names what made it: the seeds are those the engine was asked with, the entries lie beside."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from align.stages.revise import STAGE as REVISE
 from align.stages.revise import ReviseBlock
 from align.stages.sample import STAGE as SAMPLE
 from align.stages.sample import SampleBlock
+from align.stages.sft import STAGE as SFT
+from align.stages.sft import SftBlock, gather
 from tests.stages.test_sample_revise_compare import ASKING, World, oracle
 
 BOTH = ("sft", "preference")
@@ -105,6 +108,21 @@ def test_a_pair_names_who_wrote_each_side_and_who_judged_at_whichever_stage_that
         assert tuple(named[each] for each in ids) == expected[pair.source]
         assert pair.judged_by == ("asks",)
         assert pair.revised_by == (("asks", "asks") if pair.source == "revision" else ())
+
+
+def test_a_demonstration_names_who_wrote_it_and_by_which_principles(made: World) -> None:
+    settings = SftBlock.model_validate({"helpful": {"share": 0.4, "harmless": ["odd", "benign"]}})
+    named = models(made, "revise")
+    rows = gather(made.context(SFT, settings), Counter())
+    assert {row.source for row in rows} == {"revision", "own"}
+    for row in rows:
+        assert number(row.completion) == row.seed
+        if row.source == "own":
+            assert (named[row.provenance], row.revised_by) == (("sample", "completion", "base"), ())
+            continue
+        assert named[row.provenance] == ("revise", "revision", "reviser")
+        assert named[row.judge_provenance] == ("revise", "label", "judge")
+        assert (row.revised_by, row.judged_by) == (("asks", "asks"), ("asks",)) and row.p_better > 0.5
 
 
 def test_entries_hold_the_constitutions_digest_the_sampling_and_how_the_judge_scores(made: World) -> None:

@@ -233,6 +233,8 @@ def test_revise_logs_a_row_for_each_round_and_which_one_the_accepted_texts_come_
     assert (first["round/filtered"], second["round/filtered"]) == (0.0, 1.0)
     assert (first["round/last"], first["round/last_accepted"], second["round/last"]) == (second["samples"], 1.0, 0)
     assert second["accepted"] == 1.0 and "accepted" not in first
+    made = world.rows("revise/revisions.jsonl", Revision)
+    assert {(row.principle_ids, row.revised_by) for row in made} == {(("asks", "asks"), ("asks",))}
     assert outcome.figures["by_round"][0]["characters"] == first["round/characters"]
 
 

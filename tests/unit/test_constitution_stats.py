@@ -1,6 +1,7 @@
 """`align constitution stats` on a run whose every row is written here, so that each figure is known."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,23 @@ def test_figures_by_principle_are_those_worked_by_hand(run: Path) -> None:
     # A near-duplicate won before the judge, and was not accepted.
     assert (short.accepted, short.won) == (Share(0, 1), Share(1, 1))
     assert short.found_fault.value is short.with_people.value is None
+
+
+def test_a_win_counts_for_what_led_to_the_revision_and_for_one_that_came_twice(run: Path) -> None:
+    rows = [
+        replace(revision(0, ("asks", "calm"), True), revised_by=("calm",)),
+        revision(1, ("calm",), False, "near-duplicate"),
+        revision(2, ("calm",), False, "judged worse"),
+    ]
+    found = {each.principle: each for each in principle_stats(replace(read_run(run), revisions=rows))}
+    assert (found["asks"].won, found["calm"].won) == (Share(0, 0), Share(2, 3))
+    assert (found["asks"].accepted, found["calm"].accepted) == (Share(1, 1), Share(1, 3))
+
+
+def test_a_preference_is_what_the_judge_calls_one(run: Path) -> None:
+    rows = replace(read_run(run), comparisons=[comparison(0, None, asks=0.54, calm=0.9)])
+    assert principle_stats(rows)[0].with_rest == Share(1, 1)
+    assert principle_stats(replace(rows, judge=JudgeBlock(min_margin=0.05)))[0].with_rest == Share(0, 0)
 
 
 def test_the_matrices_are_by_the_margins_of_the_judge_that_compared(run: Path) -> None:
