@@ -263,15 +263,16 @@ def _constitution(content: CardContent) -> str:
     }
     lines += [f"- {name}: {shown(value)}" for name, value in facts.items() if value]
     texts = [
-        f"{number}. {shown(each.id)}\n\n{fenced(principle_text(each))}"
+        f"{number}. {shown(each.id)}\n\n{fenced(principle_text(each, known.language))}"
         for number, each in enumerate(known.principles, 1)
     ]
     return "\n".join(["## Constitution", "", *lines, "", "### Principles", "", "\n\n".join(texts)])
 
 
-def principle_text(principle: Principle) -> str:
-    """All that a principle says and how it counts, a line each."""
+def principle_text(principle: Principle, language: str = "") -> str:
+    """All that a principle says and how it counts, a line each; `language` is its constitution's."""
     texts = {
+        "language": None if principle.language in (None, language) else principle.language,
         "hard": "its rule's violation loses outright" if principle.hard else None,
         "tier": principle.tier,
         "weight": None if principle.weight == 1 else f"{principle.weight:g}",

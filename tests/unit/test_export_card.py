@@ -243,6 +243,9 @@ def test_the_card_says_how_much_a_principle_counts_and_what_it_is_for() -> None:
     assert {"weight: 2.5", "tier: first", "applies to: letters, poems"} <= set(told)
     assert any(line.startswith("hard: ") for line in told)
     assert principle_text(Principle(id="p", text="Be kind.")) == "text: Be kind."
+    french = Principle(id="p", text="Sois gentil.", language="fr")
+    assert principle_text(french, "fr") == "text: Sois gentil."
+    assert principle_text(french, "en").splitlines()[0] == "language: fr"
 
 
 def test_a_share_over_its_limit_is_told_with_the_rows_that_the_limit_is_for() -> None:
