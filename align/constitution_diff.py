@@ -22,7 +22,7 @@ from align.feedback.agreement import Label
 from align.feedback.judge import Judge, JudgeReport, examine_judge, judge_problems
 from align.feedback.opinions import Question
 from align.generation import Backend
-from align.judged_pairs import JudgeSettings
+from align.judged_pairs import CONSTITUTIONS, JudgeSettings
 from align.label_changes import (
     Movement,
     Pair,
@@ -36,6 +36,7 @@ from align.label_changes import (
 )
 
 SHOWN = 10
+PLACEBO_FILE = "placebo.yaml"
 SEEDS = (0, 1)
 
 
@@ -117,6 +118,12 @@ def beside(path: Path, name: str) -> Path | None:
     """A file in the constitution's own folder, where there is one that is not the constitution itself."""
     found = path.parent / name
     return found if found.is_file() and found != path else None
+
+
+def placebo_of(path: Path) -> Path | None:
+    """The placebo beside the constitution, or else the one that the project ships, where it is at hand."""
+    shipped = CONSTITUTIONS / PLACEBO_FILE
+    return beside(path, PLACEBO_FILE) or (shipped if shipped.is_file() and not shipped.samefile(path) else None)
 
 
 def diff_constitutions(

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from align.artefacts import json_text, write_asked
 from align.constitution import load_constitution
-from align.constitution_diff import PLACEBO, ConstitutionDiff, Labelling, beside, diff_constitutions
+from align.constitution_diff import PLACEBO, ConstitutionDiff, Labelling, beside, diff_constitutions, placebo_of
 from align.judged_pairs import drawn_pairs, judge_of_run, named_judge, pairs_of, probe_pairs
 from align.label_changes import Movement
 from align.report import share_text
@@ -43,7 +43,7 @@ def main(
         kind, model: the judge; without them the run's own, or else by rule.
         draws: one principle is drawn for each pair, as in the paper, and A is judged with a second seed too.
         null: A in other words; `<A>-paraphrased.yaml` beside A without it.
-        placebo: `placebo.yaml` beside A without it.
+        placebo: `placebo.yaml` beside A without it, or else the shipped one.
         limit: at most so many pairs, drawn by their content.
 
     Raises:
@@ -58,7 +58,7 @@ def main(
         drawn_pairs(found, limit),
         settings,
         null or beside(a, f"{a.stem}-paraphrased.yaml"),
-        placebo or beside(a, "placebo.yaml"),
+        placebo or placebo_of(a),
     )
     source = f"pairs of {pairs}" if pairs else "the constitutions' own probes; --pairs RUN judges a run's pairs"
     sheets = list(diff_sheets(diff, source))

@@ -22,13 +22,12 @@ from align.constitution_stats import (
 )
 from align.errors import InputError
 from align.feedback.agreement import Agreement, Label, Shares
-from align.judged_pairs import COMPARE, drawn_pairs, judge_of_run, preferred_pairs
+from align.judged_pairs import COMPARE, CONSTITUTIONS, drawn_pairs, judge_of_run, preferred_pairs
 from align.label_changes import Pair
 from align.provenance import CONSTITUTION, read_constitution
 from align.sheets import Sheet, print_sheet
 
 NONE = "–"
-CONSTITUTIONS = Path("constitutions")
 
 
 def main(

@@ -15,6 +15,8 @@ from align.feedback.human_pairs import chosen_first
 from align.label_changes import Pair
 from align.records import Comparison, Message, as_dicts, digest, read_rows
 
+CONSTITUTIONS = Path("constitutions")
+"""The constitutions that the project ships, from its root."""
 COMPARE = "compare"
 COMPARISONS = "comparisons.jsonl"
 

@@ -34,7 +34,7 @@ def _add_constitution_diff(kinds: Verbs) -> None:
     diff.add_argument("--judge-model", metavar="MODEL", help="the model that judges; by contrast unless said otherwise")
     diff.add_argument("--draw", action="store_true", help="draw one principle a pair, A with two seeds")
     diff.add_argument("--null", metavar="FILE", type=Path, help="A in other words (default: A-paraphrased.yaml)")
-    diff.add_argument("--placebo", metavar="FILE", type=Path, help="(default: placebo.yaml beside A)")
+    diff.add_argument("--placebo", metavar="FILE", type=Path, help="(default: placebo.yaml beside A, or the shipped)")
     diff.add_argument("--limit", metavar="N", type=positive, default=300, help="pairs judged (default: 300)")
     diff.add_argument("--html", metavar="FILE", type=Path, help="write the difference as a page too")
     diff.add_argument("--json", metavar="FILE", type=Path, help="and as JSON")

@@ -13,6 +13,7 @@ from align.artefacts import Manifest, write_json
 from align.backends.scripted import ScriptedBackend
 from align.config import JudgeBlock, ModelBlock
 from align.constitution import Constitution, Principle, load_constitution
+from align.constitution_diff import placebo_of
 from align.constitution_texts import text_changes, word_diff
 from align.feedback.agreement import Label
 from align.judged_pairs import drawn_pairs, named_judge, pairs_of, preferred_pairs
@@ -135,6 +136,19 @@ def test_a_judge_that_thinks_is_asked_again_with_another_seed(
 
     assert moved["A with another seed"]["change"]["mean"] > 0
     assert "draws nothing" not in capsys.readouterr().out
+
+
+def test_the_shipped_placebo_stands_beside_a_constitution_that_lies_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = tmp_path / "own.yaml"
+    own.write_text(ASKING.read_text())
+    monkeypatch.chdir(CONSTITUTIONS.parent)
+    assert diff(tmp_path, own, TELLING)["constitutions"]["placebo"].startswith("placebo-")
+    assert placebo_of(CONSTITUTIONS / "placebo.yaml") is None
+    monkeypatch.chdir(tmp_path)
+    diff(tmp_path, own, TELLING)
+    assert "No placebo: name a constitution" in capsys.readouterr().out
 
 
 def test_the_page_escapes_what_completions_hold(tmp_path: Path) -> None:
