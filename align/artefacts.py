@@ -23,6 +23,8 @@ SHARED_RUN = "shared"
 """The folder, beside the runs of a recipe, of stages that do not depend on the constitution."""
 RELABELLED = "relabelled"
 """The input that labels made again name in their manifest: the labels that they were made from."""
+NOT_RELABELLED = "revision_pairs_not_relabelled"
+"""Counts, of labels made again, the pairs of revisions whose scores were not kept: they have the label of then."""
 SECONDS_BETWEEN_SYNCS = 1.0
 """A journal waits for the disk no more often than this: it takes milliseconds, which quick engines have not."""
 
@@ -128,6 +130,8 @@ def require_run(run: Path, *stages: str) -> None:
         raise InputError(f"{run}: no such folder (looked in {Path.cwd()}); name the folder of a run")
     manifest = read_manifest(run)
     if manifest is not None and manifest.stage not in stages:
+        if RELABELLED in manifest.inputs:
+            raise InputError(f"{run}: labels made again; name the run that they are of")
         raise InputError(f"{run}: the folder of a stage; name its run's, {run.parent}")
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from align.artefacts import Manifest
+from align.artefacts import NOT_RELABELLED, Manifest
 from align.constitution import Constitution, Principle
 from align.exported_rows import DATA_SETS, DRAWN, TRAIN, public_path
 from align.provenance import Provenance
@@ -173,10 +173,12 @@ def _made_again(run: PublishedRun) -> str:
     """What to know of labels that are not those of their run."""
     if not run.relabelled:
         return ""
+    standing = run.manifests["compare"].counts.get(NOT_RELABELLED, 0)
+    stand = f" Those of {standing} revisions beside their originals stand as the run's `revise` gave them."
     return (
         "The labels were made again by `align relabel`: from the scores that the judge of a run had given, which was "
-        "asked nothing more, by the settings of `compare` below. What the judge is worth was measured under the run's "
-        "own. Which prompts there were, and how its policy was trained, the run tells."
+        f"asked nothing more, by the settings of `compare` below.{stand if standing else ''} What the judge is worth "
+        "was measured under the run's own. Which prompts there were, and how its policy was trained, the run tells."
     )
 
 

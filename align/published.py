@@ -21,9 +21,9 @@ class PublishedRun:
 
     @property
     def name(self) -> str:
-        """The recipe's name and the constitution's, as the folders have them."""
+        """The recipe's name and the constitution's, as the folders have them; of labels made again that of theirs."""
         resolved = self.folder.resolve()
-        return f"{resolved.parent.name}/{resolved.name}"
+        return resolved.name if self.relabelled else f"{resolved.parent.name}/{resolved.name}"
 
     def stage(self, stage: str) -> Path:
         """A stage's folder, which is there if its manifest is."""

@@ -14,6 +14,7 @@ from typing import Any
 
 from align.artefacts import (
     MANIFEST,
+    NOT_RELABELLED,
     RELABELLED,
     Manifest,
     output_digests,
@@ -48,8 +49,6 @@ from align.repro import derive_seed, environment
 from align.stages.compare import CALIBRATION, STAGE
 from align.stages.revise import STAGE as REVISE
 
-NOT_RELABELLED = "revision_pairs_not_relabelled"
-"""Counts the pairs of revisions whose scores were not kept: they have the label of then."""
 CARRIED = ("judge", "calibration")
 """Figures of the judge as it was tested, under the settings of then."""
 

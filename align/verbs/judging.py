@@ -95,7 +95,8 @@ def _calibrate(options: argparse.Namespace) -> None:
 
 
 def _relabel(options: argparse.Namespace) -> None:
-    from align.relabel import NOT_RELABELLED, relabel
+    from align.artefacts import NOT_RELABELLED
+    from align.relabel import relabel
 
     counted = relabel(
         options.source,

@@ -273,6 +273,7 @@ def test_labels_made_again_are_exported_by_themselves(
     assert labels and all(json.loads(each["settings"])["clamp"] == 0.3 for each in labels)
     card = DatasetCard.load(output / "README.md").content
     assert "made again by `align relabel`" in card and "| source |" not in card
+    assert "\n# again\n" in card and tmp_path.name not in card, "the folder above may have its owner's name"
     capsys.readouterr()
     words = ("export", str(again), "--output", str(tmp_path / "sft"), "--what", "sft")
     assert in_process(run.root, monkeypatch, *words) == 2

@@ -264,3 +264,14 @@ def test_the_card_tells_of_labels_where_there_are_any() -> None:
     labelled = dataclasses.replace(content("plain"), rows={"preferences": {"train": 9}})
     assert "soft label" in card_text(labelled)
     assert "soft label" not in card_text(content("plain"))
+
+
+@pytest.mark.parametrize("standing", [0, 7])
+def test_labels_that_stand_as_they_were_are_not_called_made_again(standing: int) -> None:
+    given = content("plain")
+    counts = {"pairs": 3, "revision_pairs": 7, "revision_pairs_not_relabelled": standing}
+    compare = dataclasses.replace(given.run.manifests["revise"], stage="compare", counts=counts)
+    run = dataclasses.replace(given.run, manifests={"compare": compare}, relabelled=True)
+    told = card_text(dataclasses.replace(given, run=run))
+    assert "made again by `align relabel`" in told
+    assert (f"Those of {standing} revisions beside their originals stand as" in told) == (standing > 0)
