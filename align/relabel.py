@@ -193,14 +193,17 @@ def _require_same_words(judge: Judge, stored: Constitution) -> None:
     """What the engine gave counts for principles that still say what it was asked about."""
     if judge.block.kind == "rule":
         return
-    known = {principle.id: _asked_words(principle) for principle in stored.principles}
+    known = {principle.id: _asked_words(stored, principle) for principle in stored.principles}
     for principle in judge.principles:
-        if known.get(principle.id) != _asked_words(principle):
-            raise InputError(_never_asked("opinions.jsonl", f"about principle '{principle.id}' in these words"))
+        if known.get(principle.id) != _asked_words(judge.constitution, principle):
+            asked = f"about principle '{principle.id}' in these words and beside these documents"
+            raise InputError(_never_asked("opinions.jsonl", asked))
 
 
-def _asked_words(principle: Principle) -> tuple[str | None, ...]:
-    return principle.question, principle.text, principle.opposite, principle.language
+def _asked_words(constitution: Constitution, principle: Principle) -> tuple[str | None, ...]:
+    shown = [constitution.documents.get(source, source) for source in constitution.sources_of(principle)]
+    passages = (*shown, str(constitution.passages)) if shown else ()
+    return principle.question, principle.text, principle.opposite, principle.language, *passages
 
 
 def _never_asked(file: str, what: str) -> str:

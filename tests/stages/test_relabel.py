@@ -285,6 +285,19 @@ def test_what_was_never_asked_is_told(world: World) -> None:
     assert not (world.root / "again").exists()
 
 
+def test_scores_given_beside_other_documents_are_not_taken_for_these(world: World) -> None:
+    (world.root / "facts").mkdir()
+    facts, path = world.root / "facts/facts.txt", Path(world.shared["constitution"])
+    facts.write_text("Questions end with a mark.")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "sources": "facts"}))
+    stage = compare(world, {"kind": "choice"})
+    relabel(stage, world.root / "same", constitution=str(path))
+    assert same_labels(stage, world.root / "same")
+    facts.write_text("Questions end with two marks.")
+    with pytest.raises(InputError, match=r"never asked about principle 'asks' .*beside these documents"):
+        relabel(stage, world.root / "again", constitution=str(path))
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [
