@@ -9,7 +9,7 @@ from typing import Any
 from align.constitution import Constitution
 
 _PARTS = re.compile(r"\s+|\w+|[^\w\s]")
-_PROBES = "probes"
+_LISTS = ("probes", "examples", "comparisons")
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def _key_changes(principle: str, old: Mapping[str, Any], new: Mapping[str, Any])
     for key in dict.fromkeys((*old, *new)):
         before, after = old.get(key), new.get(key)
         if before != after:
-            counted = key in (_PROBES, "examples")
+            counted = key in _LISTS
             text = _count_change(before, after) if counted else word_diff(_as_text(before), _as_text(after))
             yield Change("changed", principle, key, text)
 
