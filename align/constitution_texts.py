@@ -4,6 +4,7 @@ import difflib
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from align.constitution import Constitution
@@ -27,7 +28,7 @@ class Change:
 
 def text_changes(a: Constitution, b: Constitution) -> list[Change]:
     """Everything that differs from A to B after `extends`; principles are matched by id, then by content."""
-    ours, theirs = a.model_dump(mode="json"), b.model_dump(mode="json")
+    ours, theirs = _dumped(a), _dumped(b)
     one, other = _principles(ours), _principles(theirs)
     renamed = _renamed(one, other)
     changes = list(_key_changes("", _without(ours, "principles", "id"), _without(theirs, "principles", "id")))
@@ -59,6 +60,19 @@ def _pieces(before: list[str], after: list[str]) -> Iterator[str]:
             yield f"[-{gone}-]"
         if come:
             yield f"{{+{come}+}}"
+
+
+def _dumped(constitution: Constitution) -> dict[str, Any]:
+    """All that it holds, its documents by their folder's name and digest: where they lie changes nothing."""
+    content = _without(constitution.model_dump(mode="json"), "documents")
+    content["sources"] = _named(constitution, constitution.sources)
+    for principle, dumped in zip(constitution.principles, content["principles"], strict=True):
+        dumped["sources"] = _named(constitution, constitution.sources_of(principle))
+    return content
+
+
+def _named(constitution: Constitution, sources: tuple[str, ...]) -> list[str]:
+    return [f"{Path(each).name} {constitution.documents.get(each, '')[:8]}".strip() for each in sources]
 
 
 def _principles(dumped: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

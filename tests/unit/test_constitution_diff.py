@@ -198,6 +198,22 @@ def test_text_changes_tell_added_removed_renamed_and_changed_principles() -> Non
     assert text_changes(a, a) == []
 
 
+def test_documents_differ_by_what_they_say_and_not_by_where_they_lie(tmp_path: Path) -> None:
+    for place in ("here", "there"):
+        (tmp_path / place / "facts").mkdir(parents=True)
+        (tmp_path / place / "facts/a.txt").write_text("One.")
+        text = "title: x\nsources: facts\nprinciples: [{id: p, text: a}]\n"
+        (tmp_path / place / "c.yaml").write_text(text)
+    here = load_constitution(tmp_path / "here/c.yaml")
+    assert text_changes(here, load_constitution(tmp_path / "there/c.yaml")) == []
+    (tmp_path / "there/facts/a.txt").write_text("Two.")
+    there = load_constitution(tmp_path / "there/c.yaml")
+    (before,), (after,) = here.documents.values(), there.documents.values()
+    found = text_changes(here, there)
+    assert [(each.principle, each.key) for each in found] == [("", "sources"), ("p", "sources")]
+    assert {each.text for each in found} == {f"facts [-{before[:8]}-]{{+{after[:8]}+}}"}
+
+
 def test_a_word_diff_holds_both_texts() -> None:
     old, new = "Never tell a lie, please.", "Please never tell lies."
     shown = word_diff(old, new)
