@@ -94,11 +94,14 @@ def _text(file: Path, folder: Path) -> str:
         raise InputError(f"{file}: a link that leads out of the folder; put a copy in its place")
     try:
         # Some editors begin a file with a byte order mark, which would hide its first heading or row.
-        return file.read_text(encoding="utf-8-sig")
+        text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{file}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
     except OSError as error:
         raise InputError(f"{file}: cannot be read ({error.strerror}); make it readable for this user") from None
+    if "\0" in text:
+        raise InputError(f"{file}: not text, for it has null bytes; convert it, or take it out of the folder")
+    return text
 
 
 def _paragraphs(text: str, source: str) -> Iterator[str]:

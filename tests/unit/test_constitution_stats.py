@@ -119,6 +119,8 @@ def test_the_matrices_are_by_the_margins_of_the_judge_that_compared(run: Path) -
     write_rows(run / "compare/comparisons.jsonl", rows)
     agreement = run_agreement(read_run(run))
     assert (agreement.decided[0][1], agreement.opposed[0][1]) == (1, 1)
+    # The second is a tie to this judge: calm's 0.54 is within its margin.
+    assert principle_stats(read_run(run))[0].with_rest == Share(0, 1)
 
 
 def test_weights_decide_what_the_rest_prefers(run: Path) -> None:

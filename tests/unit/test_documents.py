@@ -149,3 +149,8 @@ def test_faulty_sources_are_told_with_their_line(tmp_path: Path) -> None:
         "line 4  sources[1]: more and facts both hold a.txt, so its ids would name two passages; rename one"
     )
     assert second.startswith("line 8  principles[0].sources[0]: ") and "none: no such folder" in second
+
+
+def test_null_bytes_are_no_text_though_they_are_utf_8(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"a\.txt: not text, for it has null bytes"):
+        read_documents(folder(tmp_path, a_txt="PK\0\0\0"))
