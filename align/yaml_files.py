@@ -267,7 +267,7 @@ def _as_block(kind: str, given: Any, location: KeyPath, model: type[BaseModel]) 
 
 def _as_written(key: Any) -> str:
     """A key that YAML does not take for text."""
-    return str(key).lower() if isinstance(key, bool) else str(key)
+    return "null" if key is None else str(key).lower() if isinstance(key, bool) else str(key)
 
 
 def _number(limit: float) -> str:

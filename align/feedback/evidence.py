@@ -23,7 +23,7 @@ _TERM = re.compile(rf"[^\W{_CJK}]+|[{_CJK}]+")
 _SUFFIXES = "|".join(map(re.escape, SPLITTERS))
 _ID = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._/-]*(?:{_SUFFIXES})#\d+")
 _BRACKETS = re.compile(r"\[[^\[\]]*\]")
-_LIKE_AN_ID = re.compile(r"[A-Za-z0-9][\w./-]*\.\w+#\d+")
+_LIKE_AN_ID = re.compile(rf"[A-Za-z0-9](?:[^\W{_CJK}]|[./-])*\.\w+#\d+")
 """In brackets, where ids are asked for: what is made up may have a name that no document can have."""
 _TEMPLATE_MARK = re.compile(r"<(?=\|[^|\s]+\|>|/?s>|(?:start|end)_of_turn>|[be]os>)|\[(?=/?INST\])|<(?=</?SYS>>)")
 _LIKE_A_TOKEN = re.compile(r"<(?=[|/A-Za-z_])|\[(?=/?[A-Z_]+\])")

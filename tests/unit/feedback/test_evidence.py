@@ -74,6 +74,7 @@ def test_ids_are_found_however_they_are_cited() -> None:
     assert citations(text) == ("a.md#1", "b/c.txt#12", "rows.jsonl#3")
     # In brackets it is a citation, and as no document can have the name, one that is made up.
     assert citations("[a.pdf#1; a.md#2, Müller.docx#3] or [Note#4].") == ("a.pdf#1", "a.md#2", "Müller.docx#3")
+    assert citations("[資料PDFはrows.jsonl#3]") == ("rows.jsonl#3",)
 
 
 def sample(category: str = "") -> Sample:
