@@ -67,7 +67,8 @@ def _show_principle(constitution: Constitution, principle: Principle, console: C
     }
     for name, text in parts.items():
         if text:
-            console.print(f"  {name}{_safe(text.strip())}", highlight=False)
+            inside = text.strip().replace("\n", "\n  ")
+            console.print(f"  {name}{_safe(inside)}", highlight=False)
 
 
 def _safe(text: str) -> str:
