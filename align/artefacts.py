@@ -135,6 +135,24 @@ def require_run(run: Path, *stages: str) -> None:
         raise InputError(f"{run}: the folder of a stage; name its run's, {run.parent}")
 
 
+def require_as_written(path: Path, manifest: Manifest) -> None:
+    """Refuse a file that is not what its stage wrote, of which the manifest tells.
+
+    Raises:
+        InputError: it is gone, or has changed.
+    """
+    written = manifest.outputs.get(path.name)
+    if written is None or not path.is_file():
+        raise InputError(
+            f"{path}: no such file, which `{manifest.stage}` writes; remove {path.parent} and run it again"
+        )
+    if file_digest(path) != written:
+        raise InputError(
+            f"{path}: has changed since `{manifest.stage}` wrote it, so that its manifest no longer tells how it was "
+            f"made; remove {path.parent} and run it again"
+        )
+
+
 def file_digest(path: Path) -> str:
     """SHA-256 of a file's bytes.
 

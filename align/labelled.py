@@ -7,12 +7,13 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from align.artefacts import Manifest, read_manifest, require_run, stage_folder
+from align.artefacts import Manifest, read_manifest, require_as_written, require_run, stage_folder
 from align.config import Block, JudgeBlock
 from align.constitution import Constitution, load_constitution
 from align.errors import FileProblems, InputError, Problem
+from align.judged_revisions import FILES as REVISION_FILES
 from align.judged_revisions import RevisionLabels, read_settings
-from align.provenance import CONSTITUTION, read_constitution
+from align.provenance import CONSTITUTION, PROVENANCE, read_constitution
 from align.recipe_files import apply_override
 from align.records import Comparison, read_rows
 from align.stages.compare import STAGE, CompareBlock
@@ -63,7 +64,7 @@ def read_labelled(source: Path) -> Labelled:
     """The compare stage of a run, or the stage's own folder.
 
     Raises:
-        InputError: it is not there, or keeps no scores.
+        InputError: it is not there, keeps no scores, or its files are not what the stage wrote.
     """
     require_run(source, STAGE.name)
     folder = source if (source / "comparisons.jsonl").is_file() else stage_folder(source, STAGE.name)
@@ -72,6 +73,8 @@ def read_labelled(source: Path) -> Labelled:
         raise InputError(f"{source}: no finished `compare` in it; name its folder, or its run's")
     if missing := [name for name in FILES if not (folder / name).is_file()]:
         raise InputError(f"{folder}: has no {missing[0]}, which this version's `compare` keeps; run `compare` again")
+    for name in (*FILES, *(name for name in (*REVISION_FILES, PROVENANCE) if name in manifest.outputs)):
+        require_as_written(folder / name, manifest)
     return Labelled(folder, manifest, read_constitution(folder / CONSTITUTION), read_settings(folder))
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from align.artefacts import MANIFEST, RELABELLED, Manifest, file_digest, read_manifest, stage_folder
+from align.artefacts import MANIFEST, RELABELLED, Manifest, read_manifest, require_as_written, stage_folder
 from align.errors import InputError
 from align.provenance import PROVENANCE, Provenance, read_provenance
 from align.stages import all_stages
@@ -71,14 +71,7 @@ class PublishedRun:
                 "`align plan` says what is missing"
             )
         path = self.stage(stage) / file
-        written = self.manifests[stage].outputs.get(file)
-        if written is None or not path.is_file():
-            raise InputError(f"{path}: no such file, which `{stage}` writes; remove {path.parent} and run it again")
-        if file_digest(path) != written:
-            raise InputError(
-                f"{path}: has changed since `{stage}` wrote it, so that its manifest no longer tells how it was made; "
-                f"remove {path.parent} and run it again"
-            )
+        require_as_written(path, self.manifests[stage])
         return path
 
     def provenance(self, stage: str) -> dict[str, Provenance]:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from align.__main__ import main
-from align.artefacts import Manifest, file_digest, read_manifest, write_json
+from align.artefacts import Manifest, file_digest, output_digests, read_manifest, write_json
 from align.config import JudgeBlock
 from align.errors import FileProblems, InputError
 from align.generation import ChoiceRequest, Request
@@ -64,8 +64,10 @@ def compare(world: World, judge: dict[str, Any], output: str = "compare", **sett
     outcome = world.run(COMPARE, block, output)
     dumped = world.shared["judge"].model_dump(mode="json")
     slice_ = {"stage": "compare", "seed": 7, "settings": block.model_dump(mode="json"), "judge": dumped}
-    manifest = Manifest("compare", "f", slice_, {}, {}, dict(outcome.counts), dict(outcome.figures))
-    write_json(world.root / output / "manifest.json", manifest.__dict__)
+    folder = world.root / output
+    written = output_digests(folder, [name for name in COMPARE.outputs if (folder / name).exists()])
+    manifest = Manifest("compare", "f", slice_, {}, written, dict(outcome.counts), dict(outcome.figures))
+    write_json(folder / "manifest.json", manifest.__dict__)
     return world.root / output
 
 
@@ -333,3 +335,13 @@ def test_the_command_finds_a_run_s_labels_and_overwrites_nothing(
     assert file_digest(world.root / "new/pairs.jsonl") == before
     (stage / "opinions.jsonl").unlink()
     assert main(["relabel", str(stage), "--output", str(world.root / "x")]) == 2
+
+
+@pytest.mark.parametrize("name", ["comparisons.jsonl", "opinions.jsonl", "provenance.jsonl"])
+def test_scores_that_were_edited_are_made_no_labels_of(world: World, name: str) -> None:
+    folder = compare(world, {"kind": "choice"})
+    with (folder / name).open("a") as file:
+        file.write("\n")
+    with pytest.raises(InputError, match=f"{name}: has changed since `compare` wrote it"):
+        relabel(folder, world.root / "again")
+    assert not (world.root / "again").exists()
