@@ -203,8 +203,8 @@ def _rows(content: CardContent) -> str:
     return (
         f"## Rows\n\n{table(('data set', 'split', 'rows', 'format'), rows)}\n\n{split}"
         "Each row says where it comes from: `…_provenance` columns have engine, model, the digest of its weights, "
-        "sampling, constitution and seed; `revised_by` the ids of the principles of every round, and `judged_by` those "
-        f"that the judge decided by.{labels}"
+        "sampling, constitution and seed; `revised_by` the ids of the principles of the rounds that led to a revision, "
+        f"and `judged_by` those that the judge decided by.{labels}"
     )
 
 
