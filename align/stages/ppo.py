@@ -124,7 +124,8 @@ def _provenance(context: Context, policy: Path, precision: str) -> str:
         **({"system_prompt": system} if system else {}),
         "weights": "as training began",
     }
-    identity = EngineIdentity("local", "/".join(policy.parts[-2:]), Weights(policy).digest(), precision=precision)
+    weights = processes.decided_by_first(Weights(policy).digest)
+    identity = EngineIdentity("local", "/".join(policy.parts[-2:]), weights, precision=precision)
     entry = Provenance.of(context.stage, "completion", identity, how, context.seed)
     write_provenance(context.output, [entry])
     return entry.id
