@@ -5,10 +5,9 @@
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, ValidationError
 
@@ -17,7 +16,7 @@ from align.artefacts import read_manifest, write_json
 from align.config import Block, Fraction
 from align.errors import InputError
 from align.records import JUDGED_WORSE, NEAR_DUPLICATE, OpinionScores, R, Revision, Sample, read_rows
-from align.windows import RowFile
+from align.windows import RowFiles
 
 if TYPE_CHECKING:
     from align.feedback.judge import Verdict
@@ -38,14 +37,12 @@ class RevisionLabels(Block):
     near_duplicates: Fraction | None = Field(description="similarity to an earlier accepted one that rejects")
 
 
-class KeptRevisions:
+class KeptRevisions(RowFiles):
     """The three files of a folder, written row by row."""
 
     def __init__(self, folder: Path, settings: RevisionLabels) -> None:
-        self._open = ExitStack()
-        self._revisions, self._opinions = (
-            self._open.enter_context(RowFile(folder / name)) for name in (REVISIONS, OPINIONS)
-        )
+        super().__init__(folder, REVISIONS, OPINIONS)
+        self._revisions, self._opinions = self._files
         if processes.is_first():
             write_json(folder / SETTINGS, settings.model_dump(mode="json"))
 
@@ -54,12 +51,6 @@ class KeptRevisions:
         self._revisions.add(row)
         for each in scores:
             self._opinions.add(each)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._open.close()
 
 
 def read_kept(folder: Path) -> Iterator[tuple[Revision, Scores]]:

@@ -1,32 +1,28 @@
 """The files of a judge's labels, which `compare` writes and `align relabel` writes again."""
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 from align.records import Comparison, OpinionScores, PreferencePair
-from align.windows import RowFile, SeenOnDisk
+from align.windows import RowFiles, SeenOnDisk
 
 if TYPE_CHECKING:
     from align.feedback.tallies import ComparisonTally
 
 
-class LabelFiles:
+class LabelFiles(RowFiles):
     """comparisons.jsonl, opinions.jsonl and pairs.jsonl of a folder, row by row, and the tally of what they hold.
 
     Of several pairs of the same two texts the first is written; `repeated` counts the others.
     """
 
     def __init__(self, folder: Path, tally: "ComparisonTally") -> None:
+        super().__init__(folder, "comparisons.jsonl", "opinions.jsonl", "pairs.jsonl")
+        self._comparisons, self._opinions, self._pairs = self._files
         self._tally = tally
         self._seen = SeenOnDisk()
         self.repeated = 0
-        self._open = ExitStack()
-        self._comparisons, self._opinions, self._pairs = (
-            self._open.enter_context(RowFile(folder / name))
-            for name in ("comparisons.jsonl", "opinions.jsonl", "pairs.jsonl")
-        )
 
     def add(self, row: Comparison, scores: Sequence[OpinionScores]) -> None:
         """A comparison, and what its verdict was made of."""
@@ -42,9 +38,3 @@ class LabelFiles:
             self._pairs.add(pair)
         self.repeated += not is_new
         return is_new
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._open.close()

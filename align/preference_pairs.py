@@ -1,12 +1,12 @@
 """What a judge is asked about a comparison, what its verdict makes of it, and the pairs that are trained on."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from align.feedback.opinions import Question
-from align.records import Comparison, Message, PreferencePair, Revision, as_dicts, digest
+from align.records import Comparison, Message, PreferencePair, Revision, pair_id
 
 if TYPE_CHECKING:
     from align.feedback.judge import Verdict
@@ -92,8 +92,3 @@ def pair_of_revision(row: Revision) -> PreferencePair:
         rejected_provenance=row.original_provenance,
         judge_provenance=row.judge_provenance,
     )
-
-
-def pair_id(prompt: Sequence[Message], chosen: Message, rejected: Message) -> str:
-    """A pair's id, by all that it says."""
-    return digest([as_dicts(tuple(prompt)), chosen.as_dict(), rejected.as_dict()])

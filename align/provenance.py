@@ -117,12 +117,16 @@ def text_provenance(
         writer: which of a stage's engines it is, where several take the same step.
         how: what else decides how the texts come out.
     """
-    model: ModelBlock = context.shared["model"]
-    system = {"system_prompt": model.system_prompt} if model.system_prompt else {}
-    sampling = context.settings.sampling.model_dump(mode="json")
-    settings = {**sampling, **_named(engine.extra), **system, **how}
+    settings = {**sampling_settings(context), **_named(engine.extra), **how}
     identity = settled_identity(backend, context.output, writer or step)
     return Provenance.of(context.stage, step, identity, settings, context.seed, constitution)
+
+
+def sampling_settings(context: Context) -> dict[str, Any]:
+    """How a stage samples: its sampling block, and the system prompt where the model has one."""
+    model: ModelBlock = context.shared["model"]
+    system = {"system_prompt": model.system_prompt} if model.system_prompt else {}
+    return {**context.settings.sampling.model_dump(mode="json"), **system}
 
 
 def label_provenance(
@@ -142,24 +146,24 @@ def settle_judge(backend: Backend | None, output: Path) -> None:
     """
     if backend is not None:
         settled_identity(backend, output, "label")
-        processes.decided_by_first(lambda: _settled_method(backend, output / "method-of-label.json"))
+        processes.decided_by_first(lambda: _settle_method(backend, output / "method-of-label.json"))
 
 
-def _settled_method(backend: Backend, kept: Path) -> str:
+def _settle_method(backend: Backend, kept: Path) -> None:
     """A stage whose journal held both votes and log-probabilities would call all of them by one name."""
     if not kept.exists():
         write_json(kept, {"scored_by": backend.choice_method})
-    before = str(json.loads(kept.read_text(encoding="utf-8"))["scored_by"])
+        return
+    before = json.loads(kept.read_text(encoding="utf-8"))["scored_by"]
     try:
         now = backend.choice_method
     except AlignError:
-        return before  # what is not asked for any more needs no server
+        return  # what is not asked for any more needs no server
     if now != before:
         raise InputError(
             f"engine {backend.name}: scores choices by {now} now, and by {before} when this stage began; serve the "
             f"model as before, or remove {kept.parent} to begin anew"
         )
-    return before
 
 
 def _of_labels(block: JudgeBlock) -> dict[str, Any]:

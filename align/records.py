@@ -52,6 +52,11 @@ def as_dicts(conversation: Conversation) -> list[dict[str, str]]:
     return [message.as_dict() for message in conversation]
 
 
+def pair_id(prompt: Conversation, chosen: Message, rejected: Message) -> str:
+    """A preference pair's id, by all that it says."""
+    return digest([as_dicts(prompt), chosen.as_dict(), rejected.as_dict()])
+
+
 @dataclass(frozen=True)
 class Row:
     """Base of every record: `to_json` and `from_json` are exact inverses, and unknown keys are an error."""

@@ -12,14 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from align.artefacts import (
-    MANIFEST,
-    NOT_RELABELLED,
-    RELABELLED,
-    Manifest,
-    output_digests,
-    write_json,
-)
+from align.artefacts import MANIFEST, NOT_RELABELLED, RELABELLED, Manifest, output_digests, write_json
 from align.backends.recorded import RecordedBackend
 from align.constitution import Constitution, Principle
 from align.errors import InputError
@@ -28,22 +21,11 @@ from align.feedback.judge import Judge, Verdict
 from align.feedback.opinions import Question
 from align.feedback.tallies import ComparisonTally
 from align.judged_revisions import FILES as REVISION_FILES
-from align.judged_revisions import (
-    OPINIONS,
-    by_principle,
-    judged_again,
-    read_kept,
-    with_scores,
-)
+from align.judged_revisions import OPINIONS, by_principle, judged_again, read_kept, with_scores
 from align.label_files import LabelFiles
 from align.labelled import FILES, Labelled, LabelSettings, chosen_principles, label_settings, read_labelled
 from align.preference_pairs import pair_of, question_of, revision_pairs, with_provenance, with_verdict
-from align.provenance import (
-    PROVENANCE,
-    Provenance,
-    read_provenance,
-    write_constitution,
-)
+from align.provenance import PROVENANCE, Provenance, read_provenance, write_constitution
 from align.records import Comparison, OpinionScores, PreferencePair, digest, read_rows, write_rows
 from align.repro import derive_seed, environment
 from align.stages.compare import CALIBRATION, STAGE

@@ -7,6 +7,7 @@ journals, and so writes the rows, and adds up the figures, in the same order and
 
 import sqlite3
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -63,6 +64,20 @@ class RowFile:
     def __exit__(self, *_: object) -> None:
         if self._file is not None:
             self._file.close()
+
+
+class RowFiles:
+    """Several such files of a folder, written side by side."""
+
+    def __init__(self, folder: Path, *names: str) -> None:
+        self._open = ExitStack()
+        self._files = [self._open.enter_context(RowFile(folder / name)) for name in names]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
 
 
 class SeenOnDisk:

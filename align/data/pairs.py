@@ -30,7 +30,7 @@ from align.data.sources import (
     source_rows,
 )
 from align.errors import InputError
-from align.records import Conversation, Demonstration, Message, PreferencePair, as_dicts, digest, read_rows
+from align.records import Conversation, Demonstration, Message, PreferencePair, as_dicts, digest, pair_id, read_rows
 
 T = TypeVar("T")
 UNDECIDED = "undecided: "
@@ -172,7 +172,7 @@ def _pair(row: Row, place: str, name: str | None = None) -> PreferencePair | str
     if chosen == rejected:
         return "with_equal_completions"
     return PreferencePair(
-        id=digest([as_dicts(prompt), chosen.as_dict(), rejected.as_dict()]),
+        id=pair_id(prompt, chosen, rejected),
         prompt=prompt,
         chosen=(chosen,),
         rejected=(rejected,),

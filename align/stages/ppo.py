@@ -13,7 +13,7 @@ from align import processes
 from align.constitution import load_constitution, sound_constitution
 from align.errors import InputError
 from align.generation import EngineIdentity
-from align.provenance import PROVENANCE, Provenance, write_provenance
+from align.provenance import PROVENANCE, Provenance, sampling_settings, write_provenance
 from align.records import Demonstration, Prompt, Split, read_rows
 from align.repro import derive_seed
 from align.rl.settings import PpoBlock
@@ -118,12 +118,7 @@ def _provenance(context: Context, policy: Path, precision: str) -> str:
     iteration says how often they were updated before it was drawn."""
     from align.models.weights import Weights
 
-    settings, system = context.settings, context.shared["model"].system_prompt
-    how = {
-        **settings.sampling.model_dump(mode="json"),
-        **({"system_prompt": system} if system else {}),
-        "weights": "as training began",
-    }
+    how = {**sampling_settings(context), "weights": "as training began"}
     weights = processes.decided_by_first(Weights(policy).digest)
     identity = EngineIdentity("local", "/".join(policy.parts[-2:]), weights, precision=precision)
     entry = Provenance.of(context.stage, "completion", identity, how, context.seed)

@@ -28,16 +28,7 @@ from align.provenance import (
     write_constitution,
     write_provenance,
 )
-from align.records import (
-    Critique,
-    OpinionScores,
-    Prompt,
-    Revision,
-    Sample,
-    Split,
-    digest,
-    read_rows,
-)
+from align.records import Critique, OpinionScores, Prompt, Revision, Sample, Split, digest, read_rows
 from align.repro import derive_seed
 from align.stage import Context, Outcome, Stage
 from align.tracking import METRICS
