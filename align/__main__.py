@@ -10,18 +10,18 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from align import processes
+from align.cli.constitutions import add_constitution
+from align.cli.judging import add_engine, add_judge, add_relabel
+from align.cli.options import Verbs, add_recipe_options, positive, recipe_of
+from align.cli.results import add_results
 from align.errors import AlignError, InputError
-from align.failure_note import follows_from_another, note_failure
-from align.launch import INTERRUPTED, PATIENCE_SECONDS, Launch, die_with_launcher, launch_stage, run_recipe
-from align.plan import make_plan
-from align.recipe import Recipe
+from align.pipeline.failure_note import follows_from_another, note_failure
+from align.pipeline.launch import INTERRUPTED, PATIENCE_SECONDS, Launch, die_with_launcher, launch_stage, run_recipe
+from align.pipeline.plan import make_plan
+from align.pipeline.recipe import Recipe
+from align.pipeline.world import check_config
+from align.run import processes
 from align.stages import all_stages
-from align.verbs.constitutions import add_constitution
-from align.verbs.judging import add_engine, add_judge, add_relabel
-from align.verbs.options import Verbs, add_recipe_options, positive, recipe_of
-from align.verbs.results import add_results
-from align.world import check_config
 
 ALL = "all"
 
@@ -119,7 +119,7 @@ def _run(options: argparse.Namespace) -> int:
     recipe = recipe_of(options, options.recipe)
     if launch.uses_accelerate:
         return launch_stage(recipe, options.target, launch)
-    from align.runner import run_stage
+    from align.pipeline.runner import run_stage
 
     run_stage(recipe, options.target)
     return 0
@@ -158,7 +158,7 @@ def _run_recipe(options: argparse.Namespace, path: str | None, launch: Launch) -
 def _plan(options: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from align.plan_view import print_plan
+    from align.cli.plan_view import print_plan
 
     print_plan(recipe_of(options, options.target), Console())
 
@@ -177,15 +177,15 @@ def _report(options: argparse.Namespace) -> None:
 def _print_results(recipe: Recipe) -> None:
     """What judge and reward model are worth, then the report where the recipe evaluates, else every stage's folder."""
     if "compare" in recipe.settings:
-        from align.calibration import print_published_calibration
+        from align.feedback.calibration import print_published_calibration
 
         print_published_calibration(recipe.directory("compare"))
     if "reward" in recipe.settings:
-        from align.held_out import print_published_held_out
+        from align.training.held_out import print_published_held_out
 
         print_published_held_out(recipe.directory("reward"))
     if "evaluate" in recipe.settings:
-        from align.report import print_published_report
+        from align.evaluation.report import print_published_report
 
         print_published_report(recipe.directory("evaluate"))
         return
@@ -194,13 +194,13 @@ def _print_results(recipe: Recipe) -> None:
 
 
 def _settings(options: argparse.Namespace) -> None:
-    from align.settings_view import settings_page
+    from align.cli.settings_view import settings_page
 
     print(settings_page(), end="")
 
 
 def _make_rules(options: argparse.Namespace) -> None:
-    from align.make_rules import write_rules
+    from align.cli.make_rules import write_rules
 
     _launch_of(options)  # refuses what no stage could be launched with, before make finds that none need be
     write_rules(recipe_of(options, options.target), options.output)

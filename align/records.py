@@ -1,6 +1,6 @@
 """The rows that stages write and read, one JSON object a line. Ids come from the content: made twice, still one row.
 
-What is called provenance in a row is the id of an entry of the provenance.jsonl beside it (`align.provenance`): how the
+What is called provenance in a row is the id of an entry of the provenance.jsonl beside it (`align.engines.provenance`): how the
 row's text, or its label, was made. It is empty for what people wrote, and in rows of versions before there was any.
 """
 

@@ -20,18 +20,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from align.backends.local import LocalBackend
-from align.config import JudgeBlock, PromptsBlock, PromptSource, SamplingBlock
-from align.constitution import load_constitution
+from align.constitution.constitution import load_constitution
 from align.data.chat import prompt_ids, token_ids
 from align.data.prompts import read_prompts
+from align.engines.generation import ChoiceRequest, ChoiceScores, Completed, Request
+from align.engines.local import LocalBackend
 from align.feedback.critique import Loop
 from align.feedback.evidence import Showing
 from align.feedback.opinions import ByChoice, Question, nats
-from align.generation import ChoiceRequest, ChoiceScores, Completed, Request
 from align.models.openings import left_padded, positions
 from align.models.policy import load_causal_lm, load_tokenizer, stop_token_ids
 from align.records import Sample
+from align.settings.config import JudgeBlock, PromptsBlock, PromptSource, SamplingBlock
 
 ROOT = Path(__file__).parents[1]
 PROMPTS = ROOT / "recipes/prompts/harmful.jsonl"

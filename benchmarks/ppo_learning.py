@@ -56,7 +56,6 @@ def run_ours(setting: dict[str, Any]) -> dict[str, Any]:
     """Train by our trainer in this process: KL and mean reward of each step."""
     import torch
 
-    from align.config import LoraBlock, PromptsBlock, PromptSource, TrackingBlock
     from align.data.chat import prompt_ids
     from align.data.prompts import read_prompts
     from align.models.policy import compute_dtype, load_tokenizer, stop_token_ids
@@ -64,7 +63,8 @@ def run_ours(setting: dict[str, Any]) -> dict[str, Any]:
     from align.rl.ppo import PpoTrainer
     from align.rl.rewards import Rewards, RewardSource
     from align.rl.rollout import TokenizedPrompt
-    from align.tracking import Tracker
+    from align.run.tracking import Tracker
+    from align.settings.config import LoraBlock, PromptsBlock, PromptSource, TrackingBlock
 
     torch.manual_seed(setting["seed"])
     block = our_block(setting)
@@ -108,8 +108,8 @@ def run_ours(setting: dict[str, Any]) -> dict[str, Any]:
 
 def our_block(setting: dict[str, Any]) -> Any:
     """Our names for the settings. The score is neither standardised nor clipped, as TRL's is not."""
-    from align.config import OptimizerBlock, SamplingBlock
     from align.rl.settings import PpoBlock, ScoreBlock
+    from align.settings.config import OptimizerBlock, SamplingBlock
 
     names = ("epochs", "kl_coef", "clip_range", "value_clip_range", "value_coef", "gamma", "lam", "missing_eos_penalty")
     return PpoBlock(

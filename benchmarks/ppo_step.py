@@ -56,19 +56,26 @@ def measure(
     """Run our trainer in this process; the timings and figures of the steps after the first."""
     from accelerate import Accelerator
 
-    from align.config import LoraBlock, OptimizerBlock, PromptsBlock, PromptSource, SamplingBlock, TrackingBlock
     from align.data.chat import prompt_ids
     from align.data.prompts import read_prompts
     from align.models.policy import compute_dtype, load_tokenizer, stop_token_ids
     from align.models.ppo_loading import RewardFolder, load_shared_trunk, trunk_scores
     from align.models.sources import resolve_model
-    from align.repro import peak_resident_gb
     from align.rl.batches import ROWS_WITHOUT_GRADIENT
     from align.rl.ppo import PpoTrainer
     from align.rl.rewards import RewardModel, Rewards, RewardSource
     from align.rl.rollout import TokenizedPrompt
     from align.rl.settings import PpoBlock
-    from align.tracking import Tracker
+    from align.run.repro import peak_resident_gb
+    from align.run.tracking import Tracker
+    from align.settings.config import (
+        LoraBlock,
+        OptimizerBlock,
+        PromptsBlock,
+        PromptSource,
+        SamplingBlock,
+        TrackingBlock,
+    )
 
     siblings = 4 if settings.get("advantage") == "leave_one_out" else 1
     block = PpoBlock(
@@ -137,9 +144,9 @@ def make_reward(made: Path, model: str = MODEL) -> None:
     import torch
     from transformers import AutoModelForSequenceClassification
 
-    from align.config import LoraBlock
     from align.models.policy import add_lora, load_tokenizer, save_model
     from align.models.sources import resolve_model
+    from align.settings.config import LoraBlock
 
     folder = resolve_model(model)
     classifier = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=torch.float32)

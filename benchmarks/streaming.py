@@ -43,14 +43,14 @@ def write_prompts(path: Path, rows: int) -> None:
 
 def run_stages(folder: Path) -> Iterator[dict[str, Any]]:
     """The three stages one after another; peak memory only ever rises, so the last has the highest."""
-    import align.backends.open
-    from align.backends.scripted import ScriptedBackend
-    from align.config import JudgeBlock, ModelBlock, PromptsBlock, TrackingBlock
-    from align.repro import peak_resident_gb
-    from align.stage import Context
+    import align.engines.open
+    from align.engines.scripted import ScriptedBackend
+    from align.run.repro import peak_resident_gb
+    from align.run.stage import Context
+    from align.settings.config import JudgeBlock, ModelBlock, PromptsBlock, TrackingBlock
     from align.stages import compare, revise, sample
 
-    align.backends.open.open_backend = lambda *_, **__: ScriptedBackend(text)  # type: ignore[assignment]
+    align.engines.open.open_backend = lambda *_, **__: ScriptedBackend(text)  # type: ignore[assignment]
     (folder / "asking.yaml").write_text(CONSTITUTION)
     shared = {
         "model": ModelBlock(path="none"),

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
-from align.constitution import Constitution, load_constitution
-from align.metrics import words
+from align.constitution.constitution import Constitution, load_constitution
+from align.figures.metrics import words
 
 CONSTITUTION = Path(__file__).parents[1] / "constitutions" / "style-asking.yaml"
 STEM = 5

@@ -19,8 +19,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
-from align.artefacts import read_manifest
-from align.config import PairSource
 from align.data.sources import (
     Row,
     is_transcript,
@@ -31,6 +29,8 @@ from align.data.sources import (
 )
 from align.errors import InputError
 from align.records import Conversation, Demonstration, Message, PreferencePair, as_dicts, digest, pair_id, read_rows
+from align.run.artefacts import read_manifest
+from align.settings.config import PairSource
 
 T = TypeVar("T")
 UNDECIDED = "undecided: "

@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate
 from typing import Any
 
-from align.config import PromptsBlock, PromptSource, SplitBlock
 from align.data.sources import (
     Row,
     is_transcript,
@@ -30,8 +29,9 @@ from align.data.sources import (
 )
 from align.errors import InputError
 from align.records import SPLITS, Conversation, Message, Prompt, Split, as_dicts, digest
-from align.repro import derive_seed
-from align.windows import SeenOnDisk
+from align.run.repro import derive_seed
+from align.run.windows import SeenOnDisk
+from align.settings.config import PromptsBlock, PromptSource, SplitBlock
 
 COLUMNS = ("prompt", "messages", "question", "instruction", "chosen")
 

@@ -9,16 +9,16 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from align.backends.complete_all import complete_all
-from align.config import SamplingBlock
-from align.constitution import Constitution, Example, Principle, draw_principle
-from align.documents import Passage
+from align.constitution.constitution import Constitution, Example, Principle, draw_principle
+from align.constitution.documents import Passage
+from align.engines.complete_all import complete_all
+from align.engines.generation import Backend, Completed, Request
 from align.feedback.evidence import Showing, citations, conversation_texts, with_passages
 from align.feedback.filters import OPTIONAL, Revised, caught_by, is_copy, without_preamble
 from align.feedback.judge import NO_PRINCIPLE
-from align.generation import Backend, Completed, Request
 from align.records import Conversation, Critique, Message, Sample, digest
-from align.repro import derive_seed
+from align.run.repro import derive_seed
+from align.settings.config import SamplingBlock
 
 
 @dataclass(frozen=True)

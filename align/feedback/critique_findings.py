@@ -7,7 +7,7 @@ a critique counts as one that found a fault unless it is silent.
 
 import re
 
-from align.sentences import fold, sentences
+from align.figures.sentences import fold, sentences
 
 _NOTHING = r"(?:no|not any|any|zero)"
 _FAULTS = (

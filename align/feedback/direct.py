@@ -12,10 +12,10 @@ Principles are averaged by weight. A broken hard rule costs everything: -1, or t
 import math
 from collections.abc import Mapping, Sequence
 
-from align.constitution import Principle, draw_principle
+from align.constitution.constitution import Principle, draw_principle
+from align.engines.generation import Backend, ChoiceRequest, ChoiceScores
 from align.feedback.judge import Judge, JudgeReport, broken_rule, probe_report
 from align.feedback.opinions import ByChoice, ByContrast, after, choice_request, nats, option_mass
-from align.generation import Backend, ChoiceRequest, ChoiceScores
 from align.records import Conversation, Message, as_dicts, digest
 
 MARKS = tuple("123456789")

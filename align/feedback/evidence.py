@@ -12,11 +12,11 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-from align.constitution import Constitution, Principle, draw_principle
-from align.documents import SPLITTERS, Passage, read_documents
-from align.principles import WorkedComparison, in_language
+from align.constitution.constitution import Constitution, Principle, draw_principle
+from align.constitution.documents import SPLITTERS, Passage, read_documents
+from align.constitution.principles import WorkedComparison, in_language
+from align.figures.sentences import fold
 from align.records import Conversation, Critique, as_dicts, digest
-from align.sentences import fold
 
 _CJK = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 _TERM = re.compile(rf"[^\W{_CJK}]+|[{_CJK}]+")

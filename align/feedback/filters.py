@@ -10,9 +10,9 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from align.metrics import repetition, words
+from align.figures.metrics import repetition, words
+from align.figures.sentences import fold, sentences
 from align.records import FinishReason
-from align.sentences import fold, sentences
 
 FilterName = Literal["preamble", "no_critique", "critique", "copy", "example", "refusal", "repetition", "emoji"]
 OPTIONAL: tuple[FilterName, ...] = get_args(FilterName)

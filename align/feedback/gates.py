@@ -11,13 +11,13 @@ from typing import Any
 
 from pydantic import Field
 
-from align import processes
-from align.config import Block, Fraction, Positive
 from align.errors import GateClosed
 from align.feedback.filters import goes_in_circles, has_emoji
-from align.metrics import words
-from align.sentences import fold, sentences
-from align.windows import scratch_database
+from align.figures.metrics import words
+from align.figures.sentences import fold, sentences
+from align.run import processes
+from align.run.windows import scratch_database
+from align.settings.config import Block, Fraction, Positive
 
 EDGE_WORDS = 5
 UNSPACED = 3

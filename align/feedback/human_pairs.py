@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from align.calibration import JudgedPair
 from align.errors import JudgeAtChance
+from align.feedback.calibration import JudgedPair
 from align.feedback.judge import Judge, Verdict
 from align.feedback.opinions import Question
 from align.records import PreferencePair, as_dicts, digest

@@ -13,14 +13,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from align.config import JudgeBlock, ModelBlock
-from align.constitution import Constitution, Principle, draw_principle
+from align.constitution.constitution import Constitution, Principle, draw_principle
+from align.engines.generation import Backend
 from align.errors import InputError, JudgeAtChance
 from align.feedback.evidence import Showing, usable_comparisons
 from align.feedback.opinions import ByChoice, ByContrast, ByRule, Kind, Opinion, Question
-from align.generation import Backend
+from align.figures.statistics import wilson_interval
 from align.records import Message, OpinionScores
-from align.statistics import wilson_interval
+from align.settings.config import JudgeBlock, ModelBlock
 
 NO_PRINCIPLE = "no principle applies"
 ABSTAINED = "the judge abstained"
@@ -259,7 +259,7 @@ def open_judge(
     if block.kind == "rule":
         return Judge(constitution, block, draw_seed=draw_seed, seed=seed)
     if backend is None:
-        from align.backends.open import open_backend
+        from align.engines.open import open_backend
 
         backend = open_backend(block.engine, model)
     return Judge(constitution, block, backend, draw_seed=draw_seed, seed=seed)

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
-from align.backends.complete_all import complete_all, score_all
-from align.config import JudgeBlock
-from align.constitution import Principle
+from align.constitution.constitution import Principle
+from align.constitution.principles import WorkedComparison, in_language
+from align.engines.complete_all import complete_all, score_all
+from align.engines.generation import Backend, ChoiceRequest, ChoiceScores, Completed, Request
 from align.feedback.evidence import Showing, harmless
-from align.generation import Backend, ChoiceRequest, ChoiceScores, Completed, Request
-from align.principles import WorkedComparison, in_language
 from align.records import Conversation, Message, OpinionScores, as_dicts, digest
-from align.repro import derive_seed
+from align.run.repro import derive_seed
+from align.settings.config import JudgeBlock
 
 
 class Question(NamedTuple):

@@ -4,10 +4,10 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from align.config import JudgeBlock
 from align.feedback.agreement import AgreementTally, Label, margins_of
 from align.feedback.evidence import grounding
 from align.records import Comparison, OpinionScores, Revision
+from align.settings.config import JudgeBlock
 
 if TYPE_CHECKING:
     from align.feedback.critique import Chain

@@ -21,13 +21,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from align.config import LoraBlock
 from align.data.chat import end_of_turn_ids
 from align.errors import InputError, first_line
 from align.models.fitting import vocabulary_fault, weights_fault
 from align.models.lora import dither, dithered
 from align.models.sources import resolve_model
-from align.processes import number_in_environment, on_cpu
+from align.run.processes import number_in_environment, on_cpu
+from align.settings.config import LoraBlock
 
 __all__ = [
     "add_lora",

@@ -10,8 +10,6 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from align.config import LoraBlock
-from align.damage import check_files
 from align.errors import InputError, first_line
 from align.models.fitting import weights_fault
 from align.models.heads import ValueHead, pooled_scores
@@ -19,6 +17,8 @@ from align.models.openings import right_padded
 from align.models.policy import add_lora, load_causal_lm
 from align.models.ppo_models import PpoModels, SeparateModels, SharedTrunk
 from align.models.sequences import lay_out_rows
+from align.run.damage import check_files
+from align.settings.config import LoraBlock
 
 SCORE_HEAD = "score.weight"
 SHAPES_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")

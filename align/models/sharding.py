@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from align import processes
+from align.run import processes
 
 
 def set_precision(plugin: Any, dtype: torch.dtype) -> None:

@@ -12,8 +12,8 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from align.artefacts import file_digest
 from align.errors import InputError
+from align.run.artefacts import file_digest
 
 WHEEL = "wheel:"
 CONVERSION = 1

@@ -5,8 +5,8 @@ import json
 import os
 from pathlib import Path
 
-from align.artefacts import MANIFEST, file_digest, read_manifest
 from align.models.sources import resolve_model
+from align.run.artefacts import MANIFEST, file_digest, read_manifest
 
 SNAPSHOTS = "snapshots"
 """The folder of the hub's cache below which each revision has its own."""

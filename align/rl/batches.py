@@ -6,12 +6,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from align import processes
-from align.config import OptimizerBlock
 from align.models.openings import OpeningBatch, opening_batch
 from align.models.sequences import Sequences, lay_out, lay_out_after, rests, worthwhile_openings
-from align.repro import derive_seed
 from align.rl.rollout import Completion, permutation
+from align.run import processes
+from align.run.repro import derive_seed
+from align.settings.config import OptimizerBlock
 
 ROWS_WITHOUT_GRADIENT = 4
 """Times a micro-batch's rows that a pass without a gradient takes: it keeps no activations."""

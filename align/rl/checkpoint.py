@@ -10,8 +10,8 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from align import processes
-from align.damage import check_files
+from align.run import processes
+from align.run.damage import check_files
 
 FOLDER = "checkpoint"
 NUMBERS = "numbers.json"

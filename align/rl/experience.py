@@ -12,9 +12,8 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from align import processes
 from align.errors import NotFinite
-from align.repro import derive_seed
+from align.figures.sheets import printable, shortened
 from align.rl.advantages import (
     generalised_advantages,
     group_relative_advantages,
@@ -29,7 +28,8 @@ from align.rl.clock import Clock
 from align.rl.rewards import Rewards
 from align.rl.rollout import Completion, TokenizedPrompt, completion_mask, sample_completions, schedule
 from align.rl.settings import PpoBlock
-from align.sheets import printable, shortened
+from align.run import processes
+from align.run.repro import derive_seed
 
 
 @dataclass(frozen=True)

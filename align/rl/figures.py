@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from align.metrics import repetition
+from align.figures.metrics import repetition
 from align.records import as_dicts
 from align.rl.advantages import explained_variance
 from align.rl.experience import Experience

@@ -19,10 +19,8 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
-from align import processes
 from align.errors import AlignError, InputError, NotFinite
 from align.models.ppo_models import TrainPass
-from align.repro import peak_resident_gb
 from align.rl import checkpoint
 from align.rl.batches import Batches, MicroBatch, positions
 from align.rl.clock import Clock
@@ -36,7 +34,9 @@ from align.rl.settings import PpoBlock
 from align.rl.shared_openings import SharedOpenings
 from align.rl.updates import open_updates
 from align.rl.watch import Watch
-from align.tracking import Tracker, truncate_rows
+from align.run import processes
+from align.run.repro import peak_resident_gb
+from align.run.tracking import Tracker, truncate_rows
 
 ROLLOUTS = "rollouts.jsonl"
 LARGEST = ("largest_log_ratio", "first_log_ratio")

@@ -13,7 +13,7 @@ from torch import Tensor
 from align.models.decode import decode
 from align.models.ppo_models import PpoModels
 from align.records import Prompt
-from align.repro import derive_seed
+from align.run.repro import derive_seed
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,11 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from align import processes
-from align.config import OptimizerBlock
 from align.errors import InputError
 from align.models.sharding import DEEPSPEED_SUMS, deepspeed_state, set_precision
 from align.models.wrapped import is_sharded
+from align.run import processes
+from align.settings.config import OptimizerBlock
 
 ADAM_BETAS, ADAM_EPS = (0.9, 0.999), 1e-5
 """As in Ouyang et al.'s code; the larger epsilon keeps early steps small (Huang et al. 2024)."""

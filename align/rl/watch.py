@@ -14,15 +14,15 @@ from typing import Any
 from rich.console import Console
 from tqdm import tqdm
 
-from align import processes
+from align.figures.sheets import Sheet, print_sheet, printable, shortened
 from align.records import read_jsonl
 from align.rl import checkpoint
 from align.rl.alarms import Alarm, Seen, fired
 from align.rl.early_stop import Ending, best_checkpoint, ending
 from align.rl.history import Row, length_controlled_score
 from align.rl.settings import PpoBlock
-from align.sheets import Sheet, print_sheet, printable, shortened
-from align.tracking import METRICS, Tracker, plain_row, truncate_rows
+from align.run import processes
+from align.run.tracking import METRICS, Tracker, plain_row, truncate_rows
 
 ALARMS = "alarms.jsonl"
 SAMPLES_SHOWN = 4

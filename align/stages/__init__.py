@@ -4,7 +4,7 @@ import importlib
 import pkgutil
 from functools import cache
 
-from align.stage import Stage
+from align.run.stage import Stage
 
 
 @cache

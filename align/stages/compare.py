@@ -15,31 +15,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from align import processes
-from align.artefacts import write_json
-from align.calibration import JudgedPair, calibration_figures, print_calibration
-from align.config import (
-    Block,
-    EngineBlock,
-    Fraction,
-    Integer,
-    JudgeBlock,
-    ModelBlock,
-    PairSource,
-    Positive,
-    SamplingBlock,
-)
-from align.constitution import load_constitution, sound_constitution
+from align.constitution.constitution import load_constitution, sound_constitution
 from align.data.pairs import gather_pairs
 from align.data.prompts import stream_drawn
-from align.errors import InputError
-from align.feedback.gates import CompareGatesBlock, Share, check_gates, gate_figures
-from align.generation import Completed, Request
-from align.judged_revisions import FILES as REVISION_FILES
-from align.judged_revisions import KeptRevisions, judged_in, settings_of
-from align.label_files import LabelFiles
-from align.preference_pairs import pair_of, question_of, revision_pairs, with_provenance, with_verdict
-from align.provenance import (
+from align.engines.generation import Completed, Request
+from align.engines.provenance import (
     CONSTITUTION,
     PROVENANCE,
     label_provenance,
@@ -48,6 +28,13 @@ from align.provenance import (
     write_constitution,
     write_provenance,
 )
+from align.errors import InputError
+from align.feedback.calibration import JudgedPair, calibration_figures, print_calibration
+from align.feedback.gates import CompareGatesBlock, Share, check_gates, gate_figures
+from align.feedback.judged_revisions import FILES as REVISION_FILES
+from align.feedback.judged_revisions import KeptRevisions, judged_in, settings_of
+from align.feedback.label_files import LabelFiles
+from align.feedback.preference_pairs import pair_of, question_of, revision_pairs, with_provenance, with_verdict
 from align.records import (
     Comparison,
     OpinionScores,
@@ -58,15 +45,28 @@ from align.records import (
     read_rows,
     write_rows,
 )
-from align.repro import derive_seed
-from align.stage import Context, Outcome, Stage
-from align.tracking import METRICS
-from align.windows import DEFAULT_WINDOW, WINDOW_HELP, Window, windows
+from align.run import processes
+from align.run.artefacts import write_json
+from align.run.repro import derive_seed
+from align.run.stage import Context, Outcome, Stage
+from align.run.tracking import METRICS
+from align.run.windows import DEFAULT_WINDOW, WINDOW_HELP, Window, windows
+from align.settings.config import (
+    Block,
+    EngineBlock,
+    Fraction,
+    Integer,
+    JudgeBlock,
+    ModelBlock,
+    PairSource,
+    Positive,
+    SamplingBlock,
+)
 
 if TYPE_CHECKING:
+    from align.engines.generation import Backend
     from align.feedback.judge import Judge
     from align.feedback.tallies import ComparisonTally
-    from align.generation import Backend
 
 SPLIT: Split = "preference"
 CALIBRATION = "calibration.jsonl"
@@ -141,7 +141,7 @@ class CompareStage(Stage):
         return labelling_problems(constitution, shared["judge"]) if constitution else []
 
     def run(self, context: Context) -> Outcome:
-        from align.backends.open import open_backend
+        from align.engines.open import open_backend
         from align.feedback.agreement import agreement_figures
         from align.feedback.judge import examine_judge, open_judge, require_better_than_chance
         from align.feedback.tallies import ComparisonTally
@@ -247,7 +247,7 @@ def calibrate(judge: "Judge", context: Context) -> tuple[list[JudgedPair], dict[
 
 def compared(window: Window[Prompt], context: Context, backend: "Backend") -> list[Comparison]:
     """Pairs of the SFT policy's completions, not judged yet; those not worth judging say why."""
-    from align.backends.complete_all import complete_all
+    from align.engines.complete_all import complete_all
 
     settings: CompareBlock = context.settings
     seed = derive_seed(context.seed, CompareStage.name)

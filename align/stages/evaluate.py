@@ -13,19 +13,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from align import processes
-from align.artefacts import write_json
-from align.best_of import best_of_each, best_of_name, candidate_id, candidate_requests
-from align.config import Block, EngineBlock, Integer, ModelBlock, Positive, SamplingBlock
-from align.constitution import Constitution, load_constitution
+from align.constitution.constitution import Constitution, load_constitution
 from align.data.prompts import drawn_prompts
+from align.engines.generation import Backend, Completed, Request
+from align.engines.provenance import PROVENANCE, Provenance, text_provenance, write_provenance
 from align.errors import InputError
-from align.generation import Backend, Completed, Request
-from align.overoptimisation import best_of_kl
-from align.policy_figures import constitution_used, policy_report
-from align.provenance import PROVENANCE, Provenance, text_provenance, write_provenance
-from align.records import Prompt, Split, read_rows, write_rows
-from align.report import (
+from align.evaluation.best_of import best_of_each, best_of_name, candidate_id, candidate_requests
+from align.evaluation.overoptimisation import best_of_kl
+from align.evaluation.policy_figures import constitution_used, policy_report
+from align.evaluation.report import (
     BASE,
     CANDIDATES,
     REPORT,
@@ -35,10 +31,14 @@ from align.report import (
     Report,
     print_report,
 )
-from align.repro import derive_seed
-from align.stage import Context, Outcome, Stage
-from align.tracking import METRICS
-from align.verdicts import Judged, judge_samples
+from align.evaluation.verdicts import Judged, judge_samples
+from align.records import Prompt, Split, read_rows, write_rows
+from align.run import processes
+from align.run.artefacts import write_json
+from align.run.repro import derive_seed
+from align.run.stage import Context, Outcome, Stage
+from align.run.tracking import METRICS
+from align.settings.config import Block, EngineBlock, Integer, ModelBlock, Positive, SamplingBlock
 
 SPLIT: Split = "eval"
 REFERENCE = "sft"
@@ -193,7 +193,7 @@ def _completions(
     context: Context, policy: str, requests: Sequence[Request], name: str
 ) -> tuple[dict[str, Completed], Provenance]:
     """The policy's completions by the requests' ids, kept in a journal of this name, and what made them."""
-    from align.evaluation import policy_completions
+    from align.evaluation.policies import policy_completions
 
     folder = None if policy == BASE else str(context.inputs[policy] / "model")
     journal = context.output / f"completions-{name}.journal"
@@ -210,7 +210,7 @@ def _entry(context: Context, name: str, backend: Backend) -> Provenance:
 
 def with_divergence(samples: Sequence[EvaluatedSample], context: Context) -> list[EvaluatedSample]:
     """The samples with the KL estimates of their policy to the SFT policy, at the temperature of sampling."""
-    from align.evaluation import kl_sums, measure_all, policy_logprobs
+    from align.evaluation.policies import kl_sums, measure_all, policy_logprobs
 
     block: ModelBlock = context.shared["model"]
     sampling: SamplingBlock = context.settings.sampling
@@ -238,7 +238,7 @@ def with_divergence(samples: Sequence[EvaluatedSample], context: Context) -> lis
 
 def with_scores(samples: Sequence[EvaluatedSample], context: Context) -> list[EvaluatedSample]:
     """The samples with the reward model's scores."""
-    from align.evaluation import measure_all, reward_scores
+    from align.evaluation.policies import measure_all, reward_scores
 
     batch_size = context.settings.sampling.batch_size
     scores = measure_all(
@@ -294,7 +294,7 @@ def _publish(
     report: Report, samples: Sequence[EvaluatedSample], candidates: Sequence[EvaluatedSample], context: Context
 ) -> None:
     """Write the outputs, send the figures to the tracker, and show them."""
-    from align.tracking import Tracker
+    from align.run.tracking import Tracker
 
     write_rows(context.output / SAMPLES, samples)
     if candidates:

@@ -9,15 +9,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from align import processes
-from align.constitution import load_constitution, sound_constitution
+from align.constitution.constitution import load_constitution, sound_constitution
+from align.engines.generation import EngineIdentity
+from align.engines.provenance import PROVENANCE, Provenance, sampling_settings, write_provenance
 from align.errors import InputError
-from align.generation import EngineIdentity
-from align.provenance import PROVENANCE, Provenance, sampling_settings, write_provenance
 from align.records import Demonstration, Prompt, Split, read_rows
-from align.repro import derive_seed
 from align.rl.settings import PpoBlock
-from align.stage import Context, Outcome, Stage
+from align.run import processes
+from align.run.repro import derive_seed
+from align.run.stage import Context, Outcome, Stage
 
 SPLIT: Split = "rl"
 
@@ -59,7 +59,7 @@ class Ppo(Stage):
         from align.rl.ppo import PpoTrainer
         from align.rl.rewards import Rewards
         from align.rl.updates import is_sharding, open_accelerator
-        from align.tracking import Tracker
+        from align.run.tracking import Tracker
 
         settings: PpoBlock = context.settings
         model_block = context.shared["model"]

@@ -11,14 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from align.config import Block, EngineBlock, Fraction, Integer, JudgeBlock, ModelBlock, Positive, SamplingBlock
-from align.constitution import Constitution, load_constitution, sound_constitution
+from align.constitution.constitution import Constitution, load_constitution, sound_constitution
 from align.data.prompts import with_split
-from align.errors import InputError
-from align.feedback.filters import OPTIONAL, FilterName, only_refuses, refuses
-from align.feedback.gates import ReviseGatesBlock, Share, TextShares, check_gates, gate_figures
-from align.judged_revisions import REVISE_OPINIONS, near_duplicates, question_of, unless_repeated, with_verdict
-from align.provenance import (
+from align.engines.provenance import (
     CONSTITUTION,
     PROVENANCE,
     Provenance,
@@ -28,17 +23,22 @@ from align.provenance import (
     write_constitution,
     write_provenance,
 )
+from align.errors import InputError
+from align.feedback.filters import OPTIONAL, FilterName, only_refuses, refuses
+from align.feedback.gates import ReviseGatesBlock, Share, TextShares, check_gates, gate_figures
+from align.feedback.judged_revisions import REVISE_OPINIONS, near_duplicates, question_of, unless_repeated, with_verdict
 from align.records import Critique, OpinionScores, Prompt, Revision, Sample, Split, digest, read_rows
-from align.repro import derive_seed
-from align.stage import Context, Outcome, Stage
-from align.tracking import METRICS
-from align.windows import DEFAULT_WINDOW, WINDOW_HELP, RowFile, SeenOnDisk, Window, windows
+from align.run.repro import derive_seed
+from align.run.stage import Context, Outcome, Stage
+from align.run.tracking import METRICS
+from align.run.windows import DEFAULT_WINDOW, WINDOW_HELP, RowFile, SeenOnDisk, Window, windows
+from align.settings.config import Block, EngineBlock, Fraction, Integer, JudgeBlock, ModelBlock, Positive, SamplingBlock
 
 if TYPE_CHECKING:
+    from align.engines.generation import Backend
     from align.feedback.critique import Chain, Loop
     from align.feedback.judge import Judge
     from align.feedback.tallies import RevisionTally
-    from align.generation import Backend
 
 
 class ReviseBlock(Block):
@@ -107,7 +107,7 @@ class ReviseStage(Stage):
         return problems
 
     def run(self, context: Context) -> Outcome:
-        from align.backends.open import open_backend
+        from align.engines.open import open_backend
         from align.feedback.critique import Loop
         from align.feedback.judge import examine_judge, open_judge, require_better_than_chance
         from align.feedback.tallies import RevisionTally

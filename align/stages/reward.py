@@ -10,15 +10,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from align.config import HUMAN_SHARE, Block, Fraction, ModelBlock, Number, OptimizerBlock, PairSource, Positive
 from align.data.columns import pair_columns, whole_conversations
 from align.data.pairs import gather_pairs, mix_faults, pairs_by_source
 from align.errors import InputError
-from align.held_out import HELD_OUT, ScoredPair, held_out_figures, print_held_out
 from align.records import Conversation, PreferencePair, as_dicts, digest, write_rows
-from align.repro import derive_seed
-from align.stage import Context, Outcome, Stage
-from align.tracking import METRICS, flat
+from align.run.repro import derive_seed
+from align.run.stage import Context, Outcome, Stage
+from align.run.tracking import METRICS, flat
+from align.settings.config import HUMAN_SHARE, Block, Fraction, ModelBlock, Number, OptimizerBlock, PairSource, Positive
+from align.training.held_out import HELD_OUT, ScoredPair, held_out_figures, print_held_out
 
 SCALE_PAIRS = 1000
 """Training pairs that the scores' mean and spread are taken from where none are held out."""
@@ -57,10 +57,10 @@ class Reward(Stage):
         return mix_faults(self.name, settings.ai, settings.human, settings.human_share)
 
     def run(self, context: Context) -> Outcome:
-        from align import processes
         from align.models.policy import compute_dtype, load_tokenizer
-        from align.trl_bridge import RewardConfig, training_config
-        from align.trl_trainers import SoftLabelRewardTrainer, fit, load_scorer, pad_apart, score_pairs
+        from align.run import processes
+        from align.training.trl_bridge import RewardConfig, training_config
+        from align.training.trl_trainers import SoftLabelRewardTrainer, fit, load_scorer, pad_apart, score_pairs
 
         settings: RewardBlock = context.settings
         block: ModelBlock = context.shared["model"]

@@ -13,21 +13,21 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import Field
 
-from align import processes
-from align.config import Block, EngineBlock, ModelBlock, Positive, PromptsBlock, SamplingBlock
 from align.data.prompts import split_problems, stream_prompts, with_split
+from align.engines.generation import Completed, Request
+from align.engines.provenance import PROVENANCE, text_provenance, write_provenance
 from align.errors import InputError
-from align.generation import Completed, Request
-from align.metrics import text_figures
-from align.provenance import PROVENANCE, text_provenance, write_provenance
+from align.figures.metrics import text_figures
 from align.records import SPLITS, Prompt, Sample, Split, digest, read_rows
-from align.repro import derive_seed
-from align.stage import Context, Outcome, Stage
-from align.tracking import METRICS
-from align.windows import DEFAULT_WINDOW, WINDOW_HELP, RowFile, Window, windows
+from align.run import processes
+from align.run.repro import derive_seed
+from align.run.stage import Context, Outcome, Stage
+from align.run.tracking import METRICS
+from align.run.windows import DEFAULT_WINDOW, WINDOW_HELP, RowFile, Window, windows
+from align.settings.config import Block, EngineBlock, ModelBlock, Positive, PromptsBlock, SamplingBlock
 
 if TYPE_CHECKING:
-    from align.generation import Backend
+    from align.engines.generation import Backend
 
 DESCRIBED = 1024
 """Samples that the figures describe, drawn by a hash: how varied texts are can only be told of so many."""
@@ -58,7 +58,7 @@ class SampleStage(Stage):
         return split_problems(shared["prompts"].split)
 
     def run(self, context: Context) -> Outcome:
-        from align.backends.open import open_backend
+        from align.engines.open import open_backend
 
         settings: SampleBlock = context.settings
         model: ModelBlock = context.shared["model"]
@@ -142,7 +142,7 @@ def _chosen(context: Context) -> Iterator[Prompt]:
 
 
 def _complete(window: Window[Prompt], sampling: SamplingBlock, backend: "Backend", seed: int) -> dict[str, Completed]:
-    from align.backends.complete_all import complete_all
+    from align.engines.complete_all import complete_all
 
     requests = [_request(prompt, sampling, seed) for prompt in window.rows]
     journal = window.folder / "samples.journal"

@@ -11,16 +11,16 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from align import processes
-from align.config import Block, Fraction, ModelBlock, Number, OptimizerBlock, PairSource, Positive
 from align.data.columns import demonstration_columns
 from align.data.pairs import read_demonstrations
+from align.engines.provenance import PROVENANCE, write_provenance
 from align.errors import InputError
 from align.feedback.gates import TextGatesBlock, TextShares, check_gates, gate_figures
-from align.provenance import PROVENANCE, write_provenance
 from align.records import Demonstration, Prompt, Revision, Sample, Split, read_rows, write_rows
-from align.repro import derive_seed
-from align.stage import Context, Outcome, Stage
+from align.run import processes
+from align.run.repro import derive_seed
+from align.run.stage import Context, Outcome, Stage
+from align.settings.config import Block, Fraction, ModelBlock, Number, OptimizerBlock, PairSource, Positive
 
 SPLIT: Split = "sft"
 
@@ -90,8 +90,8 @@ class Sft(Stage):
 
     def run(self, context: Context) -> Outcome:
         from align.models.policy import compute_dtype, load_tokenizer
-        from align.trl_bridge import SFTConfig, training_config
-        from align.trl_trainers import DemonstrationTrainer, fit, load_trainable
+        from align.training.trl_bridge import SFTConfig, training_config
+        from align.training.trl_trainers import DemonstrationTrainer, fit, load_trainable
 
         settings: SftBlock = context.settings
         block: ModelBlock = context.shared["model"]

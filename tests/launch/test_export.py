@@ -10,7 +10,7 @@ from datasets import DatasetDict, load_dataset
 from huggingface_hub import DatasetCard
 from trl.data_utils import is_conversational
 
-from align.artefacts import MANIFEST, file_digest
+from align.run.artefacts import MANIFEST, file_digest
 from tests.launch.pipeline import Run, in_process, rows
 
 SETS = ("preferences", "sft", "revisions")

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from align.overoptimisation import (
+from align.evaluation.overoptimisation import (
     BEST_OF_N_LAW,
     RL_LAW,
     Points,
@@ -194,7 +194,7 @@ def test_resamples_without_the_policys_own_prompts_are_drawn_again(seed):
 
 def test_too_few_prompts_to_resample_are_an_error(monkeypatch):
     """Each of three points has a prompt of its own: two resamples in nine have them all."""
-    monkeypatch.setattr("align.overoptimisation.PATIENCE", 1)
+    monkeypatch.setattr("align.evaluation.overoptimisation.PATIENCE", 1)
     tally = rollout_tally(["a", "b", "c"], [1, 2, 3], *np.array([[0.0, 1, 4]] * 3))
     with pytest.raises(ValueError, match="3 prompts are too few"):
         fit_curve(RL_LAW, tally, SAME_SCALE, 0, 20)

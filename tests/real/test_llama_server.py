@@ -10,11 +10,11 @@ import pytest
 from faulty_server import FaultyServer, forward_to
 from kill_server_run import GREEDY, llama_server
 
-from align.backends.open import open_backend
-from align.backends.openai_server import OpenAIBackend
-from align.config import EngineBlock, ModelBlock
-from align.generation import ChoiceRequest, Request
+from align.engines.generation import ChoiceRequest, Request
+from align.engines.open import open_backend
+from align.engines.openai_server import OpenAIBackend
 from align.records import Message
+from align.settings.config import EngineBlock, ModelBlock
 
 PYTHON = os.environ.get("ALIGN_LLAMA_PYTHON") or (sys.executable if importlib.util.find_spec("llama_cpp") else "")
 pytestmark = [

@@ -5,11 +5,11 @@ import os
 
 import pytest
 
-from align.backends.open import open_backend
-from align.backends.openai_server import OpenAIBackend
-from align.config import EngineBlock, ModelBlock
-from align.generation import ChoiceRequest, Request
+from align.engines.generation import ChoiceRequest, Request
+from align.engines.open import open_backend
+from align.engines.openai_server import OpenAIBackend
 from align.records import Message
+from align.settings.config import EngineBlock, ModelBlock
 
 URL = os.environ.get("ALIGN_VLLM_URL")
 pytestmark = [

@@ -7,8 +7,8 @@ import pytest
 from jsonschema import Draft202012Validator
 from ruamel.yaml import YAML
 
-from align.constitution import load_constitution
-from align.constitution_schema import constitution_schema, schema_page
+from align.cli.constitution_schema import constitution_schema, schema_page
+from align.constitution.constitution import load_constitution
 from align.errors import FileProblems
 
 FOLDER = Path(__file__).parents[2] / "constitutions"

@@ -40,4 +40,4 @@ def test_every_backend_is_held_apart_from_the_others() -> None:
     named = {name for contract in CONTRACTS if contract["type"] == "independence" for name in contract["modules"]}
     helpers = {"__init__", "complete_all", "open", "server_faults", "server_replies", "server_scores"}
     backends = {path.stem for path in (ROOT / "align/backends").glob("*.py")} - helpers
-    assert {f"align.backends.{name}" for name in backends} <= named
+    assert {f"align.engines.{name}" for name in backends} <= named

@@ -62,7 +62,7 @@ def test_answers_in_style_beat_what_a_weak_proxy_may_be_content_with(module, bet
 
 
 def test_the_recipe_scores_by_it_and_trains_against_the_proxy_alone(monkeypatch):
-    from align.recipe import load_recipe
+    from align.pipeline.recipe import load_recipe
 
     monkeypatch.chdir(ROOT)
     ppo = load_recipe("recipes/overoptimisation.yaml").settings["ppo"]

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from align.config import TrackingBlock
 from align.data.prompts import read_prompts
 from align.data.sources import is_file
-from align.recipe import load_recipe
+from align.pipeline.recipe import load_recipe
 from align.records import Revision, Sample, write_rows
-from align.stage import Context
+from align.run.stage import Context
+from align.settings.config import TrackingBlock
 from align.stages import all_stages
 from align.stages.sft import SftBlock, gather
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-from align.stage import Stage
+from align.run.stage import Stage
+from align.run.tracking import METRICS
 from align.stages import all_stages
-from align.tracking import METRICS
 
 STAGES = list(all_stages().values())
 

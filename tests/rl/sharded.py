@@ -14,8 +14,6 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor
 
-from align import processes
-from align.config import LoraBlock, OptimizerBlock
 from align.models.policy import load_tokenizer, save_model
 from align.models.ppo_loading import RewardFolder, classifier_scores, load_classifier
 from align.models.wrapped import is_sharded
@@ -24,6 +22,8 @@ from align.rl.ppo import PpoTrainer
 from align.rl.rewards import RewardModel
 from align.rl.rollout import Completion
 from align.rl.settings import EarlyStopBlock
+from align.run import processes
+from align.settings.config import LoraBlock, OptimizerBlock
 from tests.rl.tiny_ppo import build_trainer, settings
 
 BLOCK = settings(

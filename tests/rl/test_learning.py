@@ -5,8 +5,7 @@ import json
 import pytest
 import torch
 
-from align.config import JudgeBlock, LoraBlock, OptimizerBlock
-from align.constitution import Constitution, Principle
+from align.constitution.constitution import Constitution, Principle
 from align.errors import AlignError
 from align.feedback.direct import DirectScores
 from align.feedback.judge import Judge
@@ -14,6 +13,7 @@ from align.rl.batches import micro_batches
 from align.rl.experience import Collector
 from align.rl.reward_sources import ScoresReward
 from align.rl.rollout import Completion
+from align.settings.config import JudgeBlock, LoraBlock, OptimizerBlock
 from tests.rl.tiny_ppo import build_trainer, settings
 from tests.tiny import build_tiny_model
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from align.config import LoraBlock, OptimizerBlock
 from align.rl.early_stop import Ending
 from align.rl.ppo import PpoTrainer
 from align.rl.settings import EarlyStopBlock, WatchBlock
+from align.settings.config import LoraBlock, OptimizerBlock
 from tests.rl.tiny_ppo import build_trainer, settings, share_of_letters
 from tests.stages.training import same
 

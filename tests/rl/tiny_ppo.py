@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from align.config import LoraBlock, OptimizerBlock, SamplingBlock, TrackingBlock
 from align.data.chat import prompt_ids
 from align.models.policy import load_tokenizer, stop_token_ids
 from align.models.ppo_loading import RewardFolder, load_separate_models, load_shared_trunk
@@ -16,7 +15,8 @@ from align.rl.ppo import PpoTrainer
 from align.rl.rewards import Rewards, RewardSource
 from align.rl.rollout import TokenizedPrompt
 from align.rl.settings import PpoBlock, ScoreBlock
-from align.tracking import Tracker
+from align.run.tracking import Tracker
+from align.settings.config import LoraBlock, OptimizerBlock, SamplingBlock, TrackingBlock
 
 
 def share_of_letters(prompts: Sequence[Conversation], completions: Sequence[str]) -> torch.Tensor:

@@ -9,16 +9,16 @@ from typing import Any
 
 import pytest
 
-from align.artefacts import Journal, file_digest
-from align.config import JudgeBlock, ModelBlock, TrackingBlock
-from align.constitution import load_constitution
+from align.constitution.constitution import load_constitution
 from align.data.chat import prompt_ids
+from align.engines.provenance import read_provenance
 from align.errors import InputError
-from align.provenance import read_provenance
+from align.evaluation.report import CANDIDATES, EvaluatedSample, Report, read_report, read_samples
 from align.records import Message, Prompt, read_rows, write_rows
-from align.report import CANDIDATES, EvaluatedSample, Report, read_report, read_samples
-from align.repro import derive_seed
-from align.stage import Context
+from align.run.artefacts import Journal, file_digest
+from align.run.repro import derive_seed
+from align.run.stage import Context
+from align.settings.config import JudgeBlock, ModelBlock, TrackingBlock
 from align.stages.evaluate import STAGE
 from tests.tiny import build_tiny_model
 
@@ -165,9 +165,9 @@ def test_best_of_n_is_the_candidate_of_the_highest_score(evaluated):
 
 def test_candidates_are_the_sft_policys_with_seeds_of_their_own(evaluated, upstream, tiny_model_dir):
     """By a plain pass of the engine, one request at a time."""
-    from align.backends.open import open_backend
-    from align.config import EngineBlock
-    from align.generation import Request
+    from align.engines.generation import Request
+    from align.engines.open import open_backend
+    from align.settings.config import EngineBlock
 
     backend = open_backend(EngineBlock(), ModelBlock(path=str(tiny_model_dir), precision="fp32"))
     drawn = candidates(evaluated)

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from align.config import PromptSource
+from align.engines.generation import Request
 from align.errors import GateClosed, InputError
-from align.generation import Request
 from align.records import Critique, Revision
+from align.settings.config import PromptSource
 from align.stages.compare import STAGE as COMPARE
 from align.stages.compare import CompareBlock
 from align.stages.revise import STAGE as REVISE

@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from align.artefacts import file_digest
-from align.config import JudgeBlock, ModelBlock, OptimizerBlock, TrackingBlock
+from align.engines.provenance import read_provenance
 from align.errors import InputError, NotFinite
-from align.provenance import read_provenance
+from align.figures.sentences import count_words, fold
 from align.records import Conversation, Message, Prompt, write_rows
-from align.repro import derive_seed
 from align.rl.settings import PpoBlock
-from align.sentences import count_words, fold
-from align.stage import Context
+from align.run.artefacts import file_digest
+from align.run.repro import derive_seed
+from align.run.stage import Context
+from align.settings.config import JudgeBlock, ModelBlock, OptimizerBlock, TrackingBlock
 from align.stages.ppo import STAGE as PPO
 from tests.rl.tiny_ppo import build_trainer, settings, share_of_letters
 from tests.stages.training import SMALL_LORA, run, same
@@ -113,7 +113,7 @@ def test_without_a_prompt_that_fits_it_says_which_setting_to_raise(
 def test_a_batch_that_the_processes_cannot_share_is_refused(
     inputs: dict[str, Path], tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("align.processes.world_size", lambda: 4)
+    monkeypatch.setattr("align.run.processes.world_size", lambda: 4)
     with pytest.raises(InputError, match=r"ppo\.rollout_batch: 6 rows cannot be shared equally by 4 processes"):
         run(PPO, SETTINGS, tiny_model_dir, tmp_path / "out", inputs)
 

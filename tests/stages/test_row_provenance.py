@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from align.backends.scripted import ScriptedBackend
-from align.config import EngineBlock, JudgeBlock
+from align.engines.generation import EngineIdentity, Request
+from align.engines.provenance import read_provenance
+from align.engines.scripted import ScriptedBackend
 from align.errors import InputError
-from align.generation import EngineIdentity, Request
-from align.provenance import read_provenance
 from align.records import Comparison, Critique, PreferencePair, Revision, Sample
+from align.settings.config import EngineBlock, JudgeBlock
 from align.stages.compare import STAGE as COMPARE
 from align.stages.compare import CompareBlock
 from align.stages.revise import STAGE as REVISE
@@ -46,7 +46,7 @@ def made(world: World, monkeypatch: pytest.MonkeyPatch) -> World:
     def open_backend(engine: Any, model: Any, *, path: str | None = None) -> ScriptedBackend:
         return ScriptedBackend(answer, oracle, name=engine.model or (Path(path).parent.name if path else "base"))
 
-    monkeypatch.setattr("align.backends.open.open_backend", open_backend)
+    monkeypatch.setattr("align.engines.open.open_backend", open_backend)
     world.shared["judge"] = JudgeBlock(kind="choice", engine=EngineBlock(model="judge"))
     world.run(SAMPLE, SampleBlock(splits=BOTH))
     engines = {"engine": {"model": "reviser"}, "critic": {"model": "critic"}}
@@ -126,7 +126,7 @@ def test_a_demonstration_names_who_wrote_it_and_by_which_principles(made: World)
 
 
 def test_entries_hold_the_constitutions_digest_the_sampling_and_how_the_judge_scores(made: World) -> None:
-    from align.constitution import load_constitution
+    from align.constitution.constitution import load_constitution
 
     digest = load_constitution(made.shared["constitution"]).digest
     entries = {(each.stage, each.step): each for each in read_provenance(made.root / "compare").values()}
@@ -155,7 +155,7 @@ def test_who_judges_is_settled_before_the_judge_is_asked(
 
     serving = ["first"]
     monkeypatch.setattr(
-        "align.backends.open.open_backend", lambda *_, **__: Served(lambda request: "So.", oracle, name=serving[0])
+        "align.engines.open.open_backend", lambda *_, **__: Served(lambda request: "So.", oracle, name=serving[0])
     )
     world.shared["judge"] = JudgeBlock(kind="choice")
     world.run(SAMPLE, SampleBlock(splits=BOTH))
@@ -177,7 +177,7 @@ def test_a_row_that_a_hard_rule_decided_names_it_and_the_judge(world: World, mon
         calm = request.messages[-1].content.startswith("Rewrite") or request.seed % 2
         return f"It is {request.seed}{'.' if calm else '!'}"
 
-    monkeypatch.setattr("align.backends.open.open_backend", lambda *_, **__: ScriptedBackend(text, lambda *_: -1.0))
+    monkeypatch.setattr("align.engines.open.open_backend", lambda *_, **__: ScriptedBackend(text, lambda *_: -1.0))
     world.shared["judge"] = JudgeBlock(kind="contrast", allow_chance=True)
     world.run(SAMPLE, SampleBlock())
     world.run(REVISE, ReviseBlock(critique=False, filters=(), near_duplicates=None))
@@ -193,7 +193,7 @@ def test_a_row_that_a_hard_rule_decided_names_it_and_the_judge(world: World, mon
 
 
 def test_what_no_judge_saw_names_none(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("align.backends.open.open_backend", lambda *_, **__: ScriptedBackend(lambda request: "Same."))
+    monkeypatch.setattr("align.engines.open.open_backend", lambda *_, **__: ScriptedBackend(lambda request: "Same."))
     world.run(SAMPLE, SampleBlock())
     world.run(REVISE, ReviseBlock(critique=False))
     world.run(COMPARE, CompareBlock())

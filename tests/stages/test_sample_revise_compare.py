@@ -13,15 +13,15 @@ from typing import Any
 
 import pytest
 
-from align.artefacts import output_digests
-from align.backends.scripted import ScriptedBackend
-from align.calibration import JudgedPair
-from align.config import JudgeBlock, ModelBlock, PromptsBlock, SplitBlock, TrackingBlock
-from align.constitution import load_constitution
+from align.constitution.constitution import load_constitution
+from align.engines.generation import ChoiceRequest, Request
+from align.engines.scripted import ScriptedBackend
 from align.errors import InputError, JudgeAtChance
-from align.generation import ChoiceRequest, Request
+from align.feedback.calibration import JudgedPair
 from align.records import Comparison, Critique, Message, PreferencePair, Prompt, Revision, Sample, read_jsonl, read_rows
-from align.stage import Context, Outcome, Stage
+from align.run.artefacts import output_digests
+from align.run.stage import Context, Outcome, Stage
+from align.settings.config import JudgeBlock, ModelBlock, PromptsBlock, SplitBlock, TrackingBlock
 from align.stages.compare import STAGE as COMPARE
 from align.stages.compare import CompareBlock
 from align.stages.revise import STAGE as REVISE
@@ -102,7 +102,7 @@ def scripted(
         opened.append(path)
         return ScriptedBackend(text, logprob)
 
-    monkeypatch.setattr("align.backends.open.open_backend", open_backend)
+    monkeypatch.setattr("align.engines.open.open_backend", open_backend)
     return opened
 
 

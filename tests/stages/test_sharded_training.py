@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from align.launch import _accelerate
+from align.pipeline.launch import _accelerate
 from align.records import read_jsonl
 from tests.sharding import SHARDINGS, small_config
 from tests.stages.test_training import stage_named, upstreams

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from align.artefacts import output_digests
 from align.errors import NotFinite
 from align.records import Message
-from align.stage import Stage
+from align.run.artefacts import output_digests
+from align.run.stage import Stage
 from tests.stages.training import SMALL_LORA, pair, revision, run, sample, upstream
 
 OPTIMIZER = {"learning_rate": 5e-3, "batch_size": 4, "micro_batch_size": 2, "schedule": "cosine", "warmup_ratio": 0.2}
@@ -48,7 +48,7 @@ def outputs(stage: Stage, folder: Path) -> dict[str, str]:
 
 
 def interrupt_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
-    from align.trl_bridge import Follow
+    from align.training.trl_bridge import Follow
 
     def stop(self: Any, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step == steps:
@@ -103,7 +103,7 @@ def test_a_run_interrupted_after_its_last_step_only_saves(
         def stop(*_: Any, **__: Any) -> None:
             raise Interrupted
 
-        patch.setattr("align.trl_trainers.save_model", stop)
+        patch.setattr("align.training.trl_trainers.save_model", stop)
         run(stage, SETTINGS, tiny_model_dir, tmp_path / "b", inputs, lora=SMALL_LORA)
     resumed = run(stage, SETTINGS, tiny_model_dir, tmp_path / "b", inputs, lora=SMALL_LORA)
     assert outputs(stage, tmp_path / "b") == outputs(stage, tmp_path / "a")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from align.artefacts import Manifest, write_json
+from align.run.artefacts import Manifest, write_json
 from align.stages.compare import STAGE as COMPARE
 from align.stages.compare import CompareBlock
 from align.stages.revise import STAGE as REVISE

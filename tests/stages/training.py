@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from align.config import ModelBlock, TrackingBlock
 from align.records import (
     FinishReason,
     Message,
@@ -17,7 +16,8 @@ from align.records import (
     digest,
     write_rows,
 )
-from align.stage import Context, Outcome, Stage
+from align.run.stage import Context, Outcome, Stage
+from align.settings.config import ModelBlock, TrackingBlock
 
 SMALL_LORA = {"r": 4, "alpha": 8}
 GOOD, BAD = "Yes, the cat sat on the mat!", "no"

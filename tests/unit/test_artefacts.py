@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from align.artefacts import (
+from align.errors import InputError
+from align.run.artefacts import (
     MANIFEST,
     PARTIAL,
     Journal,
@@ -22,7 +23,6 @@ from align.artefacts import (
     write_json,
     write_json_if_changed,
 )
-from align.errors import InputError
 
 
 def manifest(**outputs: str) -> Manifest:
@@ -147,7 +147,7 @@ def test_another_process_cut_short_is_not_mended_by_us(tmp_path: Path) -> None:
 
 def test_a_row_is_on_disk_before_append_returns(tmp_path: Path) -> None:
     program = (
-        "import os, sys; from pathlib import Path; from align.artefacts import Journal\n"
+        "import os, sys; from pathlib import Path; from align.run.artefacts import Journal\n"
         "journal = Journal(Path(sys.argv[1]))\n"
         "journal.append({'id': 'a'})\n"
         "os.kill(os.getpid(), 9)"

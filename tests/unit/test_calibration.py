@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from align.calibration import (
+from align.feedback.calibration import (
     JudgedPair,
     calibration_figures,
     calibration_slope,
@@ -16,7 +16,7 @@ from align.calibration import (
     error_if_calibrated,
     print_calibration,
 )
-from align.statistics import wilson_interval
+from align.figures.statistics import wilson_interval
 
 
 def judged(p: float | None, number: int = 0, label: float = 1.0, **others: Any) -> JudgedPair:
@@ -150,7 +150,7 @@ def test_the_tables_say_what_the_figures_say() -> None:
 
 def test_the_reliability_plot_is_the_same_bytes_twice(tmp_path: Any) -> None:
     pytest.importorskip("matplotlib")
-    from align.calibration_plot import draw_reliability
+    from align.figures.calibration_plot import draw_reliability
 
     figures = calibration_figures(numbered([0.8, 0.9, 0.3, 0.6, 1.0]))
     for name in ("a.svg", "b.svg"):

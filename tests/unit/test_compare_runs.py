@@ -8,14 +8,21 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from align.compare_runs import main
+from align.cli.compare_runs import main
+from align.constitution.rules import Rule
 from align.errors import InputError
-from align.metrics import text_figures
+from align.evaluation.report import CheckedPrinciple, ConstitutionUsed, EvaluatedSample, PolicyReport, Report
+from align.figures.metrics import text_figures
+from align.figures.statistics import Estimate, share_estimate
 from align.records import Message, write_rows
-from align.report import CheckedPrinciple, ConstitutionUsed, EvaluatedSample, PolicyReport, Report
-from align.rules import Rule
-from align.run_comparison import AgainstNull, against_null, compared_figures, cross_table, load_run, unlike_settings
-from align.statistics import Estimate, share_estimate
+from align.results.run_comparison import (
+    AgainstNull,
+    against_null,
+    compared_figures,
+    cross_table,
+    load_run,
+    unlike_settings,
+)
 
 ASKING = (CheckedPrinciple(id="asks", rule=Rule(ends_with="?")), CheckedPrinciple(id="calm", rule=Rule(excludes="!")))
 TELLING = (

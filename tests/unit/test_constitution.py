@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from align.constitution import Constitution, Principle, constitution_key, draw_principle, load_constitution
+from align.constitution.constitution import Constitution, Principle, constitution_key, draw_principle, load_constitution
 from align.errors import FileProblems, InputError
 
 MINIMAL = """\

@@ -9,16 +9,16 @@ from typing import Any
 import pytest
 
 from align.__main__ import main
-from align.artefacts import Manifest, write_json
-from align.backends.scripted import ScriptedBackend
-from align.config import JudgeBlock, ModelBlock
-from align.constitution import Constitution, Principle, load_constitution
-from align.constitution_diff import placebo_of
-from align.constitution_texts import text_changes, word_diff
+from align.constitution.constitution import Constitution, Principle, load_constitution
+from align.constitution.texts import text_changes, word_diff
+from align.engines.scripted import ScriptedBackend
 from align.feedback.agreement import Label
-from align.judged_pairs import drawn_pairs, named_judge, pairs_of, preferred_pairs
-from align.label_changes import Pair, beyond, largest, movement, pulls, shared_principles
 from align.records import Comparison, Message, write_rows
+from align.results.constitution_diff import placebo_of
+from align.results.judged_pairs import drawn_pairs, named_judge, pairs_of, preferred_pairs
+from align.results.label_changes import Pair, beyond, largest, movement, pulls, shared_principles
+from align.run.artefacts import Manifest, write_json
+from align.settings.config import JudgeBlock, ModelBlock
 
 CONSTITUTIONS = Path(__file__).parents[2] / "constitutions"
 ASKING, TELLING = CONSTITUTIONS / "style-asking.yaml", CONSTITUTIONS / "style-telling.yaml"
@@ -131,7 +131,7 @@ def test_a_judge_that_thinks_is_asked_again_with_another_seed(
     manifest = json.loads((run / "compare/manifest.json").read_text())
     manifest["settings"]["judge"] = JudgeBlock(kind="choice", chain_of_thought=True).model_dump(mode="json")
     write_json(run / "compare/manifest.json", manifest)
-    monkeypatch.setattr("align.backends.open.open_backend", lambda engine, model: Thinking())
+    monkeypatch.setattr("align.engines.open.open_backend", lambda engine, model: Thinking())
     moved = diff(tmp_path, ASKING, TELLING, "--pairs", run)["moved"]
 
     assert moved["A with another seed"]["change"]["mean"] > 0

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 
 from align.__main__ import main
-from align.artefacts import Manifest, write_json
-from align.config import JudgeBlock, ModelBlock
-from align.constitution import load_constitution
-from align.constitution_stats import Share, conflicts_between_tiers, principle_stats, read_run, run_agreement
-from align.provenance import write_constitution
+from align.constitution.constitution import load_constitution
+from align.engines.provenance import write_constitution
 from align.records import Comparison, Critique, Message, Revision, write_rows
+from align.results.constitution_stats import Share, conflicts_between_tiers, principle_stats, read_run, run_agreement
+from align.run.artefacts import Manifest, write_json
+from align.settings.config import JudgeBlock, ModelBlock
 
 PROMPT = (Message("user", "Hello?"),)
 CONSTITUTION = """\

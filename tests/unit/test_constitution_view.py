@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from align.__main__ import main
-from align.constitution_view import show_constitution
+from align.cli.constitution_view import show_constitution
 
 WHOLE = """\
 title: Whole

@@ -9,14 +9,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from align.artefacts import Journal, Manifest, read_manifest, write_json
-from align.damage import check_files
 from align.errors import InputError
-from align.evaluation import measure_all
+from align.evaluation.policies import measure_all
+from align.evaluation.report import EvaluatedSample
 from align.records import Message, Sample, read_rows
-from align.report import EvaluatedSample
 from align.rl import checkpoint
-from align.tracking import truncate_rows
+from align.run.artefacts import Journal, Manifest, read_manifest, write_json
+from align.run.damage import check_files
+from align.run.tracking import truncate_rows
 
 GARBAGE = b"\x00\xff{garbage"
 Damage = Callable[[Path], object]

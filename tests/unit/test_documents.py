@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from align.constitution import load_constitution
-from align.documents import LONGEST, read_documents
+from align.constitution.constitution import load_constitution
+from align.constitution.documents import LONGEST, read_documents
 from align.errors import FileProblems, InputError
 
 

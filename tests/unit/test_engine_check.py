@@ -106,7 +106,7 @@ def test_an_engine_that_cannot_be_had_is_told_and_the_others_are_tried(
 
 
 def test_what_is_missing_and_what_is_away_is_said(capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
-    monkeypatch.setattr("align.backends.server_faults.FIRST_PAUSE", 0.001)
+    monkeypatch.setattr("align.engines.server_faults.FIRST_PAUSE", 0.001)
     assert main(["engine", "check"]) == 2
     assert "--recipe FILE" in capsys.readouterr().err
     assert main(["engine", "check", "--base-url", "http://127.0.0.1:9/v1", "--model", "m"]) == 2

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from align import processes
 from align.errors import InputError
-from align.world import ASKED, asked_processes
+from align.pipeline.world import ASKED, asked_processes
+from align.run import processes
 
 
 @pytest.mark.parametrize("text", ["two", "-1", "1.5", "٣x"])

@@ -6,7 +6,7 @@ from accelerate.data_loader import SeedableRandomSampler
 from hypothesis import given
 from hypothesis import strategies as st
 
-from align.epoch_rows import EpochRows, order_by_length, random_order, written_order
+from align.training.epoch_rows import EpochRows, order_by_length, random_order, written_order
 
 
 @given(st.integers(1, 40), st.integers(1, 12), st.integers(0, 3))

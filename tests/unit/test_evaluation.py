@@ -6,9 +6,9 @@ import pytest
 
 from align.data.chat import end_of_turn_ids, prompt_ids
 from align.errors import NotFinite
-from align.evaluation import kl_sums, measure_all, padded, sample_ids
+from align.evaluation.policies import kl_sums, measure_all, padded, sample_ids
+from align.evaluation.report import EvaluatedSample
 from align.records import Message
-from align.report import EvaluatedSample
 
 
 def sample(number: int, finish_reason: str = "stop") -> EvaluatedSample:

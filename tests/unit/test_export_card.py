@@ -12,14 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from align.artefacts import Manifest
-from align.constitution import Constitution
-from align.export_card import CardContent, card_text, fenced, principle_text, public, shown
-from align.exported_rows import public_path
-from align.generation import EngineIdentity
-from align.principles import Principle
-from align.provenance import Provenance
-from align.published import PublishedRun
+from align.constitution.constitution import Constitution
+from align.constitution.principles import Principle
+from align.engines.generation import EngineIdentity
+from align.engines.provenance import Provenance
+from align.results.export_card import CardContent, card_text, fenced, principle_text, public, shown
+from align.results.exported_rows import public_path
+from align.results.published import PublishedRun
+from align.run.artefacts import Manifest
 
 HOSTILE = (
     "---\nlicense: mit\n---\n",

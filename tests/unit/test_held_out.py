@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from align.artefacts import MANIFEST, Manifest, write_json
-from align.held_out import (
+from align.run.artefacts import MANIFEST, Manifest, write_json
+from align.training.held_out import (
     ScoredPair,
     agreement,
     held_out_figures,

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from align.errors import AlignError, InputError, WorldSizeError
-from align.failure_note import FAILURE, LAUNCHERS, follows_from_another, note_failure, read_failure
-from align.launch import Launch, launch_stage, run, run_recipe, stage_command
-from align.recipe import Recipe, load_recipe, recipe_model
-from align.runner import run_stage
-from align.world import ASKED, asked_in, asked_processes, check_world_size
+from align.pipeline.failure_note import FAILURE, LAUNCHERS, follows_from_another, note_failure, read_failure
+from align.pipeline.launch import Launch, launch_stage, run, run_recipe, stage_command
+from align.pipeline.recipe import Recipe, load_recipe, recipe_model
+from align.pipeline.runner import run_stage
+from align.pipeline.world import ASKED, asked_in, asked_processes, check_world_size
 from tests.fakes import FAKES, add_fake_stages, remove_fake_stages
 
 CONFIG = "num_processes: 8\ndistributed_type: MULTI_GPU\n"
@@ -154,7 +154,7 @@ def test_a_recipe_stops_at_the_first_stage_that_fails(capfd: pytest.CaptureFixtu
 def test_a_child_whose_errors_nobody_takes_ends_all_the_same(tmp_path: Path) -> None:
     program = "import sys; sys.stderr.write('x' * 300_000)"
     launched = (
-        "from pathlib import Path; from align.launch import run; import sys; "
+        "from pathlib import Path; from align.pipeline.launch import run; import sys; "
         f"sys.exit(run([sys.executable, '-c', {program!r}], {{}}, Path({str(tmp_path / 'note')!r})))"
     )
     read, write = os.pipe()
@@ -169,7 +169,7 @@ def test_a_failure_of_ours_ends_with_one() -> None:
 
 def test_a_stage_that_is_up_to_date_starts_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
     run_stage(recipe(), "letters")
-    monkeypatch.setattr("align.launch.run", lambda *_: pytest.fail("started a process"))
+    monkeypatch.setattr("align.pipeline.launch.run", lambda *_: pytest.fail("started a process"))
     assert launch_stage(recipe(), "letters", Launch(8)) == 0
 
 
@@ -180,7 +180,7 @@ def test_exit_codes_and_signals_are_passed_on() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process of its parent's death")
 def test_a_stage_does_not_outlive_the_process_that_launched_it() -> None:
-    program = "import sys; from align.launch import run; run([sys.executable, '-c', %r], {})"
+    program = "import sys; from align.pipeline.launch import run; run([sys.executable, '-c', %r], {})"
     child = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
     parent = subprocess.Popen([sys.executable, "-c", program % child], stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
@@ -259,7 +259,7 @@ def test_an_interruption_of_the_parent_alone_ends_the_child_and_is_told(tmp_path
     child = f"import pathlib, time; pathlib.Path({str(tmp_path / 'begun')!r}).touch(); time.sleep(60)"
     # A shell that starts these tests in the background has them ignore it.
     heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
-    call = f"import sys; from align.launch import run; sys.exit(run([sys.executable, '-c', {child!r}], {{}}))"
+    call = f"import sys; from align.pipeline.launch import run; sys.exit(run([sys.executable, '-c', {child!r}], {{}}))"
     program = f"{heard}; {call}"
     parent = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.DEVNULL)
     while not (tmp_path / "begun").exists():

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from align.__main__ import main
-from align.recipe import load_recipe, recipe_model
+from align.pipeline.recipe import load_recipe, recipe_model
 from align.records import Conversation
 from tests.fakes import FAKES, add_fake_stages, remove_fake_stages
 
@@ -162,16 +162,16 @@ def test_a_constitution_is_shown_as_it_is_written(capsys: pytest.CaptureFixture[
 def test_a_model_chats_with_what_is_piped_in(
     tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import align.chat
+    import align.cli.chat
 
     asked: list[list[str]] = []
-    real = align.chat.prompt_ids
+    real = align.cli.chat.prompt_ids
 
     def spied(tokenizer: Any, conversation: Conversation, system_prompt: str | None) -> list[int]:
         asked.append([message.role for message in conversation])
         return real(tokenizer, conversation, system_prompt)
 
-    monkeypatch.setattr("align.chat.prompt_ids", spied)
+    monkeypatch.setattr("align.cli.chat.prompt_ids", spied)
     words = ["chat", str(tiny_model_dir), "--max-new-tokens", "8", "--temperature", "1", "--seed", "3"]
     shown = []
     for _ in range(2):
@@ -252,7 +252,7 @@ def test_an_interruption_ends_an_answer_and_in_a_terminal_nothing_else(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    import align.chat
+    import align.cli.chat
 
     begun = []
 
@@ -260,7 +260,7 @@ def test_an_interruption_ends_an_answer_and_in_a_terminal_nothing_else(
         begun.append(value)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(align.chat._Stream, "put", interrupted)
+    monkeypatch.setattr(align.cli.chat._Stream, "put", interrupted)
     monkeypatch.setattr("sys.stdin", stdin("Hello\nAgain\n"))
     assert main(["chat", str(tiny_model_dir)]) == code
     assert len(begun) == answers
@@ -302,7 +302,7 @@ def test_a_stale_report_says_that_it_is_and_what_to_do(
     import dataclasses
 
     import align.__main__
-    from align.plan import make_plan
+    from align.pipeline.plan import make_plan
 
     command = "`align run recipe.yaml --set seed=1`"
     for state, told in (

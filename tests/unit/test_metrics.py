@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from align.metrics import distinct_share, repetition, same_ending_share, text_figures, words
+from align.figures.metrics import distinct_share, repetition, same_ending_share, text_figures, words
 
 
 def test_words_are_lower_cased_with_punctuation_apart():

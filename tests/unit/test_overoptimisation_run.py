@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from align.artefacts import Manifest, write_json
+from align.cli.overoptimisation_view import main
 from align.errors import InputError
-from align.overoptimisation_run import load_study
-from align.overoptimisation_view import main
+from align.evaluation.overoptimisation_run import load_study
+from align.evaluation.report import EvaluatedSample
 from align.records import Message, write_rows
-from align.report import EvaluatedSample
+from align.run.artefacts import Manifest, write_json
 
 GOLD_CODE = """
 def length(prompts, completions):

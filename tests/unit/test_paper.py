@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from align.constitution import load_constitution
-from align.errors import InputError
-from align.paper import (
+from align.constitution.constitution import load_constitution
+from align.constitution.paper import (
     CRITIQUES,
     EXAMPLES,
     PROBES,
@@ -16,6 +15,7 @@ from align.paper import (
     render_question,
     render_revision_request,
 )
+from align.errors import InputError
 
 PAPER = Path(__file__).parents[3] / "shared" / "data" / "cai-paper"
 published = pytest.mark.skipif(not PAPER.is_dir(), reason="the paper's files are not on this machine")

@@ -4,10 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from align.constitution import load_constitution
-from align.errors import InputError
-from align.paper import CRITIQUES, EXAMPLES, PROBES, QUESTIONS
-from align.paper_files import (
+from align.constitution.constitution import load_constitution
+from align.constitution.paper import CRITIQUES, EXAMPLES, PROBES, QUESTIONS
+from align.constitution.paper_files import (
     COMPARISONS,
     THOUGHTS,
     Choice,
@@ -18,6 +17,7 @@ from align.paper_files import (
     render_published,
     render_transcript,
 )
+from align.errors import InputError
 from align.records import Message
 
 PAPER = Path(__file__).parents[3] / "shared" / "data" / "cai-paper"

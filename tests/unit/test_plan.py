@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from align.plan import Plan, changes, make_plan, model_digest, stage_slice
-from align.recipe import load_recipe, recipe_model
-from align.runner import run_stage
+from align.pipeline.plan import Plan, changes, make_plan, model_digest, stage_slice
+from align.pipeline.recipe import load_recipe, recipe_model
+from align.pipeline.runner import run_stage
 from tests.fakes import add_fake_stages, remove_fake_stages
 
 CONSTITUTION = "title: Small\nprinciples:\n  - {id: calm, text: Be calm.}\n"

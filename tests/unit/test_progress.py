@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from align.progress import RowBar
+from align.run.progress import RowBar
 
 
 @given(st.lists(st.lists(st.floats(0, 1), max_size=5), min_size=1, max_size=4), st.integers(1, 6), st.integers(0, 9))
@@ -24,7 +24,7 @@ def test_parts_and_rows_only_ever_move_it_forwards(told: list[list[float]], rows
 
 
 def test_it_shows_rows_and_the_time_left(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("align.progress._SECONDS_BETWEEN", {True: 0, False: 0})
+    monkeypatch.setattr("align.run.progress._SECONDS_BETWEEN", {True: 0, False: 0})
     with RowBar(46, 0, "base answers") as bar:
         bar.begin(46)
         bar.part(0.5)

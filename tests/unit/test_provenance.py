@@ -12,15 +12,10 @@ from typing import Any
 import pytest
 from faulty_server import FaultyServer, chat_reply
 
-from align.artefacts import Manifest, write_json
-from align.backends.open import open_backend
-from align.backends.openai_server import OpenAIBackend
-from align.backends.scripted import ScriptedBackend
-from align.config import EngineBlock, ModelBlock
-from align.errors import AlignError, InputError
-from align.generation import Backend, EngineIdentity
-from align.models.weights import Weights, hub_revision, loaded_files
-from align.provenance import (
+from align.engines.generation import Backend, EngineIdentity
+from align.engines.open import open_backend
+from align.engines.openai_server import OpenAIBackend
+from align.engines.provenance import (
     Provenance,
     read_provenance,
     settle_judge,
@@ -28,7 +23,12 @@ from align.provenance import (
     text_provenance,
     write_provenance,
 )
-from align.stage import Context
+from align.engines.scripted import ScriptedBackend
+from align.errors import AlignError, InputError
+from align.models.weights import Weights, hub_revision, loaded_files
+from align.run.artefacts import Manifest, write_json
+from align.run.stage import Context
+from align.settings.config import EngineBlock, ModelBlock
 from align.stages.sample import SampleBlock
 
 
@@ -201,7 +201,7 @@ def test_a_list_of_models_that_is_none_is_no_fault_and_can_be_looked_at(content:
 
 @pytest.mark.parametrize("content", [b"", b'{"data": [{"id":'])
 def test_a_list_of_models_that_comes_garbled_is_asked_for_again(content: bytes, monkeypatch: Any) -> None:
-    monkeypatch.setattr("align.backends.server_faults.FIRST_PAUSE", 0.01)
+    monkeypatch.setattr("align.engines.server_faults.FIRST_PAUSE", 0.01)
     replies = iter([content, b'{"data": [{"id": "served"}]}'])
     with FaultyServer() as server:
         handler = server.RequestHandlerClass

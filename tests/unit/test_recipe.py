@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from align.errors import FileProblems, InputError
-from align.recipe import load_recipe
+from align.pipeline.recipe import load_recipe
 
 CONSTITUTION = """\
 title: Small
@@ -326,7 +326,7 @@ def test_without_its_parent_a_recipe_is_told_its_own_faults_and_not_what_only_th
 
 
 def test_what_changes_no_answer_of_an_engine_is_no_part_of_what_makes_a_stage_stale() -> None:
-    from align.config import EngineBlock
+    from align.settings.config import EngineBlock
 
     engine = {"kind": "openai", "model": "m", "base_url": "http://one/v1"}
     patient = EngineBlock(**engine, timeout_seconds=900, max_retries=20, concurrency=2, api_key_env="OTHER")

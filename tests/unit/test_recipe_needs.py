@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from align.errors import InputError
-from align.recipe import load_recipe
+from align.pipeline.recipe import load_recipe
 from tests.unit.test_recipe import CONSTITUTION, RECIPE, faults, write
 
 PROBE = "      - {prompt: Why?, better: So., worse: So!}\n"
@@ -75,7 +75,7 @@ def test_a_judge_that_its_probes_could_never_clear_of_chance_is_refused(probes: 
 
 def test_the_least_number_of_probes_is_the_one_from_which_the_interval_excludes_chance() -> None:
     from align.feedback.judge import LEAST_PROBES
-    from align.statistics import wilson_interval
+    from align.figures.statistics import wilson_interval
 
     assert [wilson_interval(n, n)[0] > 0.5 for n in (LEAST_PROBES - 1, LEAST_PROBES)] == [False, True]
 
@@ -139,7 +139,7 @@ def test_the_commands_that_are_told_can_be_pasted(capsys: pytest.CaptureFixture[
 
 
 def test_inputs_that_are_not_made_yet_are_told_with_a_command_that_can_be_pasted() -> None:
-    from align.runner import run_stage
+    from align.pipeline.runner import run_stage
 
     with pytest.raises(InputError, match=r"`align run recipe.yaml --set 'sample.sampling.top_p= 0.5'`"):
         run_stage(load_recipe("recipe.yaml", ["sample.sampling.top_p= 0.5"]), "revise")

@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from align.policy_figures import policy_report
-from align.records import Message
-from align.report import (
+from align.constitution.rules import Rule
+from align.evaluation.policy_figures import policy_report
+from align.evaluation.report import (
     CheckedPrinciple,
     ConstitutionUsed,
     EvaluatedSample,
@@ -17,9 +17,9 @@ from align.report import (
     print_published_report,
     print_report,
 )
-from align.rules import Rule
-from align.sheets import Sheet, page, print_sheet, printable
-from align.statistics import Estimate
+from align.figures.sheets import Sheet, page, print_sheet, printable
+from align.figures.statistics import Estimate
+from align.records import Message
 
 CHECKED = (
     CheckedPrinciple(id="asks", rule=Rule(ends_with="?")),
@@ -156,7 +156,7 @@ def test_models_are_found_in_the_run_and_in_what_runs_share(tmp_path):
 
 
 def test_a_published_report_is_shown_from_its_folder(tmp_path):
-    from align.artefacts import write_json
+    from align.run.artefacts import write_json
 
     (tmp_path / "run" / "evaluate").mkdir(parents=True)
     write_json(tmp_path / "run" / "evaluate" / "report.json", report().model_dump(mode="json", exclude_none=True))

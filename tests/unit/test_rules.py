@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from align.rules import CHECKS, Rule
-from align.sentences import count_sentences, count_words
+from align.constitution.rules import CHECKS, Rule
+from align.figures.sentences import count_sentences, count_words
 
 CASES: list[tuple[dict[str, object], list[str], list[str]]] = [
     (

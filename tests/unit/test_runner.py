@@ -14,12 +14,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from align.artefacts import PARTIAL, read_manifest
-from align.disk_faults import disk_faults_told
 from align.errors import InputError, NotFinite
-from align.plan import make_plan
-from align.recipe import Recipe, load_recipe, recipe_model
-from align.runner import run_stage
+from align.pipeline.plan import make_plan
+from align.pipeline.recipe import Recipe, load_recipe, recipe_model
+from align.pipeline.runner import run_stage
+from align.run.artefacts import PARTIAL, read_manifest
+from align.run.disk_faults import disk_faults_told
 from align.stages import all_stages
 from tests.fakes import add_fake_stages, remove_fake_stages
 
@@ -158,11 +158,11 @@ def test_a_kill_between_manifest_and_publication_costs_no_work(monkeypatch: pyte
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr("align.runner.publish", killed)
+        patched.setattr("align.pipeline.runner.publish", killed)
         run_stage(recipe(), "letters")
     partial = next((RUN / PARTIAL).glob("letters-*"))
     made = json.loads((partial / "manifest.json").read_text())
-    monkeypatch.setattr("align.runner._work", killed)
+    monkeypatch.setattr("align.pipeline.runner._work", killed)
     assert run_stage(recipe(), "letters")
     assert json.loads((RUN / "letters/manifest.json").read_text()) == made
 
@@ -235,7 +235,7 @@ def test_a_failing_writer_is_put_down_to_the_disk_only_where_nothing_is_left(
 
     with pytest.raises(RuntimeError, match="write failed"):
         fails()
-    monkeypatch.setattr("align.disk_faults._free", lambda folder: 4096)
+    monkeypatch.setattr("align.run.disk_faults._free", lambda folder: 4096)
     with pytest.raises(InputError, match="the disk is full"):
         fails()
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from align.sentences import count_sentences, count_words, fold, sentences
+from align.figures.sentences import count_sentences, count_words, fold, sentences
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from align.statistics import (
+from align.figures.statistics import (
     bootstrap_interval,
     clustered_share_estimate,
     clustered_wilson_estimate,
@@ -85,7 +85,7 @@ def test_bootstrap_interval_covers_the_mean_about_as_often_as_it_says():
 
 
 def test_resampling_in_blocks_draws_as_many_means(monkeypatch):
-    monkeypatch.setattr("align.statistics._DRAWN_AT_ONCE", 30)
+    monkeypatch.setattr("align.figures.statistics._DRAWN_AT_ONCE", 30)
     low, high = bootstrap_interval(range(10), seed=0, resamples=1000)
     assert 2 < low < 4.5 < high < 7
 

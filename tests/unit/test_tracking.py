@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from align.config import TrackingBlock
-from align.tracking import Tracker, flat, truncate_rows, wandb_mode
+from align.run.tracking import Tracker, flat, truncate_rows, wandb_mode
+from align.settings.config import TrackingBlock
 
 
 def rows(directory: Path) -> list[dict]:
@@ -26,7 +26,7 @@ def no_login(monkeypatch, tmp_path):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr("align.tracking._answers", lambda host: True)
+    monkeypatch.setattr("align.run.tracking._answers", lambda host: True)
     return tmp_path / "netrc"
 
 

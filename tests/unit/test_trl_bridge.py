@@ -9,13 +9,13 @@ import pytest
 import torch
 from trl import DPOConfig, RewardConfig, SFTConfig
 
-from align.config import OptimizerBlock
 from align.errors import FileProblems, InputError
-from align.repro import derive_seed
+from align.run.repro import derive_seed
+from align.settings.config import OptimizerBlock
 from align.stages.sft import STAGE
-from align.trl_bridge import COMPLETE, accumulation_steps, check_options, last_checkpoint, training_config
-from align.trl_options import TABLE
-from align.trl_trainers import soft_label_loss
+from align.training.trl_bridge import COMPLETE, accumulation_steps, check_options, last_checkpoint, training_config
+from align.training.trl_options import TABLE
+from align.training.trl_trainers import soft_label_loss
 from tests.stages.training import context
 
 
@@ -94,7 +94,7 @@ def test_every_faulty_option_is_reported_at_once_with_its_remedy() -> None:
 
 @pytest.mark.parametrize("kind", [SFTConfig, RewardConfig, DPOConfig])
 def test_no_default_of_trl_s_is_called_a_wrong_type(kind: type) -> None:
-    from align.trl_bridge import INSTEAD, OUT_OF_PLACE, _option_types
+    from align.training.trl_bridge import INSTEAD, OUT_OF_PLACE, _option_types
 
     config = kind(use_cpu=True, bf16=False)
     changed_while_reading = {"accelerator_config", "fsdp_config", "debug", "include_for_metrics", "disable_tqdm"}
@@ -164,6 +164,6 @@ def test_soft_label_loss_stays_finite_at_huge_margins() -> None:
 
 
 def test_the_shipped_table_of_options_is_the_installed_trl_s() -> None:
-    from align.trl_bridge import option_table
+    from align.training.trl_bridge import option_table
 
-    assert json.loads(TABLE.read_text()) == option_table(), "write it anew: python -m align.trl_bridge"
+    assert json.loads(TABLE.read_text()) == option_table(), "write it anew: python -m align.training.trl_bridge"

@@ -6,9 +6,9 @@ from typing import Annotated
 import pytest
 from pydantic import Field, ValidationError
 
-from align.config import Block, Integer, LoraBlock, Positive
 from align.errors import FileProblems, InputError
-from align.yaml_files import key_name, load_yaml, nearest, parse_yaml, problems_from
+from align.settings.config import Block, Integer, LoraBlock, Positive
+from align.settings.yaml_files import key_name, load_yaml, nearest, parse_yaml, problems_from
 
 
 class Inner(Block):

@@ -1,9 +1,9 @@
 """A stage that reads another's result, and a constitution where the recipe has one."""
 
-from align import processes
-from align.config import Block
-from align.constitution import load_constitution
-from align.stage import Context, Outcome, Stage
+from align.constitution.constitution import load_constitution
+from align.run import processes
+from align.run.stage import Context, Outcome, Stage
+from align.settings.config import Block
 
 
 class CapitalsBlock(Block):

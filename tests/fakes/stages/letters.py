@@ -5,10 +5,10 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
-from align import processes
-from align.config import Block
 from align.errors import InputError, NotFinite
-from align.stage import Context, Outcome, Stage
+from align.run import processes
+from align.run.stage import Context, Outcome, Stage
+from align.settings.config import Block
 
 
 class LettersBlock(Block):

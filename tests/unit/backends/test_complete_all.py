@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from align.backends.complete_all import complete_all, score_all
+from align.engines.complete_all import complete_all, score_all
+from align.engines.generation import ChoiceRequest, ChoiceScores, Completed, Request, unheard
 from align.errors import AlignError
-from align.generation import ChoiceRequest, ChoiceScores, Completed, Request, unheard
-from align.progress import RowBar
 from align.records import Message
+from align.run.progress import RowBar
 from tests.unit.feedback.engines import Engine
 
 
@@ -120,7 +120,7 @@ def test_finished_chunks_are_not_made_again(tmp_path: Path) -> None:
 
 
 def test_two_processes_share_the_chunks_and_give_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("align.processes.barrier", lambda: None)
+    monkeypatch.setattr("align.run.processes.barrier", lambda: None)
     monkeypatch.setenv("WORLD_SIZE", "2")
     engines = []
     for rank in ("1", "0"):

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 from faulty_server import FAULTS, FaultyServer, chat_reply, upper_case
 
-from align.backends import server_faults
-from align.backends.complete_all import complete_all
-from align.backends.openai_server import OpenAIBackend
-from align.backends.server_scores import counted
-from align.config import EngineBlock
+from align.engines import server_faults
+from align.engines.complete_all import complete_all
+from align.engines.generation import ChoiceRequest, Request
+from align.engines.openai_server import OpenAIBackend
+from align.engines.server_scores import counted
 from align.errors import AlignError, InputError
-from align.generation import ChoiceRequest, Request
 from align.records import Message
+from align.settings.config import EngineBlock
 
 BOUND = 3
 
@@ -162,7 +162,7 @@ def prompt_logprobs(path, body):
 def test_texts_are_scored_by_the_log_probabilities_of_the_prompts_tokens(monkeypatch):
     with FaultyServer(prompt_logprobs) as server:
         backend = backend_of(server)
-        monkeypatch.setattr("align.backends.server_scores.MOST_DIFFERENCE", 10)
+        monkeypatch.setattr("align.engines.server_scores.MOST_DIFFERENCE", 10)
         asked = ChoiceRequest("q", (Message("user", "where is it"),), ("on the mat", "in a box there"))
         [scores] = backend.choice_logprobs([asked])
 

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from align.backends.local import LocalBackend, _batches, _Choice
-from align.backends.open import _name, open_backend
-from align.config import EngineBlock, ModelBlock
 from align.data.chat import prompt_ids, token_ids
-from align.generation import ChoiceRequest, Request
+from align.engines.generation import ChoiceRequest, Request
+from align.engines.local import LocalBackend, _batches, _Choice
+from align.engines.open import _name, open_backend
 from align.models.policy import load_causal_lm, load_tokenizer
 from align.records import Message
+from align.settings.config import EngineBlock, ModelBlock
 
 MESSAGES = (Message("user", "Where is the cat?"),)
 LONGER = (Message("system", "Be brief."), Message("user", "Tell me about the garden and the dog."))
@@ -71,7 +71,7 @@ def test_progress_is_told_after_each_token_and_scored_batch_and_changes_no_row(b
     assert told == sorted(told) and told[-1] == 1.0
     assert 4 < len(told) <= 12 and told[0] <= 0.5 * (1 / 4 + 3 / 4), "half of the rows are of the first four tokens"
 
-    monkeypatch.setattr("align.backends.local.SCORED_TOKENS", 1)
+    monkeypatch.setattr("align.engines.local.SCORED_TOKENS", 1)
     asked = [ChoiceRequest(str(number), MESSAGES, ("A", "B b")) for number in range(3)]
     told = []
     assert list(backend.choice_logprobs(asked, told.append)) == list(backend.choice_logprobs(asked))
@@ -95,7 +95,7 @@ def by_hand(parts, messages, choice, system_prompt=None, prefill=""):
 
 @pytest.mark.parametrize("budget", [1, 100, 4096])
 def test_choices_are_scored_as_by_a_forward_pass_of_each(parts, backend, monkeypatch, budget):
-    monkeypatch.setattr("align.backends.local.SCORED_TOKENS", budget)
+    monkeypatch.setattr("align.engines.local.SCORED_TOKENS", budget)
     asked = [
         ChoiceRequest("a", MESSAGES, ("On the mat.", "In the garden, with the dog.")),
         ChoiceRequest("b", LONGER, ("A", "B", "C"), prefill="The letter is "),
@@ -121,7 +121,7 @@ def test_system_prompt_goes_before_conversations_that_have_none(parts):
 
 
 def test_batches_keep_every_choice_and_the_budget(monkeypatch):
-    monkeypatch.setattr("align.backends.local.SCORED_TOKENS", 60)
+    monkeypatch.setattr("align.engines.local.SCORED_TOKENS", 60)
     choices = [_Choice(0, number, [1] * (number % 13 + 1), [2] * (number % 5 + 1)) for number in range(50)]
     batches = list(_batches(choices))
     assert sorted(each.number for batch in batches for each in batch) == list(range(50))

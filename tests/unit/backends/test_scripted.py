@@ -2,9 +2,9 @@
 
 import pytest
 
-from align.backends.scripted import ScriptedBackend
+from align.engines.generation import ChoiceRequest, Request
+from align.engines.scripted import ScriptedBackend
 from align.errors import InputError
-from align.generation import ChoiceRequest, Request
 from align.records import Message
 
 MESSAGES = (Message("user", "three words please"),)

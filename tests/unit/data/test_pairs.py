@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from align.artefacts import Manifest, write_json
-from align.config import PairSource
 from align.data.pairs import gather_pairs, mix_sizes, pairs_by_source, read_demonstrations, read_pairs
 from align.data.sources import parse_transcript
 from align.errors import InputError
 from align.records import Message, PreferencePair, write_rows
+from align.run.artefacts import Manifest, write_json
+from align.settings.config import PairSource
 
 HH_RLHF = Path(__file__).parents[4] / "shared/data/hh-rlhf/harmless-base.jsonl.gz"
 HHH = HH_RLHF.parents[1] / "cai-paper/hhh_comparisons.jsonl"

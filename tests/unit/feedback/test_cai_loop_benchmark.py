@@ -4,7 +4,7 @@ import cai_loop
 import pytest
 import torch
 
-from align.backends.local import LocalBackend
+from align.engines.local import LocalBackend
 from align.models.policy import load_causal_lm, load_tokenizer
 from tests.tiny import build_tiny_model
 

@@ -5,16 +5,16 @@ from typing import Any
 
 import pytest
 
-from align.config import JudgeBlock, RewardSourceBlock
+from align.engines.generation import ChoiceRequest
 from align.errors import AlignError, JudgeAtChance
 from align.feedback.direct import DirectScores, examine_direct, expected_mark
 from align.feedback.evidence import harmless
 from align.feedback.judge import Judge, require_better_than_chance
-from align.generation import ChoiceRequest
 from align.records import Message
 from align.rl.reward_sources import ScoresReward
 from align.rl.rewards import Rewards, RewardSource
 from align.rl.settings import ScoreBlock
+from align.settings.config import JudgeBlock, RewardSourceBlock
 from tests.unit.feedback.engines import Engine
 from tests.unit.feedback.test_judge import ASKS, CALM, TALK, constitution
 

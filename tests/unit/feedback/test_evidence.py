@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from align.config import JudgeBlock, SamplingBlock
-from align.constitution import Constitution, load_constitution
-from align.documents import Passage
+from align.constitution.constitution import Constitution, load_constitution
+from align.constitution.documents import Passage
+from align.engines.generation import ChoiceRequest, Request
 from align.feedback.critique import Loop
 from align.feedback.evidence import Showing, citations, grounding, made_up, quoted, terms
 from align.feedback.judge import Judge
-from align.generation import ChoiceRequest, Request
 from align.records import Message, Sample
+from align.settings.config import JudgeBlock, SamplingBlock
 from tests.unit.feedback.engines import Engine
 
 ASKED = (Message("system", "The Rhine."), Message("user", "How long is the Danube?"))

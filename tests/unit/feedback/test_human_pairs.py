@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 
-from align.calibration import calibration_figures
-from align.config import JudgeBlock
-from align.constitution import Constitution, Principle
+from align.constitution.constitution import Constitution, Principle
+from align.engines.generation import ChoiceRequest
 from align.errors import JudgeAtChance
+from align.feedback.calibration import calibration_figures
 from align.feedback.human_pairs import judge_pairs, require_agreement
 from align.feedback.judge import Judge
-from align.generation import ChoiceRequest
 from align.records import Message, PreferencePair
+from align.settings.config import JudgeBlock
 from tests.unit.feedback.engines import Engine
 
 CONSTITUTION = Constitution(id="test", title="test", principles=(Principle(id="kind", text="Be kind."),))

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from align.config import JudgeBlock
-from align.constitution import Constitution, Principle
+from align.constitution.constitution import Constitution, Principle
+from align.engines.generation import ChoiceRequest
 from align.errors import InputError, JudgeAtChance
 from align.feedback.judge import (
     ABSTAINED,
@@ -23,8 +23,8 @@ from align.feedback.judge import (
     judge_problems,
     require_better_than_chance,
 )
-from align.generation import ChoiceRequest
 from align.records import Message, as_conversation
+from align.settings.config import JudgeBlock
 from tests.unit.feedback.engines import Engine
 
 TALK = as_conversation([{"role": "user", "content": "Hello?"}])

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from align.config import JudgeBlock
-from align.constitution import Constitution, Principle, WorkedComparison, load_constitution
+from align.constitution.constitution import Constitution, Principle, WorkedComparison, load_constitution
+from align.engines.generation import ChoiceRequest, Request
 from align.feedback.judge import Judge, judge_problems
-from align.generation import ChoiceRequest, Request
 from align.records import as_dicts
+from align.settings.config import JudgeBlock
 from tests.unit.feedback.engines import Engine
 from tests.unit.feedback.test_judge import ASKS, CALM, TALK, TEXT, constitution
 

@@ -6,12 +6,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from align.config import LoraBlock
 from align.errors import NotFinite
 from align.models import decode as module
 from align.models.decode import ReservedLayer, decode, draw, reserved_cache
 from align.models.openings import Openings, shared_openings
 from align.models.policy import add_lora, load_causal_lm
+from align.settings.config import LoraBlock
 
 PROMPTS = [[1, 40, 41, 42, 43, 44, 45], [1, 90], [1, 17, 18, 19], [1, 77, 78, 79, 80]]
 STOPS = (1,)

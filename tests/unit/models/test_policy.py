@@ -9,7 +9,6 @@ from peft import PeftModel
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from align.config import LoraBlock
 from align.errors import InputError
 from align.models import policy
 from align.models.policy import (
@@ -21,6 +20,7 @@ from align.models.policy import (
     stop_token_ids,
     zero_dropout,
 )
+from align.settings.config import LoraBlock
 
 IDS = torch.tensor([[1, 40, 41, 42, 43]])
 

@@ -5,11 +5,11 @@ import copy
 import pytest
 import torch
 
-from align.config import LoraBlock
 from align.errors import InputError
 from align.models.policy import load_causal_lm
 from align.models.ppo_loading import RewardFolder, load_shared_trunk
 from align.models.sequences import lay_out, lay_out_rows
+from align.settings.config import LoraBlock
 
 
 def sequences():

@@ -8,10 +8,10 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 
-from align.config import LoraBlock, OptimizerBlock
 from align.records import Message, Prompt
 from align.rl.batches import common_openings, micro_batches, positions, with_common_openings
 from align.rl.rollout import Completion, TokenizedPrompt
+from align.settings.config import LoraBlock, OptimizerBlock
 from tests.rl.tiny_ppo import build_trainer, settings
 
 CPU = torch.device("cpu")

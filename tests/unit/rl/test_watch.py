@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from align.config import TrackingBlock
 from align.rl.settings import PpoBlock
 from align.rl.watch import Watch
-from align.tracking import Tracker
+from align.run.tracking import Tracker
+from align.settings.config import TrackingBlock
 
 HOSTILE = "fine \x1b[31mred\x1b]0;title\x07 \x9b2J [bold]not bold[/bold] [/nothing] \u202ebackwards"
 KEPT_OUT = ("\x1b", "\x07", "\x9b", "\u202e")

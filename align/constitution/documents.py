@@ -1,0 +1,147 @@
+"""A folder of documents as numbered passages, which a constitution names as `sources`.
+
+Documents are `.txt` and `.md` (a passage is a paragraph, with the heading above it) and `.jsonl` (a passage is a row's
+`text`). A passage's id is the file's path in the folder and the passage's number there: `rivers/danube.md#3`.
+
+Documents are not trusted: names are plain, links that lead out of the folder are refused, and passages are short.
+"""
+
+import hashlib
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from align.errors import InputError
+from align.figures.sentences import sentences
+from align.records import digest, parse_jsonl
+
+LONGEST = 800
+"""Characters of a passage; a longer paragraph is cut at the ends of sentences."""
+LARGEST = 20_000_000
+"""Bytes of a folder: it is read whenever the recipe is."""
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_HEADING = re.compile(r"^#{1,6}[ \t]+(.*?)[ \t]*#*[ \t]*$", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A short piece of a document."""
+
+    id: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Documents:
+    """The texts of a folder's files by their path there."""
+
+    folder: Path
+    texts: dict[str, str]
+
+    @property
+    def digest(self) -> str:
+        """Identity of the content: the same wherever the folder stands."""
+        return digest({name: hashlib.sha256(text.encode()).hexdigest() for name, text in self.texts.items()}, length=64)
+
+    @cached_property
+    def passages(self) -> tuple[Passage, ...]:
+        """Every passage, in the files' order.
+
+        Raises:
+            InputError: a row of a .jsonl file has no `text`.
+        """
+        return tuple(
+            Passage(f"{name}#{number}", passage)
+            for name, text in self.texts.items()
+            for number, passage in enumerate(SPLITTERS[Path(name).suffix](text, str(self.folder / name)), start=1)
+        )
+
+
+def read_documents(folder: Path) -> Documents:
+    """The documents of a folder and of the folders in it; files whose name starts with a dot are passed over.
+
+    Raises:
+        InputError: no such folder, nothing in it that can be read as a passage, or a file that is none of a document.
+    """
+    if not folder.is_dir():
+        fault = "is a file" if folder.exists() else "no such folder"
+        raise InputError(f"{folder}: {fault}; name a folder, relative to the constitution's own")
+    found = [file for file in sorted(folder.rglob("*")) if not _is_hidden(file, folder)]
+    for link in (file for file in found if file.is_symlink() and not file.is_file()):
+        raise InputError(f"{link}: a link to a folder, or to nothing, that is not followed; put copies in its place")
+    files = [file for file in found if file.is_file()]
+    if (size := sum(file.stat().st_size for file in files)) > LARGEST:
+        raise InputError(f"{folder}: {size:,} bytes of documents, at most {LARGEST:,} are read; keep what matters")
+    read = Documents(folder, {file.relative_to(folder).as_posix(): _text(file, folder) for file in files})
+    if not read.passages:
+        raise InputError(f"{folder}: no document with text in it; add {', '.join(SPLITTERS)} files")
+    return read
+
+
+def _is_hidden(file: Path, folder: Path) -> bool:
+    return any(part.startswith(".") for part in file.relative_to(folder).parts)
+
+
+def _text(file: Path, folder: Path) -> str:
+    if file.suffix not in SPLITTERS:
+        raise InputError(f"{file}: neither {' nor '.join(SPLITTERS)}; convert it, or take it out of the folder")
+    for part in file.relative_to(folder).parts:
+        if not _NAME.fullmatch(part):
+            raise InputError(f"{str(file)!r}: a name to be cited by; rename it with the letters a-z, digits and . _ -")
+    if not file.resolve().is_relative_to(folder.resolve()):
+        raise InputError(f"{file}: a link that leads out of the folder; put a copy in its place")
+    try:
+        # Some editors begin a file with a byte order mark, which would hide its first heading or row.
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read ({error.strerror}); make it readable for this user") from None
+    if "\0" in text:
+        raise InputError(f"{file}: not text, for it has null bytes; convert it, or take it out of the folder")
+    return text
+
+
+def _paragraphs(text: str, source: str) -> Iterator[str]:
+    for paragraph in re.split(r"\n\s*\n", text):
+        yield from _short(" ".join(paragraph.split()))
+
+
+def _under_headings(text: str, source: str) -> Iterator[str]:
+    """Paragraphs of Markdown, each with the nearest heading above it."""
+    before, *parts = _HEADING.split(text)
+    for heading, body in [("", before), *zip(parts[::2], parts[1::2], strict=True)]:
+        for passage in _paragraphs(body, source):
+            yield f"{heading}: {passage}" if heading else passage
+
+
+def _rows(text: str, source: str) -> Iterator[str]:
+    for number, row in enumerate(parse_jsonl(text.split("\n"), source), start=1):
+        words = row.get("text")
+        if not isinstance(words, str) or not words.strip():
+            raise InputError(f"{source}, row {number}: has no `text`; give each row one")
+        yield from _short(" ".join(words.split()))
+
+
+SPLITTERS: dict[str, Callable[[str, str], Iterator[str]]] = {
+    ".txt": _paragraphs,
+    ".md": _under_headings,
+    ".jsonl": _rows,
+}
+
+
+def _short(paragraph: str) -> Iterator[str]:
+    """The paragraph, in pieces of whole sentences where it is too long; a sentence that is too long is cut."""
+    if len(paragraph) <= LONGEST:
+        yield from filter(None, [paragraph])
+        return
+    piece = ""
+    for sentence in sentences(paragraph):
+        for part in (sentence[start : start + LONGEST] for start in range(0, len(sentence), LONGEST)):
+            if piece and len(piece) + 1 + len(part) > LONGEST:
+                yield piece
+                piece = ""
+            piece = f"{piece} {part}".strip()
+    yield from filter(None, [piece])

@@ -1,0 +1,50 @@
+"""Opens the engine that a recipe names."""
+
+from pathlib import Path
+
+from align.engines.generation import Backend
+from align.settings.config import EngineBlock, ModelBlock
+
+
+def open_backend(engine: EngineBlock, model: ModelBlock, *, path: str | None = None) -> Backend:
+    """The engine of an `engine:` block.
+
+    Args:
+        model: the recipe's model; its system prompt goes before conversations that have none, whatever the engine.
+        path: the model that a local engine runs, where it is one that the pipeline made; else the engine's own
+            `model`, else the recipe's.
+
+    Raises:
+        InputError: the model cannot be loaded, or a server's settings are incomplete.
+    """
+    if engine.kind == "openai":
+        from align.engines.openai_server import OpenAIBackend
+
+        return OpenAIBackend(engine, system_prompt=model.system_prompt)
+    from align.engines.local import LocalBackend
+    from align.models.policy import compute_dtype, default_device, load_causal_lm, load_tokenizer
+    from align.models.weights import Weights, model_folder
+
+    chosen = path or engine.model or model.path
+    revision = model.revision if chosen == model.path else None
+    trust = model.trust_remote_code and chosen in (model.path, path)
+    language_model = load_causal_lm(chosen, compute_dtype(model.precision), revision=revision, trust_remote_code=trust)
+    tokenizer = load_tokenizer(chosen, revision=revision, trust_remote_code=trust)
+    folder = model_folder(chosen, revision)
+    return LocalBackend(
+        language_model.to(default_device()),
+        tokenizer,
+        name=_name(chosen, 2 if path else 1),
+        system_prompt=model.system_prompt,
+        weights=Weights(folder) if folder else None,
+    )
+
+
+def _name(path: str, parts: int) -> str:
+    """What rows call a model: a local one by its path's last parts, so that rows do not depend on where it lies.
+
+    Of a model of one's own that is one part: the folder above it may have its owner's name, and would look like a hub
+    id. The pipeline's own are in their stages' folders, which say more.
+    """
+    local = Path(path).expanduser()
+    return "local:" + ("/".join(local.resolve().parts[-parts:]) if local.exists() else path)

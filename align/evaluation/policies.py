@@ -1,0 +1,217 @@
+"""What policies write, and what models say of it: log-probabilities under a policy, and a reward model's scores.
+
+Both happen in fixed chunks, each row on disk as soon as it is finished, so that a kill costs one chunk and neither
+kills nor the number of processes change a result. A model that measures is loaded only where something is left to do.
+"""
+
+import gc
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from align.engines.generation import Backend, Completed, Request
+from align.engines.provenance import Provenance
+from align.errors import NotFinite
+from align.evaluation.report import EvaluatedSample
+from align.run import processes
+from align.run.artefacts import Journal
+from align.run.progress import RowBar
+from align.settings.config import EngineBlock, ModelBlock
+
+if TYPE_CHECKING:
+    import torch
+
+Measure = Callable[[Sequence[EvaluatedSample]], list[Any]]
+
+
+def policy_completions(
+    folder: str | None,
+    block: ModelBlock,
+    requests: Sequence[Request],
+    batch_size: int,
+    journal_path: Path,
+    description: str,
+    entry_of: Callable[[Backend], Provenance],
+) -> tuple[dict[str, Completed], Provenance]:
+    """A policy's completion of every request, by id, in every process, and what made them; the policy is gone
+    afterwards.
+
+    Args:
+        folder: where the policy is; None takes the recipe's base model.
+        entry_of: makes the entry, before the policy is asked anything.
+        journal_path: completions are kept in `journal_path.<rank>`, and those found there are not made again.
+    """
+    from align.engines.complete_all import complete_all
+    from align.engines.open import open_backend
+
+    backend = open_backend(EngineBlock(), block, path=folder)
+    entry = entry_of(backend)
+    done = complete_all(backend, requests, batch_size, journal_path, description)
+    del backend
+    release_memory()
+    return done, entry
+
+
+def measure_all(
+    samples: Sequence[EvaluatedSample],
+    load: Callable[[], Measure],
+    batch_size: int,
+    journal_path: Path,
+    description: str,
+) -> dict[str, Any]:
+    """What the loaded measure says of every sample, by id, in every process; the model is gone afterwards.
+
+    Args:
+        load: loads the model, and gives a function from samples to one JSON-able value each.
+        journal_path: values are kept in `journal_path.<rank>`, and those found there are not measured again.
+    """
+    ordered = sorted(samples, key=lambda sample: (-_characters(sample), sample.id))
+    chunks = [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
+    with Journal(journal_path, processes.rank(), _check_kept) as journal:
+        own = processes.share(chunks)
+        todo = [chunk for chunk in own if any(sample.id not in journal for sample in chunk)]
+        if todo:
+            measure = load()
+            total, left = (sum(len(chunk) for chunk in some) for some in (own, todo))
+            with RowBar(total, total - left, description) as bar:
+                _measure_chunks(todo, measure, journal, bar)
+            del measure
+    release_memory()
+    processes.barrier()
+    with Journal(journal_path, processes.rank(), _check_kept) as journal:
+        return {sample.id: journal.rows[sample.id]["value"] for sample in samples}
+
+
+def policy_logprobs(path: str, block: ModelBlock, temperature: float, revision: str | None = None) -> Measure:
+    """Log-probabilities of a completion's tokens under a policy, in nats, as a list for each sample.
+
+    The tokens are those of the completion's text, and the end of the turn where the policy wrote it. They stand for the
+    ones sampled, which a tokenizer may cut otherwise; every policy is asked about the same ones.
+
+    Args:
+        temperature: logits are divided by it; 0 (greedy) counts as 1.
+    """
+    from align.models.logprobs import completion_logprobs
+    from align.models.policy import compute_dtype, default_device, load_causal_lm, load_tokenizer
+
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": block.trust_remote_code}
+    tokenizer = load_tokenizer(path, **options)
+    device = default_device()
+    model = load_causal_lm(path, compute_dtype(block.precision), **options).to(device)
+
+    def measure(samples: Sequence[EvaluatedSample]) -> list[list[float]]:
+        import torch
+
+        rows = [sample_ids(tokenizer, sample, block.system_prompt) for sample in samples]
+        input_ids, attention_mask, length = padded(rows, tokenizer.pad_token_id, device)
+        with torch.no_grad():
+            found = completion_logprobs(model, input_ids, attention_mask, length, temperature or 1.0)
+        return [row[: len(completion)] for row, (_, completion) in zip(found.logprobs.tolist(), rows, strict=True)]
+
+    return measure
+
+
+def reward_scores(path: Path, block: ModelBlock, batch_size: int) -> Measure:
+    """A reward model's score of each sample's whole conversation."""
+    from align.models.policy import compute_dtype, default_device, load_tokenizer
+    from align.models.ppo_loading import classifier_scores, load_classifier
+    from align.rl.rewards import RewardModel
+
+    device, dtype = default_device(), compute_dtype(block.precision)
+    tokenizer = load_tokenizer(str(path), trust_remote_code=block.trust_remote_code)
+    classifier = load_classifier(path, dtype, trust_remote_code=block.trust_remote_code).to(device)
+    reward = RewardModel(
+        classifier_scores(classifier, dtype, tokenizer.pad_token_id),
+        tokenizer,
+        batch_size=batch_size,
+        system_prompt=block.system_prompt,
+    )
+    return lambda samples: reward(
+        [sample.prompt for sample in samples], [sample.completion for sample in samples]
+    ).tolist()
+
+
+def kl_sums(logprobs: Sequence[float], ref_logprobs: Sequence[float]) -> tuple[float, float]:
+    """(k1, k3) of KL(policy || reference), in nats, summed over the tokens of a completion that the policy sampled."""
+    import torch
+
+    from align.rl.advantages import kl_terms
+
+    both = (torch.tensor([row], dtype=torch.float64) for row in (logprobs, ref_logprobs))
+    terms = kl_terms(*both)
+    return float(terms["k1"].sum()), float(terms["k3"].sum())
+
+
+def sample_ids(tokenizer: Any, sample: EvaluatedSample, system_prompt: str | None) -> tuple[list[int], list[int]]:
+    """(prompt ids, completion ids) of a sample; a completion that the limit cut has no end of turn."""
+    from align.data.chat import completion_ids, end_of_turn_ids, prompt_ids
+
+    completion = completion_ids(tokenizer, sample.completion)
+    if sample.finish_reason == "length":
+        completion = completion[: -len(end_of_turn_ids(tokenizer))]
+    return prompt_ids(tokenizer, sample.prompt, system_prompt), completion
+
+
+def padded(
+    rows: Sequence[tuple[list[int], list[int]]], pad_id: int, device: "torch.device"
+) -> tuple["torch.Tensor", "torch.Tensor", int]:
+    """Input ids and attention mask, (B, L) each, prompts padded on the left, completions on the right; and T."""
+    import torch
+
+    before = max(len(prompt) for prompt, _ in rows)
+    after = max(1, *(len(completion) for _, completion in rows))
+    input_ids = torch.full((len(rows), before + after), pad_id)
+    attention_mask = torch.zeros_like(input_ids)
+    for row, (prompt, completion) in enumerate(rows):
+        place = slice(before - len(prompt), before + len(completion))
+        input_ids[row, place] = torch.tensor(prompt + completion)
+        attention_mask[row, place] = 1
+    return input_ids.to(device), attention_mask.to(device), after
+
+
+def release_memory() -> None:
+    """Give back what models that nobody refers to any more still hold."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _measure_chunks(
+    chunks: Sequence[Sequence[EvaluatedSample]], measure: Measure, journal: Journal, bar: RowBar
+) -> None:
+    for chunk in chunks:
+        bar.begin(len(chunk))
+        for sample, value in zip(chunk, measure(chunk), strict=True):
+            check_finite(value, sample)
+            journal.append({"id": sample.id, "value": value})
+            bar.row()
+
+
+def check_finite(value: Any, sample: EvaluatedSample) -> None:
+    """A measured number, or list of numbers, that is not finite must not be kept.
+
+    Raises:
+        NotFinite: it is so; the policy and the prompt are named.
+    """
+    if not _is_finite(value):
+        raise NotFinite(
+            f"evaluate: what is measured of {sample.policy}'s answer to prompt '{sample.prompt_id}' is not finite (NaN "
+            "or infinity); the model that measures it is broken: train it again, or set model.precision fp32"
+        )
+
+
+def _check_kept(row: Mapping[str, Any]) -> None:
+    if not _is_finite(row["value"]):
+        raise ValueError("a number in it is not finite")
+
+
+def _is_finite(value: Any) -> bool:
+    numbers = value if isinstance(value, list) else [value]
+    return all(math.isfinite(number) for number in numbers if isinstance(number, float))
+
+
+def _characters(sample: EvaluatedSample) -> int:
+    return len(sample.completion) + sum(len(message.content) for message in sample.prompt)

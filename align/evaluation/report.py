@@ -1,0 +1,291 @@
+"""What `evaluate` found, as `report.json` and `samples.jsonl` hold it, and as a table for a terminal."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ConfigDict, Field, ValidationError
+from rich.console import Console
+
+from align.constitution.rules import Rule
+from align.errors import FileProblems, InputError, Problem
+from align.figures.metrics import TextFigures
+from align.figures.sheets import Sheet, print_sheet
+from align.figures.statistics import Estimate
+from align.records import Conversation, FinishReason, Row, read_rows
+from align.run.artefacts import stage_folder
+from align.settings.config import Block
+
+REPORT = "report.json"
+SAMPLES = "samples.jsonl"
+CANDIDATES = "best_of.jsonl"
+"""Every completion that best-of-n chose from, with its score."""
+BASE = "base"
+TIED = 0.5
+"""Probability of being better that counts as a tie."""
+_TEXT_ROWS = (
+    ("length (tokens)", "mean_tokens", "{:.0f}"),
+    ("distinct-1", "distinct_1", "{:.2f}"),
+    ("distinct-2", "distinct_2", "{:.2f}"),
+    ("repeated 4-grams", "repetition", "{:.0%}"),
+    ("same last sentence", "same_ending", "{:.0%}"),
+    ("ended by a stop token", "stopped", "{:.0%}"),
+)
+
+
+@dataclass(frozen=True)
+class EvaluatedSample(Row):
+    """One policy's completion of one held-out prompt, and what was measured on it (None where it was not).
+
+    `tokens` counts the stop token; `score` is the reward model's; `p_better` the judge's probability that it is better
+    than the base model's; `kl_to_reference_k1` and `_k3` are sums over its tokens, in nats. `seed` and `provenance`
+    are the completion's, `judged_by` has the principles that decided.
+    """
+
+    id: str
+    prompt_id: str
+    prompt: Conversation
+    category: str
+    policy: str
+    completion: str
+    finish_reason: FinishReason
+    tokens: int
+    score: float | None = None
+    p_better: float | None = None
+    kl_to_reference_k1: float | None = None
+    kl_to_reference_k3: float | None = None
+    seed: int | None = None
+    provenance: str = ""
+    judged_by: tuple[str, ...] = ()
+    judge_provenance: str = ""
+
+
+class Part(Block):
+    """A part of a report. Figures that are not finite never get into one."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class CheckedPrinciple(Part):
+    """A principle that a program can check; `applies` lists prompt categories, none meaning all."""
+
+    id: str
+    rule: Rule
+    applies: tuple[str, ...] = ()
+
+    def applies_to(self, category: str) -> bool:
+        return not self.applies or category in self.applies
+
+
+class ConstitutionUsed(Part):
+    """Which constitution steered the run, and its principles that carry a rule."""
+
+    id: str
+    title: str
+    digest: str
+    checked: tuple[CheckedPrinciple, ...] = ()
+
+
+class WinRate(Part):
+    """Against the base model's completion of the same prompt; a tie counts half and an abstention not at all.
+
+    `share` is None where the judge abstained from all.
+    """
+
+    share: Estimate | None = None
+    wins: int
+    losses: int
+    ties: int
+    abstained: int
+
+
+class PolicyReport(Part):
+    """One policy's figures. `rules` has a principle only where it applied to some prompt.
+
+    Best-of-n has a bound of its KL to the reference instead of the estimates, which take a policy's log-probs.
+    """
+
+    rules: dict[str, Estimate] = Field(default_factory=dict)
+    all_rules: Estimate | None = None
+    win_rate: WinRate | None = None
+    reward: Estimate | None = None
+    kl_to_reference_k1: Estimate | None = None
+    kl_to_reference_k3: Estimate | None = None
+    kl_to_reference_bound: float | None = None
+    text: TextFigures
+
+
+class Report(Part):
+    """Everything `evaluate` found. `skipped` says why a figure is missing, by its name in the table.
+
+    `judge_probes` is the share of the constitution's probes that the judge got right.
+    """
+
+    run: str
+    base_model: str
+    reference: str
+    seed: int
+    prompts: int
+    settings: dict[str, Any]
+    constitution: ConstitutionUsed | None = None
+    judge: str | None = None
+    judge_probes: Estimate | None = None
+    policies: dict[str, PolicyReport]
+    skipped: dict[str, str] = Field(default_factory=dict)
+
+
+def read_report(directory: Path) -> Report:
+    """The report in a folder that `evaluate` published.
+
+    Raises:
+        InputError: there is none, or it was written by another version.
+    """
+    path = directory / REPORT
+    try:
+        return _in_recipe_order(Report.model_validate_json(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; run `align run evaluate` with that run's recipe first") from None
+    except ValidationError as error:
+        faults = [Problem(".".join(map(str, each["loc"])), each["msg"]) for each in error.errors()]
+        raise FileProblems(str(path), faults) from None
+
+
+def read_samples(directory: Path) -> list[EvaluatedSample]:
+    """The completions that a published report is about."""
+    return _evaluated(directory / SAMPLES)
+
+
+def read_candidates(directory: Path) -> list[EvaluatedSample]:
+    """The scored completions that best-of-n chose from.
+
+    Raises:
+        InputError: there are none, as the recipe sets no `evaluate.best_of`.
+    """
+    path = directory / CANDIDATES
+    if not path.exists():
+        raise InputError(f"{path}: no such file; set `evaluate.best_of` in that run's recipe and run it again")
+    return _evaluated(path)
+
+
+def _evaluated(path: Path) -> list[EvaluatedSample]:
+    try:
+        return list(read_rows(path, EvaluatedSample))
+    except TypeError as error:
+        raise InputError(f"{path}: rows of another version ({error}); evaluate that run again") from None
+
+
+def rule_outcomes(checked: Iterable[CheckedPrinciple], sample: EvaluatedSample) -> dict[str, float]:
+    """1.0 or 0.0 for each principle that applies to the sample's prompt: whether the completion follows its rule."""
+    return {
+        principle.id: float(principle.rule.holds(sample.completion))
+        for principle in checked
+        if principle.applies_to(sample.category)
+    }
+
+
+def _in_recipe_order(report: Report) -> Report:
+    """The report with its policies as the recipe lists them; the file keeps them by name."""
+    asked = [name for name in report.settings.get("policies", ()) if name in report.policies]
+    names = [*asked, *(name for name in report.policies if name not in asked)]
+    return report.model_copy(update={"policies": {name: report.policies[name] for name in names}})
+
+
+def print_published_report(directory: Path, console: Console | None = None) -> None:
+    """Show the report in a folder that `evaluate` published, such as `runs/quickstart/style-asking-0a1b2c3d/evaluate`.
+
+    Raises:
+        InputError: as for `read_report`.
+    """
+    report = read_report(directory)
+    print_report(report, model_paths(report, directory.parent), console)
+
+
+def print_report(report: Report, paths: Mapping[str, str], console: Console | None = None) -> None:
+    """Show the figures, what is missing and why, and where each policy's model is."""
+    console = console or Console()
+    print_sheet(report_sheet(report), console)
+    for name, path in paths.items():
+        console.print(f"{name:>6}  {path}", soft_wrap=True, highlight=False, markup=False)
+
+
+def report_sheet(report: Report) -> Sheet:
+    """One column a policy, one row a figure, each over its 95% interval where it has one."""
+    policies = report.policies.values()
+    principles = [each.id for each in report.constitution.checked] if report.constitution else []
+    rows = [
+        *((name, *(share_text(each.rules.get(name)) for each in policies)) for name in principles),
+        *([("mean of the rules", *(share_text(each.all_rules) for each in policies))] if len(principles) > 1 else []),
+        ("win rate vs base", *(_win_rate_text(each.win_rate) for each in policies)),
+        ("reward", *(number_text(each.reward) for each in policies)),
+        (f"KL to {report.reference} (nats)", *(_divergence_text(each) for each in policies)),
+        *((name, *(style.format(getattr(each.text, key)) for each in policies)) for name, key, style in _TEXT_ROWS),
+    ]
+    return Sheet(
+        f"{report.run}: {report.prompts} held-out prompts, with 95% intervals",
+        ("", *report.policies),
+        tuple(row for row in rows if row[0] not in report.skipped),
+        tuple(_remarks(report)),
+    )
+
+
+def model_paths(report: Report, run: Path) -> dict[str, str]:
+    """Where each policy's model is: the base by its name, the others in the run's folder or in what runs share.
+
+    Best-of-n has none.
+    """
+    paths = {}
+    for name in (name for name, policy in report.policies.items() if policy.kl_to_reference_bound is None):
+        model = stage_folder(run, name) / "model"
+        found = str(model) if model.is_dir() else f"not found in {run}"
+        paths[name] = report.base_model if name == BASE else found
+    return paths
+
+
+def share_text(estimate: Estimate | None) -> str:
+    """A share in percent over its interval."""
+    if estimate is None:
+        return "-"
+    return f"{estimate.mean:.0%}\n{_interval(100 * estimate.low, 100 * estimate.high, '.0f')}"
+
+
+def share_difference_text(estimate: Estimate | None) -> str:
+    """A difference of shares in percentage points over its interval."""
+    if estimate is None:
+        return "-"
+    return f"{100 * estimate.mean:+.0f} pts\n{_interval(100 * estimate.low, 100 * estimate.high, '+.0f')}"
+
+
+def number_text(estimate: Estimate | None, style: str = ".2f") -> str:
+    """A figure over its interval."""
+    if estimate is None:
+        return "-"
+    return f"{estimate.mean:{style}}\n{_interval(estimate.low, estimate.high, style)}"
+
+
+def _interval(low: float, high: float, style: str) -> str:
+    return f"[{low:{style}}, {high:{style}}]"
+
+
+def _remarks(report: Report) -> Iterator[str]:
+    if report.judge and report.judge_probes:
+        found = report.judge_probes
+        right = f"right on {found.mean:.0%} of {found.n} probes {_interval(100 * found.low, 100 * found.high, '.0f')}"
+        yield f"win rate by judge {report.judge}, {right}"
+    for name, policy in report.policies.items():
+        if policy.kl_to_reference_bound is not None:
+            n = report.settings["best_of"]
+            yield f"{name}: the completion of the highest reward among {n} of {report.reference}"
+    yield from (f"no {name}: {reason}" for name, reason in report.skipped.items())
+
+
+def _divergence_text(policy: PolicyReport) -> str:
+    if policy.kl_to_reference_bound is not None:
+        return f"≤ {policy.kl_to_reference_bound:.1f}"
+    return number_text(policy.kl_to_reference_k1, ".1f")
+
+
+def _win_rate_text(win_rate: WinRate | None) -> str:
+    if win_rate is None:
+        return "-"
+    return share_text(win_rate.share) + (f"\n{win_rate.ties} tied" if win_rate.ties else "")

@@ -1,0 +1,300 @@
+"""How far a judge's soft labels are those of people: accuracy, calibration, and what place and length alone would do.
+
+Each pair is taken from the side that the judge prefers: `confidence` is the probability that it gives that side, in
+(0.5, 1], and what happened is whether people prefer it too. That is the top-label calibration of Guo et al. 2017 (arXiv
+1706.04599) for two classes, and it does not depend on which completion is called A.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from rich.console import Console
+
+from align.figures.sheets import Sheet, print_sheet
+from align.figures.statistics import (
+    Estimate,
+    clustered_wilson_estimate,
+    expected_calibration_error,
+    reliability_bins,
+    wilson_interval,
+)
+from align.records import Row
+from align.run.artefacts import read_manifest
+
+SHOWN_BINS = 5
+CERTAIN = 1e-6
+"""Probabilities are kept so far from 0 and 1 where a logarithm is taken of them."""
+NORMAL_95 = 1.959964
+STEEPEST = 1024.0
+"""Slopes are looked for up to here; labels that are always right have none."""
+SIMULATIONS = 200
+
+
+@dataclass(frozen=True)
+class JudgedPair(Row):
+    """What the judge says of a pair that people labelled; lengths in characters.
+
+    `label` is people's probability that `chosen` is better, `p_chosen` the judge's, None where it decided nothing and
+    `reason` says why; `chosen_first` tells which of the two was its A.
+    """
+
+    id: str
+    prompt_id: str
+    label: float
+    p_chosen: float | None
+    chosen_first: bool
+    chosen_characters: int
+    rejected_characters: int
+    p_by_principle: dict[str, float] = field(default_factory=dict)
+    position_bias: float = 0.0
+    same_place: bool = False
+    reason: str = ""
+    source: str = "human"
+    category: str = ""
+
+
+def calibration_figures(judged: Sequence[JudgedPair], margin: float = 0.0) -> dict[str, Any]:
+    """Everything that is reported of a judge, JSON-able. Calibration is that of the pairs it decided: its labels.
+
+    Args:
+        margin: a principle's probability as near to one half as this counts as undecided.
+    """
+    decided = [pair for pair in judged if pair.p_chosen is not None]
+    return {
+        "pairs": len(judged),
+        "prompts": len({pair.prompt_id for pair in judged}),
+        "decided": len(decided),
+        "undecided": dict(sorted(Counter(pair.reason for pair in judged if pair.p_chosen is None).items())),
+        "accuracy": _share(decided, [_half(pair.p_chosen, 0.5) for pair in decided]),
+        "accuracy_undecided_half": _share(judged, [_half(pair.p_chosen, 0.5) for pair in judged]),
+        "accuracy_by_source": {
+            source: _share(own, [_half(pair.p_chosen, 0.5) for pair in own])
+            for source in sorted({pair.source for pair in decided})
+            for own in [[pair for pair in decided if pair.source == source]]
+        },
+        "baselines": {
+            "first": _share(judged, [float(pair.chosen_first) for pair in judged]),
+            "shorter": _share(judged, [_half(pair.rejected_characters, pair.chosen_characters) for pair in judged]),
+            "longer": _share(judged, [_half(pair.chosen_characters, pair.rejected_characters) for pair in judged]),
+        },
+        **_position_figures(judged),
+        **(_label_figures(decided) if decided else {}),
+        "by_principle": _by_principle(judged, margin),
+    }
+
+
+def calibration_slope(confidences: ArrayLike, agreed: ArrayLike) -> Estimate | None:
+    """What the log-odds must be multiplied by to fit best (Cox 1958).
+
+    1 for calibrated labels, below it for overconfident ones, 0 for labels that tell nothing. Its inverse is the
+    temperature of Guo et al. 2017, section 4. The maximum of the likelihood of a logistic model without a constant,
+    found by bisection, with its Wald interval. None where there is none: no log-odds, or labels that are always right
+    or always wrong.
+
+    Args:
+        confidences: (N,) in [0, 1].
+        agreed: (N,) what happened, in [0, 1].
+    """
+    p = np.clip(np.asarray(confidences, dtype=np.float64), CERTAIN, 1 - CERTAIN)
+    odds, happened = np.log(p / (1 - p)), np.asarray(agreed, dtype=np.float64)
+
+    def descent(slope: float) -> float:
+        return float(odds @ (happened - _sigmoid(slope * odds)))
+
+    low, high = -STEEPEST, STEEPEST
+    if not descent(low) > 0 > descent(high):
+        return None
+    for _ in range(80):
+        middle = (low + high) / 2
+        low, high = (middle, high) if descent(middle) > 0 else (low, middle)
+    fitted = _sigmoid(low * odds)
+    error = float(odds**2 @ (fitted * (1 - fitted))) ** -0.5
+    return Estimate(low, low - NORMAL_95 * error, low + NORMAL_95 * error, len(odds))
+
+
+def error_if_calibrated(confidences: ArrayLike) -> float:
+    """The calibration error that labels of these confidences show on average when they are calibrated perfectly.
+
+    The error of a finite sample is never 0 (Widmann et al. 2019): one no larger than this is no sign of a fault.
+    """
+    p = np.asarray(confidences, dtype=np.float64)
+    generator = np.random.default_rng(0)
+    errors = [expected_calibration_error(p, generator.random(len(p)) < p) for _ in range(SIMULATIONS)]
+    return float(np.mean(errors))
+
+
+def equal_mass_edges(confidences: ArrayLike, bins: int) -> list[float]:
+    """Edges between which equally many values lie (Nixon et al. 2019); fewer where values are alike."""
+    edges = np.unique(np.quantile(np.asarray(confidences, dtype=np.float64), np.linspace(0, 1, bins + 1)))
+    return [float(edge) for edge in edges] if len(edges) > 1 else [0.0, 1.0]
+
+
+def _label_figures(decided: Sequence[JudgedPair]) -> dict[str, Any]:
+    """How good the probabilities are, of the side that the judge prefers."""
+    p = np.array([pair.p_chosen for pair in decided], dtype=np.float64)
+    labels = np.array([pair.label for pair in decided])
+    confidences, agreed = np.maximum(p, 1 - p), np.where(p > 0.5, labels, 1 - labels)
+    kept = np.clip(confidences, CERTAIN, 1 - CERTAIN)
+    edges = equal_mass_edges(confidences, SHOWN_BINS)
+    slope = calibration_slope(confidences, agreed)
+    return {
+        "mean_confidence": float(confidences.mean()),
+        "brier": float(((confidences - agreed) ** 2).mean()),
+        "log_loss": float(-(agreed * np.log(kept) + (1 - agreed) * np.log(1 - kept)).mean()),
+        "expected_calibration_error": expected_calibration_error(confidences, agreed),
+        "expected_calibration_error_equal_mass": expected_calibration_error(confidences, agreed, edges),
+        "expected_calibration_error_if_calibrated": error_if_calibrated(confidences),
+        "slope": asdict(slope) if slope else None,
+        "reliability": [
+            {**asdict(each), "interval": wilson_interval(each.share * each.count, each.count)}
+            for each in reliability_bins(confidences, agreed, edges)
+        ],
+    }
+
+
+def _position_figures(judged: Sequence[JudgedPair]) -> dict[str, float]:
+    """How much the place counts, over the pairs that the judge had any opinion on.
+
+    `same_place` is the share for which the first place, or the second, is preferred in both orders: where the place
+    makes more than the completions do, by the principles' mean.
+    """
+    seen = [pair for pair in judged if pair.p_by_principle]
+    if not seen:
+        return {"position_bias": 0.0, "same_place": 0.0}
+    return {
+        "position_bias": float(np.mean([pair.position_bias for pair in seen])),
+        "same_place": float(np.mean([pair.same_place for pair in seen])),
+    }
+
+
+def _by_principle(judged: Sequence[JudgedPair], margin: float) -> dict[str, Any]:
+    """Each principle's own accuracy, by itself, on the pairs that it tells apart."""
+    names = sorted({name for pair in judged for name in pair.p_by_principle})
+    found = {}
+    for name in names:
+        told = [pair for pair in judged if abs(pair.p_by_principle.get(name, 0.5) - 0.5) > margin]
+        asked = sum(name in pair.p_by_principle for pair in judged)
+        found[name] = {"asked": asked, **_share(told, [_half(pair.p_by_principle[name], 0.5) for pair in told])}
+    return found
+
+
+def _share(pairs: Sequence[JudgedPair], right: Sequence[float]) -> dict[str, Any]:
+    """Share with its interval over prompts; one half, and anything possible, where there is no pair."""
+    estimate = Estimate(0.5, 0.0, 1.0, 0)
+    if pairs:
+        estimate = clustered_wilson_estimate(right, [pair.prompt_id for pair in pairs])
+    return asdict(estimate)
+
+
+def _half(first: float | None, second: float) -> float:
+    """1 where the first is more than the second, 0 where it is less, else one half."""
+    return 0.5 if first is None or first == second else float(first > second)
+
+
+def _sigmoid(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.exp(-np.logaddexp(0, -x))
+
+
+def calibration_sheets(figures: Mapping[str, Any], title: str) -> list[Sheet]:
+    """The figures as tables: accuracy beside the baselines, reliability by bin, and each principle by itself."""
+    sheets = [_accuracy_sheet(figures, title)]
+    if figures["decided"]:
+        sheets.append(_reliability_sheet(figures))
+    if len(figures["by_principle"]) > 1:
+        sheets.append(_principle_sheet(figures["by_principle"]))
+    return sheets
+
+
+def print_calibration(figures: Mapping[str, Any], title: str, console: Console | None = None) -> None:
+    """Show the figures of a judge."""
+    for sheet in calibration_sheets(figures, title):
+        print_sheet(sheet, console or Console())
+
+
+def print_published_calibration(directory: Path, console: Console | None = None) -> None:
+    """Show the figures in a folder that `compare` published; nothing where there are none."""
+    manifest = read_manifest(directory)
+    if manifest is not None and "calibration" in manifest.figures:
+        title = f"{directory.parent.parent.name}/{directory.parent.name}, the judge of compare"
+        print_calibration(manifest.figures["calibration"], title, console)
+
+
+def _accuracy_sheet(figures: Mapping[str, Any], title: str) -> Sheet:
+    by_source, baselines = figures["accuracy_by_source"], figures["baselines"]
+    rows = [
+        ("the judge, where it decides", figures["accuracy"]),
+        *((f"  on {source} pairs", found) for source, found in by_source.items() if len(by_source) > 1),
+        ("the judge, undecided for a half", figures["accuracy_undecided_half"]),
+        ("always A", baselines["first"]),
+        ("the shorter answer", baselines["shorter"]),
+        ("the longer answer", baselines["longer"]),
+    ]
+    return Sheet(
+        f"{title}: {figures['pairs']} pairs of {figures['prompts']} prompts",
+        ("prefers what people prefer", "pairs", "share", "95% interval"),
+        tuple((name, str(found["n"]), *_cells(found)) for name, found in rows),
+        tuple(_accuracy_remarks(figures)),
+    )
+
+
+def _accuracy_remarks(figures: Mapping[str, Any]) -> list[str]:
+    undecided = ", ".join(f"{reason} {count}" for reason, count in figures["undecided"].items())
+    remarks = [f"undecided: {undecided}"] if undecided else []
+    if figures["position_bias"]:
+        remarks.append(
+            f"Place: the first has {0.5 + figures['position_bias']:.0%} of the probability; the same place is "
+            f"preferred in both orders for {figures['same_place']:.0%} of the pairs."
+        )
+    return remarks
+
+
+def _reliability_sheet(figures: Mapping[str, Any]) -> Sheet:
+    rows = tuple(
+        (
+            f"{100 * each['low']:.1f}-{100 * each['high']:.1f}%",
+            str(each["count"]),
+            f"{each['mean_probability']:.1%}",
+            *_cells({"mean": each["share"], "low": each["interval"][0], "high": each["interval"][1]}),
+        )
+        for each in figures["reliability"]
+    )
+    return Sheet(
+        "how sure the judge is, and how often people agree (bins of equally many pairs)",
+        ("judge's probability", "pairs", "mean", "people agree", "95% interval"),
+        rows,
+        (
+            f"Calibration error {figures['expected_calibration_error']:.3f} in ten bins of equal width (Guo et al. "
+            f"2017), {figures['expected_calibration_error_equal_mass']:.3f} in these; labels that are calibrated would "
+            f"show {figures['expected_calibration_error_if_calibrated']:.3f} with as many pairs.",
+            f"Brier score {figures['brier']:.3f} (a coin has 0.25), log loss {figures['log_loss']:.3f} (0.693).",
+            _slope_text(figures["slope"]),
+        ),
+    )
+
+
+def _slope_text(slope: Mapping[str, float] | None) -> str:
+    if slope is None:
+        return "Slope: none fits; the labels are always right, or always wrong."
+    interval = f"{slope['mean']:.2f} [{slope['low']:.2f}, {slope['high']:.2f}]"
+    return f"Slope of the log-odds {interval} (1: calibrated; below: overconfident; 0: knows nothing)."
+
+
+def _principle_sheet(by_principle: Mapping[str, Mapping[str, Any]]) -> Sheet:
+    ranked = sorted(by_principle.items(), key=lambda item: (-item[1]["mean"], item[0]))
+    rows = tuple((name, str(found["asked"]), str(found["n"]), *_cells(found)) for name, found in ranked)
+    chance = len(rows) / 20
+    return Sheet(
+        "each principle by itself",
+        ("principle", "asked", "told apart", "people agree", "95% interval"),
+        rows,
+        (f"Of {len(rows)} such intervals about {chance:.1f} exclude 50% by chance alone.",),
+    )
+
+
+def _cells(found: Mapping[str, float]) -> tuple[str, str]:
+    return f"{found['mean']:.0%}", f"[{100 * found['low']:.0f}, {100 * found['high']:.0f}]"

@@ -1,0 +1,179 @@
+"""What a recipe says before it is checked: file, parent and overrides merged, each key with its place."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from align.errors import FileProblems, InputError, Problem
+from align.settings.yaml_files import KeyPath, Lines, key_name, load_yaml_with_duplicates
+
+
+@dataclass(frozen=True)
+class Written:
+    """Merged content; `files` are the recipe's own lines and its parent's, `overridden` the keys that `--set` gave.
+
+    `errors` are the faults met while reading; without a parent that should be there (`orphaned`) more may seem missing
+    than is.
+    """
+
+    content: dict[str, Any]
+    files: tuple[Lines, ...]
+    overridden: tuple[KeyPath, ...]
+    errors: tuple[InputError, ...] = ()
+    orphaned: bool = False
+
+    @cached_property
+    def lines(self) -> Lines:
+        """The line of every key in whichever file it stands, 0 where an override gave it."""
+        owners = ((path, self._owner(path)) for path in _paths(self.content))
+        return Lines(self.files[0].source, {path: owner.of(path) or 0 if owner else 0 for path, owner in owners})
+
+    def problem(self, path: KeyPath, fault: str) -> Problem:
+        """A fault of one key, with its line."""
+        return Problem(key_name(path), fault, self.lines.of(path) or None)
+
+    def raise_all(self, problems: Sequence[Problem], others: Sequence[InputError] = ()) -> None:
+        """Raise every fault as one error, those of each file together; return where there is none."""
+        by_source: dict[str, list[Problem]] = {lines.source: [] for lines in self.files}
+        others = [*others]
+        for error in self.errors:
+            if isinstance(error, FileProblems) and error.source in by_source:
+                by_source[error.source] += error.problems
+            else:
+                others.append(error)
+        for problem in problems:
+            source, placed = self._placed(problem)
+            by_source[source].append(placed)
+        errors = [*(FileProblems(source, found) for source, found in by_source.items() if found), *others]
+        if len(errors) == 1:
+            raise errors[0]
+        if errors:
+            raise InputError("\n".join(str(error) for error in errors))
+
+    def _placed(self, problem: Problem) -> tuple[str, Problem]:
+        """The file that a problem belongs to, and the problem as it is told there."""
+        path = tuple(re.findall(r"[^.\[\]]+", problem.key))
+        owner = self._owner(path)
+        if owner is None:
+            return self.files[0].source, Problem(f"--set {problem.key}", problem.fault)
+        return owner.source, Problem(problem.key, problem.fault, problem.line or None)
+
+    def _owner(self, path: Sequence[str | int]) -> Lines | None:
+        """The file in which a key, or the nearest enclosing one, stands; None where an override gave it."""
+        names = [str(part) for part in path]
+        if any([str(name) for name in key] == names[: len(key)] for key in self.overridden):
+            return None
+        for length in range(len(names), 0, -1):
+            part = names[:length]
+            for lines in self.files:
+                if part in lines:
+                    return lines
+            if any([str(name) for name in key[:length]] == part for key in self.overridden):
+                return None
+        return self.files[0]
+
+
+def read_written(path: Path, overrides: Sequence[str]) -> Written:
+    """Read a recipe's file, its parent's where it has one, and the overrides.
+
+    Raises:
+        InputError: the file is missing or isn't YAML. Other faults are kept, to be told with those of the content.
+    """
+    content, lines, duplicates = load_yaml_with_duplicates(path)
+    files, errors = [lines], [*_told(lines, duplicates)]
+    orphaned = False
+    if (parent := content.get("extends")) is not None:
+        try:
+            inherited, parent_lines, twice = _read_parent(path, parent, lines)
+            content = _merged(inherited, content)
+            files.append(parent_lines)
+            errors += _told(parent_lines, twice)
+        except InputError as error:
+            errors.append(error)
+            orphaned = True
+    overridden = []
+    for override in overrides:
+        try:
+            overridden.append(apply_override(content, override))
+        except ValueError as error:
+            errors += _told(lines, [Problem(f"--set {override}", str(error))])
+    return Written(content, tuple(files), tuple(overridden), tuple(errors), orphaned)
+
+
+def _told(lines: Lines, problems: Sequence[Problem]) -> list[InputError]:
+    return [FileProblems(lines.source, problems)] if problems else []
+
+
+def _read_parent(path: Path, name: Any, lines: Lines) -> tuple[dict[str, Any], Lines, list[Problem]]:
+    """The parent's content without what is the parent's own: its name."""
+    place = lines.of(("extends",))
+    parent = path.parent / str(name)
+    if not parent.is_file():
+        fault = f"no file {parent}; the path is relative to the recipe's own folder"
+        raise FileProblems(str(path), [Problem("extends", fault, place)])
+    content, parent_lines, duplicates = load_yaml_with_duplicates(parent)
+    if content.get("extends") is not None:
+        fault = f"{parent} extends another recipe itself; a parent must stand alone"
+        raise FileProblems(str(path), [Problem("extends", fault, place)])
+    content.pop("name", None)
+    return content, parent_lines, duplicates
+
+
+def _merged(parent: Mapping[str, Any], child: Mapping[str, Any]) -> dict[str, Any]:
+    """Blocks merged key by key; everything else is the child's where it has it."""
+    both = {
+        key: _merged(parent[key], child[key])
+        for key in child
+        if isinstance(parent.get(key), Mapping) and isinstance(child[key], Mapping)
+    }
+    return {**parent, **child, **both}
+
+
+def apply_override(content: dict[str, Any], override: str) -> KeyPath:
+    """Put an override into the content, and return its key, in which `sources[0]` and `sources.0` are the same.
+
+    Raises:
+        ValueError: what is wrong with it.
+    """
+    key, equals, text = override.partition("=")
+    parts = re.sub(r"\[(\d+)\]", r".\1", key.strip()).split(".")
+    if not equals or not all(parts):
+        raise ValueError("expected key=value, such as ppo.kl_coef=0.1")
+    if "[]" in key:
+        raise ValueError(f"say which entry of the list, such as {key.strip().replace('[]', '[0]')}")
+    try:
+        value = YAML(typ="safe", pure=True).load(text)
+    except YAMLError:
+        raise ValueError(f"{text!r} is not valid YAML; quote it") from None
+    place: Any = content
+    for depth, part in enumerate(parts[:-1], start=1):
+        if isinstance(place, dict) and place.get(part) is None:
+            place[part] = {}
+        place = place[_index(place, part, parts[:depth])]
+    place[_index(place, parts[-1], parts)] = value
+    return tuple(parts)
+
+
+def _index(place: Any, part: str, path: Sequence[str]) -> str | int:
+    """`part` as a key of the place, where that is a block, or as an index where it is a list."""
+    if isinstance(place, dict):
+        return part
+    if isinstance(place, list) and part.isdigit() and int(part) < len(place):
+        return int(part)
+    above = ".".join(path[:-1])
+    kind = f"a list of {len(place)}" if isinstance(place, list) else "a single value"
+    raise ValueError(f"`{above}` is {kind}, so there is no `{'.'.join(path)}`")
+
+
+def _paths(value: Any, above: KeyPath = ()) -> Iterator[KeyPath]:
+    """The path of every key and list entry."""
+    items: Any = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        yield (*above, key)
+        yield from _paths(inner, (*above, key))
