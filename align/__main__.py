@@ -10,16 +10,16 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from align.cli.constitutions import add_constitution
-from align.cli.judging import add_engine, add_judge, add_relabel
+from align.cli.constitution_verbs import add_constitution
+from align.cli.judging_verbs import add_engine, add_judge, add_relabel
 from align.cli.options import Verbs, add_recipe_options, positive, recipe_of
-from align.cli.results import add_results
+from align.cli.results_verbs import add_results
 from align.errors import AlignError, InputError
 from align.pipeline.failure_note import follows_from_another, note_failure
 from align.pipeline.launch import INTERRUPTED, PATIENCE_SECONDS, Launch, die_with_launcher, launch_stage, run_recipe
 from align.pipeline.plan import make_plan
 from align.pipeline.recipe import Recipe
-from align.pipeline.world import check_config
+from align.pipeline.world_size import check_config
 from align.run import processes
 from align.stages import all_stages
 
@@ -158,7 +158,7 @@ def _run_recipe(options: argparse.Namespace, path: str | None, launch: Launch) -
 def _plan(options: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from align.cli.plan_view import print_plan
+    from align.cli.plan import print_plan
 
     print_plan(recipe_of(options, options.target), Console())
 
@@ -194,7 +194,7 @@ def _print_results(recipe: Recipe) -> None:
 
 
 def _settings(options: argparse.Namespace) -> None:
-    from align.cli.settings_view import settings_page
+    from align.cli.settings import settings_page
 
     print(settings_page(), end="")
 

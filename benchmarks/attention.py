@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from align.models.attention import SHORT, _PlainAttention
+from align.models.cpu_attention import SHORT, _PlainAttention
 
 ROWS, HEADS, SHARED, FEATURES = 8, 9, 3, 64
 

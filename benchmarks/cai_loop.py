@@ -23,15 +23,15 @@ from typing import Any
 from align.constitution.constitution import load_constitution
 from align.data.chat import prompt_ids, token_ids
 from align.data.prompts import read_prompts
-from align.engines.generation import ChoiceRequest, ChoiceScores, Completed, Request
-from align.engines.local import LocalBackend
+from align.decoding.shared_prefixes import left_padded, positions
+from align.engines.engine import ChoiceRequest, ChoiceScores, Completed, Request
+from align.engines.local import LocalEngine
 from align.feedback.critique import Loop
 from align.feedback.evidence import Showing
 from align.feedback.opinions import ByChoice, Question, nats
-from align.models.openings import left_padded, positions
-from align.models.policy import load_causal_lm, load_tokenizer, stop_token_ids
+from align.models.loading import load_causal_lm, load_tokenizer, stop_token_ids
 from align.records import Sample
-from align.settings.config import JudgeBlock, PromptsBlock, PromptSource, SamplingBlock
+from align.settings.blocks import JudgeBlock, PromptsBlock, PromptSource, SamplingBlock
 
 ROOT = Path(__file__).parents[1]
 PROMPTS = ROOT / "recipes/prompts/harmful.jsonl"
@@ -125,7 +125,7 @@ def make_samples(model: Any, tokenizer: Any, count: int, new_tokens: int, prompt
     """First answers, greedy, which both loops start from."""
     rows = list(read_prompts(PromptsBlock(sources=[PromptSource(path=str(prompts))])))[:count]
     requests = [Request(row.id, row.prompt, 0, new_tokens, temperature=0.0) for row in rows]
-    done = {each.id: each for each in LocalBackend(model, tokenizer, name="first").complete(requests)}
+    done = {each.id: each for each in LocalEngine(model, tokenizer, name="first").complete(requests)}
     return [
         Sample(
             id=row.id,
@@ -150,7 +150,7 @@ def run(
     """The loop over an engine."""
     loop = Loop(
         constitution=load_constitution(str(CONSTITUTION)),
-        backend=engine,
+        engine=engine,
         sampling=SamplingBlock(max_new_tokens=new_tokens, temperature=0.0, batch_size=at_once),
         seed=0,
         examples=EXAMPLES,
@@ -189,8 +189,8 @@ def choose(engine: Any, samples: Sequence[Sample], revisions: Sequence[str]) -> 
 def compare_choices(dtype: str, model: Any, tokenizer: Any, samples: Sequence[Sample], plain: Outcome) -> str:
     """The row of the table of choices."""
     revisions = [turns[-1] for turns in plain.turns[:JUDGED]]
-    choose(LocalBackend(model, tokenizer, name="warm"), samples[:1], revisions[:1])
-    ours, found = choose(LocalBackend(model, tokenizer, name="ours"), samples[:JUDGED], revisions)
+    choose(LocalEngine(model, tokenizer, name="warm"), samples[:1], revisions[:1])
+    ours, found = choose(LocalEngine(model, tokenizer, name="ours"), samples[:JUDGED], revisions)
     plainly, expected = choose(PlainEngine(model, tokenizer), samples[:JUDGED], revisions)
     furthest = max(abs(a - b) for a, b in zip(found, expected, strict=True))
     return f"| {dtype} | {len(found) // 4} | {plainly:.1f} | {ours:.1f} | {plainly / ours:.2f} | {furthest:.1g} |"
@@ -202,8 +202,8 @@ def compare(dtype: str, count: int, new_tokens: int) -> tuple[list[str], str]:
 
     model, tokenizer = load_causal_lm(MODEL, getattr(torch, dtype)), load_tokenizer(MODEL)
     samples = make_samples(model, tokenizer, count, new_tokens)
-    run(LocalBackend(model, tokenizer, name="warm"), samples[:2], 2, 1)
-    ours = run(LocalBackend(model, tokenizer, name="ours"), samples, new_tokens)
+    run(LocalEngine(model, tokenizer, name="warm"), samples[:2], 2, 1)
+    ours = run(LocalEngine(model, tokenizer, name="ours"), samples, new_tokens)
     plain = run(PlainEngine(model, tokenizer), samples, new_tokens)
     outcomes = {f"plain loop, {PLAIN_ROWS} rows": plain, "align": ours}
     if ours.turns != plain.turns:

@@ -58,13 +58,13 @@ def run_ours(setting: dict[str, Any]) -> dict[str, Any]:
 
     from align.data.chat import prompt_ids
     from align.data.prompts import read_prompts
-    from align.models.policy import compute_dtype, load_tokenizer, stop_token_ids
-    from align.models.ppo_loading import load_shared_trunk
+    from align.models.loading import compute_dtype, load_tokenizer, stop_token_ids
+    from align.rl.loading import load_shared_trunk
     from align.rl.ppo import PpoTrainer
     from align.rl.rewards import Rewards, RewardSource
     from align.rl.rollout import TokenizedPrompt
     from align.run.tracking import Tracker
-    from align.settings.config import LoraBlock, PromptsBlock, PromptSource, TrackingBlock
+    from align.settings.blocks import LoraBlock, PromptsBlock, PromptSource, TrackingBlock
 
     torch.manual_seed(setting["seed"])
     block = our_block(setting)
@@ -109,7 +109,7 @@ def run_ours(setting: dict[str, Any]) -> dict[str, Any]:
 def our_block(setting: dict[str, Any]) -> Any:
     """Our names for the settings. The score is neither standardised nor clipped, as TRL's is not."""
     from align.rl.settings import PpoBlock, ScoreBlock
-    from align.settings.config import OptimizerBlock, SamplingBlock
+    from align.settings.blocks import OptimizerBlock, SamplingBlock
 
     names = ("epochs", "kl_coef", "clip_range", "value_clip_range", "value_coef", "gamma", "lam", "missing_eos_penalty")
     return PpoBlock(
@@ -132,7 +132,7 @@ def our_block(setting: dict[str, Any]) -> Any:
 
 def places() -> dict[str, Any]:
     """Where a run finds the model and the prompts, and the ids that open the assistant's turn."""
-    from align.models.policy import load_tokenizer
+    from align.models.loading import load_tokenizer
     from align.models.sources import resolve_model
 
     model = str(resolve_model(MODEL))

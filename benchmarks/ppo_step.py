@@ -58,17 +58,17 @@ def measure(
 
     from align.data.chat import prompt_ids
     from align.data.prompts import read_prompts
-    from align.models.policy import compute_dtype, load_tokenizer, stop_token_ids
-    from align.models.ppo_loading import RewardFolder, load_shared_trunk, trunk_scores
+    from align.models.loading import compute_dtype, load_tokenizer, stop_token_ids
     from align.models.sources import resolve_model
     from align.rl.batches import ROWS_WITHOUT_GRADIENT
+    from align.rl.loading import RewardFolder, load_shared_trunk, trunk_scores
     from align.rl.ppo import PpoTrainer
     from align.rl.rewards import RewardModel, Rewards, RewardSource
     from align.rl.rollout import TokenizedPrompt
     from align.rl.settings import PpoBlock
-    from align.run.repro import peak_resident_gb
+    from align.run.reproducibility import peak_resident_gb
     from align.run.tracking import Tracker
-    from align.settings.config import (
+    from align.settings.blocks import (
         LoraBlock,
         OptimizerBlock,
         PromptsBlock,
@@ -144,9 +144,9 @@ def make_reward(made: Path, model: str = MODEL) -> None:
     import torch
     from transformers import AutoModelForSequenceClassification
 
-    from align.models.policy import add_lora, load_tokenizer, save_model
+    from align.models.loading import add_lora, load_tokenizer, save_model
     from align.models.sources import resolve_model
-    from align.settings.config import LoraBlock
+    from align.settings.blocks import LoraBlock
 
     folder = resolve_model(model)
     classifier = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=torch.float32)

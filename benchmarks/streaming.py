@@ -44,13 +44,13 @@ def write_prompts(path: Path, rows: int) -> None:
 def run_stages(folder: Path) -> Iterator[dict[str, Any]]:
     """The three stages one after another; peak memory only ever rises, so the last has the highest."""
     import align.engines.open
-    from align.engines.scripted import ScriptedBackend
-    from align.run.repro import peak_resident_gb
+    from align.engines.scripted import ScriptedEngine
+    from align.run.reproducibility import peak_resident_gb
     from align.run.stage import Context
-    from align.settings.config import JudgeBlock, ModelBlock, PromptsBlock, TrackingBlock
+    from align.settings.blocks import JudgeBlock, ModelBlock, PromptsBlock, TrackingBlock
     from align.stages import compare, revise, sample
 
-    align.engines.open.open_backend = lambda *_, **__: ScriptedBackend(text)  # type: ignore[assignment]
+    align.engines.open.open_engine = lambda *_, **__: ScriptedEngine(text)  # type: ignore[assignment]
     (folder / "asking.yaml").write_text(CONSTITUTION)
     shared = {
         "model": ModelBlock(path="none"),

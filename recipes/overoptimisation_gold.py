@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 
 from align.constitution.constitution import Constitution, load_constitution
-from align.figures.metrics import words
+from align.figures.text_metrics import words
 
 CONSTITUTION = Path(__file__).parents[1] / "constitutions" / "style-asking.yaml"
 STEM = 5

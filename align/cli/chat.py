@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from align.data.chat import prompt_ids
 from align.errors import InputError
-from align.models.policy import compute_dtype, default_device, load_causal_lm, load_tokenizer, stop_token_ids
+from align.models.loading import compute_dtype, default_device, load_causal_lm, load_tokenizer, stop_token_ids
 from align.records import Conversation, Message
 from align.run.progress import hide_loading_bars
 

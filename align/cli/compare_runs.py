@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from align.evaluation.report import number_text, share_difference_text, share_text
-from align.figures.sheets import Sheet, conversation_text, page, print_sheet, print_written
+from align.figures.tables import Sheet, conversation_text, page, print_sheet, print_written
 from align.records import Conversation
 from align.results.run_comparison import (
     Compared,

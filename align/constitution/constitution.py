@@ -26,8 +26,8 @@ from align.constitution.paper import paper_content
 from align.constitution.principles import Example, Id, Language, Principle, Probe, Text, Texts, Turn, WorkedComparison
 from align.errors import FileProblems, InputError, Problem
 from align.records import digest
-from align.run.repro import derive_seed
-from align.settings.config import AboveZero, Block, Positive
+from align.run.reproducibility import derive_seed
+from align.settings.blocks import AboveZero, Block, Positive
 from align.settings.yaml_files import Lines, load_yaml, problems_from
 
 __all__ = [

@@ -8,7 +8,7 @@ from pydantic_core import PydanticCustomError
 
 from align.constitution.rules import Rule
 from align.records import Conversation, Message
-from align.settings.config import AboveZero, Block
+from align.settings.blocks import AboveZero, Block
 
 
 def _with_words(text: str) -> str:

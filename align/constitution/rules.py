@@ -10,7 +10,7 @@ from typing import Annotated, Any, Self
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
 from align.figures.sentences import CLOSERS, count_sentences, count_words, fold
-from align.settings.config import Block, Positive
+from align.settings.blocks import Block, Positive
 
 Text = Annotated[str, Field(min_length=1)]
 

@@ -30,7 +30,7 @@ from align.data.sources import (
 from align.errors import InputError
 from align.records import Conversation, Demonstration, Message, PreferencePair, as_dicts, digest, pair_id, read_rows
 from align.run.artefacts import read_manifest
-from align.settings.config import PairSource
+from align.settings.blocks import PairSource
 
 T = TypeVar("T")
 UNDECIDED = "undecided: "

@@ -29,9 +29,9 @@ from align.data.sources import (
 )
 from align.errors import InputError
 from align.records import SPLITS, Conversation, Message, Prompt, Split, as_dicts, digest
-from align.run.repro import derive_seed
-from align.run.windows import SeenOnDisk
-from align.settings.config import PromptsBlock, PromptSource, SplitBlock
+from align.run.reproducibility import derive_seed
+from align.run.streaming import SeenOnDisk
+from align.settings.blocks import PromptsBlock, PromptSource, SplitBlock
 
 COLUMNS = ("prompt", "messages", "question", "instruction", "chosen")
 

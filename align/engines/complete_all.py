@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from align.engines.generation import Backend, ChoiceRequest, ChoiceScores, Completed, Progress, Request
+from align.engines.engine import ChoiceRequest, ChoiceScores, Completed, Engine, Progress, Request
 from align.errors import AlignError
 from align.run import processes
 from align.run.artefacts import Journal
@@ -30,7 +30,7 @@ LEAST_CHUNKS = 4
 
 
 def complete_all(
-    backend: Backend, requests: Sequence[Request], batch_size: int, journal_path: Path | None, description: str
+    engine: Engine, requests: Sequence[Request], batch_size: int, journal_path: Path | None, description: str
 ) -> dict[str, Completed]:
     """Every request's completion, and its follow-up's, by id, in every process.
 
@@ -41,10 +41,10 @@ def complete_all(
         description: what the progress bar says.
 
     Raises:
-        AlignError: the backend left a request unanswered.
+        AlignError: the engine left a request unanswered.
     """
-    answer = partial(backend.complete, at_once=batch_size)
-    work = _Work(answer, backend.depends_on_batch, batch_size, description, _completed)
+    answer = partial(engine.complete, at_once=batch_size)
+    work = _Work(answer, engine.depends_on_batch, batch_size, description, _completed)
     rows: dict[str, dict[str, Any]] = {}
     asked = list(requests)
     while asked:
@@ -55,10 +55,10 @@ def complete_all(
 
 
 def score_all(
-    backend: Backend, requests: Sequence[ChoiceRequest], batch_size: int, journal_path: Path | None, description: str
+    engine: Engine, requests: Sequence[ChoiceRequest], batch_size: int, journal_path: Path | None, description: str
 ) -> dict[str, ChoiceScores]:
     """`complete_all` for the log-probabilities of choices."""
-    work = _Work(backend.choice_logprobs, backend.depends_on_batch, batch_size, description, _scores)
+    work = _Work(engine.choice_logprobs, engine.depends_on_batch, batch_size, description, _scores)
     rows = _answer_all(work, requests, journal_path)
     return {row_id: _scores(row) for row_id, row in rows.items()}
 

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 
 from align.data.chat import prompt_ids, token_ids
-from align.engines.generation import ChoiceRequest, ChoiceScores, Completed, EngineIdentity, Progress, Request, unheard
-from align.models.decode import decode
+from align.decoding.continuous_batching import ContinuousBatcher, Task
+from align.decoding.decode import decode
+from align.decoding.prefix_trees import Continuation, can_score_trees, tree_batches, tree_logprobs
+from align.decoding.shared_prefixes import can_share
+from align.engines.engine import ChoiceRequest, ChoiceScores, Completed, EngineIdentity, Progress, Request, unheard
+from align.models.loading import stop_token_ids
 from align.models.logprobs import completion_logprobs
-from align.models.openings import can_share
-from align.models.policy import stop_token_ids
-from align.models.running import Running, Task
-from align.models.trees import Continuation, can_score_trees, tree_batches, tree_logprobs
 from align.models.weights import Weights, hub_revision
-from align.models.wrapped import inner_model
+from align.models.wrappers import inner_model
 from align.records import FinishReason
 
 RUNNING_ROWS = 64
@@ -45,7 +45,7 @@ class _Choice:
         return len(self.prompt), len(self.choice)
 
 
-class LocalBackend:
+class LocalEngine:
     """Completions and choices by a causal LM in this process.
 
     Requests of one call that share their sampling settings run together, as many at a time as the caller allows; one
@@ -97,7 +97,7 @@ class LocalBackend:
         self, requests: Sequence[Request], settings: tuple[int, float, float], progress: Progress, at_once: int
     ) -> Iterator[Completed]:
         """Requests of the same settings, and their follow-ups, through a running batch."""
-        running = Running(
+        running = ContinuousBatcher(
             self._model,
             rows=at_once,
             kept_tokens=KEPT_TOKENS,

@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from align.engines.generation import Backend
-from align.settings.config import EngineBlock, ModelBlock
+from align.engines.engine import Engine
+from align.settings.blocks import EngineBlock, ModelBlock
 
 
-def open_backend(engine: EngineBlock, model: ModelBlock, *, path: str | None = None) -> Backend:
+def open_engine(block: EngineBlock, model: ModelBlock, *, path: str | None = None) -> Engine:
     """The engine of an `engine:` block.
 
     Args:
@@ -17,21 +17,21 @@ def open_backend(engine: EngineBlock, model: ModelBlock, *, path: str | None = N
     Raises:
         InputError: the model cannot be loaded, or a server's settings are incomplete.
     """
-    if engine.kind == "openai":
-        from align.engines.openai_server import OpenAIBackend
+    if block.kind == "openai":
+        from align.engines.openai_server import OpenAIEngine
 
-        return OpenAIBackend(engine, system_prompt=model.system_prompt)
-    from align.engines.local import LocalBackend
-    from align.models.policy import compute_dtype, default_device, load_causal_lm, load_tokenizer
+        return OpenAIEngine(block, system_prompt=model.system_prompt)
+    from align.engines.local import LocalEngine
+    from align.models.loading import compute_dtype, default_device, load_causal_lm, load_tokenizer
     from align.models.weights import Weights, model_folder
 
-    chosen = path or engine.model or model.path
+    chosen = path or block.model or model.path
     revision = model.revision if chosen == model.path else None
     trust = model.trust_remote_code and chosen in (model.path, path)
     language_model = load_causal_lm(chosen, compute_dtype(model.precision), revision=revision, trust_remote_code=trust)
     tokenizer = load_tokenizer(chosen, revision=revision, trust_remote_code=trust)
     folder = model_folder(chosen, revision)
-    return LocalBackend(
+    return LocalEngine(
         language_model.to(default_device()),
         tokenizer,
         name=_name(chosen, 2 if path else 1),

@@ -11,13 +11,13 @@ import openai
 
 from align.data.chat import with_system_prompt
 from align.engines import server_scores
-from align.engines.generation import ChoiceRequest, ChoiceScores, Completed, EngineIdentity, Progress, Request, unheard
+from align.engines.engine import ChoiceRequest, ChoiceScores, Completed, EngineIdentity, Progress, Request, unheard
 from align.engines.server_faults import MalformedReply, explained, try_until_answered
 from align.engines.server_replies import ChatReply, ListedModel, ModelList, Reply, TextReply, read_reply
 from align.errors import AlignError, InputError
 from align.records import as_dicts
 from align.run import processes
-from align.settings.config import EngineBlock
+from align.settings.blocks import EngineBlock
 
 LONGEST_WORD = 12
 """Characters of a choice that the alternatives for one token may hold."""
@@ -27,7 +27,7 @@ Answered = TypeVar("Answered")
 Shape = TypeVar("Shape", bound=Reply)
 
 
-class OpenAIBackend:
+class OpenAIEngine:
     """Completions and log-probabilities from a server, at most `concurrency` requests at a time.
 
     A request that meets a rate limit, a fault of the server, a timeout or a broken reply is tried again with growing
@@ -37,28 +37,28 @@ class OpenAIBackend:
 
     depends_on_batch = False
 
-    def __init__(self, engine: EngineBlock, *, system_prompt: str | None = None) -> None:
-        if not engine.model:
+    def __init__(self, block: EngineBlock, *, system_prompt: str | None = None) -> None:
+        if not block.model:
             raise InputError("engine.model: a server needs the name of the model it serves")
-        self.name = f"openai:{engine.model}"
-        self.engine = engine
+        self.name = f"openai:{block.model}"
+        self.block = block
         self.system_prompt = system_prompt
-        self._key = os.environ.get(engine.api_key_env, "")
-        if not self._key and engine.base_url is None:
+        self._key = os.environ.get(block.api_key_env, "")
+        if not self._key and block.base_url is None:
             raise InputError(
-                f"engine.api_key_env: the environment variable {engine.api_key_env} is not set; export the key in it, "
-                "or name a server of your own in engine.base_url"
+                f"engine.api_key_env: the environment variable {block.api_key_env} is not set; export the key in it, "
+                "or name a server of your own in block.base_url"
             )
         self._client = openai.AsyncOpenAI(
             api_key=self._key or "none",
-            base_url=engine.base_url,
-            timeout=engine.timeout_seconds,
+            base_url=block.base_url,
+            timeout=block.timeout_seconds,
             max_retries=0,
             # On a connection that is used again, a reply that a server or proxy sent twice is taken for the answer to
             # the next request. A new connection is nothing beside a completion.
             default_headers={"Connection": "close"},
         )
-        self._places = asyncio.Semaphore(_share_of_bound(engine.concurrency))
+        self._places = asyncio.Semaphore(_share_of_bound(block.concurrency))
         self._loop: asyncio.AbstractEventLoop | None = None
         self._alternatives: int | None = None
         self._has_scored = False
@@ -81,21 +81,21 @@ class OpenAIBackend:
     def tokenizer(self) -> Any:
         """The tokenizer of `engine.tokenizer`, loaded at first use."""
         if self._tokenizer is None:
-            from align.models.policy import load_tokenizer
+            from align.models.loading import load_tokenizer
 
-            self._tokenizer = load_tokenizer(str(self.engine.tokenizer))
+            self._tokenizer = load_tokenizer(str(self.block.tokenizer))
         return self._tokenizer
 
     @property
     def choice_method(self) -> str:
         """How choices of one word are scored, in words."""
-        return "log-probabilities" if self.alternatives else f"vote of {self.engine.votes} samples"
+        return "log-probabilities" if self.alternatives else f"vote of {self.block.votes} samples"
 
     def identity(self) -> EngineIdentity:
         """The name that the recipe asks for, and what the server says of it; nothing where it lists no models."""
         listed = self.ask(self._listed_if_any())
-        own = [each for each in listed if each.id == self.engine.model] or listed
-        return EngineIdentity("server", str(self.engine.model), said=_said(own[0]) if len(own) == 1 else {})
+        own = [each for each in listed if each.id == self.block.model] or listed
+        return EngineIdentity("server", str(self.block.model), said=_said(own[0]) if len(own) == 1 else {})
 
     def complete(
         self, requests: Sequence[Request], progress: Progress = unheard, at_once: int | None = None
@@ -155,29 +155,29 @@ class OpenAIBackend:
     ) -> ChatReply:
         """The reply to a conversation, checked; tried again as the engine's settings say."""
         messages = as_dicts(with_system_prompt(request.messages, self.system_prompt))
-        extra = {**self.engine.extra, **options.pop("extra_body", {})}
+        extra = {**self.block.extra, **options.pop("extra_body", {})}
         if request.prefill:
             messages.append({"role": "assistant", "content": request.prefill})
             # Understood by vLLM and SGLang; llama.cpp's own server goes on with a last assistant's message by itself.
             extra |= {"continue_final_message": True, "add_generation_prompt": False}
         # OpenAI's newer models refuse the old name of the limit, which is the one that other servers know.
-        options["max_completion_tokens" if self.engine.base_url is None else "max_tokens"] = max_new_tokens
+        options["max_completion_tokens" if self.block.base_url is None else "max_tokens"] = max_new_tokens
         create: Any = self._client.chat.completions.with_raw_response.create
         return await self._reply(
-            shape, lambda: create(model=self.engine.model, messages=messages, extra_body=extra, **options)
+            shape, lambda: create(model=self.block.model, messages=messages, extra_body=extra, **options)
         )
 
     async def echo(self, prompt: str) -> TextReply:
         """The reply to a text that the server is asked to repeat with the log-probability of each token."""
         create: Any = self._client.completions.with_raw_response.create
         options = {"max_tokens": 1, "temperature": 0.0, "echo": True, "logprobs": 1}
-        return await self._reply(TextReply, lambda: create(model=self.engine.model, prompt=prompt, **options))
+        return await self._reply(TextReply, lambda: create(model=self.block.model, prompt=prompt, **options))
 
     def told(self, error: Exception) -> Exception:
         """A fault as the person is told it; those of this program are left as they are."""
         if isinstance(error, AlignError):
             return error
-        return explained(error, self.engine, self._key)
+        return explained(error, self.block, self._key)
 
     async def _complete(self, request: Request) -> Completed:
         reply = await self.chat(
@@ -198,7 +198,7 @@ class OpenAIBackend:
         return await self._tried(once)
 
     async def _tried(self, once: Callable[[], Awaitable[Answered]]) -> Answered:
-        return await try_until_answered(once, retries=self.engine.max_retries, seconds=self.engine.timeout_seconds)
+        return await try_until_answered(once, retries=self.block.max_retries, seconds=self.block.timeout_seconds)
 
     def _each(self, answer: Callable[[Asked], Awaitable[Answered]], requests: Sequence[Asked]) -> Iterator[Answered]:
         results: queue.SimpleQueue[Any] = queue.SimpleQueue()

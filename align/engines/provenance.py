@@ -15,13 +15,13 @@ from typing import Any, Literal, Self
 from pydantic import ValidationError
 
 from align.constitution.constitution import Constitution
-from align.engines.generation import Backend, EngineIdentity
+from align.engines.engine import Engine, EngineIdentity
 from align.errors import AlignError, InputError
 from align.records import Row, digest, read_rows, write_rows
 from align.run import processes
 from align.run.artefacts import write_json
 from align.run.stage import Context
-from align.settings.config import EngineBlock, JudgeBlock, ModelBlock
+from align.settings.blocks import EngineBlock, JudgeBlock, ModelBlock
 
 PROVENANCE = "provenance.jsonl"
 CONSTITUTION = "constitution.json"
@@ -104,8 +104,8 @@ def _entry_id(content: Mapping[str, Any]) -> str:
 def text_provenance(
     context: Context,
     step: Step,
-    backend: Backend,
-    engine: EngineBlock,
+    engine: Engine,
+    block: EngineBlock,
     constitution: Constitution | None = None,
     *,
     writer: str = "",
@@ -117,8 +117,8 @@ def text_provenance(
         writer: which of a stage's engines it is, where several take the same step.
         how: what else decides how the texts come out.
     """
-    settings = {**sampling_settings(context), **_named(engine.extra), **how}
-    identity = settled_identity(backend, context.output, writer or step)
+    settings = {**sampling_settings(context), **_named(block.extra), **how}
+    identity = settled_identity(engine, context.output, writer or step)
     return Provenance.of(context.stage, step, identity, settings, context.seed, constitution)
 
 
@@ -130,38 +130,38 @@ def sampling_settings(context: Context) -> dict[str, Any]:
 
 
 def label_provenance(
-    context: Context, backend: Backend | None, block: JudgeBlock, constitution: Constitution, **how: Any
+    context: Context, engine: Engine | None, block: JudgeBlock, constitution: Constitution, **how: Any
 ) -> Provenance:
-    """The entry of a judge's labels; without a `backend` it asks no model."""
+    """The entry of a judge's labels; without a `engine` it asks no model."""
     settings = {**_of_labels(block), **_named(block.engine.extra), **how}
-    identity = settled_identity(backend, context.output, "label") if backend else RULE
+    identity = settled_identity(engine, context.output, "label") if engine else RULE
     return Provenance.of(context.stage, "label", identity, settings, context.seed, constitution)
 
 
-def settle_judge(backend: Backend | None, output: Path) -> None:
-    """Settle who judges, and how its choices are scored, before the probes are asked; of nobody without a `backend`.
+def settle_judge(engine: Engine | None, output: Path) -> None:
+    """Settle who judges, and how its choices are scored, before the probes are asked; of nobody without a `engine`.
 
     Raises:
         InputError: the engine has another model, or scores choices in another way, than when the stage began.
     """
-    if backend is not None:
-        settled_identity(backend, output, "label")
-        processes.decided_by_first(lambda: _settle_method(backend, output / "method-of-label.json"))
+    if engine is not None:
+        settled_identity(engine, output, "label")
+        processes.decided_by_first(lambda: _settle_method(engine, output / "method-of-label.json"))
 
 
-def _settle_method(backend: Backend, kept: Path) -> None:
+def _settle_method(engine: Engine, kept: Path) -> None:
     """A stage whose journal held both votes and log-probabilities would call all of them by one name."""
     if not kept.exists():
-        write_json(kept, {"scored_by": backend.choice_method})
+        write_json(kept, {"scored_by": engine.choice_method})
         return
     before = json.loads(kept.read_text(encoding="utf-8"))["scored_by"]
     try:
-        now = backend.choice_method
+        now = engine.choice_method
     except AlignError:
         return  # what is not asked for any more needs no server
     if now != before:
         raise InputError(
-            f"engine {backend.name}: scores choices by {now} now, and by {before} when this stage began; serve the "
+            f"engine {engine.name}: scores choices by {now} now, and by {before} when this stage began; serve the "
             f"model as before, or remove {kept.parent} to begin anew"
         )
 
@@ -176,7 +176,7 @@ def _named(extra: Mapping[str, Any]) -> dict[str, Any]:
     return {"extra": shown} if shown else {}
 
 
-def settled_identity(backend: Backend, output: Path, step: str) -> EngineIdentity:
+def settled_identity(engine: Engine, output: Path, step: str) -> EngineIdentity:
     """Which model an engine has, in every process. It is settled before the engine is asked anything, and again when a
     stage goes on.
 
@@ -187,14 +187,14 @@ def settled_identity(backend: Backend, output: Path, step: str) -> EngineIdentit
     Raises:
         InputError: the engine has another model than when the stage began.
     """
-    return processes.decided_by_first(lambda: _settled(backend, output / f"engine-of-{step}.json"))
+    return processes.decided_by_first(lambda: _settled(engine, output / f"engine-of-{step}.json"))
 
 
-def _settled(backend: Backend, kept: Path) -> EngineIdentity:
+def _settled(engine: Engine, kept: Path) -> EngineIdentity:
     """The digests of weights are kept too: files that have not changed are not read again."""
-    weights = getattr(backend, "weights", None)
+    weights = getattr(engine, "weights", None)
     if not kept.exists():
-        identity = backend.identity()
+        identity = engine.identity()
         found = {"identity": dataclasses.asdict(identity), "weights": weights.digests if weights else {}}
         write_json(kept, found)
         return identity
@@ -203,12 +203,12 @@ def _settled(backend: Backend, kept: Path) -> EngineIdentity:
     if weights:
         weights.digests.update(found["weights"])
     try:
-        now = backend.identity()
+        now = engine.identity()
     except AlignError:
         return before  # what is not asked for any more needs no server
     is_silent = now.kind == "server" and not (now.said and before.said)
     if now != before and not is_silent:
-        raise InputError(_exchanged(backend.name, before, now, kept.parent))
+        raise InputError(_exchanged(engine.name, before, now, kept.parent))
     return before
 
 

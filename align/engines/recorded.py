@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator, Sequence
 
-from align.engines.generation import ChoiceRequest, ChoiceScores, Completed, EngineIdentity, Progress, Request, unheard
+from align.engines.engine import ChoiceRequest, ChoiceScores, Completed, EngineIdentity, Progress, Request, unheard
 
 
-class RecordedBackend:
+class RecordedEngine:
     """Has the name of the engine that gave the answers, and no answer of its own."""
 
     depends_on_batch = False

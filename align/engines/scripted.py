@@ -2,11 +2,11 @@
 
 from collections.abc import Callable, Iterator, Sequence
 
-from align.engines.generation import ChoiceRequest, ChoiceScores, Completed, EngineIdentity, Progress, Request, unheard
+from align.engines.engine import ChoiceRequest, ChoiceScores, Completed, EngineIdentity, Progress, Request, unheard
 from align.errors import InputError
 
 
-class ScriptedBackend:
+class ScriptedEngine:
     """Answers by `text`, and scores by `logprob`, one choice at a time.
 
     A text counts one token a word, and a choice too; a text longer than the request's `max_new_tokens` is cut there,

@@ -11,7 +11,7 @@ from typing import TypeVar
 import openai
 
 from align.errors import AlignError, InputError
-from align.settings.config import EngineBlock
+from align.settings.blocks import EngineBlock
 
 FIRST_PAUSE = 0.5
 LONGEST_PAUSE = 30.0

@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 import openai
 
 from align.data.chat import prompt_text, token_ids
-from align.engines.generation import ChoiceRequest, ChoiceScores, Request
+from align.engines.engine import ChoiceRequest, ChoiceScores, Request
 from align.engines.server_faults import MalformedReply, passes
 from align.engines.server_replies import ChatReply, ScoredReply
 from align.errors import InputError
 from align.records import Message
-from align.run.repro import derive_seed
+from align.run.reproducibility import derive_seed
 
 if TYPE_CHECKING:
-    from align.engines.openai_server import OpenAIBackend
+    from align.engines.openai_server import OpenAIEngine
 
 ALTERNATIVES = (20, 5)
 """How many are asked for: the most that the protocol allows, then what stricter servers give."""
@@ -35,12 +35,12 @@ LETTERS_QUESTION = (Message("user", "Which letter comes first in the alphabet? A
 TEXT_QUESTION = (Message("user", "Name three animals."),)
 
 
-async def most_alternatives(backend: "OpenAIBackend") -> int:
+async def most_alternatives(engine: "OpenAIEngine") -> int:
     """How many alternatives for the next token the server shows; 0 where it shows no log-probabilities."""
     question = ChoiceRequest("alternatives", LETTERS_QUESTION, ("A", "B"))
     for count in ALTERNATIVES:
         try:
-            reply = await _next_token(backend, question, count)
+            reply = await _next_token(engine, question, count)
         except MalformedReply:
             continue
         except openai.APIStatusError as error:
@@ -53,7 +53,7 @@ async def most_alternatives(backend: "OpenAIBackend") -> int:
     return 0
 
 
-async def by_alternatives(backend: "OpenAIBackend", request: ChoiceRequest) -> ChoiceScores:
+async def by_alternatives(engine: "OpenAIEngine", request: ChoiceRequest) -> ChoiceScores:
     """Each choice's log-probability as the next token, over the ways in which spaces may stand around it.
 
     A choice that is not among the alternatives, where another is, gets the most that it can have: the least that is
@@ -62,7 +62,7 @@ async def by_alternatives(backend: "OpenAIBackend", request: ChoiceRequest) -> C
     Raises:
         MalformedReply: the server gave none, though it had given some before.
     """
-    alternatives = (await _next_token(backend, request, backend.alternatives, ScoredReply)).alternatives
+    alternatives = (await _next_token(engine, request, engine.alternatives, ScoredReply)).alternatives
     logprobs = tuple(
         _log_sum_exp([logprob for word, logprob in alternatives if word == choice.strip()])
         for choice in request.choices
@@ -79,12 +79,12 @@ def _most_of_hidden(shown: Sequence[float], hidden: int) -> float:
     return min(*shown, math.log(left) if left else -math.inf)
 
 
-async def by_vote(backend: "OpenAIBackend", request: ChoiceRequest) -> ChoiceScores:
+async def by_vote(engine: "OpenAIEngine", request: ChoiceRequest) -> ChoiceScores:
     """The choices' log-probabilities as estimated from samples at temperature 1, each with a seed of its own."""
     votes = []
-    for number in range(backend.engine.votes):
+    for number in range(engine.block.votes):
         seed = derive_seed(0, "vote", request.id, number) % 2**31
-        reply = await backend.chat(request, VOTE_TOKENS, temperature=1.0, top_p=1.0, seed=seed)
+        reply = await engine.chat(request, VOTE_TOKENS, temperature=1.0, top_p=1.0, seed=seed)
         votes.append(_first_word(reply.text.removeprefix(request.prefill)))
     return ChoiceScores(request.id, counted(votes, request.choices), (1,) * len(request.choices))
 
@@ -104,17 +104,17 @@ def counted(votes: Sequence[str], choices: Sequence[str]) -> tuple[float, ...]:
     return tuple(math.log(share * (count + 0.5) / (valid + 0.5 * len(choices))) for count in counts)
 
 
-async def of_texts(backend: "OpenAIBackend", request: ChoiceRequest) -> ChoiceScores:
+async def of_texts(engine: "OpenAIEngine", request: ChoiceRequest) -> ChoiceScores:
     """The log-probability of each choice as the assistant's words.
 
     Raises:
         InputError: the server does not show the log-probabilities of a given text.
     """
-    by_token = [await _logprobs_of_text(backend, request, choice) for choice in request.choices]
+    by_token = [await _logprobs_of_text(engine, request, choice) for choice in request.choices]
     return ChoiceScores(request.id, tuple(map(sum, by_token)), tuple(map(len, by_token)))
 
 
-async def check_scoring(backend: "OpenAIBackend") -> None:
+async def check_scoring(engine: "OpenAIEngine") -> None:
     """Compare what the server says of a text that it has written itself with what it said while writing it.
 
     Some servers echo a text with the log-probabilities moved by a token; a wrong `engine.tokenizer` shows here too.
@@ -122,77 +122,77 @@ async def check_scoring(backend: "OpenAIBackend") -> None:
     Raises:
         InputError: it gives no log-probabilities of a given text, or others than it gave before.
     """
-    written = await backend.chat(Request("written", TEXT_QUESTION, 0, 8), 8, temperature=0.0, **_shown(backend))
+    written = await engine.chat(Request("written", TEXT_QUESTION, 0, 8), 8, temperature=0.0, **_shown(engine))
     words = "".join(token.token for token in written.tokens)
     text = written.text if words.startswith(written.text) else ""
-    given = await _logprobs_of_text(backend, ChoiceRequest("given", TEXT_QUESTION, ()), text or "A cat.")
+    given = await _logprobs_of_text(engine, ChoiceRequest("given", TEXT_QUESTION, ()), text or "A cat.")
     before = [token.logprob for token in written.tokens][: len(given)]
     if not text or len(before) != len(given):
         return
     difference = sum(abs(a - b) for a, b in zip(before, given, strict=True)) / max(len(given), 1)
     if difference > MOST_DIFFERENCE:
         raise InputError(
-            f"engine {backend.name}: the log-probabilities that the server gives of a given text differ from those "
+            f"engine {engine.name}: the log-probabilities that the server gives of a given text differ from those "
             f"that it gave when it wrote it by {difference:.2f} nats a token; check that engine.tokenizer is the "
             "served model's, or use `judge.kind: choice`, or `engine.kind: local`"
         )
 
 
-def _shown(backend: "OpenAIBackend") -> dict[str, Any]:
-    return {"logprobs": True, "top_logprobs": backend.alternatives} if backend.alternatives else {}
+def _shown(engine: "OpenAIEngine") -> dict[str, Any]:
+    return {"logprobs": True, "top_logprobs": engine.alternatives} if engine.alternatives else {}
 
 
 async def _next_token(
-    backend: "OpenAIBackend", request: ChoiceRequest, count: int, shape: type[ChatReply] = ChatReply
+    engine: "OpenAIEngine", request: ChoiceRequest, count: int, shape: type[ChatReply] = ChatReply
 ) -> ChatReply:
-    return await backend.chat(request, 1, shape, temperature=1.0, logprobs=True, top_logprobs=count)
+    return await engine.chat(request, 1, shape, temperature=1.0, logprobs=True, top_logprobs=count)
 
 
-async def _logprobs_of_text(backend: "OpenAIBackend", request: ChoiceRequest, text: str) -> list[float]:
-    if backend.engine.tokenizer:
-        return await _by_echo(backend, request, text)
-    return await _by_prompt_logprobs(backend, request, text)
+async def _logprobs_of_text(engine: "OpenAIEngine", request: ChoiceRequest, text: str) -> list[float]:
+    if engine.block.tokenizer:
+        return await _by_echo(engine, request, text)
+    return await _by_prompt_logprobs(engine, request, text)
 
 
-async def _by_prompt_logprobs(backend: "OpenAIBackend", request: ChoiceRequest, text: str) -> list[float]:
+async def _by_prompt_logprobs(engine: "OpenAIEngine", request: ChoiceRequest, text: str) -> list[float]:
     """By vLLM's `prompt_logprobs`: those of the conversation with the text, less those of the one without."""
     with_text = ChoiceRequest(request.id, request.messages, (), prefill=request.prefill + text)
     try:
-        whole = await backend.chat(with_text, 1, temperature=0.0, extra_body={"prompt_logprobs": 0})
+        whole = await engine.chat(with_text, 1, temperature=0.0, extra_body={"prompt_logprobs": 0})
     except (openai.BadRequestError, openai.UnprocessableEntityError):
-        raise _cannot_score(backend) from None
+        raise _cannot_score(engine) from None
     logprobs = whole.given_logprobs
     if logprobs is None:
-        raise _cannot_score(backend)
+        raise _cannot_score(engine)
     without = ChoiceRequest(request.id, request.messages, (), prefill=request.prefill)
-    before = (await backend.chat(without, 1, temperature=0.0)).usage
+    before = (await engine.chat(without, 1, temperature=0.0)).usage
     if before is None or not before.prompt_tokens < len(logprobs):
         raise MalformedReply("counts the tokens of a prompt otherwise than it shows them")
     return logprobs[before.prompt_tokens :]
 
 
-async def _by_echo(backend: "OpenAIBackend", request: ChoiceRequest, text: str) -> list[float]:
+async def _by_echo(engine: "OpenAIEngine", request: ChoiceRequest, text: str) -> list[float]:
     """By a completion that echoes the prompt, which `engine.tokenizer` has put into the chat's form."""
-    tokenizer = backend.tokenizer
-    prompt = prompt_text(tokenizer, request.messages, backend.system_prompt, request.prefill)
-    reply = await backend.echo(prompt + text)
+    tokenizer = engine.tokenizer
+    prompt = prompt_text(tokenizer, request.messages, engine.system_prompt, request.prefill)
+    reply = await engine.echo(prompt + text)
     shown = reply.choices[0].logprobs
     if shown is None:
-        raise _cannot_score(backend)
+        raise _cannot_score(engine)
     made = reply.usage.completion_tokens if reply.usage else 1
     end = len(shown.tokens) - made
     start = end - len(token_ids(tokenizer, text))
     if start < 0 or _ascii("".join(shown.tokens[start:end])) != _ascii(text):
         raise InputError(
-            f"engine {backend.name}: the server cuts a text into other tokens than engine.tokenizer "
-            f"{backend.engine.tokenizer!r}; name the served model's, or use `judge.kind: choice`"
+            f"engine {engine.name}: the server cuts a text into other tokens than engine.tokenizer "
+            f"{engine.block.tokenizer!r}; name the served model's, or use `judge.kind: choice`"
         )
     return [logprob or 0.0 for logprob in shown.token_logprobs[start:end]]
 
 
-def _cannot_score(backend: "OpenAIBackend") -> InputError:
+def _cannot_score(engine: "OpenAIEngine") -> InputError:
     return InputError(
-        f"engine {backend.name}: the server does not show the log-probabilities of a given text; use "
+        f"engine {engine.name}: the server does not show the log-probabilities of a given text; use "
         "`judge.kind: choice`, `engine.kind: local`, vLLM, or, where the server can echo completions "
         "(llama-cpp-python), name the served model's tokenizer in engine.tokenizer"
     )

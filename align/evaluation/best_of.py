@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from align.engines.generation import Request
+from align.engines.engine import Request
 from align.evaluation.report import EvaluatedSample
-from align.run.repro import derive_seed
+from align.run.reproducibility import derive_seed
 
 
 def best_of_name(n: int) -> str:

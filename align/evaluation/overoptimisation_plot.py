@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from align.evaluation.overoptimisation import REWARDS
-from align.evaluation.overoptimisation_run import Curve, Study
+from align.evaluation.overoptimisation_study import Curve, Study
 from align.figures import plots
 
 COLOURS = {"proxy": "#d98a00", "gold": "#1f6fb4"}

@@ -10,14 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from align.engines.generation import Backend, Completed, Request
+from align.engines.engine import Completed, Engine, Request
 from align.engines.provenance import Provenance
 from align.errors import NotFinite
 from align.evaluation.report import EvaluatedSample
 from align.run import processes
 from align.run.artefacts import Journal
 from align.run.progress import RowBar
-from align.settings.config import EngineBlock, ModelBlock
+from align.settings.blocks import EngineBlock, ModelBlock
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +32,7 @@ def policy_completions(
     batch_size: int,
     journal_path: Path,
     description: str,
-    entry_of: Callable[[Backend], Provenance],
+    entry_of: Callable[[Engine], Provenance],
 ) -> tuple[dict[str, Completed], Provenance]:
     """A policy's completion of every request, by id, in every process, and what made them; the policy is gone
     afterwards.
@@ -43,12 +43,12 @@ def policy_completions(
         journal_path: completions are kept in `journal_path.<rank>`, and those found there are not made again.
     """
     from align.engines.complete_all import complete_all
-    from align.engines.open import open_backend
+    from align.engines.open import open_engine
 
-    backend = open_backend(EngineBlock(), block, path=folder)
-    entry = entry_of(backend)
-    done = complete_all(backend, requests, batch_size, journal_path, description)
-    del backend
+    engine = open_engine(EngineBlock(), block, path=folder)
+    entry = entry_of(engine)
+    done = complete_all(engine, requests, batch_size, journal_path, description)
+    del engine
     release_memory()
     return done, entry
 
@@ -92,8 +92,8 @@ def policy_logprobs(path: str, block: ModelBlock, temperature: float, revision: 
     Args:
         temperature: logits are divided by it; 0 (greedy) counts as 1.
     """
+    from align.models.loading import compute_dtype, default_device, load_causal_lm, load_tokenizer
     from align.models.logprobs import completion_logprobs
-    from align.models.policy import compute_dtype, default_device, load_causal_lm, load_tokenizer
 
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": block.trust_remote_code}
     tokenizer = load_tokenizer(path, **options)
@@ -114,8 +114,8 @@ def policy_logprobs(path: str, block: ModelBlock, temperature: float, revision: 
 
 def reward_scores(path: Path, block: ModelBlock, batch_size: int) -> Measure:
     """A reward model's score of each sample's whole conversation."""
-    from align.models.policy import compute_dtype, default_device, load_tokenizer
-    from align.models.ppo_loading import classifier_scores, load_classifier
+    from align.models.loading import compute_dtype, default_device, load_tokenizer
+    from align.rl.loading import classifier_scores, load_classifier
     from align.rl.rewards import RewardModel
 
     device, dtype = default_device(), compute_dtype(block.precision)

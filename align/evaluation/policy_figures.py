@@ -13,8 +13,8 @@ from align.evaluation.report import (
     WinRate,
     rule_outcomes,
 )
-from align.figures.metrics import text_figures
 from align.figures.statistics import Estimate, mean_estimate, share_estimate
+from align.figures.text_metrics import text_figures
 
 
 def constitution_used(constitution: Constitution) -> ConstitutionUsed:

@@ -10,12 +10,12 @@ from rich.console import Console
 
 from align.constitution.rules import Rule
 from align.errors import FileProblems, InputError, Problem
-from align.figures.metrics import TextFigures
-from align.figures.sheets import Sheet, print_sheet
 from align.figures.statistics import Estimate
+from align.figures.tables import Sheet, print_sheet
+from align.figures.text_metrics import TextFigures
 from align.records import Conversation, FinishReason, Row, read_rows
 from align.run.artefacts import stage_folder
-from align.settings.config import Block
+from align.settings.blocks import Block
 
 REPORT = "report.json"
 SAMPLES = "samples.jsonl"

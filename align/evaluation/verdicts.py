@@ -54,12 +54,12 @@ def judge_samples(
     if problems := judge_problems(constitution, block):
         return problems[0]
     judge = open_judge(block, context.shared["model"], constitution, seed=context.seed)
-    settle_judge(judge.backend, context.output)
+    settle_judge(judge.engine, context.output)
     found = examine_judge(judge, context.output / "probes.journal")
     if block.kind != "rule" and not block.allow_chance and found.low <= 0.5:
         return f"judge {judge.name} is not shown to be better than chance ({found})"
     probes = Estimate(found.accuracy, found.low, found.high, found.n) if found.n else None
-    made = label_provenance(context, judge.backend, block, constitution, principle="all", scored_by=found.scored_by)
+    made = label_provenance(context, judge.engine, block, constitution, principle="all", scored_by=found.scored_by)
     unlike = _unlike_base(samples)
     answers = judge.compare(list(unlike.values()), context.output / "verdicts.journal", "judge")
     return Judged(judge.name, probes, made, dict(zip(unlike, answers, strict=True)))

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from align.settings.config import JudgeBlock
+from align.settings.blocks import JudgeBlock
 
 TIE_MARGIN = 0.02
 """A probability no further from one half than this prefers neither completion; the judge's own default."""

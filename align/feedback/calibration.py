@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from rich.console import Console
 
-from align.figures.sheets import Sheet, print_sheet
 from align.figures.statistics import (
     Estimate,
     clustered_wilson_estimate,
@@ -23,6 +22,7 @@ from align.figures.statistics import (
     reliability_bins,
     wilson_interval,
 )
+from align.figures.tables import Sheet, print_sheet
 from align.records import Row
 from align.run.artefacts import read_manifest
 

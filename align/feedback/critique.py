@@ -12,13 +12,14 @@ from pathlib import Path
 from align.constitution.constitution import Constitution, Example, Principle, draw_principle
 from align.constitution.documents import Passage
 from align.engines.complete_all import complete_all
-from align.engines.generation import Backend, Completed, Request
+from align.engines.engine import Completed, Engine, Request
 from align.feedback.evidence import Showing, citations, conversation_texts, with_passages
 from align.feedback.filters import OPTIONAL, Revised, caught_by, is_copy, without_preamble
 from align.feedback.judge import NO_PRINCIPLE
-from align.records import Conversation, Critique, Message, Sample, digest
-from align.run.repro import derive_seed
-from align.settings.config import SamplingBlock
+from align.feedback.records import Critique
+from align.records import Conversation, Message, Sample, digest
+from align.run.reproducibility import derive_seed
+from align.settings.blocks import SamplingBlock
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Loop:
     """
 
     constitution: Constitution
-    backend: Backend
+    engine: Engine
     sampling: SamplingBlock
     seed: int
     journal_path: Path | None = None
@@ -72,7 +73,7 @@ class Loop:
     examples: int = 0
     filters: Collection[str] = OPTIONAL
     label: str = ""
-    critic: Backend | None = None
+    critic: Engine | None = None
     provenance: str = ""
     critique_provenance: str = ""
 
@@ -94,7 +95,7 @@ class Loop:
             asked = [
                 self._revision_request(key, step, number, _text(critiques.get(key))) for key, step in steps.items()
             ]
-            done |= self._complete(self.backend, asked, f"revision {progress}")
+            done |= self._complete(self.engine, asked, f"revision {progress}")
         return [
             self._revised(steps[key], number, critiques.get(key), done[_step_id(key, number, "revision")])
             if (key := chain.sample.id) in steps
@@ -156,7 +157,7 @@ class Loop:
             return lambda text: self._revision_request(key, steps[key], number, text.strip())
 
         followed = [replace(request, follow_up=revising(key)) for key, request in asked.items()]
-        return self._complete(self.backend, followed, f"critique and revision {progress}")
+        return self._complete(self.engine, followed, f"critique and revision {progress}")
 
     def _revision_request(self, key: str, step: _Step, number: int, critique: str | None) -> Request:
         return self._request(key, _revision_chat(step, critique), number, "revision")
@@ -171,8 +172,8 @@ class Loop:
             top_p=self.sampling.top_p,
         )
 
-    def _complete(self, backend: Backend, requests: Sequence[Request], description: str) -> dict[str, Completed]:
-        return complete_all(backend, requests, self.sampling.batch_size, self.journal_path, description)
+    def _complete(self, engine: Engine, requests: Sequence[Request], description: str) -> dict[str, Completed]:
+        return complete_all(engine, requests, self.sampling.batch_size, self.journal_path, description)
 
     def _revised(self, step: _Step, number: int, written: Completed | None, revision: Completed) -> Chain:
         chain = step.chain

@@ -13,7 +13,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from align.constitution.constitution import Principle, draw_principle
-from align.engines.generation import Backend, ChoiceRequest, ChoiceScores
+from align.engines.engine import ChoiceRequest, ChoiceScores, Engine
 from align.feedback.judge import Judge, JudgeReport, broken_rule, probe_report
 from align.feedback.opinions import ByChoice, ByContrast, after, choice_request, nats, option_mass
 from align.records import Conversation, Message, as_dicts, digest
@@ -104,7 +104,7 @@ def expected_mark(logprobs: Sequence[float], min_option_mass: float) -> float | 
 
 def _marks(kind: ByChoice, asked: Sequence[Scored]) -> list[float | None]:
     requests = [_mark_request(kind, *each) for each in asked]
-    scores = _answered(kind.backend, requests, kind.batch_size)
+    scores = _answered(kind.engine, requests, kind.batch_size)
     return [expected_mark(scores[each.id].logprobs, kind.block.min_option_mass) for each in requests]
 
 
@@ -120,17 +120,17 @@ def _contrasts(kind: ByContrast, asked: Sequence[Scored]) -> list[float | None]:
         for prompt, completion, principle in asked
         for request in kind.requests(principle, prompt, completion, kind.showing.before(principle, prompt, completion))
     ]
-    scores = _answered(kind.backend, requests, kind.batch_size)
+    scores = _answered(kind.engine, requests, kind.batch_size)
     means = [nats(scores[each.id].logprobs[0]) / max(scores[each.id].tokens[0], 1) for each in requests]
     values = [own - opposite for own, opposite in zip(means[::2], means[1::2], strict=True)]
     return [value if math.isfinite(value) else None for value in values]
 
 
-def _answered(backend: Backend, requests: Sequence[ChoiceRequest], batch_size: int) -> dict[str, ChoiceScores]:
+def _answered(engine: Engine, requests: Sequence[ChoiceRequest], batch_size: int) -> dict[str, ChoiceScores]:
     """Every request's scores by its id, in chunks of a fixed order; without the journal and bar of a stage's work."""
     ordered = sorted({request.id: request for request in requests}.values(), key=_length)
     chunks = [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
-    return {scores.id: scores for chunk in chunks for scores in backend.choice_logprobs(chunk)}
+    return {scores.id: scores for chunk in chunks for scores in engine.choice_logprobs(chunk)}
 
 
 def _length(request: ChoiceRequest) -> tuple[int, str]:

@@ -15,8 +15,9 @@ from typing import Any
 from align.constitution.constitution import Constitution, Principle, draw_principle
 from align.constitution.documents import SPLITTERS, Passage, read_documents
 from align.constitution.principles import WorkedComparison, in_language
+from align.feedback.records import Critique
 from align.figures.sentences import fold
-from align.records import Conversation, Critique, as_dicts, digest
+from align.records import Conversation, as_dicts, digest
 
 _CJK = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 _TERM = re.compile(rf"[^\W{_CJK}]+|[{_CJK}]+")

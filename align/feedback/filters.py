@@ -10,8 +10,8 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from align.figures.metrics import repetition, words
 from align.figures.sentences import fold, sentences
+from align.figures.text_metrics import repetition, words
 from align.records import FinishReason
 
 FilterName = Literal["preamble", "no_critique", "critique", "copy", "example", "refusal", "repetition", "emoji"]

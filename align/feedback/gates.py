@@ -13,11 +13,11 @@ from pydantic import Field
 
 from align.errors import GateClosed
 from align.feedback.filters import goes_in_circles, has_emoji
-from align.figures.metrics import words
 from align.figures.sentences import fold, sentences
+from align.figures.text_metrics import words
 from align.run import processes
-from align.run.windows import scratch_database
-from align.settings.config import Block, Fraction, Positive
+from align.run.streaming import scratch_database
+from align.settings.blocks import Block, Fraction, Positive
 
 EDGE_WORDS = 5
 UNSPACED = 3

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from align.constitution.constitution import Constitution, Principle, draw_principle
-from align.engines.generation import Backend
+from align.engines.engine import Engine
 from align.errors import InputError, JudgeAtChance
 from align.feedback.evidence import Showing, usable_comparisons
 from align.feedback.opinions import ByChoice, ByContrast, ByRule, Kind, Opinion, Question
+from align.feedback.records import OpinionScores
 from align.figures.statistics import wilson_interval
-from align.records import Message, OpinionScores
-from align.settings.config import JudgeBlock, ModelBlock
+from align.records import Message
+from align.settings.blocks import JudgeBlock, ModelBlock
 
 NO_PRINCIPLE = "no principle applies"
 ABSTAINED = "the judge abstained"
@@ -105,7 +106,7 @@ class Judge:
         self,
         constitution: Constitution,
         block: JudgeBlock,
-        backend: Backend | None = None,
+        engine: Engine | None = None,
         *,
         draw_seed: int | None = None,
         seed: int = 0,
@@ -115,9 +116,9 @@ class Judge:
         self.constitution = constitution
         self.block = block
         self.draw_seed = draw_seed
-        self.backend = backend
-        self.kind = _kind(block, constitution, backend, seed)
-        self.name = block.kind if backend is None else f"{block.kind}:{backend.name}"
+        self.engine = engine
+        self.kind = _kind(block, constitution, engine, seed)
+        self.name = block.kind if engine is None else f"{block.kind}:{engine.name}"
         self.principles = tuple(filter(self.kind.can_judge_by, constitution.principles))
 
     def compare(
@@ -253,16 +254,16 @@ def open_judge(
     *,
     draw_seed: int | None = None,
     seed: int = 0,
-    backend: Backend | None = None,
+    engine: Engine | None = None,
 ) -> Judge:
-    """The judge that a recipe describes, on its own engine, or on a `backend` that is open already."""
+    """The judge that a recipe describes, on its own engine, or on a `engine` that is open already."""
     if block.kind == "rule":
         return Judge(constitution, block, draw_seed=draw_seed, seed=seed)
-    if backend is None:
-        from align.engines.open import open_backend
+    if engine is None:
+        from align.engines.open import open_engine
 
-        backend = open_backend(block.engine, model)
-    return Judge(constitution, block, backend, draw_seed=draw_seed, seed=seed)
+        engine = open_engine(block.engine, model)
+    return Judge(constitution, block, engine, draw_seed=draw_seed, seed=seed)
 
 
 def examine_judge(judge: Judge, journal_path: Path | None = None) -> JudgeReport:
@@ -292,7 +293,7 @@ def probe_report(
     n = len(right)
     low, high = wilson_interval(sum(right), n)
     accuracy = sum(right) / n if n else 0.5
-    scored_by = judge.backend.choice_method if judge.backend else ""
+    scored_by = judge.engine.choice_method if judge.engine else ""
     return JudgeReport(judge.name, accuracy, low, high, n, position_bias, by_principle, scored_by)
 
 
@@ -314,12 +315,12 @@ def require_better_than_chance(judge: Judge, report: JudgeReport) -> None:
     )
 
 
-def _kind(block: JudgeBlock, constitution: Constitution, backend: Backend | None, seed: int) -> Kind:
+def _kind(block: JudgeBlock, constitution: Constitution, engine: Engine | None, seed: int) -> Kind:
     if block.kind == "rule":
         return ByRule(block.scale)
-    if backend is None:
-        raise ValueError(f"a judge by {block.kind} asks a model; give it a backend")
+    if engine is None:
+        raise ValueError(f"a judge by {block.kind} asks a model; give it a engine")
     showing = Showing(constitution, block.examples, reasoned=block.chain_of_thought, seed=seed)
     if block.kind == "contrast":
-        return ByContrast(backend, showing, block.scale, block.batch_size)
-    return ByChoice(backend, showing, block, constitution.language, seed)
+        return ByContrast(engine, showing, block.scale, block.batch_size)
+    return ByChoice(engine, showing, block, constitution.language, seed)

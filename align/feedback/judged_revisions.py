@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field, ValidationError
 
 from align.errors import InputError
-from align.records import JUDGED_WORSE, NEAR_DUPLICATE, OpinionScores, R, Revision, Sample, read_rows
+from align.feedback.records import JUDGED_WORSE, NEAR_DUPLICATE, OpinionScores, Revision
+from align.records import R, Sample, read_rows
 from align.run import processes
 from align.run.artefacts import read_manifest, write_json
-from align.run.windows import RowFiles
-from align.settings.config import Block, Fraction
+from align.run.streaming import RowFiles
+from align.settings.blocks import Block, Fraction
 
 if TYPE_CHECKING:
     from align.feedback.judge import Verdict

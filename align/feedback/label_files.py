@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from align.records import Comparison, OpinionScores, PreferencePair
-from align.run.windows import RowFiles, SeenOnDisk
+from align.feedback.records import Comparison, OpinionScores
+from align.records import PreferencePair
+from align.run.streaming import RowFiles, SeenOnDisk
 
 if TYPE_CHECKING:
     from align.feedback.tallies import ComparisonTally

@@ -6,9 +6,9 @@ The signature's bands only propose candidates; the words decide, by the exact Ja
 import hashlib
 import zlib
 
-from align.figures.metrics import words
 from align.figures.sentences import fold
-from align.run.windows import scratch_database
+from align.figures.text_metrics import words
+from align.run.streaming import scratch_database
 
 SHINGLE = 3
 MIN_WORDS = 12

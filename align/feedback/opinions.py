@@ -14,11 +14,12 @@ from typing import ClassVar, NamedTuple
 from align.constitution.constitution import Principle
 from align.constitution.principles import WorkedComparison, in_language
 from align.engines.complete_all import complete_all, score_all
-from align.engines.generation import Backend, ChoiceRequest, ChoiceScores, Completed, Request
+from align.engines.engine import ChoiceRequest, ChoiceScores, Completed, Engine, Request
 from align.feedback.evidence import Showing, harmless
-from align.records import Conversation, Message, OpinionScores, as_dicts, digest
-from align.run.repro import derive_seed
-from align.settings.config import JudgeBlock
+from align.feedback.records import OpinionScores
+from align.records import Conversation, Message, as_dicts, digest
+from align.run.reproducibility import derive_seed
+from align.settings.blocks import JudgeBlock
 
 
 class Question(NamedTuple):
@@ -108,7 +109,7 @@ class ByContrast(Kind):
     the principle's opposite.
     """
 
-    backend: Backend
+    engine: Engine
     showing: Showing
     scale: float
     batch_size: int
@@ -162,7 +163,7 @@ class ByChoice(Kind):
     writes it, and is then asked for the letter.
     """
 
-    backend: Backend
+    engine: Engine
     showing: Showing
     block: JudgeBlock
     language: str
@@ -260,7 +261,7 @@ class ByChoice(Kind):
         requests = {place: self._thinking(chat) for place, chat in chats.items()}
         different = {request.id: request for request in requests.values()}
         done = complete_all(
-            self.backend,
+            self.engine,
             list(different.values()),
             self.block.reasoning.batch_size,
             journal_path and journal_path.with_name(f"reasoning-{journal_path.name}"),
@@ -360,7 +361,7 @@ def score_once(
     requests: Sequence[ChoiceRequest], kind: "ByContrast | ByChoice", journal_path: Path | None, description: str
 ) -> dict[str, ChoiceScores]:
     different = {request.id: request for request in requests}
-    return score_all(kind.backend, list(different.values()), kind.batch_size, journal_path, description)
+    return score_all(kind.engine, list(different.values()), kind.batch_size, journal_path, description)
 
 
 def nats(logprob: float | None) -> float:

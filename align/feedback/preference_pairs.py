@@ -6,7 +6,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from align.feedback.opinions import Question
-from align.records import Comparison, Message, PreferencePair, Revision, pair_id
+from align.feedback.records import Comparison, Revision
+from align.records import Message, PreferencePair, pair_id
 
 if TYPE_CHECKING:
     from align.feedback.judge import Verdict

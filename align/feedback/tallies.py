@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from align.feedback.agreement import AgreementTally, Label, margins_of
 from align.feedback.evidence import grounding
-from align.records import Comparison, OpinionScores, Revision
-from align.settings.config import JudgeBlock
+from align.feedback.records import Comparison, OpinionScores, Revision
+from align.settings.blocks import JudgeBlock
 
 if TYPE_CHECKING:
     from align.feedback.critique import Chain

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from align.models.wrapped import inner_model, replaced_forward
+from align.models.wrappers import inner_model, replaced_forward
 
 HEADS = ("score", "classifier")
 """What transformers calls the last layer of a sequence classifier."""

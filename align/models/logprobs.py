@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from align.models.wrapped import inner_model, replaced_forward
+from align.models.wrappers import inner_model, replaced_forward
 
 CHUNK = 128
 """Positions whose logits exist at a time."""

@@ -18,7 +18,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from align.models.wrapped import is_sharded
+from align.models.wrappers import is_sharded
 
 
 class _AdaptedLinear(torch.autograd.Function):

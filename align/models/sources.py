@@ -119,9 +119,9 @@ def _split_digits(tokenizer: Any, gguf: Path) -> None:
 
     step = GGUFReader(gguf).get_field("tokenizer.ggml.pre")
     if step is not None and step.contents() == "smollm":
-        backend = tokenizer.backend_tokenizer
-        backend.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Digits(individual_digits=True), backend.pre_tokenizer]
+        engine = tokenizer.backend_tokenizer
+        engine.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), engine.pre_tokenizer]
         )
 
 

@@ -19,7 +19,7 @@ from align.pipeline.failure_note import FAILURE, read_failure
 from align.pipeline.plan import Plan, make_plan
 from align.pipeline.recipe import Recipe
 from align.pipeline.runner import find_step, is_up_to_date
-from align.pipeline.world import ASKED, configured_processes
+from align.pipeline.world_size import ASKED, configured_processes
 from align.run import processes
 from align.stages import all_stages
 

@@ -18,11 +18,11 @@ from align.constitution.constitution import Constitution, load_constitution
 from align.data.sources import file_fault, is_file
 from align.errors import InputError, Problem
 from align.models.sources import model_fault
-from align.pipeline.prompt_needs import empty_splits, misspelt_categories
+from align.pipeline.prompt_checks import empty_splits, misspelt_categories
 from align.pipeline.recipe_files import Written, read_written
 from align.run.artefacts import SHARED_RUN
 from align.run.stage import Stage
-from align.settings.config import (
+from align.settings.blocks import (
     Block,
     EngineBlock,
     Integer,

@@ -17,7 +17,7 @@ from pathlib import Path
 from align.errors import InputError
 from align.pipeline.plan import Plan, Step, make_plan
 from align.pipeline.recipe import Recipe
-from align.pipeline.world import check_loading, check_world_size
+from align.pipeline.world_size import check_loading, check_world_size
 from align.run import processes
 from align.run.artefacts import (
     MANIFEST,
@@ -30,7 +30,7 @@ from align.run.artefacts import (
     write_json,
 )
 from align.run.disk_faults import FULL_DISK, disk_faults_told
-from align.run.repro import environment
+from align.run.reproducibility import environment
 from align.run.stage import Context, Outcome
 from align.run.tracking import TIMINGS
 from align.stages import all_stages

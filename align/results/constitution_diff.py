@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from align.constitution.constitution import Constitution, load_constitution
-from align.constitution.texts import Change, text_changes
-from align.engines.generation import Backend
+from align.constitution.text_diff import Change, text_changes
+from align.engines.engine import Engine
 from align.errors import InputError
 from align.feedback.agreement import Label
 from align.feedback.judge import Judge, JudgeReport, examine_judge, judge_problems
@@ -144,10 +144,10 @@ def diff_constitutions(
     constitutions = {role: load_constitution(path) for role, path in roles.items() if path}
     if problems := [fault for each in constitutions.values() for fault in judge_problems(each, settings.block)]:
         raise InputError("\n".join(problems))
-    backend = _backend(settings)
-    judges = {role: _judge(each, settings, backend, SEEDS[0]) for role, each in constitutions.items()}
+    engine = _engine(settings)
+    judges = {role: _judge(each, settings, engine, SEEDS[0]) for role, each in constitutions.items()}
     if settings.by_chance:
-        judges[SEED] = _judge(constitutions[A], settings, backend, SEEDS[1])
+        judges[SEED] = _judge(constitutions[A], settings, engine, SEEDS[1])
     labelled = {role: _labelled(role, judge, pairs) for role, judge in judges.items()}
     texts = tuple(text_changes(constitutions[A], constitutions[B]))
     others = tuple(labelled[role] for role in (PARAPHRASE, SEED, PLACEBO) if role in labelled)
@@ -162,19 +162,19 @@ def labels_of(judge: Judge, pairs: Sequence[Pair]) -> list[Label]:
 
 def open_settings_judge(constitution: Constitution, settings: JudgeSettings) -> Judge:
     """A judge by these settings that averages over all principles."""
-    return Judge(constitution, settings.block, _backend(settings))
+    return Judge(constitution, settings.block, _engine(settings))
 
 
-def _backend(settings: JudgeSettings) -> Backend | None:
+def _engine(settings: JudgeSettings) -> Engine | None:
     if settings.block.kind == "rule" or settings.model is None:
         return None
-    from align.engines.open import open_backend
+    from align.engines.open import open_engine
 
-    return open_backend(settings.block.engine, settings.model)
+    return open_engine(settings.block.engine, settings.model)
 
 
-def _judge(constitution: Constitution, settings: JudgeSettings, backend: Backend | None, seed: int) -> Judge:
-    return Judge(constitution, settings.block, backend, draw_seed=seed if settings.draws else None, seed=seed)
+def _judge(constitution: Constitution, settings: JudgeSettings, engine: Engine | None, seed: int) -> Judge:
+    return Judge(constitution, settings.block, engine, draw_seed=seed if settings.draws else None, seed=seed)
 
 
 def _labelled(role: str, judge: Judge, pairs: Sequence[Pair]) -> Labelling:

@@ -10,11 +10,12 @@ from align.errors import InputError
 from align.feedback.agreement import Agreement, Label, agreement_between, margins_of, side_of
 from align.feedback.critique_findings import finds_fault
 from align.feedback.judge import BOTH_BREAK, TIE
-from align.records import JUDGED_WORSE, NEAR_DUPLICATE, Comparison, Critique, Revision, read_rows
+from align.feedback.records import JUDGED_WORSE, NEAR_DUPLICATE, Comparison, Critique, Revision
+from align.records import read_rows
 from align.results.judged_pairs import COMPARE, COMPARISONS
 from align.results.label_changes import Pair
 from align.run.artefacts import read_manifest, require_run, stage_folder
-from align.settings.config import JudgeBlock
+from align.settings.blocks import JudgeBlock
 
 
 @dataclass(frozen=True)

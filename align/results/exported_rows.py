@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from align.engines.provenance import Provenance
 from align.errors import InputError
-from align.records import Critique, Demonstration, Message, PreferencePair, Revision, as_dicts, read_rows
+from align.feedback.records import Critique, Revision
+from align.records import Demonstration, Message, PreferencePair, as_dicts, read_rows
 from align.results.published import PublishedRun
 from align.stages.reward import is_held_out
 

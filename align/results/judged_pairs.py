@@ -10,10 +10,11 @@ from align.constitution.constitution import Constitution
 from align.data.pairs import read_pairs
 from align.errors import InputError
 from align.feedback.human_pairs import chosen_first
-from align.records import Comparison, Message, as_dicts, digest, read_rows
+from align.feedback.records import Comparison
+from align.records import Message, as_dicts, digest, read_rows
 from align.results.label_changes import Pair
 from align.run.artefacts import read_manifest
-from align.settings.config import EngineBlock, JudgeBlock, ModelBlock, PairSource
+from align.settings.blocks import EngineBlock, JudgeBlock, ModelBlock, PairSource
 
 CONSTITUTIONS = Path("constitutions")
 """The constitutions that the project ships, from its root."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from align.constitution.constitution import Constitution, Principle
 from align.engines.provenance import PROVENANCE, Provenance, read_provenance, write_constitution
-from align.engines.recorded import RecordedBackend
+from align.engines.recorded import RecordedEngine
 from align.errors import InputError
 from align.feedback.agreement import agreement_figures
 from align.feedback.judge import Judge, Verdict
@@ -23,11 +23,12 @@ from align.feedback.judged_revisions import OPINIONS, by_principle, judged_again
 from align.feedback.label_files import LabelFiles
 from align.feedback.opinions import Question
 from align.feedback.preference_pairs import pair_of, question_of, revision_pairs, with_provenance, with_verdict
+from align.feedback.records import Comparison, OpinionScores
 from align.feedback.tallies import ComparisonTally
-from align.records import Comparison, OpinionScores, PreferencePair, digest, read_rows, write_rows
-from align.results.labelled import FILES, Labelled, LabelSettings, chosen_principles, label_settings, read_labelled
+from align.records import PreferencePair, digest, read_rows, write_rows
+from align.results.relabel_input import FILES, Labelled, LabelSettings, chosen_principles, label_settings, read_labelled
 from align.run.artefacts import MANIFEST, NOT_RELABELLED, RELABELLED, Manifest, output_digests, write_json
-from align.run.repro import derive_seed, environment
+from align.run.reproducibility import derive_seed, environment
 from align.stages.compare import CALIBRATION, STAGE
 from align.stages.revise import STAGE as REVISE
 
@@ -165,10 +166,10 @@ def recorded_judge(
         InputError: the constitution lacks what this kind of judge needs.
     """
     name = labelled.first("judge").partition(":")[2]
-    backend = RecordedBackend(name) if settings.judge.kind != "rule" else None
+    engine = RecordedEngine(name) if settings.judge.kind != "rule" else None
     draw_seed = derive_seed(settings.seed, stage) if principle == "draw" else None
     # Worked choices were shown when the judge was asked; now it is asked nothing.
-    return Judge(constitution, settings.judge.model_copy(update={"examples": 0}), backend, draw_seed=draw_seed)
+    return Judge(constitution, settings.judge.model_copy(update={"examples": 0}), engine, draw_seed=draw_seed)
 
 
 def _require_same_words(judge: Judge, stored: Constitution) -> None:

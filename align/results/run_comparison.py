@@ -21,7 +21,7 @@ from align.evaluation.report import (
 )
 from align.figures.statistics import Estimate, mean_estimate, paired_difference, paired_share_difference, share_estimate
 from align.run.artefacts import require_run
-from align.run.repro import derive_seed
+from align.run.reproducibility import derive_seed
 
 EVALUATE = "evaluate"
 Measure = Callable[[EvaluatedSample], float | None]

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from align.rl.history import KL, History, values
+from align.rl.metric_history import KL, History, values
 from align.rl.settings import WatchBlock
 
 SCORE, CONTROLLED = "score", "score_length_controlled"

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from align.models.openings import OpeningBatch, opening_batch
-from align.models.sequences import Sequences, lay_out, lay_out_after, rests, worthwhile_openings
+from align.decoding.shared_prefixes import PrefixBatch, prefix_batch
 from align.rl.rollout import Completion, permutation
+from align.rl.sequences import Sequences, lay_out, lay_out_after, rests, worthwhile_prefixes
 from align.run import processes
-from align.run.repro import derive_seed
-from align.settings.config import OptimizerBlock
+from align.run.reproducibility import derive_seed
+from align.settings.blocks import OptimizerBlock
 
 ROWS_WITHOUT_GRADIENT = 4
 """Times a micro-batch's rows that a pass without a gradient takes: it keeps no activations."""
@@ -42,7 +42,7 @@ def micro_batches(
     return [_micro_batch(completions, group, pad_id, device, share) for group in groups]
 
 
-def with_common_openings(
+def with_common_prefixes(
     completions: Sequence[Completion], rows: Sequence[int], size: int, pad_id: int, device: torch.device
 ) -> list[MicroBatch]:
     """The same with one set of openings for all passes, if that is no more rows than a pass may have.
@@ -51,10 +51,10 @@ def with_common_openings(
     """
     groups = _by_length(completions, rows, size)
     prompts = {row: completions[row].prompt.ids for group in groups for row in group}
-    openings = worthwhile_openings(list(prompts.values()), share=True)
+    openings = worthwhile_prefixes(list(prompts.values()), share=True)
     if len(groups) < 2 or not openings.spared or len(openings.ids) > size:
         return micro_batches(completions, rows, size, pad_id, device, share=True)
-    opened = opening_batch(openings, pad_id, device)
+    opened = prefix_batch(openings, pad_id, device)
     of_row = dict(zip(prompts, openings.of_row, strict=True))
     after = dict(zip(prompts, rests(list(prompts.values()), openings), strict=True))
     return [
@@ -71,7 +71,7 @@ def with_common_openings(
     ]
 
 
-def common_openings(batches: Sequence[MicroBatch]) -> OpeningBatch | None:
+def common_prefixes(batches: Sequence[MicroBatch]) -> PrefixBatch | None:
     """The openings that several passes have in common; None where each has its own, or none."""
     first = batches[0].sequences.openings if len(batches) > 1 else None
     if first is None or not first.width or any(batch.sequences.openings.ids is not first.ids for batch in batches):
@@ -131,7 +131,7 @@ class Batches:
     ) -> list[MicroBatch]:
         """Micro-batches of some rows."""
         if with_gradient and self.share:
-            return with_common_openings(completions, rows, self.options.micro_batch_size, self.pad_id, self.device)
+            return with_common_prefixes(completions, rows, self.options.micro_batch_size, self.pad_id, self.device)
         size = self.options.micro_batch_size * (1 if with_gradient else ROWS_WITHOUT_GRADIENT)
         return micro_batches(completions, rows, size, self.pad_id, self.device, share=self.share)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from align.run import processes
-from align.run.damage import check_files
+from align.run.damaged_files import check_files
 
 FOLDER = "checkpoint"
 NUMBERS = "numbers.json"

@@ -7,7 +7,7 @@ judged by the moving mean that ends with the next iteration, whose rollout its p
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from align.rl.history import KL, History, moving_means
+from align.rl.metric_history import KL, History, moving_means
 from align.rl.settings import EarlyStopBlock
 
 

@@ -13,7 +13,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from align.errors import NotFinite
-from align.figures.sheets import printable, shortened
+from align.figures.tables import printable, shortened
 from align.rl.advantages import (
     generalised_advantages,
     group_relative_advantages,
@@ -24,12 +24,12 @@ from align.rl.advantages import (
 )
 from align.rl.batches import Batches
 from align.rl.checkpoint import newest
-from align.rl.clock import Clock
+from align.rl.phase_times import Clock
 from align.rl.rewards import Rewards
 from align.rl.rollout import Completion, TokenizedPrompt, completion_mask, sample_completions, schedule
 from align.rl.settings import PpoBlock
 from align.run import processes
-from align.run.repro import derive_seed
+from align.run.reproducibility import derive_seed
 
 
 @dataclass(frozen=True)

@@ -20,22 +20,22 @@ from torch import Tensor
 from tqdm import tqdm
 
 from align.errors import AlignError, InputError, NotFinite
-from align.models.ppo_models import TrainPass
 from align.rl import checkpoint
 from align.rl.batches import Batches, MicroBatch, positions
-from align.rl.clock import Clock
 from align.rl.early_stop import Ending
 from align.rl.experience import Collector, Experience, gathered, not_finite
-from align.rl.figures import rollout_figures, rollout_rows
 from align.rl.losses import clipped_policy_loss, clipped_value_loss
+from align.rl.minibatch_prefixes import MinibatchPrefixes
+from align.rl.models import TrainPass
+from align.rl.monitoring import Watch
+from align.rl.phase_times import Clock
 from align.rl.rewards import Rewards, adapted_kl_coef
 from align.rl.rollout import Completion, TokenizedPrompt
+from align.rl.rollout_figures import rollout_figures, rollout_rows
 from align.rl.settings import PpoBlock
-from align.rl.shared_openings import SharedOpenings
 from align.rl.updates import open_updates
-from align.rl.watch import Watch
 from align.run import processes
-from align.run.repro import peak_resident_gb
+from align.run.reproducibility import peak_resident_gb
 from align.run.tracking import Tracker, truncate_rows
 
 ROLLOUTS = "rollouts.jsonl"
@@ -101,7 +101,7 @@ class PpoTrainer:
         self.models = self.updates.models
         self.models.sharded = self.updates.sharded
         self.batches = Batches(
-            settings.optimizer, seed, tokenizer.pad_token_id, self.device, share=self.models.shares_openings
+            settings.optimizer, seed, tokenizer.pad_token_id, self.device, share=self.models.shares_prefixes
         )
         self.collector = Collector(
             models=self.models,
@@ -210,7 +210,7 @@ class PpoTrainer:
         imitation = self._imitate(imitated)
         tokens = self._tokens(batches)
         totals: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
-        openings = SharedOpenings(self.updates, batches)
+        openings = MinibatchPrefixes(self.updates, batches)
         for index, batch in enumerate(batches):
             last = index == len(batches) - 1
             with self.updates.accumulate(last=last):
@@ -235,7 +235,7 @@ class PpoTrainer:
         return figures | imitation | {"gradient_norm": norm, "skipped_steps": float(not finite)}
 
     def _losses(
-        self, experience: Experience, batch: MicroBatch, openings: SharedOpenings, *, first: bool
+        self, experience: Experience, batch: MicroBatch, openings: MinibatchPrefixes, *, first: bool
     ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         """A micro-batch's summed losses, each with sums of its figures.
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from align.models.decode import decode
-from align.models.ppo_models import PpoModels
+from align.decoding.decode import decode
 from align.records import Prompt
-from align.run.repro import derive_seed
+from align.rl.models import PpoModels
+from align.run.reproducibility import derive_seed
 
 
 @dataclass(frozen=True)

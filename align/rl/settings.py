@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from align.settings.config import (
+from align.settings.blocks import (
     Block,
     Fraction,
     NonNegative,

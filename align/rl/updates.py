@@ -23,9 +23,9 @@ from torch.distributed.checkpoint.state_dict import (
 
 from align.errors import InputError
 from align.models.sharding import DEEPSPEED_SUMS, deepspeed_state, set_precision
-from align.models.wrapped import is_sharded
+from align.models.wrappers import is_sharded
 from align.run import processes
-from align.settings.config import OptimizerBlock
+from align.settings.blocks import OptimizerBlock
 
 ADAM_BETAS, ADAM_EPS = (0.9, 0.999), 1e-5
 """As in Ouyang et al.'s code; the larger epsilon keeps early steps small (Huang et al. 2024)."""

@@ -208,7 +208,7 @@ class Journal:
 
     Opening it reads what is there, drops a last line that a kill cut short, and keeps the first row of each id. Each
     process appends to a file of its own (`path.rank`), and reads everybody's: so a run goes on with any number of
-    processes. All its rows are held in memory: long work takes a journal for each window (`align.run.windows`).
+    processes. All its rows are held in memory: long work takes a journal for each window (`align.run.streaming`).
     """
 
     def __init__(self, path: Path, rank: int = 0, check: Callable[[Mapping[str, Any]], object] = len) -> None:

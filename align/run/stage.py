@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from align.records import Split
 from align.run.tracking import Tracker, flat
-from align.settings.config import Block, TrackingBlock
+from align.settings.blocks import Block, TrackingBlock
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 from align.errors import InputError
 from align.run import processes
-from align.settings.config import TrackingBlock
+from align.settings.blocks import TrackingBlock
 
 METRICS = "metrics.jsonl"
 TIMINGS = "timings.jsonl"

@@ -18,7 +18,7 @@ from pydantic import Field
 from align.constitution.constitution import load_constitution, sound_constitution
 from align.data.pairs import gather_pairs
 from align.data.prompts import stream_drawn
-from align.engines.generation import Completed, Request
+from align.engines.engine import Completed, Request
 from align.engines.provenance import (
     CONSTITUTION,
     PROVENANCE,
@@ -35,23 +35,15 @@ from align.feedback.judged_revisions import FILES as REVISION_FILES
 from align.feedback.judged_revisions import KeptRevisions, judged_in, settings_of
 from align.feedback.label_files import LabelFiles
 from align.feedback.preference_pairs import pair_of, question_of, revision_pairs, with_provenance, with_verdict
-from align.records import (
-    Comparison,
-    OpinionScores,
-    Prompt,
-    Revision,
-    Split,
-    digest,
-    read_rows,
-    write_rows,
-)
+from align.feedback.records import Comparison, OpinionScores, Revision
+from align.records import Prompt, Split, digest, read_rows, write_rows
 from align.run import processes
 from align.run.artefacts import write_json
-from align.run.repro import derive_seed
+from align.run.reproducibility import derive_seed
 from align.run.stage import Context, Outcome, Stage
+from align.run.streaming import DEFAULT_WINDOW, WINDOW_HELP, Window, windows
 from align.run.tracking import METRICS
-from align.run.windows import DEFAULT_WINDOW, WINDOW_HELP, Window, windows
-from align.settings.config import (
+from align.settings.blocks import (
     Block,
     EngineBlock,
     Fraction,
@@ -64,7 +56,7 @@ from align.settings.config import (
 )
 
 if TYPE_CHECKING:
-    from align.engines.generation import Backend
+    from align.engines.engine import Engine
     from align.feedback.judge import Judge
     from align.feedback.tallies import ComparisonTally
 
@@ -141,7 +133,7 @@ class CompareStage(Stage):
         return labelling_problems(constitution, shared["judge"]) if constitution else []
 
     def run(self, context: Context) -> Outcome:
-        from align.engines.open import open_backend
+        from align.engines.open import open_engine
         from align.feedback.agreement import agreement_figures
         from align.feedback.judge import examine_judge, open_judge, require_better_than_chance
         from align.feedback.tallies import ComparisonTally
@@ -157,7 +149,7 @@ class CompareStage(Stage):
             draw_seed=seed if settings.principle == "draw" else None,
             seed=seed,
         )
-        settle_judge(judge.backend, context.output)
+        settle_judge(judge.engine, context.output)
         report = examine_judge(judge, context.output / "probes.journal")
         require_better_than_chance(judge, report)
         human, tested = calibrate(judge, context) if settings.calibration else ([], {})
@@ -167,10 +159,10 @@ class CompareStage(Stage):
         total = count_prompts(context)
         if settings.revision_pairs:
             require_revision_pairs(context)
-        backend = open_backend(EngineBlock(), model, path=str(context.inputs["sft"] / "model"))
+        engine = open_engine(EngineBlock(), model, path=str(context.inputs["sft"] / "model"))
         tally = ComparisonTally([principle.id for principle in judge.principles], judge.block)
-        named = provenance(context, backend, judge, report.scored_by)
-        pairs = compare_all(context, backend, judge, total, tally, named)
+        named = provenance(context, engine, judge, report.scored_by)
+        pairs = compare_all(context, engine, judge, total, tally, named)
         agreement = tally.agreement.agreement()
         if processes.is_first():
             write_json(context.output / "agreement.json", agreement.as_json())
@@ -183,13 +175,13 @@ class CompareStage(Stage):
         return Outcome(counted, {**measured, "agreement": agreement_figures(agreement)})
 
 
-def provenance(context: Context, backend: "Backend", judge: "Judge", scored_by: str) -> tuple[str, str]:
+def provenance(context: Context, engine: "Engine", judge: "Judge", scored_by: str) -> tuple[str, str]:
     """Write where completions and labels come from, and the entries that revision pairs name; the ids of the two."""
     settings: CompareBlock = context.settings
     how = {"principle": settings.principle, "scored_by": scored_by}
     made = (
-        text_provenance(context, "completion", backend, EngineBlock()),
-        label_provenance(context, judge.backend, judge.block, judge.constitution, **how),
+        text_provenance(context, "completion", engine, EngineBlock()),
+        label_provenance(context, judge.engine, judge.block, judge.constitution, **how),
     )
     write_provenance(context.output, made, [context.inputs["revise"]] if settings.revision_pairs else [])
     return made[0].id, made[1].id
@@ -197,7 +189,7 @@ def provenance(context: Context, backend: "Backend", judge: "Judge", scored_by: 
 
 def compare_all(
     context: Context,
-    backend: "Backend",
+    engine: "Engine",
     judge: "Judge",
     total: int,
     tally: "ComparisonTally",
@@ -214,7 +206,7 @@ def compare_all(
     with LabelFiles(context.output, tally) as files:
         for window in windows(chosen_prompts(context), total, settings.window, context.output):
             journal = window.folder / "verdicts.journal"
-            for verdict, scores in label(compared(window, context, backend), judge, journal, f"judge{window.label}"):
+            for verdict, scores in label(compared(window, context, engine), judge, journal, f"judge{window.label}"):
                 row = with_provenance(verdict, *named)
                 files.add(row, scores)
                 if pair := pair_of(row):
@@ -245,7 +237,7 @@ def calibrate(judge: "Judge", context: Context) -> tuple[list[JudgedPair], dict[
     return judged, {"calibration": {**found, "read": dict(left_out)}}
 
 
-def compared(window: Window[Prompt], context: Context, backend: "Backend") -> list[Comparison]:
+def compared(window: Window[Prompt], context: Context, engine: "Engine") -> list[Comparison]:
     """Pairs of the SFT policy's completions, not judged yet; those not worth judging say why."""
     from align.engines.complete_all import complete_all
 
@@ -253,7 +245,7 @@ def compared(window: Window[Prompt], context: Context, backend: "Backend") -> li
     seed = derive_seed(context.seed, CompareStage.name)
     numbers = range(settings.completions)
     done = complete_all(
-        backend,
+        engine,
         [_request(prompt, number, settings.sampling, seed) for prompt in window.rows for number in numbers],
         settings.sampling.batch_size,
         window.folder / "completions.journal",

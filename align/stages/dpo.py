@@ -7,12 +7,12 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from align.data.columns import pair_columns
 from align.data.pairs import gather_pairs, mix_faults, pairs_by_source
+from align.data.token_columns import pair_columns
 from align.errors import InputError
 from align.records import PreferencePair
 from align.run.stage import Context, Outcome, Stage
-from align.settings.config import HUMAN_SHARE, Block, Fraction, ModelBlock, Number, OptimizerBlock, PairSource, Positive
+from align.settings.blocks import HUMAN_SHARE, Block, Fraction, ModelBlock, Number, OptimizerBlock, PairSource, Positive
 
 LOSS_OPTIONS = (
     "loss_type",
@@ -63,9 +63,9 @@ class Dpo(Stage):
         return [*faults, IGNORED_SMOOTHING] if ignores_smoothing(settings) else faults
 
     def run(self, context: Context) -> Outcome:
-        from align.models.policy import compute_dtype, load_tokenizer
-        from align.training.trl_bridge import DPOConfig, training_config
-        from align.training.trl_trainers import SoftLabelDPOTrainer, fit, load_trainable
+        from align.models.loading import compute_dtype, load_tokenizer
+        from align.training.trainers import SoftLabelDPOTrainer, fit, load_trainable
+        from align.training.trl_configs import DPOConfig, training_config
 
         settings: DpoBlock = context.settings
         block: ModelBlock = context.shared["model"]

@@ -15,7 +15,7 @@ from pydantic import Field, field_validator
 
 from align.constitution.constitution import Constitution, load_constitution
 from align.data.prompts import drawn_prompts
-from align.engines.generation import Backend, Completed, Request
+from align.engines.engine import Completed, Engine, Request
 from align.engines.provenance import PROVENANCE, Provenance, text_provenance, write_provenance
 from align.errors import InputError
 from align.evaluation.best_of import best_of_each, best_of_name, candidate_id, candidate_requests
@@ -35,10 +35,10 @@ from align.evaluation.verdicts import Judged, judge_samples
 from align.records import Prompt, Split, read_rows, write_rows
 from align.run import processes
 from align.run.artefacts import write_json
-from align.run.repro import derive_seed
+from align.run.reproducibility import derive_seed
 from align.run.stage import Context, Outcome, Stage
 from align.run.tracking import METRICS
-from align.settings.config import Block, EngineBlock, Integer, ModelBlock, Positive, SamplingBlock
+from align.settings.blocks import Block, EngineBlock, Integer, ModelBlock, Positive, SamplingBlock
 
 SPLIT: Split = "eval"
 REFERENCE = "sft"
@@ -204,8 +204,8 @@ def _completions(
     )
 
 
-def _entry(context: Context, name: str, backend: Backend) -> Provenance:
-    return text_provenance(context, "completion", backend, EngineBlock(), writer=name)
+def _entry(context: Context, name: str, engine: Engine) -> Provenance:
+    return text_provenance(context, "completion", engine, EngineBlock(), writer=name)
 
 
 def with_divergence(samples: Sequence[EvaluatedSample], context: Context) -> list[EvaluatedSample]:

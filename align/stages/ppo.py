@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from align.constitution.constitution import load_constitution, sound_constitution
-from align.engines.generation import EngineIdentity
+from align.engines.engine import EngineIdentity
 from align.engines.provenance import PROVENANCE, Provenance, sampling_settings, write_provenance
 from align.errors import InputError
 from align.records import Demonstration, Prompt, Split, read_rows
 from align.rl.settings import PpoBlock
 from align.run import processes
-from align.run.repro import derive_seed
+from align.run.reproducibility import derive_seed
 from align.run.stage import Context, Outcome, Stage
 
 SPLIT: Split = "rl"
@@ -54,8 +54,8 @@ class Ppo(Stage):
     def run(self, context: Context) -> Outcome:
         import torch
 
-        from align.models.policy import compute_dtype, load_tokenizer, save_model, stop_token_ids
-        from align.models.ppo_loading import initial_models, reward_folder
+        from align.models.loading import compute_dtype, load_tokenizer, save_model, stop_token_ids
+        from align.rl.loading import initial_models, reward_folder
         from align.rl.ppo import PpoTrainer
         from align.rl.rewards import Rewards
         from align.rl.updates import is_sharding, open_accelerator
@@ -212,8 +212,8 @@ def _sources(
 
 def _reward_stage(models: Any, reward: Any, model_block: Any, dtype: Any, batch_size: int, device: Any) -> Any:
     """Scores by the trunk's reward adapter, or by the reward stage's model loaded on its own."""
-    from align.models.policy import load_tokenizer
-    from align.models.ppo_loading import classifier_scores, load_classifier, trunk_scores
+    from align.models.loading import load_tokenizer
+    from align.rl.loading import classifier_scores, load_classifier, trunk_scores
     from align.rl.rewards import RewardModel
 
     folder = reward.path / "model"

@@ -27,15 +27,16 @@ from align.errors import InputError
 from align.feedback.filters import OPTIONAL, FilterName, only_refuses, refuses
 from align.feedback.gates import ReviseGatesBlock, Share, TextShares, check_gates, gate_figures
 from align.feedback.judged_revisions import REVISE_OPINIONS, near_duplicates, question_of, unless_repeated, with_verdict
-from align.records import Critique, OpinionScores, Prompt, Revision, Sample, Split, digest, read_rows
-from align.run.repro import derive_seed
+from align.feedback.records import Critique, OpinionScores, Revision
+from align.records import Prompt, Sample, Split, digest, read_rows
+from align.run.reproducibility import derive_seed
 from align.run.stage import Context, Outcome, Stage
+from align.run.streaming import DEFAULT_WINDOW, WINDOW_HELP, RowFile, SeenOnDisk, Window, windows
 from align.run.tracking import METRICS
-from align.run.windows import DEFAULT_WINDOW, WINDOW_HELP, RowFile, SeenOnDisk, Window, windows
-from align.settings.config import Block, EngineBlock, Fraction, Integer, JudgeBlock, ModelBlock, Positive, SamplingBlock
+from align.settings.blocks import Block, EngineBlock, Fraction, Integer, JudgeBlock, ModelBlock, Positive, SamplingBlock
 
 if TYPE_CHECKING:
-    from align.engines.generation import Backend
+    from align.engines.engine import Engine
     from align.feedback.critique import Chain, Loop
     from align.feedback.judge import Judge
     from align.feedback.tallies import RevisionTally
@@ -107,7 +108,7 @@ class ReviseStage(Stage):
         return problems
 
     def run(self, context: Context) -> Outcome:
-        from align.engines.open import open_backend
+        from align.engines.open import open_engine
         from align.feedback.critique import Loop
         from align.feedback.judge import examine_judge, open_judge, require_better_than_chance
         from align.feedback.tallies import RevisionTally
@@ -119,27 +120,27 @@ class ReviseStage(Stage):
         total = count_samples(context)
         seed = derive_seed(context.seed, self.name)
 
-        backend = open_backend(settings.engine, model)
+        engine = open_engine(settings.engine, model)
         judge = open_judge(
             judge_block,
             model,
             constitution,
             draw_seed=seed if settings.principle == "draw" else None,
             seed=seed,
-            backend=backend if judge_block.engine == settings.engine else None,
+            engine=engine if judge_block.engine == settings.engine else None,
         )
-        settle_judge(judge.backend, context.output)
+        settle_judge(judge.engine, context.output)
         report = examine_judge(judge, context.output / "probes.journal")
         require_better_than_chance(judge, report)
 
-        critic = open_backend(settings.critic, model) if settings.critic and settings.critique else None
-        critique, revision, verdict = provenance(context, critic or backend, backend, judge, report.scored_by)
+        critic = open_engine(settings.critic, model) if settings.critic and settings.critique else None
+        critique, revision, verdict = provenance(context, critic or engine, engine, judge, report.scored_by)
         made = [each for each in (critique, revision, verdict) if each]
         write_provenance(context.output, made, [context.inputs["sample"]])
         write_constitution(context.output, constitution)
         loop = Loop(
             constitution=constitution,
-            backend=backend,
+            engine=engine,
             sampling=settings.sampling,
             seed=seed,
             critique=settings.critique,
@@ -166,7 +167,7 @@ def _unread(settings: ReviseBlock) -> list[str]:
 
 
 def provenance(
-    context: Context, critic: "Backend", reviser: "Backend", judge: "Judge", scored_by: str
+    context: Context, critic: "Engine", reviser: "Engine", judge: "Judge", scored_by: str
 ) -> tuple[Provenance | None, Provenance, Provenance]:
     """Where critiques, revisions and verdicts come from; no critiques where none are asked for."""
     settings: ReviseBlock = context.settings
@@ -179,7 +180,7 @@ def provenance(
     return (
         critique,
         text_provenance(context, "revision", reviser, settings.engine, judge.constitution, **loop),
-        label_provenance(context, judge.backend, judge.block, judge.constitution, **verdict),
+        label_provenance(context, judge.engine, judge.block, judge.constitution, **verdict),
     )
 
 

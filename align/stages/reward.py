@@ -10,14 +10,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from align.data.columns import pair_columns, whole_conversations
 from align.data.pairs import gather_pairs, mix_faults, pairs_by_source
+from align.data.token_columns import pair_columns, whole_conversations
 from align.errors import InputError
 from align.records import Conversation, PreferencePair, as_dicts, digest, write_rows
-from align.run.repro import derive_seed
+from align.run.reproducibility import derive_seed
 from align.run.stage import Context, Outcome, Stage
 from align.run.tracking import METRICS, flat
-from align.settings.config import HUMAN_SHARE, Block, Fraction, ModelBlock, Number, OptimizerBlock, PairSource, Positive
+from align.settings.blocks import HUMAN_SHARE, Block, Fraction, ModelBlock, Number, OptimizerBlock, PairSource, Positive
 from align.training.held_out import HELD_OUT, ScoredPair, held_out_figures, print_held_out
 
 SCALE_PAIRS = 1000
@@ -57,10 +57,10 @@ class Reward(Stage):
         return mix_faults(self.name, settings.ai, settings.human, settings.human_share)
 
     def run(self, context: Context) -> Outcome:
-        from align.models.policy import compute_dtype, load_tokenizer
+        from align.models.loading import compute_dtype, load_tokenizer
         from align.run import processes
-        from align.training.trl_bridge import RewardConfig, training_config
-        from align.training.trl_trainers import SoftLabelRewardTrainer, fit, load_scorer, pad_apart, score_pairs
+        from align.training.trainers import SoftLabelRewardTrainer, fit, load_scorer, pad_apart, score_pairs
+        from align.training.trl_configs import RewardConfig, training_config
 
         settings: RewardBlock = context.settings
         block: ModelBlock = context.shared["model"]

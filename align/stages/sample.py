@@ -14,20 +14,20 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pydantic import Field
 
 from align.data.prompts import split_problems, stream_prompts, with_split
-from align.engines.generation import Completed, Request
+from align.engines.engine import Completed, Request
 from align.engines.provenance import PROVENANCE, text_provenance, write_provenance
 from align.errors import InputError
-from align.figures.metrics import text_figures
+from align.figures.text_metrics import text_figures
 from align.records import SPLITS, Prompt, Sample, Split, digest, read_rows
 from align.run import processes
-from align.run.repro import derive_seed
+from align.run.reproducibility import derive_seed
 from align.run.stage import Context, Outcome, Stage
+from align.run.streaming import DEFAULT_WINDOW, WINDOW_HELP, RowFile, Window, windows
 from align.run.tracking import METRICS
-from align.run.windows import DEFAULT_WINDOW, WINDOW_HELP, RowFile, Window, windows
-from align.settings.config import Block, EngineBlock, ModelBlock, Positive, PromptsBlock, SamplingBlock
+from align.settings.blocks import Block, EngineBlock, ModelBlock, Positive, PromptsBlock, SamplingBlock
 
 if TYPE_CHECKING:
-    from align.engines.generation import Backend
+    from align.engines.engine import Engine
 
 DESCRIBED = 1024
 """Samples that the figures describe, drawn by a hash: how varied texts are can only be told of so many."""
@@ -58,7 +58,7 @@ class SampleStage(Stage):
         return split_problems(shared["prompts"].split)
 
     def run(self, context: Context) -> Outcome:
-        from align.engines.open import open_backend
+        from align.engines.open import open_engine
 
         settings: SampleBlock = context.settings
         model: ModelBlock = context.shared["model"]
@@ -68,10 +68,10 @@ class SampleStage(Stage):
             _write_prompts(context, counts, categories)
             _warn_of_empty_splits(settings.splits, counts)
         processes.barrier()
-        backend = open_backend(settings.engine, model)
-        provenance = text_provenance(context, "completion", backend, settings.engine)
+        engine = open_engine(settings.engine, model)
+        provenance = text_provenance(context, "completion", engine, settings.engine)
         write_provenance(context.output, [provenance])
-        made = _samples(context, backend, provenance.id, counts)
+        made = _samples(context, engine, provenance.id, counts)
         described = heapq.nsmallest(DESCRIBED, made, key=lambda each: each.sample.id)
 
         repeated = ("prompts_repeated",) if counts["prompts_repeated"] else ()
@@ -120,16 +120,16 @@ def _of_split(split: str) -> str:
     return f"prompts_{split}"
 
 
-def _samples(context: Context, backend: "Backend", provenance: str, counts: Counter[str]) -> Iterator[_Made]:
+def _samples(context: Context, engine: "Engine", provenance: str, counts: Counter[str]) -> Iterator[_Made]:
     """Every sample, in the prompts' order, as it is written."""
     settings: SampleBlock = context.settings
     total = sum(1 for _ in _chosen(context))
     with RowFile(context.output / "samples.jsonl") as out:
         for window in windows(_chosen(context), total, settings.window, context.output):
-            done = _complete(window, settings.sampling, backend, context.seed)
+            done = _complete(window, settings.sampling, engine, context.seed)
             for prompt in window.rows:
                 completed = done[prompt.id]
-                sample = replace(_sample(prompt, completed, backend.name, context.seed), provenance=provenance)
+                sample = replace(_sample(prompt, completed, engine.name, context.seed), provenance=provenance)
                 out.add(sample)
                 counts["samples"] += 1
                 counts["samples_cut"] += sample.finish_reason == "length"
@@ -141,12 +141,12 @@ def _chosen(context: Context) -> Iterator[Prompt]:
     return with_split(read_rows(context.output / "prompts.jsonl", Prompt), context.settings.splits)
 
 
-def _complete(window: Window[Prompt], sampling: SamplingBlock, backend: "Backend", seed: int) -> dict[str, Completed]:
+def _complete(window: Window[Prompt], sampling: SamplingBlock, engine: "Engine", seed: int) -> dict[str, Completed]:
     from align.engines.complete_all import complete_all
 
     requests = [_request(prompt, sampling, seed) for prompt in window.rows]
     journal = window.folder / "samples.journal"
-    return complete_all(backend, requests, sampling.batch_size, journal, f"sample{window.label}")
+    return complete_all(engine, requests, sampling.batch_size, journal, f"sample{window.label}")
 
 
 def sample_seed(seed: int, prompt_id: str) -> int:

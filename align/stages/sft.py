@@ -11,16 +11,17 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from align.data.columns import demonstration_columns
 from align.data.pairs import read_demonstrations
+from align.data.token_columns import demonstration_columns
 from align.engines.provenance import PROVENANCE, write_provenance
 from align.errors import InputError
 from align.feedback.gates import TextGatesBlock, TextShares, check_gates, gate_figures
-from align.records import Demonstration, Prompt, Revision, Sample, Split, read_rows, write_rows
+from align.feedback.records import Revision
+from align.records import Demonstration, Prompt, Sample, Split, read_rows, write_rows
 from align.run import processes
-from align.run.repro import derive_seed
+from align.run.reproducibility import derive_seed
 from align.run.stage import Context, Outcome, Stage
-from align.settings.config import Block, Fraction, ModelBlock, Number, OptimizerBlock, PairSource, Positive
+from align.settings.blocks import Block, Fraction, ModelBlock, Number, OptimizerBlock, PairSource, Positive
 
 SPLIT: Split = "sft"
 
@@ -89,9 +90,9 @@ class Sft(Stage):
         return faults
 
     def run(self, context: Context) -> Outcome:
-        from align.models.policy import compute_dtype, load_tokenizer
-        from align.training.trl_bridge import SFTConfig, training_config
-        from align.training.trl_trainers import DemonstrationTrainer, fit, load_trainable
+        from align.models.loading import compute_dtype, load_tokenizer
+        from align.training.trainers import DemonstrationTrainer, fit, load_trainable
+        from align.training.trl_configs import SFTConfig, training_config
 
         settings: SftBlock = context.settings
         block: ModelBlock = context.shared["model"]

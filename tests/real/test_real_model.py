@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from align.data.chat import closing_ids, conversation_ids, end_of_turn_ids, prompt_ids
-from align.models.decode import decode
+from align.decoding.decode import decode
+from align.models.loading import load_causal_lm, load_tokenizer, stop_token_ids
 from align.models.logprobs import completion_logprobs
-from align.models.policy import load_causal_lm, load_tokenizer, stop_token_ids
 from align.records import Message, as_dicts
 
 pytestmark = [

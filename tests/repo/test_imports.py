@@ -9,15 +9,18 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 HEAVY = ("bm25s", "torch", "transformers", "trl", "datasets", "peft", "accelerate", "wandb")
+LIGHT_ROOMS = "constitution pipeline run settings stages".split()
+LIGHT_MODULES = (
+    "__main__ errors records cli.constitution_schema cli.make_rules cli.plan data.pairs data.prompts data.sources "
+    "evaluation.report"
+).split()
 LIGHT = [
-    *(f"align.stages.{path.stem}" for path in sorted((ROOT / "align/stages").glob("*.py")) if path.stem != "__init__"),
+    *(f"align.{name}" for name in LIGHT_MODULES),
     *(
-        f"align.{name}"
-        for name in (
-            "__main__ artefacts config constitution constitution_checks constitution_schema documents errors launch "
-            "make_rules paper_files plan plan_view principles processes recipe records "
-            "report repro rules runner stage tracking world yaml_files"
-        ).split()
+        f"align.{room}.{path.stem}"
+        for room in LIGHT_ROOMS
+        for path in sorted((ROOT / "align" / room).glob("*.py"))
+        if path.stem != "__init__"
     ),
 ]
 

@@ -13,10 +13,11 @@ import pytest
 
 from align.data.prompts import read_prompts
 from align.data.sources import is_file
+from align.feedback.records import Revision
 from align.pipeline.recipe import load_recipe
-from align.records import Revision, Sample, write_rows
+from align.records import Sample, write_rows
 from align.run.stage import Context
-from align.settings.config import TrackingBlock
+from align.settings.blocks import TrackingBlock
 from align.stages import all_stages
 from align.stages.sft import SftBlock, gather
 

@@ -11,9 +11,9 @@ import pytest
 from ruamel.yaml import YAML
 
 import align
-from align.cli.settings_view import Setting, settings_of, settings_page
+from align.cli.settings import Setting, settings_of, settings_page
 from align.pipeline.recipe import recipe_model
-from align.settings.config import Block
+from align.settings.blocks import Block
 
 SOURCE = Path(align.__file__).parent
 

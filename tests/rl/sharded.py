@@ -14,16 +14,16 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor
 
-from align.models.policy import load_tokenizer, save_model
-from align.models.ppo_loading import RewardFolder, classifier_scores, load_classifier
-from align.models.wrapped import is_sharded
+from align.models.loading import load_tokenizer, save_model
+from align.models.wrappers import is_sharded
 from align.rl import updates
+from align.rl.loading import RewardFolder, classifier_scores, load_classifier
 from align.rl.ppo import PpoTrainer
 from align.rl.rewards import RewardModel
 from align.rl.rollout import Completion
 from align.rl.settings import EarlyStopBlock
 from align.run import processes
-from align.settings.config import LoraBlock, OptimizerBlock
+from align.settings.blocks import LoraBlock, OptimizerBlock
 from tests.rl.tiny_ppo import build_trainer, settings
 
 BLOCK = settings(

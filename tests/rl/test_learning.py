@@ -13,7 +13,7 @@ from align.rl.batches import micro_batches
 from align.rl.experience import Collector
 from align.rl.reward_sources import ScoresReward
 from align.rl.rollout import Completion
-from align.settings.config import JudgeBlock, LoraBlock, OptimizerBlock
+from align.settings.blocks import JudgeBlock, LoraBlock, OptimizerBlock
 from tests.rl.tiny_ppo import build_trainer, settings
 from tests.tiny import build_tiny_model
 

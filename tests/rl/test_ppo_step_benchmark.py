@@ -4,7 +4,7 @@ import ppo_step
 import pytest
 import torch
 
-from align.models.policy import load_causal_lm
+from align.models.loading import load_causal_lm
 
 
 @pytest.mark.parametrize("name", [name for name in ppo_step.OURS if "4 epochs" not in name])

@@ -10,7 +10,7 @@ import pytest
 from align.rl.early_stop import Ending
 from align.rl.ppo import PpoTrainer
 from align.rl.settings import EarlyStopBlock, WatchBlock
-from align.settings.config import LoraBlock, OptimizerBlock
+from align.settings.blocks import LoraBlock, OptimizerBlock
 from tests.rl.tiny_ppo import build_trainer, settings, share_of_letters
 from tests.stages.training import same
 
@@ -149,7 +149,7 @@ def test_a_checkpoint_that_a_kill_left_undropped_changes_nothing(
     undisturbed: PpoTrainer, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr("align.rl.watch.Watch.worth_keeping", lambda self, saved: saved)
+        patch.setattr("align.rl.monitoring.Watch.worth_keeping", lambda self, saved: saved)
         trained(tiny_model_dir, tmp_path, watched(), reward=Turning(interrupt=TURN + 1))
     assert checkpoints(tmp_path) == [2, 4, 6]
     assert_same_run(trained(tiny_model_dir, tmp_path, watched(), reward=Turning(6)), undisturbed)

@@ -8,15 +8,15 @@ import torch
 from accelerate import Accelerator
 
 from align.data.chat import prompt_ids
-from align.models.policy import load_tokenizer, stop_token_ids
-from align.models.ppo_loading import RewardFolder, load_separate_models, load_shared_trunk
+from align.models.loading import load_tokenizer, stop_token_ids
 from align.records import Conversation, Message, Prompt
+from align.rl.loading import RewardFolder, load_separate_models, load_shared_trunk
 from align.rl.ppo import PpoTrainer
 from align.rl.rewards import Rewards, RewardSource
 from align.rl.rollout import TokenizedPrompt
 from align.rl.settings import PpoBlock, ScoreBlock
 from align.run.tracking import Tracker
-from align.settings.config import LoraBlock, OptimizerBlock, SamplingBlock, TrackingBlock
+from align.settings.blocks import LoraBlock, OptimizerBlock, SamplingBlock, TrackingBlock
 
 
 def share_of_letters(prompts: Sequence[Conversation], completions: Sequence[str]) -> torch.Tensor:

@@ -27,9 +27,9 @@ def trainer_on(tmp_path: Path, model_dir: Path, lora: dict[str, Any] | None, row
     import torch
     from datasets import Dataset
 
-    from align.models.policy import load_tokenizer
-    from align.training.trl_bridge import DPOConfig, training_config
-    from align.training.trl_trainers import SoftLabelDPOTrainer, load_trainable
+    from align.models.loading import load_tokenizer
+    from align.training.trainers import SoftLabelDPOTrainer, load_trainable
+    from align.training.trl_configs import DPOConfig, training_config
 
     made = context(STAGE, QUICK, model_dir, tmp_path / "out", lora=lora)
     config = training_config(DPOConfig, made, torch.float32, beta=0.5, max_length=None)

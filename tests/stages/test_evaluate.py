@@ -16,9 +16,9 @@ from align.errors import InputError
 from align.evaluation.report import CANDIDATES, EvaluatedSample, Report, read_report, read_samples
 from align.records import Message, Prompt, read_rows, write_rows
 from align.run.artefacts import Journal, file_digest
-from align.run.repro import derive_seed
+from align.run.reproducibility import derive_seed
 from align.run.stage import Context
-from align.settings.config import JudgeBlock, ModelBlock, TrackingBlock
+from align.settings.blocks import JudgeBlock, ModelBlock, TrackingBlock
 from align.stages.evaluate import STAGE
 from tests.tiny import build_tiny_model
 
@@ -165,15 +165,15 @@ def test_best_of_n_is_the_candidate_of_the_highest_score(evaluated):
 
 def test_candidates_are_the_sft_policys_with_seeds_of_their_own(evaluated, upstream, tiny_model_dir):
     """By a plain pass of the engine, one request at a time."""
-    from align.engines.generation import Request
-    from align.engines.open import open_backend
-    from align.settings.config import EngineBlock
+    from align.engines.engine import Request
+    from align.engines.open import open_engine
+    from align.settings.blocks import EngineBlock
 
-    backend = open_backend(EngineBlock(), ModelBlock(path=str(tiny_model_dir), precision="fp32"))
+    engine = open_engine(EngineBlock(), ModelBlock(path=str(tiny_model_dir), precision="fp32"))
     drawn = candidates(evaluated)
     for number, candidate in enumerate(drawn["p4"]):
         seed = derive_seed(3, "best of n", "p4", number)
-        [alone] = backend.complete([Request("alone", candidate.prompt, seed, 12, TEMPERATURE)])
+        [alone] = engine.complete([Request("alone", candidate.prompt, seed, 12, TEMPERATURE)])
         assert (alone.text, alone.tokens) == (candidate.completion, candidate.tokens)
     assert all(len({candidate.completion for candidate in rows}) == BEST_OF for rows in drawn.values())
 

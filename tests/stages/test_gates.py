@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from align.engines.generation import Request
+from align.engines.engine import Request
 from align.errors import GateClosed, InputError
-from align.records import Critique, Revision
-from align.settings.config import PromptSource
+from align.feedback.records import Critique, Revision
+from align.settings.blocks import PromptSource
 from align.stages.compare import STAGE as COMPARE
 from align.stages.compare import CompareBlock
 from align.stages.revise import STAGE as REVISE

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from align.constitution.constitution import load_constitution
-from align.engines.generation import ChoiceRequest, Request
-from align.records import Critique
-from align.settings.config import JudgeBlock
+from align.engines.engine import ChoiceRequest, Request
+from align.feedback.records import Critique
+from align.settings.blocks import JudgeBlock
 from align.stages.revise import STAGE as REVISE
 from align.stages.revise import ReviseBlock
 from align.stages.sample import STAGE as SAMPLE

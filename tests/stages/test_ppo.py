@@ -16,9 +16,9 @@ from align.figures.sentences import count_words, fold
 from align.records import Conversation, Message, Prompt, write_rows
 from align.rl.settings import PpoBlock
 from align.run.artefacts import file_digest
-from align.run.repro import derive_seed
+from align.run.reproducibility import derive_seed
 from align.run.stage import Context
-from align.settings.config import JudgeBlock, ModelBlock, OptimizerBlock, TrackingBlock
+from align.settings.blocks import JudgeBlock, ModelBlock, OptimizerBlock, TrackingBlock
 from align.stages.ppo import STAGE as PPO
 from tests.rl.tiny_ppo import build_trainer, settings, share_of_letters
 from tests.stages.training import SMALL_LORA, run, same

@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 
 from align.__main__ import main
-from align.engines.generation import ChoiceRequest, Request
+from align.engines.engine import ChoiceRequest, Request
 from align.engines.provenance import read_constitution, read_provenance
 from align.errors import FileProblems, InputError
-from align.records import Comparison, Message, OpinionScores, PreferencePair
+from align.feedback.records import Comparison, OpinionScores
+from align.records import Message, PreferencePair
 from align.results.relabel import relabel
 from align.run.artefacts import Manifest, file_digest, output_digests, read_manifest, write_json
-from align.settings.config import JudgeBlock
+from align.settings.blocks import JudgeBlock
 from align.stages.compare import STAGE as COMPARE
 from align.stages.compare import CompareBlock
 from align.stages.sample import STAGE as SAMPLE
@@ -88,7 +89,7 @@ def test_the_same_settings_give_the_same_bytes(
     world: World, monkeypatch: pytest.MonkeyPatch, kind: str, principle: str
 ) -> None:
     stage = compare(world, {"kind": kind}, principle=principle)
-    monkeypatch.setattr("align.engines.open.open_backend", no_call)
+    monkeypatch.setattr("align.engines.open.open_engine", no_call)
     counted = relabel(stage, world.root / "again")
 
     assert same_labels(stage, world.root / "again")

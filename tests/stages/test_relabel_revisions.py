@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 
 from align.__main__ import main
-from align.engines.generation import ChoiceRequest, Request
+from align.engines.engine import ChoiceRequest, Request
 from align.errors import InputError
 from align.feedback.judged_revisions import FILES
-from align.records import Message, OpinionScores, PreferencePair, Revision, Sample
+from align.feedback.records import OpinionScores, Revision
+from align.records import Message, PreferencePair, Sample
 from align.results.relabel import relabel
 from align.run.artefacts import Manifest, read_manifest, write_json
-from align.settings.config import JudgeBlock
+from align.settings.blocks import JudgeBlock
 from align.stages.revise import STAGE as REVISE
 from align.stages.revise import ReviseBlock
 from align.stages.sample import STAGE as SAMPLE
@@ -81,7 +82,7 @@ def test_the_same_settings_give_the_run_s_own_bytes_and_counts(
     world: World, monkeypatch: pytest.MonkeyPatch, kind: str, principle: str
 ) -> None:
     stage = run(world, {"kind": kind}, principle=principle)
-    monkeypatch.setattr("align.engines.open.open_backend", no_call)
+    monkeypatch.setattr("align.engines.open.open_engine", no_call)
     relabel(stage, world.root / "again")
 
     assert same(stage, world.root / "again")

@@ -100,9 +100,9 @@ def test_the_loss_is_the_soft_formula_over_scores_at_the_end_of_each_conversatio
     from datasets import Dataset
 
     from align.models.heads import pooled_scores
-    from align.models.policy import load_tokenizer
-    from align.training.trl_bridge import RewardConfig, training_config
-    from align.training.trl_trainers import SoftLabelRewardTrainer, load_scorer, pad_apart
+    from align.models.loading import load_tokenizer
+    from align.training.trainers import SoftLabelRewardTrainer, load_scorer, pad_apart
+    from align.training.trl_configs import RewardConfig, training_config
 
     rows: list[dict[str, Any]] = [
         {"chosen_ids": [5, 6, 7, 8, 1], "rejected_ids": [5, 6, 1], "probability": 0.8},
@@ -146,7 +146,7 @@ def test_soft_labels_are_learnt_as_margins(tmp_path: Path, tiny_model_dir: Path)
 def test_the_head_starts_at_the_papers_spread_and_stays_float32(tmp_path: Path, tiny_model_dir: Path) -> None:
     import torch
 
-    from align.training.trl_trainers import ScoreHead, load_scorer
+    from align.training.trainers import ScoreHead, load_scorer
 
     torch.manual_seed(0)
     assert float(ScoreHead(4096).weight.detach().std()) == pytest.approx(4097**-0.5, rel=0.05)

@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 
-from align.engines.generation import EngineIdentity, Request
+from align.engines.engine import EngineIdentity, Request
 from align.engines.provenance import read_provenance
-from align.engines.scripted import ScriptedBackend
+from align.engines.scripted import ScriptedEngine
 from align.errors import InputError
-from align.records import Comparison, Critique, PreferencePair, Revision, Sample
-from align.settings.config import EngineBlock, JudgeBlock
+from align.feedback.records import Comparison, Critique, Revision
+from align.records import PreferencePair, Sample
+from align.settings.blocks import EngineBlock, JudgeBlock
 from align.stages.compare import STAGE as COMPARE
 from align.stages.compare import CompareBlock
 from align.stages.revise import STAGE as REVISE
@@ -43,10 +44,10 @@ def answer(request: Request) -> str:
 def made(world: World, monkeypatch: pytest.MonkeyPatch) -> World:
     """A run of the three stages, in which critic, reviser and judge are engines of their own."""
 
-    def open_backend(engine: Any, model: Any, *, path: str | None = None) -> ScriptedBackend:
-        return ScriptedBackend(answer, oracle, name=engine.model or (Path(path).parent.name if path else "base"))
+    def open_engine(engine: Any, model: Any, *, path: str | None = None) -> ScriptedEngine:
+        return ScriptedEngine(answer, oracle, name=engine.model or (Path(path).parent.name if path else "base"))
 
-    monkeypatch.setattr("align.engines.open.open_backend", open_backend)
+    monkeypatch.setattr("align.engines.open.open_engine", open_engine)
     world.shared["judge"] = JudgeBlock(kind="choice", engine=EngineBlock(model="judge"))
     world.run(SAMPLE, SampleBlock(splits=BOTH))
     engines = {"engine": {"model": "reviser"}, "critic": {"model": "critic"}}
@@ -143,7 +144,7 @@ def test_who_judges_is_settled_before_the_judge_is_asked(
     """A stage that goes on after a kill, with another model on its server, asks that one nothing."""
     asked: list[str] = []
 
-    class Served(ScriptedBackend):
+    class Served(ScriptedEngine):
         def identity(self) -> EngineIdentity:
             return EngineIdentity("server", "m", said={"id": self.name})
 
@@ -155,7 +156,7 @@ def test_who_judges_is_settled_before_the_judge_is_asked(
 
     serving = ["first"]
     monkeypatch.setattr(
-        "align.engines.open.open_backend", lambda *_, **__: Served(lambda request: "So.", oracle, name=serving[0])
+        "align.engines.open.open_engine", lambda *_, **__: Served(lambda request: "So.", oracle, name=serving[0])
     )
     world.shared["judge"] = JudgeBlock(kind="choice")
     world.run(SAMPLE, SampleBlock(splits=BOTH))
@@ -177,7 +178,7 @@ def test_a_row_that_a_hard_rule_decided_names_it_and_the_judge(world: World, mon
         calm = request.messages[-1].content.startswith("Rewrite") or request.seed % 2
         return f"It is {request.seed}{'.' if calm else '!'}"
 
-    monkeypatch.setattr("align.engines.open.open_backend", lambda *_, **__: ScriptedBackend(text, lambda *_: -1.0))
+    monkeypatch.setattr("align.engines.open.open_engine", lambda *_, **__: ScriptedEngine(text, lambda *_: -1.0))
     world.shared["judge"] = JudgeBlock(kind="contrast", allow_chance=True)
     world.run(SAMPLE, SampleBlock())
     world.run(REVISE, ReviseBlock(critique=False, filters=(), near_duplicates=None))
@@ -193,7 +194,7 @@ def test_a_row_that_a_hard_rule_decided_names_it_and_the_judge(world: World, mon
 
 
 def test_what_no_judge_saw_names_none(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("align.engines.open.open_backend", lambda *_, **__: ScriptedBackend(lambda request: "Same."))
+    monkeypatch.setattr("align.engines.open.open_engine", lambda *_, **__: ScriptedEngine(lambda request: "Same."))
     world.run(SAMPLE, SampleBlock())
     world.run(REVISE, ReviseBlock(critique=False))
     world.run(COMPARE, CompareBlock())

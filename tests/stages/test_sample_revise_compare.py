@@ -14,14 +14,15 @@ from typing import Any
 import pytest
 
 from align.constitution.constitution import load_constitution
-from align.engines.generation import ChoiceRequest, Request
-from align.engines.scripted import ScriptedBackend
+from align.engines.engine import ChoiceRequest, Request
+from align.engines.scripted import ScriptedEngine
 from align.errors import InputError, JudgeAtChance
 from align.feedback.calibration import JudgedPair
-from align.records import Comparison, Critique, Message, PreferencePair, Prompt, Revision, Sample, read_jsonl, read_rows
+from align.feedback.records import Comparison, Critique, Revision
+from align.records import Message, PreferencePair, Prompt, Sample, read_jsonl, read_rows
 from align.run.artefacts import output_digests
 from align.run.stage import Context, Outcome, Stage
-from align.settings.config import JudgeBlock, ModelBlock, PromptsBlock, SplitBlock, TrackingBlock
+from align.settings.blocks import JudgeBlock, ModelBlock, PromptsBlock, SplitBlock, TrackingBlock
 from align.stages.compare import STAGE as COMPARE
 from align.stages.compare import CompareBlock
 from align.stages.revise import STAGE as REVISE
@@ -98,11 +99,11 @@ def scripted(
     """Every engine that a stage opens answers so; returns the list of the paths they were opened with."""
     opened: list[str | None] = []
 
-    def open_backend(engine: Any, model: Any, *, path: str | None = None) -> ScriptedBackend:
+    def open_engine(engine: Any, model: Any, *, path: str | None = None) -> ScriptedEngine:
         opened.append(path)
-        return ScriptedBackend(text, logprob)
+        return ScriptedEngine(text, logprob)
 
-    monkeypatch.setattr("align.engines.open.open_backend", open_backend)
+    monkeypatch.setattr("align.engines.open.open_engine", open_engine)
     return opened
 
 

@@ -192,8 +192,8 @@ def test_the_first_loss_is_the_cross_entropy_of_the_completions_tokens_alone(
     import torch
     from transformers import AutoModelForCausalLM
 
-    from align.data.columns import demonstration_columns
-    from align.models.policy import load_tokenizer
+    from align.data.token_columns import demonstration_columns
+    from align.models.loading import load_tokenizer
 
     block = settings(optimizer={"batch_size": 12, "micro_batch_size": 3}, helpful={"share": 0}, epochs=1)
     made = context(STAGE, block, tiny_model_dir, tmp_path / "out", inputs, lora=lora)

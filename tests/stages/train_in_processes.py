@@ -24,7 +24,7 @@ class Interrupted(Exception):
 
 def interrupt_after(steps: int | None) -> None:
     """Have training runs break off once they have taken so many steps; None lets them go on."""
-    from align.training.trl_bridge import Follow
+    from align.training.trl_configs import Follow
 
     def stop(self: Any, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step == steps:

@@ -4,20 +4,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from align.records import (
-    FinishReason,
-    Message,
-    PreferencePair,
-    Prompt,
-    Revision,
-    Row,
-    Sample,
-    Split,
-    digest,
-    write_rows,
-)
+from align.feedback.records import Revision
+from align.records import FinishReason, Message, PreferencePair, Prompt, Row, Sample, Split, digest, write_rows
 from align.run.stage import Context, Outcome, Stage
-from align.settings.config import ModelBlock, TrackingBlock
+from align.settings.blocks import ModelBlock, TrackingBlock
 
 SMALL_LORA = {"r": 4, "alpha": 8}
 GOOD, BAD = "Yes, the cat sat on the mat!", "no"

@@ -9,13 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from align.errors import InputError
+from align.feedback.records import Comparison, Critique, Revision
 from align.records import (
-    Comparison,
-    Critique,
     Message,
     PreferencePair,
     Prompt,
-    Revision,
     Row,
     Sample,
     as_conversation,

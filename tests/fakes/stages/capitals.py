@@ -3,7 +3,7 @@
 from align.constitution.constitution import load_constitution
 from align.run import processes
 from align.run.stage import Context, Outcome, Stage
-from align.settings.config import Block
+from align.settings.blocks import Block
 
 
 class CapitalsBlock(Block):

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from align.errors import InputError, NotFinite
 from align.run import processes
 from align.run.stage import Context, Outcome, Stage
-from align.settings.config import Block
+from align.settings.blocks import Block
 
 
 class LettersBlock(Block):

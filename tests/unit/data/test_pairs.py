@@ -15,7 +15,7 @@ from align.data.sources import parse_transcript
 from align.errors import InputError
 from align.records import Message, PreferencePair, write_rows
 from align.run.artefacts import Manifest, write_json
-from align.settings.config import PairSource
+from align.settings.blocks import PairSource
 
 HH_RLHF = Path(__file__).parents[4] / "shared/data/hh-rlhf/harmless-base.jsonl.gz"
 HHH = HH_RLHF.parents[1] / "cai-paper/hhh_comparisons.jsonl"

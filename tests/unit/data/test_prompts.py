@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from align.data.prompts import drawn_prompts, read_prompts, split_of, split_problems, with_split
 from align.errors import InputError
 from align.records import SPLITS, Prompt
-from align.settings.config import PromptsBlock, PromptSource, SplitBlock
+from align.settings.blocks import PromptsBlock, PromptSource, SplitBlock
 
 HH = Path(__file__).parents[4] / "shared" / "data" / "hh-rlhf" / "harmless-base.jsonl.gz"
 TALK = [

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from align.data.sources import drawn_rows, is_file, merge_neighbours, parse_messages, parse_transcript, source_rows
 from align.errors import InputError
 from align.records import Conversation, Message
-from align.settings.config import PromptSource
+from align.settings.blocks import PromptSource
 
 
 def as_pairs(conversation: Conversation) -> list[tuple[str, str]]:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 
-from align.engines.generation import ChoiceRequest, ChoiceScores, Completed, Progress, Request, unheard
+from align.engines.engine import ChoiceRequest, ChoiceScores, Completed, Progress, Request, unheard
 
 
 class Engine:

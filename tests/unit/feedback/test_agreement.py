@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from align.feedback.agreement import Agreement, Label, agreement_between, agreement_figures, margins_of
-from align.settings.config import JudgeBlock
+from align.settings.blocks import JudgeBlock
 
 NAMES = ("asks", "calm", "short")
 # 128ths are exact under 1 - p, so the exchange of A and B is too.

@@ -4,8 +4,8 @@ import cai_loop
 import pytest
 import torch
 
-from align.engines.local import LocalBackend
-from align.models.policy import load_causal_lm, load_tokenizer
+from align.engines.local import LocalEngine
+from align.models.loading import load_causal_lm, load_tokenizer
 from tests.tiny import build_tiny_model
 
 
@@ -18,7 +18,7 @@ def parts(tmp_path_factory):
 
 def test_greedy_texts_equal_the_plain_loops_and_what_is_known_is_read_once(parts):
     samples = cai_loop.make_samples(*parts, 16, 8)
-    ours = cai_loop.run(LocalBackend(*parts, name="ours"), samples, 8, at_once=2)
+    ours = cai_loop.run(LocalEngine(*parts, name="ours"), samples, 8, at_once=2)
     plain = cai_loop.run(cai_loop.PlainEngine(*parts), samples, 8)
     assert ours.turns == plain.turns
     assert len({text for chain in ours.turns for text in chain}) > 20, "texts are to differ"
@@ -28,7 +28,7 @@ def test_greedy_texts_equal_the_plain_loops_and_what_is_known_is_read_once(parts
 def test_choices_by_all_principles_are_those_of_a_row_for_each(parts):
     samples = cai_loop.make_samples(*parts, 2, 8)
     revisions = ["No, I won't.", "Ask somebody else, please."]
-    _, ours = cai_loop.choose(LocalBackend(*parts, name="ours"), samples, revisions)
+    _, ours = cai_loop.choose(LocalEngine(*parts, name="ours"), samples, revisions)
     _, plain = cai_loop.choose(cai_loop.PlainEngine(*parts, rows=3), samples, revisions)
     principles = len(cai_loop.load_constitution(str(cai_loop.CONSTITUTION)).principles)
     assert len(ours) == 2 * principles * 2 * 2

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 
 from align.constitution.constitution import Constitution, Example, Principle, Turn
-from align.engines.generation import Completed, Request
+from align.engines.engine import Completed, Request
 from align.feedback.critique import Chain, Loop, nearest_examples
 from align.feedback.judge import NO_PRINCIPLE
 from align.records import Message, Sample
-from align.settings.config import SamplingBlock
+from align.settings.blocks import SamplingBlock
 from tests.unit.feedback.engines import Engine
 
 SAMPLING = SamplingBlock(max_new_tokens=20, temperature=0.7, batch_size=2)

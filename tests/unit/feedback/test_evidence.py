@@ -9,12 +9,12 @@ import pytest
 
 from align.constitution.constitution import Constitution, load_constitution
 from align.constitution.documents import Passage
-from align.engines.generation import ChoiceRequest, Request
+from align.engines.engine import ChoiceRequest, Request
 from align.feedback.critique import Loop
 from align.feedback.evidence import Showing, citations, grounding, made_up, quoted, terms
 from align.feedback.judge import Judge
 from align.records import Message, Sample
-from align.settings.config import JudgeBlock, SamplingBlock
+from align.settings.blocks import JudgeBlock, SamplingBlock
 from tests.unit.feedback.engines import Engine
 
 ASKED = (Message("system", "The Rhine."), Message("user", "How long is the Danube?"))

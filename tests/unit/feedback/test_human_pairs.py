@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 
 from align.constitution.constitution import Constitution, Principle
-from align.engines.generation import ChoiceRequest
+from align.engines.engine import ChoiceRequest
 from align.errors import JudgeAtChance
 from align.feedback.calibration import calibration_figures
 from align.feedback.human_pairs import judge_pairs, require_agreement
 from align.feedback.judge import Judge
 from align.records import Message, PreferencePair
-from align.settings.config import JudgeBlock
+from align.settings.blocks import JudgeBlock
 from tests.unit.feedback.engines import Engine
 
 CONSTITUTION = Constitution(id="test", title="test", principles=(Principle(id="kind", text="Be kind."),))

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from align.constitution.constitution import Constitution, Principle
-from align.engines.generation import ChoiceRequest
+from align.engines.engine import ChoiceRequest
 from align.errors import InputError, JudgeAtChance
 from align.feedback.judge import (
     ABSTAINED,
@@ -24,7 +24,7 @@ from align.feedback.judge import (
     require_better_than_chance,
 )
 from align.records import Message, as_conversation
-from align.settings.config import JudgeBlock
+from align.settings.blocks import JudgeBlock
 from tests.unit.feedback.engines import Engine
 
 TALK = as_conversation([{"role": "user", "content": "Hello?"}])
@@ -144,7 +144,7 @@ def test_contrast_puts_the_principle_before_a_system_message_that_is_there() -> 
     talk = (Message("system", "You are terse."), *TALK)
     judge.compare([("q", talk, "a", "b", "")])
 
-    engine = judge.kind.backend  # type: ignore[attr-defined]
+    engine = judge.kind.engine  # type: ignore[attr-defined]
     systems = {request.messages[0].content for request in engine.choices}
     assert systems == {"Ask.\n\nYou are terse.", "Tell.\n\nYou are terse."}
     assert all(request.messages[1:] == TALK for request in engine.choices)
@@ -154,7 +154,7 @@ def test_contrast_scores_a_completion_once_however_often_it_is_compared() -> Non
     judge = contrast_judge(lambda request, choice: -1.0, ASKS)
     judge.compare([("q1", TALK, "a", "b", ""), ("q2", TALK, "a", "c", ""), ("q3", TALK, "b", "a", "")])
 
-    engine = judge.kind.backend  # type: ignore[attr-defined]
+    engine = judge.kind.engine  # type: ignore[attr-defined]
     assert len(engine.choices) == 3 * 2
 
 
@@ -201,7 +201,7 @@ def test_choice_shows_the_whole_conversation_the_question_and_both_completions()
     talk = (system, *TALK, Message("assistant", "Yes?"), Message("user", "Tea or coffee?"))
     judge.compare([("q", talk, "Tea {}.", "Coffee %s.", "")])
 
-    asked = [request.messages[0].content for request in judge.kind.backend.choices]  # type: ignore[attr-defined]
+    asked = [request.messages[0].content for request in judge.kind.engine.choices]  # type: ignore[attr-defined]
     [shown] = [text for text in asked if "(A) Tea" in text]
     parts = [
         "System: Be a waiter.",

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from align.constitution.constitution import Constitution, Principle, WorkedComparison, load_constitution
-from align.engines.generation import ChoiceRequest, Request
+from align.engines.engine import ChoiceRequest, Request
 from align.feedback.judge import Judge, judge_problems
 from align.records import as_dicts
-from align.settings.config import JudgeBlock
+from align.settings.blocks import JudgeBlock
 from tests.unit.feedback.engines import Engine
 from tests.unit.feedback.test_judge import ASKS, CALM, TALK, TEXT, constitution
 
@@ -40,7 +40,7 @@ def judge(
 
 
 def engine_of(made: Judge) -> Engine:
-    return made.kind.backend  # type: ignore[attr-defined, no-any-return]
+    return made.kind.engine  # type: ignore[attr-defined, no-any-return]
 
 
 def sure_of_tea(request: ChoiceRequest, choice: str) -> float:

@@ -5,8 +5,8 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from align.models.heads import ValueHead, last_attended, pooled_scores
-from align.models.policy import add_lora, load_causal_lm
-from align.settings.config import LoraBlock
+from align.models.loading import add_lora, load_causal_lm
+from align.settings.blocks import LoraBlock
 
 ROWS = [[1, 40, 41, 42, 2], [1, 90, 2], [1, 17, 18, 19, 20, 21, 2, 2]]
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from peft.tuners.lora import Linear as LoraLinear
 
+from align.models.loading import add_lora, load_causal_lm
 from align.models.lora import dithered, fuse_adapters, merged_weights
-from align.models.policy import add_lora, load_causal_lm
-from align.settings.config import LoraBlock
+from align.settings.blocks import LoraBlock
 
 
 def adapted(tiny_model_dir, fused, std=0.2):

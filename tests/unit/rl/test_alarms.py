@@ -8,7 +8,7 @@ import pytest
 
 from align.rl.alarms import Seen, fired, higher_share
 from align.rl.settings import WatchBlock
-from tests.unit.rl.test_history import history_of
+from tests.unit.rl.test_metric_history import history_of
 
 BLOCK = WatchBlock(window=6, repeat_after=15, value_warmup=10)
 LENGTH_WORTH = 0.02

@@ -1,0 +1,86 @@
+"""Records as the token columns that TRL's trainers take.
+
+Rows are tokenized here and not in TRL, so that a training row is token for token what generation makes: the prompt, the
+completion, and the token that ends the turn, which is also where a reward model's score is read. A row longer than the
+limit is left out and named, never cut: a cut completion teaches a model not to stop.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from align.data.chat import ChatTokenizer, conversation_ids
+from align.records import Demonstration, PreferencePair
+
+IGNORED = -100
+"""The label of a token that no loss counts."""
+
+T = TypeVar("T", Demonstration, PreferencePair)
+
+
+@dataclass(frozen=True)
+class BatchCache:
+    """Rows as dictionaries of token ids, and the ids of the records that were too long.
+
+    Each row has its `length` in tokens as well (of a pair, the longer side's), by which TRL can batch like with like.
+    """
+
+    rows: tuple[dict[str, Any], ...]
+    too_long: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def demonstration_columns(
+    tokenizer: ChatTokenizer, demonstrations: Iterable[Demonstration], max_length: int, system_prompt: str | None = None
+) -> BatchCache:
+    """`input_ids` and `labels` of each demonstration; the prompt's labels are `IGNORED`."""
+
+    def row(demonstration: Demonstration) -> tuple[dict[str, Any], int]:
+        prompt, completion = conversation_ids(tokenizer, demonstration.prompt, demonstration.completion, system_prompt)
+        ids = prompt + completion
+        return {"input_ids": ids, "labels": [IGNORED] * len(prompt) + completion}, len(ids)
+
+    return _columns(demonstrations, row, max_length)
+
+
+def pair_columns(
+    tokenizer: ChatTokenizer, pairs: Iterable[PreferencePair], max_length: int, system_prompt: str | None = None
+) -> BatchCache:
+    """`prompt_ids`, `chosen_ids`, `rejected_ids` (the completions alone) and `probability` of each pair."""
+
+    def row(pair: PreferencePair) -> tuple[dict[str, Any], int]:
+        prompt, chosen = conversation_ids(tokenizer, pair.prompt, pair.chosen[-1].content, system_prompt)
+        _, rejected = conversation_ids(tokenizer, pair.prompt, pair.rejected[-1].content, system_prompt)
+        ids = {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
+        return {**ids, "probability": pair.probability}, len(prompt) + max(len(chosen), len(rejected))
+
+    return _columns(pairs, row, max_length)
+
+
+def whole_conversations(columns: BatchCache) -> BatchCache:
+    """Pair columns as a reward model takes them: `chosen_ids` and `rejected_ids` with the prompt before each."""
+    rows = (
+        {
+            "chosen_ids": row["prompt_ids"] + row["chosen_ids"],
+            "rejected_ids": row["prompt_ids"] + row["rejected_ids"],
+            "probability": row["probability"],
+            "length": row["length"],
+        }
+        for row in columns.rows
+    )
+    return BatchCache(tuple(rows), columns.too_long)
+
+
+def _columns(records: Iterable[T], row: Callable[[T], tuple[dict[str, Any], int]], max_length: int) -> BatchCache:
+    """The rows that `row` makes, with their lengths, of the records that are short enough."""
+    rows: list[dict[str, Any]] = []
+    too_long: list[str] = []
+    for record in records:
+        columns, length = row(record)
+        if length > max_length:
+            too_long.append(record.id)
+        else:
+            rows.append({**columns, "length": length})
+    return BatchCache(tuple(rows), tuple(too_long))

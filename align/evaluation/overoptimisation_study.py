@@ -1,0 +1,201 @@
+"""A finished run's proxy and gold reward by their distance from the SFT policy: of best-of-n, and along PPO.
+
+The proxy is the reward stage's model, which PPO is trained against and best-of-n chooses by; the gold reward is a
+source that the recipe marks as gold. PPO's points are its rollouts; those of best-of-n come from the completions that
+evaluate keeps.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from align.errors import InputError
+from align.evaluation.overoptimisation import (
+    BEST_OF_N_LAW,
+    RL_LAW,
+    Array,
+    Fit,
+    Law,
+    Points,
+    Tally,
+    best_of_tally,
+    doubling_sizes,
+    fit_curve,
+    rollout_tally,
+)
+from align.evaluation.report import EvaluatedSample, read_candidates
+from align.records import read_jsonl
+from align.run.artefacts import Manifest, read_manifest, require_run, stage_folder
+from align.run.reproducibility import derive_seed
+from align.settings.blocks import ModelBlock, RewardSourceBlock
+
+LEAST_CANDIDATES = 3
+"""Completions a prompt, below which best-of-n has less than two points away from the SFT policy."""
+SAMPLING = ("temperature", "top_p", "max_new_tokens")
+Candidates = Sequence[Sequence[EvaluatedSample]]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One way to optimise: its points, what each is numbered by (`step`: n, or the iteration), and its law's fits."""
+
+    name: str
+    step: str
+    steps: tuple[int, ...]
+    points: Points
+    law: Law
+    fits: Mapping[str, Fit]
+
+
+@dataclass(frozen=True)
+class Moments:
+    """A reward's mean and standard deviation over the SFT policy's completions, on the reward's own scale."""
+
+    mean: float
+    std: float
+
+
+@dataclass(frozen=True)
+class Study:
+    """What a run tells of over-optimisation. `unlike` names settings by which PPO and evaluate sample differently."""
+
+    run: str
+    proxy: str
+    gold: str
+    prompts: int
+    candidates: int
+    sft: Mapping[str, Moments]
+    curves: tuple[Curve, ...]
+    unlike: tuple[str, ...]
+
+
+def load_study(run: Path, gold: str | None = None, resamples: int = 2000) -> Study:
+    """The curves of a run and the laws fitted to them.
+
+    Args:
+        run: such as `runs/overoptimisation/style-asking-0a1b2c3d`.
+        gold: the gold source's name, where the recipe has several.
+        resamples: of the prompts, behind each interval.
+
+    Raises:
+        InputError: the run has no gold source, no candidates, another proxy than the reward stage, or too few points.
+    """
+    require_run(run)
+    ppo, evaluate = (stage_folder(run, name) for name in ("ppo", "evaluate"))
+    trained, evaluated = _manifest(ppo), _manifest(evaluate)
+    _check_same_inputs(trained, evaluated, run)
+    proxy, gold_source = chosen_sources(trained, gold)
+    candidates = _by_prompt(read_candidates(evaluate), evaluate)
+    tables = {"proxy": _proxy_scores(candidates), "gold": _gold_scores(candidates, gold_source, trained)}
+    sft = {name: Moments(float(table.mean()), float(table.std())) for name, table in tables.items()}
+    if alike := [name for name, moments in sft.items() if moments.std == 0]:
+        raise InputError(f"{run}: the {alike[0]} reward scores all completions of the SFT policy alike; use another")
+    deviations = {name: moments.std for name, moments in sft.items()}
+    seed = derive_seed(trained.settings["seed"], "overoptimisation")
+
+    def curve(name: str, step: str, steps: Sequence[int], tally: Tally, law: Law) -> Curve:
+        try:
+            fits = fit_curve(law, tally, deviations, seed, resamples)
+        except ValueError as error:
+            raise InputError(f"{run}: {name}: {error}; evaluate more prompts, or train for longer") from None
+        return Curve(name, step, tuple(steps), tally.all_points(deviations), law, fits)
+
+    sizes = doubling_sizes(len(candidates[0]))
+    iterations, rollouts = _rollouts(ppo, proxy.key, gold_source.key)
+    return Study(
+        run=f"{run.resolve().parent.name}/{run.resolve().name}",
+        proxy=proxy.key,
+        gold=gold_source.key,
+        prompts=len(candidates),
+        candidates=len(candidates[0]),
+        sft=sft,
+        curves=(
+            curve("best-of-n", "n", sizes, best_of_tally(tables["proxy"], tables["gold"], sizes), BEST_OF_N_LAW),
+            curve("ppo", "iteration", iterations, rollouts, RL_LAW),
+        ),
+        unlike=tuple(_unlike_sampling(trained, evaluated)),
+    )
+
+
+def chosen_sources(trained: Manifest, gold: str | None) -> tuple[RewardSourceBlock, RewardSourceBlock]:
+    """(proxy, gold) among the sources that PPO had.
+
+    Raises:
+        InputError: the proxy is not the reward stage alone, or there is no such gold source, or no single one.
+    """
+    written: Sequence[Mapping[str, Any]] = trained.settings["settings"]["rewards"]
+    given = [{key: value for key, value in source.items() if value is not None} for source in written]
+    sources = [RewardSourceBlock(**source) for source in given]
+    proxies = [source for source in sources if not source.gold]
+    if len(proxies) != 1 or proxies[0].stage is None:
+        raise InputError(
+            f"ppo.rewards: trained against {', '.join(source.key for source in proxies)}, while best-of-n chooses by "
+            "the reward stage's model; to set them side by side, train against `stage: reward` alone"
+        )
+    golds = {source.key: source for source in sources if source.gold}
+    if not golds:
+        raise InputError("ppo.rewards: no gold source; add one such as {function: module:function, gold: true}")
+    if (gold is None and len(golds) > 1) or (gold is not None and gold not in golds):
+        raise InputError(f"--gold: name one of the gold sources: {', '.join(golds)}")
+    return proxies[0], golds[gold] if gold else next(iter(golds.values()))
+
+
+def _by_prompt(candidates: Sequence[EvaluatedSample], folder: Path) -> Candidates:
+    """The candidates of each prompt, as many of one as of another."""
+    found: dict[str, list[EvaluatedSample]] = {}
+    for candidate in candidates:
+        found.setdefault(candidate.prompt_id, []).append(candidate)
+    rows = list(found.values())
+    if len(rows[0]) < LEAST_CANDIDATES:
+        raise InputError(f"{folder}: {len(rows[0])} completions a prompt make no curve; raise `evaluate.best_of`")
+    return rows
+
+
+def _proxy_scores(candidates: Candidates) -> Array:
+    """(P, N) by the reward stage's model."""
+    return np.array([[sample.score for sample in row] for row in candidates], dtype=np.float64)
+
+
+def _gold_scores(candidates: Candidates, source: RewardSourceBlock, trained: Manifest) -> Array:
+    """(P, N) by the gold source."""
+    from align.models.loading import compute_dtype, default_device
+    from align.rl.reward_sources import open_reward
+
+    block = ModelBlock(**trained.settings["model"])
+    batch_size = trained.settings["settings"]["optimizer"]["micro_batch_size"]
+    dtype, device = compute_dtype(block.precision), default_device()
+    reward = open_reward(source, block, batch_size=batch_size, dtype=dtype, device=device)
+    flat = [sample for row in candidates for sample in row]
+    scores = reward([sample.prompt for sample in flat], [sample.completion for sample in flat])
+    return np.asarray(scores.double().numpy().reshape(len(candidates), -1))
+
+
+def _rollouts(ppo: Path, proxy: str, gold: str) -> tuple[list[int], Tally]:
+    """The iterations, and what each prompt's completions add to them."""
+    rows = list(read_jsonl(ppo / "rollouts.jsonl"))
+    iterations = [row["iteration"] for row in rows]
+    kl = np.array([row["kl_to_reference_k1"] for row in rows])
+    scores = (np.array([row["scores"][name] for row in rows]) for name in (proxy, gold))
+    return sorted(set(iterations)), rollout_tally([row["prompt_id"] for row in rows], iterations, kl, *scores)
+
+
+def _manifest(folder: Path) -> Manifest:
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise InputError(f"{folder}: not finished; run that run's recipe with `align run` first")
+    return manifest
+
+
+def _check_same_inputs(trained: Manifest, evaluated: Manifest, run: Path) -> None:
+    """Both must have had the same SFT policy and the same reward model."""
+    for name in ("sft", "reward"):
+        if trained.inputs.get(name) != evaluated.inputs.get(name):
+            raise InputError(f"{run}: ppo and evaluate had different results of `{name}`; run its recipe again")
+
+
+def _unlike_sampling(trained: Manifest, evaluated: Manifest) -> list[str]:
+    one, other = (manifest.settings["settings"]["sampling"] for manifest in (trained, evaluated))
+    return [name for name in SAMPLING if one[name] != other[name]]

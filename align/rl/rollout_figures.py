@@ -1,0 +1,86 @@
+"""What an iteration of PPO reports of its rollout: figures for the metrics, and a row a completion."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+
+from align.figures.text_metrics import repetition
+from align.records import as_dicts
+from align.rl.advantages import explained_variance
+from align.rl.experience import Experience
+from align.rl.rewards import Rewards, weighted_moments
+
+
+def rollout_figures(experience: Experience, rewards: Rewards, *, with_values: bool) -> dict[str, float]:
+    """Means over the completions, all processes' together; those of values where there are any."""
+    completions, count = experience.completions, len(experience.completions)
+    return {
+        **_score_figures(experience, rewards),
+        "reward": float(experience.rewards.sum(dim=1).mean()),
+        **{f"kl_to_reference_{name}": float(term.mean()) for name, term in experience.kl.items()},
+        **_advantage_figures(experience, with_values),
+        "completion_length": int(experience.mask.sum()) / count,
+        "stopped_share": sum(completion.stopped for completion in completions) / count,
+        "repetition": sum(repetition(completion.text) for completion in completions) / count,
+    }
+
+
+def _score_figures(experience: Experience, rewards: Rewards) -> dict[str, float]:
+    """The mean score by the sources' weights, its spread and how it goes with length; each of several sources' too."""
+    scores, _ = weighted_moments(experience.raw_scores[:, : rewards.trained], rewards.weights)
+    lengths = experience.mask.sum(dim=1).double()
+    figures = {
+        "score": float(scores.mean()),
+        "score_std": float(scores.std(correction=0)),
+        "completion_length_std": float(lengths.std(correction=0)),
+        "score_length_slope": least_squares_slope(lengths, scores),
+    }
+    if len(rewards.names) > 1:
+        means = experience.raw_scores.mean(dim=0).tolist()
+        figures |= {f"score/{name}": mean for name, mean in zip(rewards.names, means, strict=True)}
+    figures |= {f"unscored/{name}": share for name, share in experience.unscored.items()}
+    if rewards.trained > 1:
+        figures["score_disagreement"] = float(weighted_moments(experience.standardised, rewards.weights)[1].mean())
+    return figures
+
+
+def _advantage_figures(experience: Experience, with_values: bool) -> dict[str, float]:
+    """Of the advantages of tokens before they are whitened, and of the largest after; how well values foretell."""
+    mask, values, returns = experience.mask, experience.values, experience.returns
+    whole = (returns - values if with_values else experience.advantages)[mask]
+    figures = {
+        "advantage_mean": float(whole.mean()),
+        "advantage_std": float(whole.std(correction=0)),
+        "largest_advantage": float(experience.advantages[mask].abs().max()),
+    }
+    return figures | ({"explained_variance": explained_variance(values, returns, mask)} if with_values else {})
+
+
+def least_squares_slope(x: Tensor, y: Tensor) -> float:
+    """Σ (x − x̄)(y − ȳ) / Σ (x − x̄)², both (N,); 0 where x does not vary."""
+    x, y = x.double() - x.double().mean(), y.double() - y.double().mean()
+    spread = float(x.square().sum())
+    return float((x * y).sum()) / spread if spread else 0.0
+
+
+def rollout_rows(
+    experience: Experience, rewards: Rewards, iteration: int, provenance: str = ""
+) -> Iterator[dict[str, Any]]:
+    """A JSON-able row a completion, which names the entry `provenance`."""
+    scores, _ = weighted_moments(experience.raw_scores[:, : rewards.trained], rewards.weights)
+    for row, completion in enumerate(experience.completions):
+        each = dict(zip(rewards.names, experience.raw_scores[row].tolist(), strict=True))
+        yield {
+            "iteration": iteration,
+            "prompt_id": completion.prompt.prompt.id,
+            "prompt": as_dicts(completion.prompt.prompt.prompt),
+            "completion": completion.text,
+            "score": float(scores[row]),
+            **({"scores": each} if len(each) > 1 else {}),
+            "kl_to_reference_k1": float(experience.kl["k1"][row]),
+            "tokens": len(completion.tokens),
+            "finish_reason": "stop" if completion.stopped else "length",
+            "seed": completion.seed,
+            "provenance": provenance,
+        }

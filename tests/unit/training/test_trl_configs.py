@@ -1,0 +1,169 @@
+"""Our settings in TRL's terms, and what surrounds its trainers."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from trl import DPOConfig, RewardConfig, SFTConfig
+
+from align.errors import FileProblems, InputError
+from align.run.reproducibility import derive_seed
+from align.settings.blocks import OptimizerBlock
+from align.stages.sft import STAGE
+from align.training.trainers import soft_label_loss
+from align.training.trl_configs import COMPLETE, accumulation_steps, check_options, last_checkpoint, training_config
+from align.training.trl_options import TABLE
+from tests.stages.training import context
+
+
+def sft_config(tmp_path: Path, dtype: torch.dtype = torch.float32, **settings: Any) -> SFTConfig:
+    made = context(STAGE, settings, tmp_path / "model", tmp_path)
+    return training_config(SFTConfig, made, dtype, max_length=made.settings.max_length)
+
+
+def test_every_optimizer_setting_reaches_trl(tmp_path: Path) -> None:
+    optimizer = {
+        "learning_rate": 3e-4,
+        "batch_size": 12,
+        "micro_batch_size": 3,
+        "warmup_ratio": 0.25,
+        "schedule": "cosine",
+        "weight_decay": 0.01,
+        "max_grad_norm": 0.5,
+    }
+    config = sft_config(tmp_path, optimizer=optimizer, epochs=1.5, max_length=77)
+    assert config.learning_rate == 3e-4
+    assert (config.per_device_train_batch_size, config.gradient_accumulation_steps) == (3, 4)
+    assert config.get_warmup_steps(100) == 25
+    assert config.lr_scheduler_type == "cosine"
+    assert (config.weight_decay, config.max_grad_norm) == (0.01, 0.5)
+    assert (config.num_train_epochs, config.max_length) == (1.5, 77)
+    assert config.seed == derive_seed(7, "sft") % 2**32
+    assert config.report_to == []
+    assert Path(str(config.output_dir)) == tmp_path / "checkpoint"
+
+
+def test_a_cpu_gets_no_activation_checkpointing_and_bf16_only_as_compute_dtype(tmp_path: Path) -> None:
+    config = sft_config(tmp_path)
+    assert config.use_cpu and not config.activation_checkpointing and not config.gradient_checkpointing
+    assert not config.bf16
+    assert sft_config(tmp_path, torch.bfloat16).bf16
+
+
+@pytest.mark.parametrize(
+    ("schedule", "ratio", "expected", "steps"),
+    [("constant", 0.0, "constant", 0), ("constant", 0.1, "constant_with_warmup", 1), ("linear", 1.0, "linear", 10)],
+)
+def test_warm_up_is_a_share_of_the_run_under_every_schedule(
+    tmp_path: Path, schedule: str, ratio: float, expected: str, steps: int
+) -> None:
+    config = sft_config(tmp_path, optimizer={"schedule": schedule, "warmup_ratio": ratio})
+    assert config.lr_scheduler_type == expected
+    assert config.get_warmup_steps(10) == steps
+
+
+def test_options_beside_ours_reach_trl(tmp_path: Path) -> None:
+    config = sft_config(tmp_path, trl={"adam_beta2": 0.95, "save_steps": 50, "activation_checkpointing": True})
+    assert (config.adam_beta2, config.save_steps, config.activation_checkpointing) == (0.95, 50, True)
+
+
+def test_every_faulty_option_is_reported_at_once_with_its_remedy() -> None:
+    options = {
+        "adam_bet2": 0.9,
+        "adam_beta1": "0.9",
+        "dataloader_num_workers": 2.5,
+        "learning_rate": 1e-3,
+        "output_dir": "/tmp",
+        "gradient_checkpointing": True,
+        "packing": True,
+    }
+    with pytest.raises(FileProblems) as error:
+        check_options(SFTConfig, "sft", options, {})
+    text = str(error.value)
+    assert "6 problems" in text
+    assert "sft.trl.adam_bet2: no such option; did you mean `adam_beta2`?" in text
+    assert "sft.trl.adam_beta1: expected float, got '0.9'" in text
+    assert "sft.trl.dataloader_num_workers: expected int, got 2.5" in text
+    assert "sft.trl.learning_rate: not set here; set `optimizer.learning_rate`" in text
+    assert "sft.trl.output_dir: the stage decides this itself" in text
+    assert "`activation_checkpointing` now" in text
+
+
+@pytest.mark.parametrize("kind", [SFTConfig, RewardConfig, DPOConfig])
+def test_no_default_of_trl_s_is_called_a_wrong_type(kind: type) -> None:
+    from align.training.trl_configs import INSTEAD, OUT_OF_PLACE, _option_types
+
+    config = kind(use_cpu=True, bf16=False)
+    changed_while_reading = {"accelerator_config", "fsdp_config", "debug", "include_for_metrics", "disable_tqdm"}
+    free = set(_option_types(kind)) - set(INSTEAD) - set(OUT_OF_PLACE) - changed_while_reading
+    check_options(kind, "stage", {name: getattr(config, name) for name in free}, {})
+    assert len(free) > 50
+
+
+def test_a_refusal_of_trl_s_names_the_stage(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"sft\.trl: .*nosuchoptimizer"):
+        sft_config(tmp_path, trl={"optim": "nosuchoptimizer"})
+
+
+def test_accumulation_follows_from_the_global_batch() -> None:
+    block = OptimizerBlock(batch_size=24, micro_batch_size=3)
+    assert [accumulation_steps("sft", block, processes) for processes in (1, 2, 8)] == [8, 4, 1]
+
+
+def test_a_batch_that_cannot_be_divided_is_an_error() -> None:
+    with pytest.raises(InputError, match=r"dpo.optimizer.batch_size: 16 is not a multiple .* 3 processes = 24"):
+        accumulation_steps("dpo", OptimizerBlock(batch_size=16, micro_batch_size=8), 3)
+
+
+def test_the_newest_whole_checkpoint_counts_and_half_written_ones_do_not(tmp_path: Path) -> None:
+    assert last_checkpoint(tmp_path) is None
+    for step, whole in ((5, True), (10, True), (15, False)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "trainer_state.json").write_text("{}")
+        if whole:
+            (folder / COMPLETE).touch()
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+
+
+def test_soft_label_loss_by_hand() -> None:
+    margin = torch.tensor([0.0, 2.0, -1.0, 2.0])
+    probability = torch.tensor([0.5, 1.0, 0.75, 0.6])
+
+    def sigmoid(x: float) -> float:
+        return 1 / (1 + math.exp(-x))
+
+    expected = [
+        math.log(2),
+        -math.log(sigmoid(2)),
+        -(0.75 * math.log(sigmoid(-1)) + 0.25 * math.log(sigmoid(1))),
+        -(0.6 * math.log(sigmoid(2)) + 0.4 * math.log(sigmoid(-2))),
+    ]
+    torch.testing.assert_close(soft_label_loss(margin, probability), torch.tensor(expected))
+
+
+@pytest.mark.parametrize("probability", [0.5, 0.6, 0.9])
+def test_soft_label_loss_is_least_where_the_model_says_the_label(probability: float) -> None:
+    label = torch.tensor([probability])
+    best = torch.logit(label)
+    least = soft_label_loss(best, label)
+    assert soft_label_loss(best + 0.1, label) > least
+    assert soft_label_loss(best - 0.1, label) > least
+
+
+def test_soft_label_loss_stays_finite_at_huge_margins() -> None:
+    margin = torch.tensor([1e4, -1e4], requires_grad=True)
+    loss = soft_label_loss(margin, torch.tensor([0.9, 0.9]))
+    torch.testing.assert_close(loss.detach(), torch.tensor([1e3, 9e3]))
+    loss.sum().backward()
+    assert margin.grad is not None
+    torch.testing.assert_close(margin.grad, torch.tensor([0.1, -0.9]))
+
+
+def test_the_shipped_table_of_options_is_the_installed_trl_s() -> None:
+    from align.training.trl_configs import option_table
+
+    assert json.loads(TABLE.read_text()) == option_table(), "write it anew: python -m align.training.trl_configs"
