@@ -102,7 +102,9 @@ def build(
         accelerator=accelerator,
     )
     words = tuple(tokenizer("the cat sat").input_ids)
-    trainer.demonstrations = [Completion(prompt, words, "the cat sat", True, ()) for prompt in trainer.prompts[:8]]
+    trainer.learner.demonstrations = [
+        Completion(prompt, words, "the cat sat", True, ()) for prompt in trainer.prompts[:8]
+    ]
     assert all(is_sharded(parameter) == bool(sharding) for parameter in trainer.models.parameters())
     return trainer
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from align.rl.alarms import CHECKS
-from align.rl.reward_sources import ScoresReward
+from align.rl.reward_sources import JudgeReward
 from align.rl.rewards import RewardSource
 from align.rl.rollout import Completion
 from align.rl.settings import WatchBlock
@@ -35,11 +35,11 @@ def run(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     watch = WatchBlock(window=1, sampling_gap=1e-12)
     block = settings(iterations=2, rollout_batch=8, epochs=2, ptx_coef=0.1, watch=watch, optimizer={"batch_size": 8})
     gold = RewardSource("gold", share_of_letters, gold=True)
-    abstains = ScoresReward(lambda prompts, texts: [None, *share_of_letters(prompts, texts).tolist()[1:]])
+    abstains = JudgeReward(lambda prompts, texts: [None, *share_of_letters(prompts, texts).tolist()[1:]])
     sources = [RewardSource("one", share_of_letters), RewardSource("two", abstains), gold]
     trainer = build_trainer(tiny_model_dir, output, block, sources=sources)
     words = tuple(trainer.tokenizer("the cat").input_ids)
-    trainer.demonstrations = [Completion(trainer.prompts[0], words, "the cat", True, ())]
+    trainer.learner.demonstrations = [Completion(trainer.prompts[0], words, "the cat", True, ())]
     trainer.train()
     return output
 

@@ -11,7 +11,7 @@ from align.feedback.direct import DirectScores
 from align.feedback.judge import Judge
 from align.rl.batches import micro_batches
 from align.rl.experience import Collector
-from align.rl.reward_sources import ScoresReward
+from align.rl.reward_sources import JudgeReward
 from align.rl.rollout import Completion
 from align.settings.blocks import JudgeBlock, LoraBlock, OptimizerBlock
 from tests.rl.tiny_ppo import build_trainer, settings
@@ -65,7 +65,7 @@ def test_a_judge_that_scores_directly_teaches_its_rules(tiny_model_dir, tmp_path
     )
     judge = Judge(Constitution(id="rules", title="rules", principles=principles), JudgeBlock(kind="rule"))
     block = settings(iterations=16)
-    build_trainer(tiny_model_dir, tmp_path / "run", block, reward=ScoresReward(DirectScores(judge))).train()
+    build_trainer(tiny_model_dir, tmp_path / "run", block, reward=JudgeReward(DirectScores(judge))).train()
     scores = [json.loads(line)["score"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert scores[0] < 0.3
     assert sum(scores[-3:]) / 3 > 0.6
@@ -77,10 +77,10 @@ def test_demonstrations_mixed_in_become_likelier(tiny_model_dir, tmp_path):
         trainer = build_trainer(tiny_model_dir, tmp_path / f"run{coefficient}", block)
         prompt = trainer.prompts[0]
         words = tuple(trainer.tokenizer("Zebra 123", add_special_tokens=False)["input_ids"])
-        trainer.demonstrations = [Completion(prompt, words, "Zebra 123", True, ())]
+        trainer.learner.demonstrations = [Completion(prompt, words, "Zebra 123", True, ())]
         trainer.train()
         pad_id = trainer.tokenizer.pad_token_id
-        batch = micro_batches(trainer.demonstrations, [0], 1, pad_id, trainer.device, share=False)[0]
+        batch = micro_batches(trainer.learner.demonstrations, [0], 1, pad_id, trainer.device, share=False)[0]
         with torch.no_grad():
             return float(trainer.models("imitate", sequences=batch.sequences).result.mean())
 

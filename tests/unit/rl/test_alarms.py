@@ -6,7 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from align.rl.alarms import Seen, fired, higher_share
+from align.rl.alarms import WatchedRun, fired, higher_share
 from align.rl.settings import WatchBlock
 from tests.unit.rl.test_metric_history import history_of
 
@@ -51,7 +51,7 @@ def tell(rows, block=BLOCK, gold=("gold",)):
     history, found = [], {}
     for row in rows:
         history.append(dict(row))
-        for alarm in fired(Seen(history, block, gold)):
+        for alarm in fired(WatchedRun(history, block, gold)):
             history[-1][f"alarm/{alarm.name}"] = 1.0
             found.setdefault(alarm.name, []).append(row["step"])
     return found
@@ -111,9 +111,9 @@ def test_an_alarm_that_holds_on_is_told_again_after_a_while():
 
 def test_a_sentence_says_how_much_and_what_to_do():
     rows = list(turned("kl_to_reference_k1", lambda value, ago: 72.0 if ago else value))[:30]
-    [alarm] = [alarm for alarm in fired(Seen(rows, BLOCK)) if alarm.name == "kl_limit"]
+    [alarm] = [alarm for alarm in fired(WatchedRun(rows, BLOCK)) if alarm.name == "kl_limit"]
     assert alarm.sentence == (
-        "the policy is 72 nats a completion from the reference, over ppo.watch.kl_limit 50: raise ppo.kl_coef or set "
+        "the policy is 72 nats per completion from the reference, over ppo.watch.kl_limit 50: raise ppo.kl_coef or set "
         "ppo.kl_target, or lower ppo.optimizer.learning_rate"
     )
 

@@ -108,8 +108,11 @@ def test_a_run_can_be_stopped_by_any_score(figure):
 @pytest.mark.parametrize(
     ("settings", "fault"),
     [
-        ({"rewards": TWO, "early_stop": {"figure": "score/long"}}, "there are score, .*, score/reward, score/short"),
-        ({"early_stop": {"figure": "score/reward"}}, "no figure 'score/reward' to stop by"),
+        (
+            {"rewards": TWO, "early_stop": {"figure": "score/long"}},
+            "choose one of score, .*, score/reward, score/short",
+        ),
+        ({"early_stop": {"figure": "score/reward"}}, "no figure 'score/reward' to follow"),
         ({"early_stop": {"roll_back": False}}, "early_stop has no rule: set patience, kl_above or roll_back"),
     ],
 )

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from align.rl.ppo import schedule_factor
+from align.rl.learner import schedule_factor
 from align.rl.rewards import RunningMoments, adapted_kl_coef, standardise
 
 batches = st.lists(st.lists(st.floats(-100, 100), min_size=1, max_size=6), min_size=1, max_size=5)

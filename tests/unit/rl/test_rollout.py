@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from align.records import Message, Prompt
-from align.rl.batches import micro_batches, minibatch_rows, positions
+from align.rl.batches import micro_batches, minibatch_rows, position_counts
 from align.rl.rollout import Completion, TokenizedPrompt, schedule
 
 PAD = 9
@@ -65,7 +65,7 @@ def test_micro_batches_pad_prompts_on_the_left_and_completions_on_the_right():
     assert batch.sequences.attention_mask[second].tolist() == [1, 1, 1, 1, 1, 0, 0]
     assert batch.sequences.completion_mask[second].tolist() == [True, False, False]
     assert batch.sequences.position_ids[first].tolist() == [0, 0, 0, 1, 2, 3, 4]
-    assert positions([batch]) == (14, 4)
+    assert position_counts([batch]) == (14, 4)
 
 
 def test_rows_of_like_length_share_a_micro_batch():
