@@ -166,7 +166,7 @@ class Collector:
         mine = self._run_role(completions, every, "reference", "ref_logprobs")
         if self.settings.advantage == "gae" and not self.models.value_on_policy:
             mine += self._run_role(completions, every, "values", "values")
-        if not self.models.keeps_sampled:
+        if not self.models.reuses_sampled_logprobs:
             later = self.batches.later_rows(len(completions), iteration)
             mine += self._run_role(completions, later, "logprobs", "old_logprobs")
         for row, name, result in gather_items(mine):

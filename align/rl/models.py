@@ -74,7 +74,7 @@ class PpoModels(nn.Module):
         return not self.sharded and can_share(self.config)
 
     @property
-    def keeps_sampled(self) -> bool:
+    def reuses_sampled_logprobs(self) -> bool:
         """Whether training can use sampling's log-probs: in float32 a training pass gives the same up to rounding."""
         return self.compute_dtype == torch.float32
 

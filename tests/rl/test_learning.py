@@ -1,4 +1,4 @@
-"""PPO learns: a tiny random model reaches a stated reward, from several seeds, and not when its sign is wrong."""
+"""PPO learns: a tiny random model reaches a stated reward from several seeds, and fails if the sign is flipped."""
 
 import json
 
@@ -57,7 +57,7 @@ def test_methods_without_a_value_learn_on_the_same_loop(tiny_model_dir, tmp_path
 
 
 def test_a_judge_that_scores_directly_teaches_its_rules(tiny_model_dir, tmp_path):
-    """Direct RLAIF: more and more rules are kept."""
+    """Direct RLAIF: completions come to follow more of the rules."""
     rules = {"lower": "[A-Z0-9]", "plain": r"[^\x00-\x7f]"}
     principles = tuple(
         Principle.model_validate({"id": name, "text": name, "rule": {"excludes_regex": pattern}})
@@ -92,9 +92,9 @@ def test_log_probs_kept_from_sampling_train_as_recomputed_ones_do(tiny_model_dir
     def trained(kept: bool) -> list[dict[str, float]]:
         block = settings(iterations=3, value=value, optimizer=OptimizerBlock(batch_size=16, micro_batch_size=8))
         trainer = build_trainer(tiny_model_dir, tmp_path / f"{kept}", block, lora=LoraBlock(r=4))
-        assert trainer.models.keeps_sampled
+        assert trainer.models.reuses_sampled_logprobs
         if not kept:
-            monkeypatch.setattr(type(trainer.models), "keeps_sampled", False)
+            monkeypatch.setattr(type(trainer.models), "reuses_sampled_logprobs", False)
         trainer.train()
         return [json.loads(line) for line in (tmp_path / f"{kept}/metrics.jsonl").read_text().splitlines()]
 
@@ -105,7 +105,7 @@ def test_log_probs_kept_from_sampling_train_as_recomputed_ones_do(tiny_model_dir
 
 
 def test_the_first_minibatch_meets_its_own_log_probs(tiny_model_dir, tmp_path):
-    """One minibatch and one epoch: no ratio is ever anything but 1, however sampling rounded."""
+    """With one minibatch and one epoch every ratio is 1, however sampling rounded."""
     trainer = build_trainer(tiny_model_dir, tmp_path, settings(iterations=1, epochs=1), lora=LoraBlock(r=4))
     figures = trainer.train()
     assert (figures["largest_log_ratio"], figures["ratio"], figures["kl_to_old_k3"]) == (0, 1, 0)

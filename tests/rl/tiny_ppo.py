@@ -1,4 +1,4 @@
-"""PPO on a tiny random model and a programmatic reward: what the tests of the trainer share."""
+"""PPO on a tiny random model and a programmatic reward, for the tests of the trainer."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Policy, value, reference and reward on one trunk: each role is what it would be alone; the trunk never changes."""
+"""Policy, value, reference and reward on one trunk: each role computes what a separate model would."""
 
 import copy
 
@@ -8,7 +8,7 @@ import torch
 from align.errors import InputError
 from align.models.loading import load_causal_lm
 from align.rl.loading import RewardFolder, load_models
-from align.rl.sequences import lay_out, lay_out_rows
+from align.rl.sequences import lay_out
 from align.settings.blocks import LoraBlock
 
 
@@ -106,7 +106,7 @@ def test_models_that_scale_their_logits_are_refused(tiny_model_dir, tmp_path, mo
 
 
 def rows_with_a_common_prefix():
-    """Two system prompts of 40 and 50 tokens, each before several prompts."""
+    """Prompts that begin with one of two system prompts, of 40 and 50 tokens."""
     prefixes = [list(range(20, 60)), list(range(60, 110))]
     prompts = [[*prefix, *range(5, 5 + length)] for prefix in prefixes for length in (1, 4, 2)]
     return prompts, [[7] * length for length in (3, 1, 5, 2, 4, 4)]
@@ -118,7 +118,7 @@ def gradients(models):
     return found
 
 
-def test_rows_that_share_a_prefix_get_what_they_would_alone(trunk):
+def test_rows_that_share_a_prefix_give_the_same_outputs_and_gradients_as_alone(trunk):
     prompts, completions = rows_with_a_common_prefix()
     passes, slopes = [], []
     for share in (False, True):
@@ -147,15 +147,3 @@ def reference(models, prompts, completions):
             torch.nn.functional.pad(models("reference", sequences=batch).result[0], (0, width - len(completion)))
         )
     return torch.stack(rows)
-
-
-def test_a_prefix_too_short_to_pay_for_a_pass_is_not_shared():
-    batch = lay_out([[1, 2, 3, 4], [1, 2, 3, 5]], [[7], [8]], 1, torch.device("cpu"), share=True)
-    assert batch.prefixes.width == 0 and batch.input_ids.numel() == 10
-
-
-def test_rows_to_score_end_together():
-    rows = lay_out_rows([[3, 4, 5], [6]], 1, torch.device("cpu"), share=False)
-    assert rows.input_ids.tolist() == [[3, 4, 5], [1, 1, 6]]
-    assert rows.attention_mask.tolist() == [[1, 1, 1], [0, 0, 1]]
-    assert rows.position_ids.tolist() == [[0, 1, 2], [0, 0, 0]]
