@@ -13,7 +13,7 @@ LOG_RATIO_LIMIT = 20.0
 
 
 class Loss(NamedTuple):
-    """A differentiable loss, and detached figures: sums over the unmasked tokens, or their maximum if so named."""
+    """A differentiable loss, and detached figures: sums over the unmasked tokens; `largest_log_ratio` is a maximum."""
 
     loss: Tensor
     figures: dict[str, Tensor]

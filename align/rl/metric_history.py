@@ -31,8 +31,8 @@ def length_controlled_score(history: History, window: int) -> float:
     of covariance (Cochran 1957, Biometrics 13); β_t weights each change in length by what length was worth at the time.
 
     β_t is the least-squares slope of score on length within iterations, pooled over the last `window`:
-    β = Σ Sxy / Σ Sxx = Σ slope · std² / Σ std², as every iteration has equally many completions. Pooling within
-    iterations keeps a policy that improves while its completions grow from having the gain ascribed to length.
+    β = Σ Sxy / Σ Sxx = Σ slope · std² / Σ std², as every iteration has equally many completions. Because
+    it is measured within iterations, an improvement of the policy that coincides with growing length does not bias it.
 
     Learned rewards tend to follow length (Singhal et al. 2023, arXiv 2310.03716).
 

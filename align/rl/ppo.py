@@ -185,8 +185,8 @@ class PpoTrainer:
         """
         if numbers["kind"] != self.updates.kind:
             raise InputError(
-                f"{folder}: this checkpoint was written by updates of the kind '{numbers['kind']}', and this run's "
-                f"are '{self.updates.kind}'; launch it as before, or remove {folder.parent} to start ppo from scratch"
+                f"{folder}: this checkpoint's state was saved as '{numbers['kind']}', but this run saves it as "
+                f"'{self.updates.kind}'; launch the run as before, or remove {folder.parent} to start ppo from scratch"
             )
         self.updates.read(folder)
         self.iteration = numbers["iteration"]

@@ -38,7 +38,7 @@ STOPPING_KL = 0.5
 """Nats per completion; the arrangement 'full' exceeds it in its third iteration."""
 ADAPTERS = LoraBlock(r=4, alpha=8)
 BACKWARDS_AN_ITERATION = 12
-"""In each of two processes: in each of two epochs two micro-batches for policy, value and demonstrations each."""
+"""In each of two processes: two epochs with two micro-batches each for policy, value and demonstrations."""
 
 
 def fsdp2_accelerator(arrangement: str) -> Accelerator:
