@@ -55,7 +55,7 @@ class Ppo(Stage):
         import torch
 
         from align.models.loading import compute_dtype, load_tokenizer, save_model, stop_token_ids
-        from align.rl.loading import initial_models, reward_folder
+        from align.rl.loading import load_models, reward_folder
         from align.rl.ppo import PpoTrainer
         from align.rl.rewards import Rewards
         from align.rl.updates import is_sharding, open_accelerator
@@ -74,7 +74,7 @@ class Ppo(Stage):
         reward = reward_folder(context.inputs["reward"]) if settings.reads_reward_stage else None
         if reward is not None and settings.score.normalise != "held_out":
             reward = replace(reward, mean=0.0, std=1.0)
-        models = initial_models(
+        models = load_models(
             policy,
             reward,
             model_block.lora,
@@ -191,7 +191,7 @@ def _sources(
 ) -> list[Any]:
     """Where scores come from, as the recipe names it."""
     from align.rl.batches import ROWS_WITHOUT_GRADIENT
-    from align.rl.reward_sources import ScoresReward, open_reward
+    from align.rl.reward_sources import JudgeReward, open_reward
     from align.rl.rewards import RewardSource
 
     settings, model_block = context.settings, context.shared["model"]
@@ -200,7 +200,7 @@ def _sources(
     for source in settings.rewards:
         moments = None
         if source.judge is not None:
-            scores: Any = ScoresReward(judged[source.principle])
+            scores: Any = JudgeReward(judged[source.principle])
         elif source.stage is None:
             scores = open_reward(source, model_block, batch_size=batch_size, dtype=dtype, device=device)
         else:
