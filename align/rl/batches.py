@@ -52,7 +52,7 @@ def with_common_prefixes(
     groups = _by_length(completions, rows, size)
     prompts = {row: completions[row].prompt.ids for group in groups for row in group}
     openings = worthwhile_prefixes(list(prompts.values()), share=True)
-    if len(groups) < 2 or not openings.spared or len(openings.ids) > size:
+    if len(groups) < 2 or not openings.positions_saved or len(openings.ids) > size:
         return micro_batches(completions, rows, size, pad_id, device, share=True)
     opened = prefix_batch(openings, pad_id, device)
     of_row = dict(zip(prompts, openings.of_row, strict=True))

@@ -27,7 +27,7 @@ class MinibatchPrefixes:
             return batch.sequences
         if reader not in self._taken_in:
             self._taken_in[reader] = self._updates.wrapped("openings", openings=self._common, reader=reader)
-        return replace(batch.sequences, openings=self._taken_in[reader].before(batch.sequences.openings))
+        return replace(batch.sequences, openings=self._taken_in[reader].attach(batch.sequences.openings))
 
     def backward(self) -> None:
         """Add the openings' part of the gradient, after the backward passes of all micro-batches."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from align.decoding.shared_prefixes import EncodedPrefixes, PrefixBatch, can_share
+from align.decoding.shared_prefixes import EncodedPrefixes, PrefixBatch, can_share_prefixes
 from align.models.cpu_attention import use_cpu_attention
 from align.models.heads import head_output, last_attended
 from align.models.logprobs import gather_logprobs
@@ -71,7 +71,7 @@ class PpoModels(nn.Module):
     @property
     def shares_prefixes(self) -> bool:
         """Whether rows may share a pass over what they begin with; sharded weights want each layer called once."""
-        return not self.sharded and can_share(self.config)
+        return not self.sharded and can_share_prefixes(self.config)
 
     @property
     def keeps_sampled(self) -> bool:

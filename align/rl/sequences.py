@@ -15,11 +15,9 @@ from align.decoding.shared_prefixes import (
     PrefixBatch,
     SharedPrefixes,
     find_shared_prefixes,
-    left_padded,
-    positions,
     prefix_batch,
-    right_padded,
 )
+from align.models.padding import left_padded, position_ids, right_padded
 
 WORTH_SHARING = 64
 """Positions that an opening must spare: a pass of its own reads all weights once, whatever its length."""
@@ -36,7 +34,7 @@ class Rows:
     @property
     def position_ids(self) -> Tensor:
         """(B, L) from the beginning of the opening on."""
-        return positions(self.openings.before(self.attention_mask))[:, self.openings.width :]
+        return position_ids(self.openings.full_mask(self.attention_mask))[:, self.openings.width :]
 
 
 @dataclass(frozen=True)
@@ -92,7 +90,7 @@ def lay_out_rows(rows: Sequence[Sequence[int]], pad_id: int, device: torch.devic
 def worthwhile_prefixes(rows: Sequence[Sequence[int]], share: bool) -> SharedPrefixes:
     """What rows begin with, if with `share` it spares enough to go through a model by itself."""
     openings = find_shared_prefixes(rows) if share else SharedPrefixes.none(len(rows))
-    return openings if openings.spared >= WORTH_SHARING else SharedPrefixes.none(len(rows))
+    return openings if openings.positions_saved >= WORTH_SHARING else SharedPrefixes.none(len(rows))
 
 
 def rests(rows: Sequence[Sequence[int]], openings: SharedPrefixes) -> list[Sequence[int]]:
@@ -106,7 +104,7 @@ def hidden_states(backbone: nn.Module, rows: Rows) -> Tensor:
     cache = openings.cache_for_rows(backbone, backbone.config) if openings.width else None  # type: ignore[arg-type]
     states: Tensor = backbone(
         input_ids=rows.input_ids,
-        attention_mask=openings.before(rows.attention_mask),
+        attention_mask=openings.full_mask(rows.attention_mask),
         position_ids=rows.position_ids,
         past_key_values=cache,
         use_cache=cache is not None,
@@ -116,7 +114,7 @@ def hidden_states(backbone: nn.Module, rows: Rows) -> Tensor:
 
 def encode_prefixes(backbone: nn.Module, openings: PrefixBatch) -> EncodedPrefixes:
     """SharedPrefixes put through a backbone, for several passes over what comes after them."""
-    return EncodedPrefixes(openings.run(backbone, DynamicCache(config=backbone.config)))  # type: ignore[arg-type]
+    return EncodedPrefixes(openings.encode(backbone, DynamicCache(config=backbone.config)))  # type: ignore[arg-type]
 
 
 def completion_hidden(backbone: nn.Module, sequences: Sequences) -> Tensor:

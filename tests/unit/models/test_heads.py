@@ -5,7 +5,8 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from align.models.heads import ValueHead, last_attended, pooled_scores
-from align.models.loading import add_lora, load_causal_lm
+from align.models.loading import load_causal_lm
+from align.models.lora import add_lora
 from align.settings.blocks import LoraBlock
 
 ROWS = [[1, 40, 41, 42, 2], [1, 90, 2], [1, 17, 18, 19, 20, 21, 2, 2]]

@@ -5,8 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from align.models.loading import add_lora, load_causal_lm
+from align.models.loading import load_causal_lm
 from align.models.logprobs import completion_logprobs, gather_logprobs
+from align.models.lora import add_lora
 from align.settings.blocks import LoraBlock
 from tests.tiny import build_tokenizer, tiny_config
 

@@ -80,8 +80,8 @@ def test_hub_id_without_a_network_is_refused_at_once_with_what_to_do(monkeypatch
     [
         ([], r"no config\.json"),
         (["config.json"], "no weights"),
-        (["config.json", "pytorch_model.bin"], "pickled weights alone"),
-        (["adapter_config.json", "adapter_model.safetensors"], "adapter alone"),
+        (["config.json", "pytorch_model.bin"], "only pickled weights"),
+        (["adapter_config.json", "adapter_model.safetensors"], "only an adapter"),
     ],
 )
 def test_folders_that_hold_no_model(tmp_path, names, said):
