@@ -43,8 +43,7 @@ class BatchCache:
         return self.end == self.cache.layers[0].keys.shape[2]
 
     def reallocate(self, rows: Tensor, width: int) -> None:
-        """Copy these rows, perhaps some of them several times, to new buffers with at least `width` columns before
-        `end`."""
+        """Copy these rows, each as often as it is listed, to buffers with at least `width` columns before `end`."""
         end = max(width, self.width)
         for layer in self.cache.layers:
             layer.reallocate(rows, end, end + self._spare)
@@ -83,10 +82,7 @@ class BatchCache:
         self.start = min(int(self.row_starts.min()), self.end)
 
     def attention_mask(self) -> Tensor:
-        """(R, S + 1) the columns that each row's next token attends to, its own included.
-
-        Attention needs at least one column, so an empty slot's token attends to itself.
-        """
+        """(R, S + 1) the columns that each row's next token attends to: at least its own, even in an empty slot."""
         columns = torch.arange(self.start, self.end + 1, device=self.row_starts.device)
         return (columns >= self.row_starts[:, None]).long()
 

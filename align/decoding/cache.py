@@ -21,17 +21,16 @@ class ReservedLayer(DynamicLayer):
         """Append (B, heads, new, D) states, and return views of all states so far."""
         if not self.is_initialized:
             self.dtype, self.device = key_states.dtype, key_states.device
-            self.keys, self.values = self._reserve(key_states), self._reserve(value_states)
+            self.keys, self.values = (
+                states.new_empty(*states.shape[:2], self.capacity, states.shape[3])
+                for states in (key_states, value_states)
+            )
             self.is_initialized = True
         end = self.length + key_states.shape[-2]
         self.keys[:, :, self.length : end] = key_states
         self.values[:, :, self.length : end] = value_states
         self.length = end
         return self.keys[:, :, :end], self.values[:, :, :end]
-
-    def _reserve(self, states: Tensor) -> Tensor:
-        batch, heads, _, size = states.shape
-        return states.new_empty(batch, heads, self.capacity, size)
 
     def get_seq_length(self) -> int:
         return self.length

@@ -8,7 +8,7 @@ Shapes: R rows, V vocabulary.
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -113,8 +113,7 @@ class ContinuousBatcher:
             self.prefilled += len(ids)
             prefix = CachedPrefix(tuple(ids), [(layer.keys[0], layer.values[0]) for layer in cache.layers])
             self._prefix_cache.add(prefix)
-            is_shared_by_all = len(prefixes) == 1 and len(ids) >= MIN_PREFIX_TOKENS
-            if is_shared_by_all and can_attend_to_prefix(self._model, prefix):
+            if len(prefixes) == 1 and len(ids) >= MIN_PREFIX_TOKENS and can_attend_to_prefix(self._model, prefix):
                 self._shared_prefix = prefix
 
     @property
@@ -173,7 +172,8 @@ class ContinuousBatcher:
         """Sample one more token for every row."""
         if self._batch_cache.is_full:
             self._reallocate(range(len(self._rows)), 0)
-        with self._attending_to_prefix():
+        prefix, has_prefix = self._shared_prefix, self._batch_cache.prefix_lengths > 0
+        with attending_to_prefix(self._config, prefix, has_prefix) if prefix else nullcontext():
             logits = self._forward(
                 self._last_tokens[:, None],
                 attention_mask=self._batch_cache.attention_mask(),
@@ -183,11 +183,6 @@ class ContinuousBatcher:
             ).logits[:, -1]
         self._batch_cache.end += 1
         yield from self._sample(range(len(self._rows)), logits)
-
-    def _attending_to_prefix(self) -> AbstractContextManager[None]:
-        if self._shared_prefix is None:
-            return nullcontext()
-        return attending_to_prefix(self._config, self._shared_prefix, self._batch_cache.prefix_lengths > 0)
 
     def _sample(self, slots: Sequence[int], logits: Tensor) -> Iterator[Finished]:
         """Sample these slots' next tokens, and free the slots of rows that end with them."""

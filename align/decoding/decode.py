@@ -10,17 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
 
 from align.decoding.cache import reserved_cache
 from align.decoding.sampling import sample, uniform_numbers
-from align.decoding.shared_prefixes import (
-    PrefixBatch,
-    SharedPrefixes,
-    can_share_prefixes,
-    find_shared_prefixes,
-    prefix_batch,
-)
+from align.decoding.shared_prefixes import SharedPrefixes, can_share_prefixes, find_shared_prefixes, prefix_batch
 from align.models.padding import left_padded, position_ids
 from align.models.wrappers import eval_mode, inner_model, without_ddp
 from align.records import FinishReason
@@ -62,11 +55,9 @@ def decode(
     """Complete each prompt until a stop token or `max_new_tokens`.
 
     Args:
-        model: a causal LM, perhaps wrapped by PEFT, DDP or FSDP; or anything else that is called like one and has a
-            `config` and a `device`. Only its forward is called.
-        prompts: token ids, at least one per prompt.
-        seeds: one per prompt.
-        temperature: as for `sample`, like `top_p`.
+        model: a causal LM, perhaps wrapped by PEFT, DDP or FSDP, or a callable like one with `config` and `device`.
+        prompts: token ids, at least one per prompt; `seeds` has one seed per prompt.
+        temperature, top_p: as for `sample`.
         keep_values: also return values. The model's output must have `values` (B, 1).
         synced: make every process call the model equally often, as sharded weights need. Every process must then call
             this function, with no prompts if it has none.
@@ -82,14 +73,15 @@ def decode(
     if not prompts and not synced:
         return completions.decoded(keep_logprobs, keep_values)
     with torch.no_grad(), eval_mode(model):
-        batch = _Batch(model, prompts, seeds, max_new_tokens, pad_id, synced)
+        batch = _Batch(model, prompts or [[pad_id]], max_new_tokens, pad_id, share=not synced)
+        uniforms = np.stack([uniform_numbers(seed, max_new_tokens) for seed in seeds or [0]])
         for step in range(max_new_tokens):
             output = batch.forward()
-            tokens, logprobs = sample(output.logits[:, -1], batch.uniforms[batch.rows, step], temperature, top_p)
+            tokens, logprobs = sample(output.logits[:, -1], uniforms[batch.rows, step], temperature, top_p)
             values = output.values[:, -1] if keep_values else torch.zeros_like(logprobs)
             completions.append(batch.rows, tokens, logprobs, values)
             if progress:
-                progress(completions.share_done((step + 1) / max_new_tokens))
+                progress(1 - len(completions.unfinished) * (1 - (step + 1) / max_new_tokens) / max(len(prompts), 1))
             if not _in_any_process(bool(completions.unfinished), synced, tokens.device):
                 break
             batch.extend(tokens)
@@ -98,35 +90,27 @@ def decode(
 
 
 class _Completions:
-    """The completions so far. `unfinished` holds the rows without a stop token."""
+    """The completions so far. `unfinished` has the rows without a stop token."""
 
     def __init__(self, rows: int, stop_ids: Sequence[int]) -> None:
         self._stops = frozenset(stop_ids)
-        self._tokens: list[list[int]] = [[] for _ in range(rows)]
-        self._logprobs: list[list[float]] = [[] for _ in range(rows)]
-        self._values: list[list[float]] = [[] for _ in range(rows)]
+        self._sampled: list[list[tuple[int, float, float]]] = [[] for _ in range(rows)]
         self.unfinished = set(range(rows))
 
     def append(self, rows: Sequence[int], tokens: Tensor, logprobs: Tensor, values: Tensor) -> None:
-        """Append a token, its log-probability and its value to those of these rows that are unfinished."""
-        each = zip(rows, tokens.tolist(), logprobs.tolist(), values.tolist(), strict=True)
-        for row, token, logprob, value in each:
+        """Append a token, its log-probability and its value to each of these rows, unless it is finished."""
+        for row, *sampled in zip(rows, tokens.tolist(), logprobs.tolist(), values.tolist(), strict=True):
             if row in self.unfinished:
-                self._tokens[row].append(token)
-                self._logprobs[row].append(logprob)
-                self._values[row].append(value)
-                if token in self._stops:
+                self._sampled[row].append(tuple(sampled))
+                if sampled[0] in self._stops:
                     self.unfinished.remove(row)
 
-    def share_done(self, of_limit: float) -> float:
-        """The share of work done once unfinished rows have this share of `max_new_tokens`; finished rows count as 1."""
-        return 1 - len(self.unfinished) * (1 - of_limit) / max(len(self._tokens), 1)
-
     def decoded(self, keep_logprobs: bool, keep_values: bool) -> Decoded:
-        reasons: list[FinishReason] = ["stop" if row[-1] in self._stops else "length" for row in self._tokens]
-        return Decoded(
-            self._tokens, reasons, self._logprobs if keep_logprobs else None, self._values if keep_values else None
-        )
+        tokens = [[token for token, _, _ in row] for row in self._sampled]
+        reasons: list[FinishReason] = ["length" if row in self.unfinished else "stop" for row in range(len(tokens))]
+        logprobs = [[logprob for _, logprob, _ in row] for row in self._sampled] if keep_logprobs else None
+        values = [[value for _, _, value in row] for row in self._sampled] if keep_values else None
+        return Decoded(tokens, reasons, logprobs, values)
 
 
 class _Batch:
@@ -137,21 +121,13 @@ class _Batch:
     """
 
     def __init__(
-        self,
-        model: Any,
-        prompts: Sequence[Sequence[int]],
-        seeds: Sequence[int],
-        max_new_tokens: int,
-        pad_id: int,
-        synced: bool,
+        self, model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, pad_id: int, *, share: bool
     ) -> None:
-        prompts, seeds = prompts or [[pad_id]], seeds or [0]  # a process without prompts runs a row of padding
         self.model = without_ddp(model)
         self.rows = list(range(len(prompts)))
-        self.uniforms = np.stack([uniform_numbers(seed, max_new_tokens) for seed in seeds])
         inner = inner_model(model)
-        can_share = not synced and can_share_prefixes(inner.config)
-        shared = find_shared_prefixes(prompts) if can_share else SharedPrefixes.none(len(prompts))
+        share = share and can_share_prefixes(inner.config)
+        shared = find_shared_prefixes(prompts) if share else SharedPrefixes.none(len(prompts))
         prefixes = prefix_batch(shared, pad_id, inner.device)
         rests = [prompt[len(shared.ids[group]) :] for prompt, group in zip(prompts, shared.of_row, strict=True)]
         self.ids, mask = left_padded(rests, pad_id, inner.device)
@@ -161,14 +137,9 @@ class _Batch:
         self.positions = position_ids(self.mask[:, : self.length])[:, prefixes.width :]
         self.cache = reserved_cache(inner.config, self.mask.shape[1])
         if prefixes.width:
-            self._prefill_prefixes(prefixes, reserved_cache(inner.config, prefixes.width))
-
-    def _prefill_prefixes(self, prefixes: PrefixBatch, encoded: Cache) -> None:
-        """Encode the shared prefixes, and copy each row's prefix into its part of the cache."""
-        prefixes.encode(self.model, encoded, logits_to_keep=1)
-        for layer, source in zip(self.cache.layers, encoded.layers, strict=True):
-            each = (states.index_select(0, prefixes.of_row) for states in (source.keys, source.values))
-            layer.update(*each)
+            encoded = prefixes.encode(self.model, reserved_cache(inner.config, prefixes.width), logits_to_keep=1)
+            for layer, source in zip(self.cache.layers, encoded.layers, strict=True):
+                layer.update(*(states.index_select(0, prefixes.of_row) for states in (source.keys, source.values)))
 
     def forward(self) -> Any:
         """The model's output, whose logits (B, 1, V) are those of each row's next token."""

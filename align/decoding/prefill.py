@@ -31,10 +31,7 @@ class PrefillRow:
 
 
 class Prefilled(NamedTuple):
-    """A cache of N rows [padding, cached part, computed part, padding].
-
-    `columns` are each row's columns in it, and `logits` (N, V) those of each row's next token.
-    """
+    """A cache of rows [padding, cached, computed, padding], each row's columns, and (N, V) logits of next tokens."""
 
     cache: Cache
     columns: list[slice]

@@ -68,8 +68,7 @@ class PrefixCache:
         """
         place = bisect_left(self._sorted, tuple(prompt))
         neighbours = self._sorted[max(place - 1, 0) : place + 1]
-        matches = ((common_prefix_length(tokens, prompt), tokens) for tokens in neighbours)
-        length, tokens = max(matches, default=(0, ()))
+        length, tokens = max(((common_prefix_length(tokens, prompt), tokens) for tokens in neighbours), default=(0, ()))
         length = min(length, len(prompt) - 1)
         return (self._by_tokens[tokens], length) if length else (None, 0)
 

@@ -22,15 +22,13 @@ def uniform_numbers(seed: int, count: int) -> np.ndarray:
 
 
 def sample(logits: Tensor, uniforms: np.ndarray, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
-    """Sample one token per row, with its log-probability under the temperature (before `top_p`).
+    """(B,) one sampled token per row, and (B,) float32 log-probabilities in nats under the temperature, before `top_p`.
 
     Args:
         logits: (B, V), of any float dtype.
         uniforms: (B,) numbers in [0, 1).
         temperature: 0 takes the most likely token, with its log-probability at temperature 1.
-
-    Returns:
-        (B,) tokens and (B,) float32 log-probabilities in nats.
+        top_p: sample from the smallest set of most likely tokens with this probability (Holtzman et al. 2020).
 
     Raises:
         NotFinite: a row's logits contain NaN or plus infinity.
@@ -53,11 +51,7 @@ def sample(logits: Tensor, uniforms: np.ndarray, temperature: float, top_p: floa
 
 
 def most_likely(logits: Tensor) -> Tensor:
-    """(B,) the most likely token of each row. Faster than `sample` at temperature 0, as it skips the softmax.
-
-    Raises:
-        NotFinite: a row's logits contain NaN or plus infinity.
-    """
+    """(B,) the tokens and errors of `sample` at temperature 0, without its softmax over the vocabulary."""
     peaks, tokens = logits.max(-1)
     _check_finite(peaks)
     return tokens
@@ -79,10 +73,7 @@ def _inverse_cdf(weights: Tensor, uniforms: np.ndarray) -> Tensor:
 
 
 def _nucleus(weights: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights in descending order, and their indices. Weights after those that first sum to (B,) `mass` become 0.
-
-    That is the smallest set of most likely tokens with this mass (Holtzman et al. 2020).
-    """
+    """Weights in descending order, those after the first that sum to (B,) `mass` set to 0, and their indices."""
     top, ids = weights.topk(min(NUCLEUS_CANDIDATES, weights.shape[-1]))
     if (top.sum(-1) < mass).any():
         top, ids = weights.sort(descending=True, stable=True)

@@ -11,7 +11,6 @@ prefix, D features per head.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,14 +27,8 @@ MIN_PREFIX_TOKENS = 32
 """The length from which reading a prefix once saves more time than the second matrix product costs."""
 
 
-@dataclass(frozen=True)
-class _Shared:
-    prefix: CachedPrefix
-    has_prefix: Tensor
-    """(B,) whether the row begins with it."""
-
-
-_SHARED: ContextVar[_Shared] = ContextVar("shared prefix")
+_SHARED: ContextVar[tuple[CachedPrefix, Tensor]] = ContextVar("shared prefix")
+"""The prefix, and (B,) whether each row begins with it."""
 
 
 def can_attend_to_prefix(model: Any, prefix: CachedPrefix) -> bool:
@@ -51,13 +44,9 @@ def can_attend_to_prefix(model: Any, prefix: CachedPrefix) -> bool:
 
 @contextmanager
 def attending_to_prefix(config: Any, prefix: CachedPrefix, has_prefix: Tensor) -> Iterator[None]:
-    """Inside the context, rows of one token attend to the prefix, then to the states in their own cache.
-
-    Args:
-        has_prefix: (B,) whether the row begins with the prefix; the others attend to their own cache only.
-    """
+    """Inside the context, queries of (B,) rows with the prefix attend to it as well as to the row's own states."""
     usual = config._attn_implementation
-    token = _SHARED.set(_Shared(prefix, has_prefix))
+    token = _SHARED.set((prefix, has_prefix))
     config._attn_implementation = SHARED_PREFIX_ATTENTION
     try:
         yield
@@ -70,8 +59,8 @@ def shared_prefix_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
     """Attention of (B, H, 1, D) queries to the rows' own (B, K, S, D) states and to the prefix's."""
-    shared, scaling = _SHARED.get(), options.get("scaling")
-    keys, values = shared.prefix.states[module.layer_idx]
+    (prefix, has_prefix), scaling = _SHARED.get(), options.get("scaling")
+    keys, values = prefix.states[module.layer_idx]
     (batch, heads, _, size), groups = query.shape, key.shape[1]
     queries = query.reshape(batch, groups, -1, size)  # (B, K, G, D)
     own, own_mass = _attend(queries, key, value, _as_bias(attention_mask, query.dtype), scaling)
@@ -79,7 +68,7 @@ def shared_prefix_attention(
     first, first_mass = _attend(of_all_rows, keys[None], values[None], None, scaling)
     first = first.view(groups, batch, -1, size).transpose(0, 1)  # (B, K, G, D)
     first_mass = first_mass.view(groups, batch, -1).transpose(0, 1)  # (B, K, G)
-    weight = torch.sigmoid(first_mass - own_mass) * shared.has_prefix[:, None, None]
+    weight = torch.sigmoid(first_mass - own_mass) * has_prefix[:, None, None]
     merged = torch.lerp(own.float(), first.float(), weight[..., None]).to(query.dtype)
     return merged.reshape(batch, 1, heads, size), None
 

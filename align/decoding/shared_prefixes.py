@@ -69,6 +69,7 @@ class PrefixBatch:
     ids: Tensor
     mask: Tensor
     of_row: Tensor
+    encoded: "EncodedPrefixes | None" = None
 
     @property
     def width(self) -> int:
@@ -93,6 +94,8 @@ class PrefixBatch:
 
     def cache_for_rows(self, forward: Callable[..., Any], config: PreTrainedConfig) -> Cache:
         """A cache of B rows of keys and values, through which gradients flow back into the prefixes."""
+        if self.encoded:
+            return self.encoded.cache_for_rows(self.of_row, config)
         cache: Any = self.encode(forward, DynamicCache(config=config))
         for layer in cache.layers:
             layer.keys = layer.keys.index_select(0, self.of_row)
@@ -117,7 +120,7 @@ class EncodedPrefixes:
 
     def attach(self, prefixes: PrefixBatch) -> PrefixBatch:
         """The prefixes of a pass, with their encoding: the pass need not encode them again."""
-        return _EncodedPrefixBatch(prefixes.ids, prefixes.mask, prefixes.of_row, self)
+        return replace(prefixes, encoded=self)
 
     def cache_for_rows(self, of_row: Tensor, config: PreTrainedConfig) -> Cache:
         """A cache of B rows of keys and values."""
@@ -139,14 +142,6 @@ class EncodedPrefixes:
         ]
         if reached:
             torch.autograd.backward([computed for computed, _ in reached], [gradient for _, gradient in reached])
-
-
-@dataclass(frozen=True)
-class _EncodedPrefixBatch(PrefixBatch):
-    encoded: EncodedPrefixes
-
-    def cache_for_rows(self, forward: Callable[..., Any], config: PreTrainedConfig) -> Cache:
-        return self.encoded.cache_for_rows(self.of_row, config)
 
 
 def prefix_batch(shared: SharedPrefixes, pad_id: int, device: torch.device) -> PrefixBatch:

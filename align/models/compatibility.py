@@ -16,11 +16,7 @@ UNUSED = re.compile(
 
 
 def weights_fault(config: Any, loading: Mapping[str, Any]) -> str | None:
-    """Why weights do not fit the configuration, or None where they do.
-
-    Args:
-        loading: the loading info that `from_pretrained` returns.
-    """
+    """Why weights do not fit the configuration, by the loading info of `from_pretrained`; None where they do."""
     if missing := sorted(loading["missing_keys"]):
         return f"its weights lack {len(missing)} of the model's tensors, for example {missing[0]}"
     tied = {"lm_head.weight"} if getattr(config.get_text_config(), "tie_word_embeddings", False) else set()

@@ -59,10 +59,9 @@ def short_rows_attention(
 ) -> tuple[Tensor, None]:
     """Attention by plain products for short rows with gradients in bf16 on a CPU, else by PyTorch's kernel."""
     if not _is_short(query, key, attention_mask):
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)  # type: ignore[no-any-return]
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     scale = options.get("scaling") or query.shape[-1] ** -0.5
-    result: Tensor = _PlainAttention.apply(query, key, value, attention_mask, scale)
-    return result.transpose(1, 2), None
+    return _PlainAttention.apply(query, key, value, attention_mask, scale).transpose(1, 2), None
 
 
 def _is_short(query: Tensor, key: Tensor, mask: Tensor | None) -> bool:

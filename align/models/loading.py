@@ -42,8 +42,9 @@ def compute_dtype(precision: str) -> torch.dtype:
 def _bf16_is_faster() -> bool:
     if default_device().type == "cuda":
         return torch.cuda.is_bf16_supported()
-    capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # missing in older torch
-    return bool(capabilities.get("amx_bf16"))
+    return bool(
+        getattr(torch.cpu, "get_capabilities", dict[str, bool])().get("amx_bf16")
+    )  # older torch lacks the function
 
 
 def default_device() -> torch.device:
@@ -79,9 +80,7 @@ def load_tokenizer(
         )
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
-            raise InputError(
-                f"model {path}: its tokenizer has no pad token and no end token; set eos_token in its config"
-            )
+            raise InputError(f"model {path}: its tokenizer has no pad and no end token; set eos_token in its config")
         tokenizer.pad_token = tokenizer.eos_token
     config = _configuration(resolved, revision, trust_remote_code)
     vocabulary = getattr(config.get_text_config(), "vocab_size", None) if config else None
@@ -93,12 +92,9 @@ def load_tokenizer(
 def _configuration(resolved: str, revision: str | None, trust_remote_code: bool) -> PreTrainedConfig | None:
     """The model's configuration, or None where it cannot be read: loading the model then reports the error."""
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(
-            resolved, revision=revision, trust_remote_code=trust_remote_code
-        )
+        return AutoConfig.from_pretrained(resolved, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError):
         return None
-    return config
 
 
 def load_causal_lm(

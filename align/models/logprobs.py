@@ -19,7 +19,6 @@ from align.models.wrappers import inner_model, replaced_forward
 
 CHUNK = 128
 """The number of positions whose logits are in memory at a time."""
-
 IN_CACHE = 16
 """The number of positions whose float32 logits are in memory at a time: 3 MB with SmolLM2's 49,152 tokens."""
 
@@ -32,12 +31,7 @@ class LogprobsOut(NamedTuple):
 
 
 def gather_logprobs(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    temperature: float = 1.0,
-    *,
-    chunk_size: int = CHUNK,
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0, *, chunk_size: int = CHUNK
 ) -> LogprobsOut:
     """log softmax(hidden weightᵀ / temperature) at the targets, and the distributions' entropy.
 
@@ -55,8 +49,7 @@ def gather_logprobs(
     """
     if torch.is_grad_enabled() and hidden.requires_grad and not weight.requires_grad:
         return LogprobsOut(*_FrozenHead.apply(hidden, weight, targets, temperature, chunk_size))
-    head = partial(nn.functional.linear, weight=weight)
-    return _gather(head, hidden, targets, temperature, chunk_size)
+    return _gather(partial(nn.functional.linear, weight=weight), hidden, targets, temperature, chunk_size)
 
 
 class _FrozenHead(torch.autograd.Function):
@@ -168,11 +161,7 @@ def _run_with_head(
 
 
 def _gather(
-    logits_of: Callable[[Tensor], Tensor],
-    states: Tensor,
-    targets: Tensor,
-    temperature: float,
-    chunk_size: int,
+    logits_of: Callable[[Tensor], Tensor], states: Tensor, targets: Tensor, temperature: float, chunk_size: int
 ) -> LogprobsOut:
     """Score the targets chunk by chunk. With gradients on, each chunk's logits are recomputed in the backward pass."""
 

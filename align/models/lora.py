@@ -143,10 +143,10 @@ def _is_plain(layer: Any) -> bool:
 def _forward(layer: Any, inputs: Tensor) -> Tensor:
     adapter, base = layer._active_adapter[0], layer.get_base_layer()
     if layer._disable_adapters or adapter not in layer.lora_A:
-        return base(inputs)  # type: ignore[no-any-return]
+        return base(inputs)
     if is_sharded(base.weight):
-        return LoraLinear.forward(layer, inputs)  # type: ignore[no-any-return]
-    result: Tensor = _AdaptedLinear.apply(
+        return LoraLinear.forward(layer, inputs)
+    return _AdaptedLinear.apply(
         inputs.to(base.weight.dtype),
         base.weight,
         base.bias,
@@ -154,4 +154,3 @@ def _forward(layer: Any, inputs: Tensor) -> Tensor:
         layer.lora_B[adapter].weight,
         layer.scaling[adapter],
     )
-    return result

@@ -7,10 +7,7 @@ from torch import Tensor
 
 
 def left_padded(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(B, L) token ids padded on the left, and their attention mask.
-
-    Padding can be recognised by the mask only: the pad token may also be a stop token.
-    """
+    """(B, L) token ids padded on the left, and the mask that tells padding from a stop token with the same id."""
     width = max(map(len, rows))
     ids = torch.tensor([[pad_id] * (width - len(row)) + list(row) for row in rows], device=device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)

@@ -35,13 +35,12 @@ def save_model(
     """
     state = dict(state_dict if state_dict is not None else model.state_dict())
     base: Any = model
-    cast = _cast
     if isinstance(model, PeftModel):
         _save_adapter(model, state, directory / "adapter", adapter_name)
         state = merged_state(model, state, adapter_name)
         base = model.get_base_model()
-        cast = _cast_dithered
-    plain = _plain_copy(base, {name: cast(tensor, dtype) for name, tensor in state.items()})
+    is_merged = base is not model
+    plain = _plain_copy(base, {name: _cast(tensor, dtype, is_merged) for name, tensor in state.items()})
     if plain.can_generate():
         plain.generation_config = _generation_config(base, tokenizer)
     plain.config.pad_token_id = tokenizer.pad_token_id
@@ -71,8 +70,7 @@ def merged_state(model: PeftModel, state: Mapping[str, Tensor], adapter_name: st
 
 
 def _delta(model: PeftModel, state: Mapping[str, Tensor], layer: str, adapter_name: str) -> Tensor | float:
-    down = state.get(f"{layer}.lora_A.{adapter_name}.weight")
-    up = state.get(f"{layer}.lora_B.{adapter_name}.weight")
+    down, up = (state.get(f"{layer}.lora_{factor}.{adapter_name}.weight") for factor in "AB")
     if down is None or up is None:
         return 0.0
     module = model.get_submodule(layer)
@@ -117,16 +115,12 @@ def _plain_copy(base: Any, state: Mapping[str, Tensor]) -> PreTrainedModel:
     return plain
 
 
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.detach().cpu().to(dtype) if tensor.is_floating_point() else tensor.detach().cpu()
-
-
-def _cast_dithered(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Cast like `_cast`, but dither float32 to bf16. Numbers that bf16 represents exactly do not change."""
-    if dtype != torch.bfloat16 or tensor.dtype != torch.float32:
-        return _cast(tensor, dtype)
-    whole = tensor.detach().cpu()
-    return dithered(whole, dither(whole.numel(), whole.device))
+def _cast(tensor: Tensor, dtype: torch.dtype, is_merged: bool) -> Tensor:
+    """Cast floats on the CPU. A merged model's float32 is dithered to bf16; numbers that bf16 can represent stay."""
+    tensor = tensor.detach().cpu()
+    if is_merged and dtype == torch.bfloat16 and tensor.dtype == torch.float32:
+        return dithered(tensor, dither(tensor.numel(), tensor.device))
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 def _generation_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:

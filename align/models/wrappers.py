@@ -43,10 +43,7 @@ def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator
 
 @contextmanager
 def eval_mode(model: Any) -> Iterator[None]:
-    """Put every module in eval mode inside the context, then restore each module's own mode.
-
-    In training mode, gradient checkpointing would turn the KV cache off.
-    """
+    """Eval mode inside the context: in training mode, gradient checkpointing would turn the KV cache off."""
     modes = [(module, module.training) for module in model.modules()] if isinstance(model, nn.Module) else []
     for module, _ in modes:
         module.training = False
