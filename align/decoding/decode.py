@@ -61,7 +61,7 @@ def decode(
         keep_values: also return values. The model's output must have `values` (B, 1).
         synced: make every process call the model equally often, as sharded weights need. Every process must then call
             this function, with no prompts if it has none.
-        progress: called after each token with an upper bound of the share of work done, in (0, 1].
+        progress: called after each token with the share of work done, in (0, 1], as if unfinished rows had the limit.
 
     Raises:
         ValueError: a prompt is empty, or the numbers of prompts and seeds differ.

@@ -42,9 +42,7 @@ def compute_dtype(precision: str) -> torch.dtype:
 def _bf16_is_faster() -> bool:
     if default_device().type == "cuda":
         return torch.cuda.is_bf16_supported()
-    return bool(
-        getattr(torch.cpu, "get_capabilities", dict[str, bool])().get("amx_bf16")
-    )  # older torch lacks the function
+    return bool(getattr(torch.cpu, "get_capabilities", dict[str, bool])().get("amx_bf16"))  # missing in older torch
 
 
 def default_device() -> torch.device:

@@ -1,4 +1,4 @@
-"""Chunked log-probabilities against the whole log-softmax, values and gradients."""
+"""Values and gradients of chunked log-probabilities against those of the whole log-softmax."""
 
 import pytest
 import torch
@@ -66,7 +66,7 @@ def test_passes_with_and_without_gradients_agree_and_of_a_frozen_head_to_the_las
     assert torch.allclose(trained.entropy, without.entropy, atol=1e-6)
 
 
-def test_a_token_that_is_all_but_impossible_keeps_its_log_prob():
+def test_a_very_unlikely_token_keeps_its_log_probability():
     hidden, weight = torch.tensor([[200.0]]), torch.tensor([[1.0], [0.0], [-1.0]])
     with torch.no_grad():
         found = gather_logprobs(hidden, weight, torch.tensor([2]))
@@ -140,7 +140,7 @@ def test_adapters_get_gradients(model):
     assert all(gradient > 0 for gradient in gradients)
 
 
-def test_head_is_put_back(model):
+def test_head_is_restored(model):
     ids, mask, length = padded()
     before = model(ids).logits
     completion_logprobs(model, ids, mask, length)

@@ -56,7 +56,7 @@ def test_layers_with_dropout_are_left_to_peft(tiny_model_dir):
 
 @pytest.mark.parametrize("std", [2e-6, 2e-5, 2e-4])
 def test_a_merge_in_bf16_moves_weights_by_the_adapter_on_average(std):
-    """By projection on what is to be added, of which rounding to the nearest loses a small one."""
+    """Measured by projection on the added delta, most of which rounding to the nearest loses where it is small."""
     generator = torch.Generator().manual_seed(0)
     weight = (torch.randn(1000, 1000, generator=generator) * 0.05).bfloat16()
     delta = torch.randn(1000, 1000, generator=generator) * std
@@ -70,7 +70,7 @@ def test_a_merge_in_bf16_moves_weights_by_the_adapter_on_average(std):
         assert kept((weight.float() + delta).bfloat16()) < 0.2
 
 
-def test_dithering_gives_neighbours_in_bf16_alone():
+def test_dithering_returns_only_neighbours_in_bf16():
     values = torch.tensor([1.0, 1.0 + 2**-9, -1.0 - 2**-9, 3.0])
     for number in (0, 1 << 14, (1 << 16) - 1):
         rounded = dithered(values, torch.full((4,), number, dtype=torch.int32)).float()
@@ -78,7 +78,7 @@ def test_dithering_gives_neighbours_in_bf16_alone():
         assert abs(rounded[1]) in (1.0, 1.0 + 2**-7) and rounded[2] == -rounded[1]
 
 
-def test_a_merge_is_a_function_of_its_weights(tiny_model_dir):
+def test_a_merge_depends_only_on_its_weights(tiny_model_dir):
     model = adapted(tiny_model_dir, fused=True).to(torch.bfloat16)
     layers = [module for module in model.modules() if isinstance(module, LoraLinear)]
     first, second = merged_weights(layers, "default"), merged_weights(layers, "default")

@@ -31,7 +31,7 @@ def logits(model):
 
 
 def shaken(model, adapter="default"):
-    """Give an adapter weights that do something."""
+    """Give an adapter weights that change the model's outputs."""
     generator = torch.Generator().manual_seed(3)
     for name, parameter in model.named_parameters():
         if f"lora_B.{adapter}." in name:
@@ -111,7 +111,7 @@ def test_adapter_names_a_base_model_below_the_working_folder_by_its_relative_pat
     assert config["base_model_name_or_path"] == tiny_model_dir.name
 
 
-def test_state_gathered_elsewhere_is_saved_in_the_models_stead(tiny_model_dir, tokenizer, tmp_path):
+def test_a_gathered_state_is_saved_instead_of_the_models_own(tiny_model_dir, tokenizer, tmp_path):
     model = load(tiny_model_dir)
     state = {name: tensor * 0.5 for name, tensor in model.state_dict().items()}
     save_model(model, tokenizer, tmp_path, torch.float32, state_dict=state)
