@@ -23,13 +23,13 @@ from typing import Any
 from align.constitution.constitution import load_constitution
 from align.data.chat import prompt_ids, token_ids
 from align.data.prompts import read_prompts
-from align.decoding.shared_prefixes import left_padded, positions
 from align.engines.engine import ChoiceRequest, ChoiceScores, Completed, Request
 from align.engines.local import LocalEngine
 from align.feedback.critique import Loop
 from align.feedback.evidence import Showing
 from align.feedback.opinions import ByChoice, Question, nats
 from align.models.loading import load_causal_lm, load_tokenizer, stop_token_ids
+from align.models.padding import left_padded, position_ids
 from align.records import Sample
 from align.settings.blocks import JudgeBlock, PromptsBlock, PromptSource, SamplingBlock
 
@@ -105,7 +105,7 @@ class PlainEngine:
         ids, mask = left_padded(rows, self.tokenizer.pad_token_id, torch.device("cpu"))
         longest = max(len(choice) for _, choice in asked)
         with torch.no_grad():
-            places = positions(mask)
+            places = position_ids(mask)
             out = self.model(ids, attention_mask=mask, position_ids=places, logits_to_keep=longest + 1)
         logprobs = out.logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, -longest:, None])[..., 0]
         ends = [len(choice) for _, choice in asked]

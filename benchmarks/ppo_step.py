@@ -144,7 +144,9 @@ def make_reward(made: Path, model: str = MODEL) -> None:
     import torch
     from transformers import AutoModelForSequenceClassification
 
-    from align.models.loading import add_lora, load_tokenizer, save_model
+    from align.models.loading import load_tokenizer
+    from align.models.lora import add_lora
+    from align.models.saving import save_model
     from align.models.sources import resolve_model
     from align.settings.blocks import LoraBlock
 

@@ -13,7 +13,7 @@ from align.data.chat import prompt_ids, token_ids
 from align.decoding.continuous_batching import ContinuousBatcher, Task
 from align.decoding.decode import decode
 from align.decoding.prefix_trees import Continuation, can_score_trees, tree_batches, tree_logprobs
-from align.decoding.shared_prefixes import can_share
+from align.decoding.shared_prefixes import can_share_prefixes
 from align.engines.engine import ChoiceRequest, ChoiceScores, Completed, EngineIdentity, Progress, Request, unheard
 from align.models.loading import stop_token_ids
 from align.models.logprobs import completion_logprobs
@@ -88,7 +88,7 @@ class LocalEngine:
         done = 0
         for settings, group in groupby(sorted(requests, key=_settings), key=_settings):
             batch = list(group)
-            answers = self._continuous if can_share(inner_model(self._model).config) else self._together
+            answers = self._continuous if can_share_prefixes(inner_model(self._model).config) else self._together
             share = _within(progress, done, len(batch), len(requests))
             yield from answers(batch, settings, share, at_once or RUNNING_ROWS)
             done += len(batch)
@@ -116,7 +116,7 @@ class LocalEngine:
                     waiting.appendleft(Task(request, self._prompt(request), request.seed))
             progress(min(answered / turns, 1.0))
             yield completed
-        self.read += running.read
+        self.read += running.prefilled
 
     def _together(
         self, requests: Sequence[Request], settings: tuple[int, float, float], progress: Progress, at_once: int

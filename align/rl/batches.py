@@ -56,7 +56,7 @@ def with_common_prefixes(
     groups = _by_length(completions, rows, size)
     prompts = {row: completions[row].prompt.ids for group in groups for row in group}
     shared = worthwhile_prefixes(list(prompts.values()), share=True)
-    if len(groups) < 2 or not shared.spared or len(shared.ids) > size:
+    if len(groups) < 2 or not shared.positions_saved or len(shared.ids) > size:
         return micro_batches(completions, rows, size, pad_id, device, share=True)
     prefixes = prefix_batch(shared, pad_id, device)
     of_row = dict(zip(prompts, shared.of_row, strict=True))

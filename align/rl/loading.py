@@ -10,11 +10,12 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from align.decoding.shared_prefixes import right_padded
 from align.errors import InputError, first_line
 from align.models.compatibility import weights_fault
 from align.models.heads import ValueHead, pooled_scores
-from align.models.loading import add_lora, load_causal_lm
+from align.models.loading import load_causal_lm
+from align.models.lora import add_lora
+from align.models.padding import right_padded
 from align.rl.models import PpoModels
 from align.rl.separate_models import SeparateModels
 from align.rl.sequences import lay_out_rows

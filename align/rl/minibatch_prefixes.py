@@ -27,7 +27,7 @@ class MinibatchPrefixes:
             return batch.sequences
         if network not in self._encoded:
             self._encoded[network] = self._updates.wrapped("prefixes", prefixes=self._common, network=network)
-        return replace(batch.sequences, prefixes=self._encoded[network].before(batch.sequences.prefixes))
+        return replace(batch.sequences, prefixes=self._encoded[network].attach(batch.sequences.prefixes))
 
     def backward(self) -> None:
         """Backpropagate through the prefixes. Call after the backward passes of all micro-batches."""

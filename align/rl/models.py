@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from align.decoding.shared_prefixes import EncodedPrefixes, PrefixBatch, can_share
+from align.decoding.shared_prefixes import EncodedPrefixes, PrefixBatch, can_share_prefixes
 from align.models.heads import head_output
 from align.models.logprobs import gather_logprobs
 from align.models.wrappers import inner_model
@@ -71,7 +71,7 @@ class PpoModels(nn.Module):
     @property
     def shares_prefixes(self) -> bool:
         """Whether rows may share one prefill of their common prefix. Sharded weights need each layer called once."""
-        return not self.sharded and can_share(self.config)
+        return not self.sharded and can_share_prefixes(self.config)
 
     @property
     def reuses_sampled_logprobs(self) -> bool:

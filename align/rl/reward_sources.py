@@ -13,9 +13,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from align.data.chat import conversation_ids
-from align.decoding.shared_prefixes import right_padded
 from align.errors import AlignError, InputError, first_line
 from align.models.heads import pooled_scores
+from align.models.padding import right_padded
 from align.models.sources import resolve_model
 from align.records import Conversation, as_dicts
 from align.rl.rewards import Reward, score_by_length

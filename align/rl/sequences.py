@@ -15,11 +15,9 @@ from align.decoding.shared_prefixes import (
     PrefixBatch,
     SharedPrefixes,
     find_shared_prefixes,
-    left_padded,
-    positions,
     prefix_batch,
-    right_padded,
 )
+from align.models.padding import left_padded, position_ids, right_padded
 
 WORTH_SHARING = 64
 """Positions that sharing must save, because a separate prefill reads all weights once, however short it is."""
@@ -36,7 +34,7 @@ class Rows:
     @property
     def position_ids(self) -> Tensor:
         """(B, L) counted from the start of the prefix."""
-        return positions(self.prefixes.before(self.attention_mask))[:, self.prefixes.width :]
+        return position_ids(self.prefixes.full_mask(self.attention_mask))[:, self.prefixes.width :]
 
 
 @dataclass(frozen=True)
@@ -93,7 +91,7 @@ def lay_out_rows(rows: Sequence[Sequence[int]], pad_id: int, device: torch.devic
 def worthwhile_prefixes(rows: Sequence[Sequence[int]], share: bool) -> SharedPrefixes:
     """The rows' shared prefixes; none without `share`, or if they would save fewer than `WORTH_SHARING` positions."""
     prefixes = find_shared_prefixes(rows) if share else SharedPrefixes.none(len(rows))
-    return prefixes if prefixes.spared >= WORTH_SHARING else SharedPrefixes.none(len(rows))
+    return prefixes if prefixes.positions_saved >= WORTH_SHARING else SharedPrefixes.none(len(rows))
 
 
 def without_prefixes(rows: Sequence[Sequence[int]], prefixes: SharedPrefixes) -> list[Sequence[int]]:
@@ -107,7 +105,7 @@ def hidden_states(backbone: nn.Module, rows: Rows) -> Tensor:
     cache = prefixes.cache_for_rows(backbone, backbone.config) if prefixes.width else None  # type: ignore[arg-type]
     states: Tensor = backbone(
         input_ids=rows.input_ids,
-        attention_mask=prefixes.before(rows.attention_mask),
+        attention_mask=prefixes.full_mask(rows.attention_mask),
         position_ids=rows.position_ids,
         past_key_values=cache,
         use_cache=cache is not None,
@@ -117,7 +115,7 @@ def hidden_states(backbone: nn.Module, rows: Rows) -> Tensor:
 
 def encode_prefixes(backbone: nn.Module, prefixes: PrefixBatch) -> EncodedPrefixes:
     """Prefill shared prefixes once, for several passes over the tokens that follow them."""
-    return EncodedPrefixes(prefixes.run(backbone, DynamicCache(config=backbone.config)))  # type: ignore[arg-type]
+    return EncodedPrefixes(prefixes.encode(backbone, DynamicCache(config=backbone.config)))  # type: ignore[arg-type]
 
 
 def completion_hidden(backbone: nn.Module, sequences: Sequences) -> Tensor:

@@ -54,7 +54,8 @@ class Ppo(Stage):
     def run(self, context: Context) -> Outcome:
         import torch
 
-        from align.models.loading import compute_dtype, load_tokenizer, save_model, stop_token_ids
+        from align.models.loading import compute_dtype, load_tokenizer, stop_token_ids
+        from align.models.saving import save_model
         from align.rl.loading import load_models, reward_folder
         from align.rl.ppo import PpoTrainer
         from align.rl.rewards import Rewards

@@ -24,7 +24,9 @@ from trl.trainer import utils as trl_utils
 from align.data.chat import end_of_turn_ids
 from align.data.token_columns import IGNORED
 from align.errors import InputError, NotFinite, first_line
-from align.models.loading import add_lora, load_causal_lm, save_model
+from align.models.loading import load_causal_lm
+from align.models.lora import add_lora
+from align.models.saving import save_model
 from align.models.sharding import DEEPSPEED_SUMS, set_precision
 from align.run import processes
 from align.run.stage import Context

@@ -14,7 +14,8 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor
 
-from align.models.loading import load_tokenizer, save_model
+from align.models.loading import load_tokenizer
+from align.models.saving import save_model
 from align.models.wrappers import is_sharded
 from align.rl import updates
 from align.rl.loading import RewardFolder, classifier_scores, load_classifier

@@ -202,7 +202,7 @@ def test_a_reward_model_cannot_chat_and_says_who_can(
     monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n"))
     assert main(["chat", "run/reward"]) == 2
     told = capsys.readouterr().err
-    assert "run/reward/model: a LlamaForSequenceClassification, which scores answers and writes none" in told
+    assert "run/reward/model: it is a LlamaForSequenceClassification, which scores answers but writes none" in told
     assert "sft, dpo or ppo" in told
 
 
@@ -214,7 +214,7 @@ def test_a_reward_model_is_refused_before_its_weights_are_read(
     shutil.copytree(tiny_reward_dir, folder / "reward")
     (folder / "reward/model.safetensors").write_bytes(b"no weights")
     assert main(["chat", "reward"]) == 2
-    assert "which scores answers and writes none" in capsys.readouterr().err
+    assert "which scores answers but writes none" in capsys.readouterr().err
 
 
 def test_chat_explains_its_commands_and_sends_none_of_them(
