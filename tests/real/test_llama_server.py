@@ -46,7 +46,7 @@ def test_a_failing_server_gives_what_a_healthy_one_gives(base_url):
     with FaultyServer(forward_to(base_url), rate=0.5, delay=20) as faulty:
         found = list(OpenAIEngine(engine(faulty.base_url, timeout_seconds=8)).complete(requests()))
     assert {row.id: row.text for row in found} == healthy and len(found) == len(healthy) == 8
-    assert faulty.most_in_flight <= 3 and faulty.most_of_one == 1
+    assert faulty.max_in_flight <= 3 and faulty.max_in_flight_per_request == 1
 
 
 def test_letters_and_texts_are_scored_as_the_same_model_scores_them_here(base_url):

@@ -183,15 +183,15 @@ def test_neighbouring_turns_of_one_speaker_in_the_prompt_become_one(tmp_path: Pa
 
 
 def test_a_file_with_nothing_to_use_is_an_error_that_says_why(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"nothing in it can be used .1 pairs_with_odd_turns"):
+    with pytest.raises(InputError, match=r"no usable row .1 pairs_with_odd_turns"):
         read_pairs(write(tmp_path / "pairs.jsonl", {"chosen": [USER, GOOD, BAD], "rejected": [USER, GOOD, GOOD]}))
 
 
 @pytest.mark.parametrize(
     ("row", "told"),
     [
-        ({"prompt": "p", "winner": "a"}, "no column `chosen`, `rejected`; the columns there are prompt, winner"),
-        ({"chosen": "a", "rejected": "b"}, "no column `prompt`; the columns there are chosen, rejected"),
+        ({"prompt": "p", "winner": "a"}, "no column `chosen`, `rejected`; the row's columns are prompt, winner"),
+        ({"chosen": "a", "rejected": "b"}, "no column `prompt`; the row's columns are chosen, rejected"),
         ({"prompt": "p", "chosen": 3, "rejected": "b"}, "`chosen` must be a text or a list"),
         ({"prompt": "p", "chosen": [{"role": "assistant"}], "rejected": "b"}, "`chosen` must be a text or a list"),
         ({"chosen": "Human: a", "rejected": "Human: b"}, "no column `prompt`"),
@@ -225,10 +225,10 @@ def test_files_that_are_missing_broken_or_of_another_kind_are_errors(tmp_path: P
         read_pairs(PairSource(path=str(tmp_path / "none.jsonl")))
     cut = tmp_path / "cut.jsonl.gz"
     cut.write_bytes(gzip.compress(b'{"prompt": "p", "chosen": "a", "rejected": "b"}\n' * 100)[:40])
-    with pytest.raises(InputError, match="not whole"):
+    with pytest.raises(InputError, match="damaged or incomplete"):
         read_pairs(PairSource(path=str(cut)))
     (tmp_path / "fake.parquet").write_bytes(b"hello")
-    with pytest.raises(InputError, match="not a parquet file"):
+    with pytest.raises(InputError, match="not a complete parquet file"):
         read_pairs(PairSource(path=str(tmp_path / "fake.parquet")))
     (tmp_path / "pairs.csv").write_text("chosen,rejected\n")
     with pytest.raises(InputError, match="cannot read this kind of file"):
@@ -266,7 +266,7 @@ def test_demonstrations_of_every_format(tmp_path: Path, row: dict[str, Any]) -> 
 
 
 def test_demonstrations_without_a_completion_column_list_those_there(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no column `completion`; the columns there are prompt, text"):
+    with pytest.raises(InputError, match="no column `completion`; the row's columns are prompt, text"):
         read_demonstrations(write(tmp_path / "rows.jsonl", {"prompt": "p", "text": "t"}))
 
 
@@ -298,7 +298,7 @@ def test_why_the_judge_made_no_pair_is_told_from_its_manifest_with_the_remedy(tm
     write_json(tmp_path / "manifest.json", Manifest("compare", "f", {}, {}, {}, counts).__dict__)
     with pytest.raises(InputError) as raised:
         gather_pairs(tmp_path / "pairs.jsonl", [], Counter())
-    assert "undecided: 2 tie, 1 cut)" in str(raised.value)
+    assert "undecided comparisons: 2 tie, 1 cut)" in str(raised.value)
     assert "raise `compare.sampling.max_new_tokens`" in str(raised.value)
 
 

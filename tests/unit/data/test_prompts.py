@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from align.data.prompts import drawn_prompts, read_prompts, split_of, split_problems, with_split
+from align.data.prompts import draw_prompts, read_prompts, split_of, split_problems, with_split
 from align.errors import InputError
 from align.records import SPLITS, Prompt
 from align.settings.blocks import PromptsBlock, PromptSource, SplitBlock
@@ -114,12 +114,12 @@ def test_a_limit_draws_the_same_prompts_whatever_their_order(tmp_path: Path) -> 
 
 def test_prompts_are_drawn_by_their_ids_in_their_own_order(tmp_path: Path) -> None:
     prompts = read(write(tmp_path / "p.jsonl", *({"prompt": str(number)} for number in range(90))))
-    some = drawn_prompts(prompts, 30, "a purpose")
+    some = draw_prompts(prompts, 30, "a purpose")
 
     assert some == [each for each in prompts if each in some] and len(some) == 30
-    assert {each.id for each in drawn_prompts(prompts[::-1], 30, "a purpose")} == {each.id for each in some}
-    assert drawn_prompts(prompts, 30, "another") != some
-    assert drawn_prompts(prompts, None, "a purpose") == prompts
+    assert {each.id for each in draw_prompts(prompts[::-1], 30, "a purpose")} == {each.id for each in some}
+    assert draw_prompts(prompts, 30, "another") != some
+    assert draw_prompts(prompts, None, "a purpose") == prompts
 
 
 def test_splits_are_disjoint_and_near_their_shares(tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_rows_with_a_split_of_their_own_keep_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "told"),
     [
-        ({"text": "a", "label": 1}, r"p\.jsonl, line 1: no column with a prompt .* the columns there are text, label"),
+        ({"text": "a", "label": 1}, r"p\.jsonl, line 1: no column with a prompt .* the row's columns are text, label"),
         ({"prompt": "  "}, "line 1: the prompt is empty"),
         ({"prompt": 3}, "line 1: `prompt` must be a text or a list"),
         ({"prompt": [{"role": "user"}]}, "line 1: `prompt` must be a text or a list"),
@@ -175,8 +175,8 @@ def test_a_bad_row_is_named_with_its_fault(tmp_path: Path, row: dict[str, Any], 
     ("row", "told"),
     [
         ({"chosen": "The answer is four.", "rejected": "No"}, "`chosen` is an answer without its prompt"),
-        ({"prompt": [{"role": 5, "content": "x"}, TALK[0]]}, r"has a turn of 5; a role is one of system, user, assis"),
-        ({"prompt": [{"role": "usr", "content": "x"}]}, "has a turn of 'usr'"),
+        ({"prompt": [{"role": 5, "content": "x"}, TALK[0]]}, r"has the role 5; use one of system, user, assistant"),
+        ({"prompt": [{"role": "usr", "content": "x"}]}, "has the role 'usr'"),
     ],
 )
 def test_what_would_be_misread_is_refused(tmp_path: Path, row: dict[str, Any], told: str) -> None:
@@ -207,7 +207,7 @@ def test_a_line_that_cannot_be_read_is_told(tmp_path: Path, line: bytes, told: s
 
 
 def test_a_missing_named_column_is_told(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"expected `goal`\); the columns there are prompt"):
+    with pytest.raises(InputError, match=r"expected `goal`\); the row's columns are prompt"):
         read(write(tmp_path / "p.jsonl", {"prompt": "a"}), column="goal")
 
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from align.data.sources import drawn_rows, is_file, merge_neighbours, parse_messages, parse_transcript, source_rows
+from align.data.sources import draw_rows, is_local_path, merge_turns, parse_messages, parse_transcript, source_rows
 from align.errors import InputError
 from align.records import Conversation, Message
 from align.settings.blocks import PromptSource
@@ -51,7 +51,7 @@ def test_what_does_not_start_with_a_turn_is_no_transcript(text: str) -> None:
 def test_neighbours_of_one_speaker_become_one() -> None:
     talk = [Message("user", "a"), Message("user", "b"), Message("assistant", "c"), Message("user", "d")]
 
-    assert as_pairs(merge_neighbours(talk)) == [("user", "a\n\nb"), ("assistant", "c"), ("user", "d")]
+    assert as_pairs(merge_turns(talk)) == [("user", "a\n\nb"), ("assistant", "c"), ("user", "d")]
 
 
 @pytest.mark.parametrize("value", [[], None, 3, [{"role": "user"}], ["user"], [{"role": "user", "content": None}]])
@@ -103,7 +103,7 @@ def test_a_limit_holds_no_more_rows_than_it_takes() -> None:
         def __del__(self) -> None:
             Counted.alive -= 1
 
-    drawn = drawn_rows(((number, Counted(number)) for number in range(1000)), 10)
+    drawn = draw_rows(((number, Counted(number)) for number in range(1000)), 10)
 
     assert len(drawn) == 10
     assert Counted.most <= 12
@@ -129,8 +129,9 @@ def test_files_that_broke_off_are_told(tmp_path: Path) -> None:
     (tmp_path / "c.parquet").write_text("plain")
     (tmp_path / "d.jsonl").write_bytes(b'{"a": "\xff"}\n')
 
-    for name, told in {"a.jsonl.gz": "not whole", "b.jsonl.gz": "not whole", "c.parquet": "not a parquet file"}.items():
-        with pytest.raises(InputError, match=told):
+    gzipped, parquet = "damaged or incomplete", "not a complete parquet file"
+    for name, message in {"a.jsonl.gz": gzipped, "b.jsonl.gz": gzipped, "c.parquet": parquet}.items():
+        with pytest.raises(InputError, match=message):
             rows(tmp_path / name)
     with pytest.raises(InputError, match=r"not UTF-8 text .*; save it as UTF-8"):
         rows(tmp_path / "d.jsonl")
@@ -141,7 +142,7 @@ def test_files_that_broke_off_are_told(tmp_path: Path) -> None:
     [("a.jsonl", True), ("data/a.parquet", True), ("./a", True), ("/a/b", True), ("org/name", False), ("squad", False)],
 )
 def test_files_and_hub_datasets_are_told_apart(path: str, local: bool) -> None:
-    assert is_file(path) == local
+    assert is_local_path(path) == local
 
 
 def test_a_path_may_start_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

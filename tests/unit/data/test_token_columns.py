@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from align.data.token_columns import IGNORED, demonstration_columns, pair_columns, whole_conversations
+from align.data.token_columns import IGNORE_INDEX, demonstration_columns, pair_columns, whole_conversations
 from align.records import Demonstration, Message, PreferencePair, as_dicts
 
 PROMPT = (Message("user", "Where is the cat?"),)
@@ -33,7 +33,7 @@ def test_only_the_completion_and_its_end_of_turn_are_labelled(tokenizer: Any) ->
     asked = tokenizer.apply_chat_template(as_dicts(PROMPT), add_generation_prompt=True, tokenize=False)
     assert tokenizer.decode(row["input_ids"]) == asked + "On the mat.<|im_end|>"
     length = len(tokenizer(asked, add_special_tokens=False)["input_ids"])
-    assert row["labels"] == [IGNORED] * length + row["input_ids"][length:]
+    assert row["labels"] == [IGNORE_INDEX] * length + row["input_ids"][length:]
     assert row["labels"][-1] == tokenizer.eos_token_id
     assert row["length"] == len(row["input_ids"])
     assert columns.too_long == ()

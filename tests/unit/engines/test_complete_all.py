@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from align.engines.complete_all import complete_all, score_all
-from align.engines.engine import ChoiceRequest, ChoiceScores, Completed, Request, unheard
+from align.engines.engine import ChoiceRequest, ChoiceScores, Completed, Request, no_progress
 from align.errors import AlignError
 from align.records import Message
 from align.run.progress import RowBar
@@ -99,7 +99,7 @@ def test_the_bar_follows_what_an_engine_tells_of_a_chunk_before_its_rows_come(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Telling(Engine):
-        def complete(self, requests, progress=unheard, at_once=None):  # type: ignore[no-untyped-def]
+        def complete(self, requests, progress=no_progress, at_once=None):  # type: ignore[no-untyped-def]
             for share in (0.25, 0.5, 1.0):
                 progress(share)
             yield from super().complete(requests)
@@ -152,7 +152,7 @@ def test_without_a_journal_nothing_is_written(tmp_path: Path, monkeypatch: pytes
 
 def test_an_engine_that_leaves_requests_out_is_an_error(tmp_path: Path) -> None:
     class Lazy(Engine):
-        def complete(self, requests, progress=unheard, at_once=None):  # type: ignore[no-untyped-def]
+        def complete(self, requests, progress=no_progress, at_once=None):  # type: ignore[no-untyped-def]
             return list(super().complete(requests))[1:]
 
     with pytest.raises(AlignError, match="left 4 requests unanswered"):
@@ -189,7 +189,7 @@ def test_follow_ups_are_asked_with_the_answer_and_answered_once(tmp_path: Path, 
 
         depends_on_batch = eager
 
-        def complete(self, requests, progress=unheard, at_once=None):  # type: ignore[no-untyped-def]
+        def complete(self, requests, progress=no_progress, at_once=None):  # type: ignore[no-untyped-def]
             for each in requests:
                 (done,) = super().complete([each])
                 yield done
@@ -236,7 +236,7 @@ def test_a_chunk_is_several_batches_long_where_there_is_enough_to_do(
 
 def test_an_engine_is_told_how_many_rows_may_be_under_way(tmp_path: Path) -> None:
     class Bounded(Engine):
-        def complete(self, requests, progress=unheard, at_once=None):  # type: ignore[no-untyped-def]
+        def complete(self, requests, progress=no_progress, at_once=None):  # type: ignore[no-untyped-def]
             told.append(at_once)
             return super().complete(requests)
 

@@ -14,7 +14,7 @@ from align.engines import server_faults
 from align.engines.complete_all import complete_all
 from align.engines.engine import ChoiceRequest, Request
 from align.engines.openai_server import OpenAIEngine
-from align.engines.server_scores import counted
+from align.engines.server_scores import vote_logprobs
 from align.errors import AlignError, InputError
 from align.records import Message
 from align.settings.blocks import EngineBlock
@@ -24,7 +24,7 @@ BOUND = 3
 
 @pytest.fixture(autouse=True)
 def _hurry(monkeypatch):
-    monkeypatch.setattr(server_faults, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(server_faults, "INITIAL_DELAY", 0.01)
 
 
 def engine_of(server, **changes):
@@ -47,7 +47,7 @@ def test_each_fault_is_outlasted_and_every_request_answered_once(fault):
 
     assert sorted((row.id, row.text) for row in done) == sorted((str(n), f"WORD {n}") for n in range(30))
     assert server.injected[fault] > 5
-    assert 1 < server.most_in_flight <= BOUND and server.most_of_one == 1
+    assert 1 < server.max_in_flight <= BOUND and server.max_in_flight_per_request == 1
     assert set(server.answered.values()) == {1}
 
 
@@ -100,17 +100,17 @@ def test_pauses_double_up_to_a_bound_with_jitter_and_a_server_may_name_its_own(m
     class Reply:
         status_code, request, headers = 429, None, types.MappingProxyType({"retry-after": "7"})
 
-    monkeypatch.setattr(server_faults, "FIRST_PAUSE", 0.5)
+    monkeypatch.setattr(server_faults, "INITIAL_DELAY", 0.5)
     limited = openai.RateLimitError("busy", response=Reply(), body=None)
-    for tried, longest in ((0, 0.5), (1, 1.0), (3, 4.0), (40, server_faults.LONGEST_PAUSE)):
-        drawn = {server_faults.pause(tried, TimeoutError()) for _ in range(50)}
+    for tried, longest in ((0, 0.5), (1, 1.0), (3, 4.0), (40, server_faults.MAX_DELAY)):
+        drawn = {server_faults.retry_delay(tried, TimeoutError()) for _ in range(50)}
         assert longest / 2 <= min(drawn) < max(drawn) <= longest
-    assert server_faults.pause(5, limited) == 7.0
-    assert server_faults.passes(limited)
+    assert server_faults.retry_delay(5, limited) == 7.0
+    assert server_faults.is_transient(limited)
     Reply.headers = {"retry-after": "0"}
-    assert server_faults.pause(3, limited) >= 2.0, "no pause at all would spend every retry at once"
+    assert server_faults.retry_delay(3, limited) >= 2.0, "no pause at all would spend every retry at once"
     Reply.headers = {"retry-after": "86400"}
-    assert not server_faults.passes(limited), "a day's quota is not waited for"
+    assert not server_faults.is_transient(limited), "a day's quota is not waited for"
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3])
@@ -120,7 +120,7 @@ def test_processes_share_the_bound(monkeypatch, processes):
     with FaultyServer() as server:
         for rank in range(processes):
             monkeypatch.setenv("RANK", str(rank))
-            shares.append(engine_of(server)._places._value)
+            shares.append(engine_of(server)._slots._value)
         assert sum(shares) == BOUND
         monkeypatch.setenv("WORLD_SIZE", "4")
         with pytest.raises(InputError, match=r"engine\.concurrency"):
@@ -143,7 +143,7 @@ def test_votes_decide_where_there_are_no_log_probabilities_and_the_engine_says_s
 
 
 def test_votes_for_nothing_leave_nothing():
-    assert counted(["neither", ""], ("A", "B")) == (-math.inf, -math.inf)
+    assert vote_logprobs(["neither", ""], ("A", "B")) == (-math.inf, -math.inf)
 
 
 def prompt_logprobs(path, body):
@@ -162,7 +162,7 @@ def prompt_logprobs(path, body):
 def test_texts_are_scored_by_the_log_probabilities_of_the_prompts_tokens(monkeypatch):
     with FaultyServer(prompt_logprobs) as server:
         engine = engine_of(server)
-        monkeypatch.setattr("align.engines.server_scores.MOST_DIFFERENCE", 10)
+        monkeypatch.setattr("align.engines.server_scores.MAX_DIFFERENCE", 10)
         asked = ChoiceRequest("q", (Message("user", "where is it"),), ("on the mat", "in a box there"))
         [scores] = engine.choice_logprobs([asked])
 
@@ -183,13 +183,16 @@ def test_a_text_whose_tokens_have_no_log_probabilities_is_not_taken_for_certain(
     def answer(path, body):
         return prompt_logprobs(path, body) | ({"prompt_logprobs": given} if "prompt_logprobs" in body else {})
 
-    with FaultyServer(answer) as server, pytest.raises(AlignError, match="for each token but the first"):
+    with (
+        FaultyServer(answer) as server,
+        pytest.raises(AlignError, match="no log-probability for some token"),
+    ):
         engine = engine_of(server, max_retries=0)
         list(engine.choice_logprobs([ChoiceRequest("q", (Message("user", "where"),), ("on the mat",))]))
 
 
 def test_a_server_that_contradicts_itself_about_a_text_is_not_believed():
-    with FaultyServer(prompt_logprobs) as server, pytest.raises(InputError, match=r"differ .* by 1\.50 nats a token"):
+    with FaultyServer(prompt_logprobs) as server, pytest.raises(InputError, match=r"differ .* by 1\.50 nats per token"):
         engine_of(server).choice_logprobs([ChoiceRequest("q", (Message("user", "where"),), ("on the mat",))])
 
 

@@ -124,9 +124,9 @@ def test_batches_keep_every_choice_and_the_budget(monkeypatch):
     monkeypatch.setattr("align.engines.local.SCORED_TOKENS", 60)
     choices = [_Choice(0, number, [1] * (number % 13 + 1), [2] * (number % 5 + 1)) for number in range(50)]
     batches = list(_batches(choices))
-    assert sorted(each.number for batch in batches for each in batch) == list(range(50))
+    assert sorted(each.index for batch in batches for each in batch) == list(range(50))
     for batch in batches:
-        width = max(len(each.prompt) for each in batch) + max(len(each.choice) for each in batch)
+        width = max(len(each.prompt_ids) for each in batch) + max(len(each.choice_ids) for each in batch)
         assert len(batch) == 1 or len(batch) * width <= 60
 
 

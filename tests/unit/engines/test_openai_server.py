@@ -122,7 +122,7 @@ def test_requests_run_together_up_to_the_limit_and_each_once(server, engine):
 
 @pytest.mark.parametrize("status", [429, 500, 503])
 def test_a_passing_fault_is_tried_again(server, engine, monkeypatch, status):
-    monkeypatch.setattr("align.engines.server_faults.FIRST_PAUSE", 0.01)
+    monkeypatch.setattr("align.engines.server_faults.INITIAL_DELAY", 0.01)
     answers = iter([(status, {"error": {"message": "busy"}}), (200, chat("fine"))])
     server.answer = lambda body: next(answers)
     [done] = OpenAIEngine(engine).complete([request()])
@@ -130,7 +130,7 @@ def test_a_passing_fault_is_tried_again(server, engine, monkeypatch, status):
 
 
 def test_a_lasting_fault_is_ours_to_wait_for_and_does_not_show_the_key(server, engine, monkeypatch):
-    monkeypatch.setattr("align.engines.server_faults.FIRST_PAUSE", 0.01)
+    monkeypatch.setattr("align.engines.server_faults.INITIAL_DELAY", 0.01)
     server.answer = lambda body: (500, {"error": {"message": f"broken for {KEY}"}})
     with pytest.raises(AlignError, match="run the same command again") as caught:
         list(OpenAIEngine(engine).complete([request()]))
@@ -151,7 +151,7 @@ def test_what_the_person_can_mend_is_said(server, engine, status, said):
 
 
 def test_server_that_is_not_there(engine, monkeypatch):
-    monkeypatch.setattr("align.engines.server_faults.FIRST_PAUSE", 0.01)
+    monkeypatch.setattr("align.engines.server_faults.INITIAL_DELAY", 0.01)
     away = engine.model_copy(update={"base_url": "http://127.0.0.1:9/v1"})
     with pytest.raises(InputError, match=r"cannot be reached.*engine\.base_url"):
         list(OpenAIEngine(away).complete([request()]))

@@ -17,9 +17,9 @@ from align.engines.open import open_engine
 from align.engines.openai_server import OpenAIEngine
 from align.engines.provenance import (
     Provenance,
+    pin_identity,
+    pin_judge,
     read_provenance,
-    settle_judge,
-    settled_identity,
     text_provenance,
     write_provenance,
 )
@@ -98,14 +98,14 @@ def test_a_stage_that_goes_on_with_other_weights_is_stopped(tiny_model_dir: Path
     shutil.copytree(tiny_model_dir, model)
     output = tmp_path / "stage"
     output.mkdir()
-    first = settled_identity(local_engine(model), output, "label")
-    assert settled_identity(local_engine(model), output, "label") == first
+    first = pin_identity(local_engine(model), output, "label")
+    assert pin_identity(local_engine(model), output, "label") == first
     file = model / "model.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
     with pytest.raises(InputError, match=r"not the model that this stage began with \(digest \w+ before, \w+ now\)"):
-        settled_identity(local_engine(model), output, "label")
+        pin_identity(local_engine(model), output, "label")
 
 
 def local_engine(model: Path) -> Engine:
@@ -195,13 +195,13 @@ def test_a_list_of_models_that_is_none_is_no_fault_and_can_be_looked_at(content:
         answering(server, content)
         engine = OpenAIEngine(server_engine(server))
         assert engine.identity().said == {}
-        with pytest.raises(AlignError, match=r"not of the protocol.*align engine check"):
+        with pytest.raises(AlignError, match=r"does not follow the protocol.*align engine check"):
             engine.models()
 
 
 @pytest.mark.parametrize("content", [b"", b'{"data": [{"id":'])
 def test_a_list_of_models_that_comes_garbled_is_asked_for_again(content: bytes, monkeypatch: Any) -> None:
-    monkeypatch.setattr("align.engines.server_faults.FIRST_PAUSE", 0.01)
+    monkeypatch.setattr("align.engines.server_faults.INITIAL_DELAY", 0.01)
     replies = iter([content, b'{"data": [{"id": "served"}]}'])
     with FaultyServer() as server:
         handler = server.RequestHandlerClass
@@ -214,30 +214,30 @@ def test_a_judge_whose_server_shows_no_log_probabilities_any_more_is_stopped(tmp
     shown = [{"token": letter, "logprob": -1.0} for letter in "AB"]
     scored = {"content": [{"token": "A", "logprob": -1.0, "top_logprobs": shown}]}
     with FaultyServer(lambda path, body: chat_reply("A", logprobs=scored)) as server:
-        settle_judge(OpenAIEngine(server_engine(server)), tmp_path)
-        settle_judge(OpenAIEngine(server_engine(server)), tmp_path)
-    settle_judge(OpenAIEngine(server_engine(server)), tmp_path)  # a server that is away
+        pin_judge(OpenAIEngine(server_engine(server)), tmp_path)
+        pin_judge(OpenAIEngine(server_engine(server)), tmp_path)
+    pin_judge(OpenAIEngine(server_engine(server)), tmp_path)  # a server that is away
     with FaultyServer(lambda path, body: chat_reply("A")) as server:
         voting = OpenAIEngine(server_engine(server))
         with pytest.raises(InputError, match=r"by vote of 8 samples now, and by log-probabilities when"):
-            settle_judge(voting, tmp_path)
+            pin_judge(voting, tmp_path)
 
 
 def test_a_stage_that_goes_on_with_another_model_on_the_server_is_stopped(tmp_path: Path) -> None:
     with FaultyServer() as server:
         engine = OpenAIEngine(server_engine(server))
-        first = settled_identity(engine, tmp_path, "revision")
-        assert settled_identity(engine, tmp_path, "revision") == first
+        first = pin_identity(engine, tmp_path, "revision")
+        assert pin_identity(engine, tmp_path, "revision") == first
         listing(server, {"id": "exchanged"})
-        with pytest.raises(InputError, match=r"exchanged.*when this stage began it said .*served"):
-            settled_identity(engine, tmp_path, "revision")
+        with pytest.raises(InputError, match=r"exchanged.* reported .*served.*when this stage began"):
+            pin_identity(engine, tmp_path, "revision")
 
 
 def test_a_stage_that_goes_on_without_its_server_keeps_what_it_said(tmp_path: Path) -> None:
     with FaultyServer() as server:
         engine = OpenAIEngine(server_engine(server))
-        first = settled_identity(engine, tmp_path, "revision")
-    assert settled_identity(engine, tmp_path, "revision") == first
+        first = pin_identity(engine, tmp_path, "revision")
+    assert pin_identity(engine, tmp_path, "revision") == first
 
 
 def test_an_entry_holds_no_address_no_key_and_no_text_of_further_keys(
