@@ -154,7 +154,7 @@ class OpenAIEngine:
             messages.append({"role": "assistant", "content": request.prefill})
             # Understood by vLLM and SGLang; llama.cpp's own server continues a last assistant message by default.
             extra |= {"continue_final_message": True, "add_generation_prompt": False}
-        # OpenAI's newer models refuse `max_tokens`, and other servers know no other name.
+        # OpenAI's newer models refuse `max_tokens`; many other servers know only that name.
         options["max_completion_tokens" if self.block.base_url is None else "max_tokens"] = max_new_tokens
         create: Any = self._client.chat.completions.with_raw_response.create
         return await self._reply(
