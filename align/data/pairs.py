@@ -103,7 +103,7 @@ def _no_pair(ai: Path | None) -> str:
     reasons = {name.removeprefix(UNDECIDED): count for name, count in counts.items() if name.startswith(UNDECIDED)}
     listed = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items(), key=lambda item: -item[1]))
     why = f" (undecided comparisons: {listed})" if listed else ""
-    remedies = [REMEDIES[reason] for reason in reasons if reason in REMEDIES] or ["name human pairs in `human`"]
+    remedies = [REMEDIES[reason] for reason in reasons if reason in REMEDIES] or ["give human pairs as `human`"]
     return f"{ai or 'human pairs'}: no pair to train on{why}; {', or '.join(remedies)}"
 
 
@@ -128,9 +128,9 @@ def pairs_by_source(pairs: Iterable[PreferencePair]) -> dict[str, int]:
 def mix_faults(stage: str, ai: bool, human: tuple[PairSource, ...], human_share: float | None) -> list[str]:
     """What is wrong with a stage's `ai`, `human` and `human_share`, starting with the key at fault."""
     if not ai and not human:
-        return [f"{stage}.human: no pairs to train on; name some, or set `ai: true`"]
+        return [f"{stage}.human: no pairs to train on; give some, or set `ai: true`"]
     if human_share is not None and not (ai and human):
-        return [f"{stage}.human_share: nothing to mix; name `human` pairs and set `ai: true`, or remove it"]
+        return [f"{stage}.human_share: nothing to mix; give `human` pairs and set `ai: true`, or remove it"]
     return []
 
 

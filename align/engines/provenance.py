@@ -38,9 +38,9 @@ class Provenance(Row):
     """How some texts or labels were made.
 
     `engine` is 'local' (a model in this process), 'server', 'rule' or 'scripted'. `model_digest` is the SHA-256 of the
-    weights. For a model on a server it is empty, `verified` is false, and `server_says` is the server's description of
-    its model. `settings` are those of the sampling, the judge or the loop. `seed` is the recipe's; the rows' seeds are
-    derived from it.
+    weights. If they were not read on this machine, it is empty and `verified` false; `server_says` is then a server's
+    description of its model. `settings` are those of the sampling, the judge or the loop. `seed` is the recipe's, from
+    which the seeds of the rows are derived.
     """
 
     id: str
