@@ -53,7 +53,7 @@ class PlainEngine:
     name = "plain"
     choice_method = "log-probabilities"
     depends_on_batch = False
-    read: int = 0
+    prefilled_tokens: int = 0
     tokens: dict[str, list[int]] = field(default_factory=dict)
 
     def complete(
@@ -65,7 +65,7 @@ class PlainEngine:
         for start in range(0, len(requests), self.rows):
             batch = requests[start : start + self.rows]
             prompts = [prompt_ids(self.tokenizer, request.messages) for request in batch]
-            self.read += sum(map(len, prompts))
+            self.prefilled_tokens += sum(map(len, prompts))
             ids, mask = left_padded(prompts, pad_id, torch.device("cpu"))
             width = ids.shape[1]
             out = self.model.generate(
@@ -159,7 +159,7 @@ def run(
     chains = loop.run(samples, rounds)
     seconds = time.perf_counter() - start
     turns = [[text for each in chain.rounds for text in (each.critique, each.revision)] for chain in chains]
-    return Outcome(seconds, engine.read, turns)
+    return Outcome(seconds, engine.prefilled_tokens, turns)
 
 
 def same_share(ours: Outcome, plain: Outcome) -> tuple[float, float]:

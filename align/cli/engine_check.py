@@ -71,5 +71,5 @@ def _table(title: str, findings: list[Finding]) -> Table:
     for column in ("tried", "can", "seen"):
         table.add_column(column)
     for finding in findings:
-        table.add_row(finding.what, MARKS[finding.can], escape(finding.seen))
+        table.add_row(finding.capability, MARKS[finding.supported], escape(finding.observed))
     return table

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from align.constitution.constitution import Constitution
-from align.engines.provenance import Provenance, label_provenance, settle_judge
+from align.engines.provenance import Provenance, label_provenance, pin_judge
 from align.evaluation.report import BASE, TIED, EvaluatedSample
 from align.figures.statistics import Estimate
 from align.run.stage import Context
@@ -54,7 +54,7 @@ def judge_samples(
     if problems := judge_problems(constitution, block):
         return problems[0]
     judge = open_judge(block, context.shared["model"], constitution, seed=context.seed)
-    settle_judge(judge.engine, context.output)
+    pin_judge(judge.engine, context.output)
     found = examine_judge(judge, context.output / "probes.journal")
     if block.kind != "rule" and not block.allow_chance and found.low <= 0.5:
         return f"judge {judge.name} is not shown to be better than chance ({found})"

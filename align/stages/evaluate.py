@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator
 
 from align.constitution.constitution import Constitution, load_constitution
-from align.data.prompts import drawn_prompts
+from align.data.prompts import draw_prompts
 from align.engines.engine import Completed, Engine, Request
 from align.engines.provenance import PROVENANCE, Provenance, text_provenance, write_provenance
 from align.errors import InputError
@@ -135,7 +135,7 @@ def held_out_prompts(context: Context) -> list[Prompt]:
     prompts = [prompt for prompt in read_rows(path, Prompt) if prompt.split == SPLIT]
     if not prompts:
         raise InputError(f"{path}: no prompt in the split {SPLIT}; raise `prompts.split.{SPLIT}` or give more prompts")
-    return drawn_prompts(prompts, context.settings.limit, "held out")
+    return draw_prompts(prompts, context.settings.limit, "held out")
 
 
 def drawn_samples(context: Context, prompts: Sequence[Prompt], made: dict[str, Provenance]) -> list[EvaluatedSample]:

@@ -18,7 +18,7 @@ from align.engines.provenance import (
     PROVENANCE,
     Provenance,
     label_provenance,
-    settle_judge,
+    pin_judge,
     text_provenance,
     write_constitution,
     write_provenance,
@@ -129,7 +129,7 @@ class ReviseStage(Stage):
             seed=seed,
             engine=engine if judge_block.engine == settings.engine else None,
         )
-        settle_judge(judge.engine, context.output)
+        pin_judge(judge.engine, context.output)
         report = examine_judge(judge, context.output / "probes.journal")
         require_better_than_chance(judge, report)
 
