@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
-from align.constitution.constitution import Constitution, load_constitution
+from align.constitution.constitution import Constitution
+from align.constitution.loading import load_constitution
 from align.figures.text_metrics import words
 
 CONSTITUTION = Path(__file__).parents[1] / "constitutions" / "style-asking.yaml"

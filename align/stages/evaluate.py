@@ -13,7 +13,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from align.constitution.constitution import Constitution, load_constitution
+from align.constitution.constitution import Constitution
+from align.constitution.loading import load_constitution
 from align.data.prompts import drawn_prompts
 from align.engines.engine import Completed, Engine, Request
 from align.engines.provenance import PROVENANCE, Provenance, text_provenance, write_provenance

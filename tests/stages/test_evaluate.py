@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from align.constitution.constitution import load_constitution
+from align.constitution.loading import load_constitution
 from align.data.chat import prompt_ids
 from align.engines.provenance import read_provenance
 from align.errors import InputError

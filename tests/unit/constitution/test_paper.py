@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from align.constitution.constitution import load_constitution
+from align.constitution.loading import load_constitution
 from align.constitution.paper import (
     CRITIQUES,
     EXAMPLES,
@@ -79,8 +79,8 @@ def test_worked_examples_lose_nothing_but_the_dangling_turn() -> None:
 
 
 @published
-def test_worked_examples_alone_are_no_constitution() -> None:
-    with pytest.raises(InputError, match="no principles in it"):
+def test_worked_examples_alone_are_not_a_constitution() -> None:
+    with pytest.raises(InputError, match="contains no principles"):
         load_constitution(PAPER / EXAMPLES)
 
 
@@ -102,12 +102,12 @@ def test_brackets_in_a_text_are_left_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         ("{", "not JSON"),
-        ("[1]", "not as the Constitutional AI paper published it"),
+        ("[1]", "not in the form that the Constitutional AI paper published"),
         ('{"a": {"prompt": ["x"], "edit_request": "y"}}', "CritiqueRequest"),
-        ("[]", "no principles in it"),
+        ("[]", "contains no principles"),
         (
             '{"Bad Id": {"prompt": ["\\n\\nCritiqueRequest: x\\n\\nCritique:"], "edit_request": '
             '"\\n\\nRevisionRequest: y\\n\\nRevision:"}}',
@@ -115,11 +115,11 @@ def test_brackets_in_a_text_are_left_alone(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_other_json_is_refused(tmp_path: Path, content: str, told: str) -> None:
+def test_other_json_is_refused(tmp_path: Path, content: str, message: str) -> None:
     path = tmp_path / "x.json"
     path.write_text(content)
 
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=message):
         load_constitution(path)
 
 
