@@ -8,8 +8,8 @@
 | RLMadisonFewShotPrompts.json | probes and worked choices, dealt out in turn to the principles with `compare` |
 | RLMadisonPrecogFewShotPrompts.json | worked choices with a chain of thought |
 
-The paper revises by one list of principles and compares by another; they stay separate here. The `render_*` functions
-undo the parsing byte for byte.
+The paper revises by one list of principles and compares by another; they stay separate here. `framed` undoes
+`unframed` byte for byte.
 """
 
 import json
@@ -39,21 +39,6 @@ _CHOICE = re.compile(
     r"\s*Assistant: Let's think step by step:(?P<reasoning>.*)Human:\s*So the answer is: \((?P<answer>[AB])\)\s*",
     re.DOTALL,
 )
-
-
-def render_critique_request(critique: str) -> str:
-    """The request in the frame of the paper's file."""
-    return _framed("critique", critique)
-
-
-def render_revision_request(revision: str) -> str:
-    """The request in the frame of the paper's file."""
-    return _framed("revision", revision)
-
-
-def render_question(compare: str) -> str:
-    """The question in the frame of the paper's file."""
-    return _framed("compare", compare)
 
 
 def paper_content(path: Path) -> dict[str, Any]:
@@ -105,13 +90,14 @@ def _parsed(path: Path, parse: Callable[[Any], list[dict[str, Any]]]) -> list[di
         ) from None
 
 
-def _framed(kind: str, text: str) -> str:
+def framed(kind: str, text: str) -> str:
+    """A `critique`, `revision` or `compare` in the frame that it has in the paper's file."""
     before, after = _FRAMES[kind]
     return f"{before}{text}{after}"
 
 
 def unframed(kind: str, text: str) -> str:
-    """The text inside the frame of a `critique`, `revision` or `compare`.
+    """The text inside the frame.
 
     Raises:
         ValueError: the text does not have this frame.

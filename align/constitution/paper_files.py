@@ -16,9 +16,7 @@ from align.constitution.paper import (
     QUESTIONS,
     REASONED,
     SPEAKER,
-    render_critique_request,
-    render_question,
-    render_revision_request,
+    framed,
     unframed,
 )
 from align.errors import InputError
@@ -109,7 +107,7 @@ def render_choice(talk: Transcript, question: str, a: str, b: str) -> str:
     """A choice in the paper's form, to be answered with a letter."""
     return (
         f"\n\nConsider the following conversation between a human and an assistant:{render_transcript(talk)}"
-        f"\n\n{render_question(question)}\n (A) [[[{a}]]]\n (B) [[[{b}]]]\n\nThe answer is:"
+        f"\n\n{framed('compare', question)}\n (A) [[[{a}]]]\n (B) [[[{b}]]]\n\nThe answer is:"
     )
 
 
@@ -150,8 +148,8 @@ def _parse_requests(content: Mapping[str, Any]) -> dict[str, tuple[tuple[str, ..
 def _render_requests(content: Mapping[str, tuple[tuple[str, ...], str]]) -> Any:
     return {
         name: {
-            "prompt": [render_critique_request(critique) for critique in critiques],
-            "edit_request": render_revision_request(revision),
+            "prompt": [framed("critique", critique) for critique in critiques],
+            "edit_request": framed("revision", revision),
         }
         for name, (critiques, revision) in content.items()
     }
@@ -194,7 +192,7 @@ def _each(convert: Converter) -> Converter:
 _FILES: dict[str, tuple[Converter, Converter]] = {
     CRITIQUES: (_parse_requests, _render_requests),
     EXAMPLES: (_each(parse_transcript), _each(render_transcript)),
-    QUESTIONS: (_each(lambda text: unframed("compare", text)), _each(render_question)),
+    QUESTIONS: (_each(lambda text: unframed("compare", text)), _each(lambda text: framed("compare", text))),
     PROBES: (_each(_parse_worked_choice), _each(_render_worked_choice)),
     REASONED: (
         _each(_parse_reasoned_choice),

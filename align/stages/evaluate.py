@@ -116,7 +116,7 @@ class Evaluate(Stage):
             samples += best_of_each(candidates, best_of_name(n))
         judged = judge_samples(samples, constitution, context)
         if isinstance(judged, Judged):
-            samples = [judged.beside(sample) for sample in samples]
+            samples = [judged.annotate(sample) for sample in samples]
             made[judged.provenance.id] = judged.provenance
         report = make_report(samples, constitution, judged, context)
         write_provenance(context.output, made.values())
