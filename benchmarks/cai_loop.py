@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from align.constitution.constitution import load_constitution
+from align.constitution.loading import load_constitution
 from align.data.chat import prompt_ids, token_ids
 from align.data.prompts import read_prompts
 from align.engines.engine import ChoiceRequest, ChoiceScores, Completed, Request

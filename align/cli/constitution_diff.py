@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from align.constitution.constitution import load_constitution
+from align.constitution.loading import load_constitution
 from align.evaluation.report import share_text
 from align.figures.tables import Sheet, conversation_text, page, print_sheet, print_written
 from align.results.constitution_diff import PLACEBO, ConstitutionDiff, Labelling, beside, diff_constitutions, placebo_of

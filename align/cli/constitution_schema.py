@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from align.constitution.constitution import ConstitutionFile
+from align.constitution.schema import ConstitutionFile
 
 
 def constitution_schema() -> dict[str, Any]:

@@ -5,7 +5,9 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.markup import escape
 
-from align.constitution.constitution import Constitution, Principle, load_constitution
+from align.constitution.constitution import Constitution
+from align.constitution.loading import load_constitution
+from align.constitution.principles import Principle
 from align.errors import InputError
 from align.figures.tables import printable
 

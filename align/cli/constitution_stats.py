@@ -8,7 +8,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from align.constitution.constitution import Constitution, load_constitution
+from align.constitution.constitution import Constitution
+from align.constitution.loading import load_constitution
 from align.engines.provenance import CONSTITUTION, read_constitution
 from align.errors import InputError
 from align.feedback.agreement import Agreement, Label, Shares

@@ -12,7 +12,8 @@ from typing import Any
 
 from rich.console import Console
 
-from align.constitution.constitution import Constitution, load_constitution
+from align.constitution.constitution import Constitution
+from align.constitution.loading import load_constitution
 from align.engines.provenance import CONSTITUTION, Provenance, read_constitution
 from align.errors import InputError
 from align.records import Demonstration, Prompt, read_rows

@@ -11,7 +11,8 @@ from typing import Any
 
 from rich.console import Console
 
-from align.constitution.constitution import Constitution, load_constitution
+from align.constitution.constitution import Constitution
+from align.constitution.loading import load_constitution
 from align.data.pairs import read_pairs
 from align.errors import InputError
 from align.feedback.calibration import calibration_figures, calibration_sheets

@@ -63,7 +63,7 @@ def study_json(study: Study) -> dict[str, Any]:
         "sft": {name: asdict(moments) for name, moments in study.sft.items()},
         "prompts": study.prompts,
         "candidates": study.candidates,
-        "sampled_differently": list(study.unlike),
+        "sampled_differently": list(study.sampled_differently),
         "curves": {
             curve.name: {
                 "law": curve.law.formula,
@@ -134,8 +134,10 @@ def _remarks(study: Study) -> tuple[str, ...]:
         "in standard deviations of its completions' rewards. Intervals are 95%, over prompts.",
         "The KL of best-of-n is its bound log n - (n - 1)/n; PPO's is estimated from its rollouts (k1).",
     ]
-    if study.unlike:
-        remarks.append(f"ppo and evaluate sample with different {', '.join(study.unlike)}: the curves start apart.")
+    if study.sampled_differently:
+        remarks.append(
+            f"ppo and evaluate sample with different {', '.join(study.sampled_differently)}: the curves start apart."
+        )
     return tuple(remarks)
 
 

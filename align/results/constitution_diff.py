@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from align.constitution.constitution import Constitution, load_constitution
+from align.constitution.constitution import Constitution
+from align.constitution.loading import load_constitution
 from align.constitution.text_diff import Change, text_changes
 from align.engines.engine import Engine
 from align.errors import InputError

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from align.constitution.constitution import Constitution, Principle
+from align.constitution.constitution import Constitution
+from align.constitution.principles import Principle
 from align.engines.provenance import Provenance
 from align.results.exported_rows import DATA_SETS, DRAWN, TRAIN, public_path
 from align.results.published import PublishedRun

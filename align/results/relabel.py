@@ -12,7 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from align.constitution.constitution import Constitution, Principle
+from align.constitution.constitution import Constitution
+from align.constitution.principles import Principle
 from align.engines.provenance import PROVENANCE, Provenance, read_provenance, write_constitution
 from align.engines.recorded import RecordedEngine
 from align.errors import InputError

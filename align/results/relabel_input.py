@@ -7,7 +7,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from align.constitution.constitution import Constitution, load_constitution
+from align.constitution.constitution import Constitution
+from align.constitution.loading import load_constitution
 from align.engines.provenance import CONSTITUTION, PROVENANCE, read_constitution
 from align.errors import FileProblems, InputError, Problem
 from align.feedback.judged_revisions import FILES as REVISION_FILES

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from align.constitution.constitution import load_constitution, sound_constitution
+from align.constitution.loading import load_constitution, try_load_constitution
 from align.data.pairs import gather_pairs
 from align.data.prompts import stream_drawn_prompts
 from align.engines.engine import Completed, Request
@@ -129,7 +129,7 @@ class CompareStage(Stage):
     def check(self, settings: CompareBlock, shared: Mapping[str, Any]) -> list[str]:
         from align.feedback.judge import labelling_problems
 
-        constitution = sound_constitution(shared["constitution"])
+        constitution = try_load_constitution(shared["constitution"])
         return labelling_problems(constitution, shared["judge"]) if constitution else []
 
     def run(self, context: Context) -> Outcome:

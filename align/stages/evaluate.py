@@ -13,7 +13,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from align.constitution.constitution import Constitution, load_constitution
+from align.constitution.constitution import Constitution
+from align.constitution.loading import load_constitution
 from align.data.prompts import draw_prompts
 from align.engines.engine import Completed, Engine, Request
 from align.engines.provenance import PROVENANCE, Provenance, text_provenance, write_provenance
@@ -115,7 +116,7 @@ class Evaluate(Stage):
             samples += best_of_each(candidates, best_of_name(n))
         judged = judge_samples(samples, constitution, context)
         if isinstance(judged, Judged):
-            samples = [judged.beside(sample) for sample in samples]
+            samples = [judged.annotate(sample) for sample in samples]
             made[judged.provenance.id] = judged.provenance
         report = make_report(samples, constitution, judged, context)
         write_provenance(context.output, made.values())

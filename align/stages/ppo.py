@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from align.constitution.constitution import load_constitution, sound_constitution
+from align.constitution.loading import load_constitution, try_load_constitution
 from align.engines.engine import EngineIdentity
 from align.engines.provenance import PROVENANCE, Provenance, sampling_settings, write_provenance
 from align.errors import InputError
@@ -43,7 +43,7 @@ class Ppo(Stage):
 
         if not settings.asks_judge:
             return []
-        constitution = sound_constitution(shared["constitution"])
+        constitution = try_load_constitution(shared["constitution"])
         return labelling_problems(constitution, shared["judge"]) if constitution else []
 
     def files(self, settings: PpoBlock) -> tuple[str, ...]:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from align.constitution.constitution import Constitution, load_constitution, sound_constitution
+from align.constitution.constitution import Constitution
+from align.constitution.loading import load_constitution, try_load_constitution
 from align.data.prompts import with_split
 from align.engines.provenance import (
     CONSTITUTION,
@@ -99,7 +100,7 @@ class ReviseStage(Stage):
         from align.feedback.critique import revising_principles
         from align.feedback.judge import labelling_problems
 
-        constitution = sound_constitution(shared["constitution"])
+        constitution = try_load_constitution(shared["constitution"])
         if constitution is None:
             return _unread(settings)
         problems = [*_unread(settings), *labelling_problems(constitution, shared["judge"])]

@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from align.constitution.constitution import Constitution, Principle
+from align.constitution.constitution import Constitution
+from align.constitution.principles import Principle
 from align.errors import AlignError
 from align.feedback.direct import DirectScores
 from align.feedback.judge import Judge

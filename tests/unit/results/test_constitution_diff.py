@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from align.__main__ import main
-from align.constitution.constitution import Constitution, Principle, load_constitution
+from align.constitution.constitution import Constitution
+from align.constitution.loading import load_constitution
+from align.constitution.principles import Principle
 from align.constitution.text_diff import text_changes, word_diff
 from align.engines.scripted import ScriptedEngine
 from align.feedback.agreement import Label
