@@ -164,13 +164,15 @@ def test_what_cannot_be_exported_is_told_before_anything_is_written(
         return capsys.readouterr().err
 
     assert "no such folder" in told(run.root / "gone")
-    assert f"not a run, for no stage is done in it; there are {run.own.name} below it" in told(run.own.parent)
+    assert f"not a run, since no stage is done in it; it contains the runs {run.own.name}: name one" in told(
+        run.own.parent
+    )
     assert f"it is the folder of one stage: name {run.own}" in told(run.own / "sft")
     assert "not empty; name another folder with --output, or add --overwrite" in told(run.own, to=run.root)
     assert "is a file" in told(run.own, to=run.root / "tiny.yaml")
     other = run.root / "other.yaml"
     other.write_text((run.root / "letter.yaml").read_text().replace("letter e", "letter i"))
-    assert "is of another; name its own" in told(run.own, "--constitution", str(other))
+    assert "used another; name its own" in told(run.own, "--constitution", str(other))
     with (run.own / "compare/pairs.jsonl").open("a") as file:
         file.write("\n")
     assert "has changed since `compare` wrote it" in told(run.own)
@@ -272,9 +274,9 @@ def test_labels_made_again_are_exported_by_themselves(
     labels = [each for row in data["train"] if (each := row["judge_provenance"]) and each["stage"] == "compare"]
     assert labels and all(json.loads(each["settings"])["clamp"] == 0.3 for each in labels)
     card = DatasetCard.load(output / "README.md").content
-    assert "made again by `align relabel`" in card and "| source |" not in card
+    assert "recomputed by `align relabel`" in card and "| source |" not in card
     assert "\n# again\n" in card and tmp_path.name not in card, "the folder above may have its owner's name"
     capsys.readouterr()
     words = ("export", str(again), "--output", str(tmp_path / "sft"), "--what", "sft")
     assert in_process(run.root, monkeypatch, *words) == 2
-    assert "no rows of `sft`; export the run they are of" in capsys.readouterr().err
+    assert "no rows of `sft`; export their run instead" in capsys.readouterr().err

@@ -283,7 +283,7 @@ def test_what_was_never_asked_is_told(world: World) -> None:
     stage = compare(world, {"kind": "choice"})
     other = constitution(world.root / "other.yaml", calm={"text": "Be very calm."})
 
-    with pytest.raises(InputError, match=r"never asked about principle 'calm' in these words.*run `compare`"):
+    with pytest.raises(InputError, match=r"never asked about principle 'calm' with this text.*run `compare`"):
         relabel(stage, world.root / "again", constitution=other)
     assert not (world.root / "again").exists()
 
@@ -297,18 +297,24 @@ def test_scores_given_beside_other_documents_are_not_taken_for_these(world: Worl
     relabel(stage, world.root / "same", constitution=str(path))
     assert same_labels(stage, world.root / "same")
     facts.write_text("Questions end with two marks.")
-    with pytest.raises(InputError, match=r"never asked about principle 'asks' .*beside these documents"):
+    with pytest.raises(InputError, match=r"never asked about principle 'asks' .*and these documents"):
         relabel(stage, world.root / "again", constitution=str(path))
 
 
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"overrides": ["judge.kind=contrast"]}, r"--set judge\.kind=contrast: labels are made again by judge\.clamp"),
+        (
+            {"overrides": ["judge.kind=contrast"]},
+            r"--set judge\.kind=contrast: relabelling can only change judge\.clamp",
+        ),
         ({"overrides": ["judge.clamp=0.7"]}, r"judge\.clamp: .*0\.5"),
         ({"principles": ["asks", "loud"]}, "--principles loud: no such principle in 'four'; it has asks"),
         ({"principles": ["ask"]}, "--principles ask: no such principle in 'four'; did you mean `asks`?"),
-        ({"overrides": ["judge.clamps=0.1"]}, r"--set judge\.clamps=0\.1: .* alone; did you mean `judge\.clamp`\?"),
+        (
+            {"overrides": ["judge.clamps=0.1"]},
+            r"--set judge\.clamps=0\.1: relabelling can only change .*; did you mean `judge\.clamp`\?",
+        ),
     ],
 )
 def test_bad_settings_are_told(world: World, options: dict[str, Any], told: str) -> None:
@@ -330,7 +336,7 @@ def test_the_command_finds_a_run_s_labels_and_overwrites_nothing(
     assert max(pair.probability for pair in pairs) == 0.8
     before = file_digest(world.root / "new/pairs.jsonl")
     assert main(command) == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
     assert main(["relabel", str(world.root / "sample"), "--output", str(world.root / "x")]) == 2
     assert "no finished `compare`" in capsys.readouterr().err
     assert file_digest(world.root / "new/pairs.jsonl") == before

@@ -101,7 +101,7 @@ def test_an_engine_that_cannot_be_had_is_told_and_the_others_are_tried(
         (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
         assert main(["engine", "check", "--recipe", str(tmp_path / "recipe.yaml")]) == 2
     shown = capsys.readouterr()
-    assert shown.err.startswith("sample.engine") and "org/gone, here: model org/gone: no such folder" in shown.err
+    assert shown.err.startswith("sample.engine") and "org/gone, local: model org/gone: no such folder" in shown.err
     assert "revise.engine: served at" in shown.out
 
 

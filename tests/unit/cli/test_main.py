@@ -81,7 +81,7 @@ def test_a_traceback_is_shown_when_asked_for(
 
 def test_an_interruption_ends_with_130(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "letters", "--recipe", "recipe.yaml", "--set", "letters.fail=once"]) == 130
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "run the same command again to resume" in capsys.readouterr().err
     assert main(["run", "letters", "--recipe", "recipe.yaml", "--set", "letters.fail=once"]) == 0
 
 
@@ -89,9 +89,12 @@ def test_an_interruption_ends_with_130(capsys: pytest.CaptureFixture[str]) -> No
     ("words", "said"),
     [
         (["run", "letters"], "which recipe? Add --recipe FILE"),
-        (["run", "dance", "--recipe", "recipe.yaml"], "align run dance: no such stage; there are capitals, compare"),
+        (
+            ["run", "dance", "--recipe", "recipe.yaml"],
+            "align run dance: no such stage; the stages are capitals, compare",
+        ),
         (["run", "dance"], "align run dance: no such stage"),
-        (["run", "recipe.yaml", "--recipe", "recipe.yaml"], "align run recipe.yaml: name the recipe once"),
+        (["run", "recipe.yaml", "--recipe", "recipe.yaml"], "align run recipe.yaml: the recipe is named twice"),
         (["launch", "all"], "which recipe? Add --recipe FILE"),
         (["launch", "dance", "--recipe", "recipe.yaml"], "recipe.yaml: no stage `dance` in this recipe"),
     ],
@@ -191,7 +194,7 @@ def test_chat_finds_the_model_in_a_stages_folder(
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
     assert main(["chat", "run/sft"]) == 0
     assert main(["chat", "run"]) == 2
-    assert "run: not a model; it holds run/sft" in capsys.readouterr().err
+    assert "run: not a model; the models in it: run/sft" in capsys.readouterr().err
 
 
 def test_a_reward_model_cannot_chat_and_says_who_can(
@@ -224,7 +227,7 @@ def test_chat_explains_its_commands_and_sends_none_of_them(
     assert main(["chat", str(tiny_model_dir)]) == 0
     shown = capsys.readouterr()
     assert shown.out == ""
-    explained = "/new starts a new conversation, Ctrl-C stops an answer, Ctrl-D ends.\n"
+    explained = "/new starts a new conversation, Ctrl-C stops an answer, Ctrl-D ends the chat.\n"
     assert shown.err == f"{explained}/dance: no such command. {explained}"
 
 
@@ -264,7 +267,7 @@ def test_an_interruption_ends_an_answer_and_in_a_terminal_nothing_else(
     monkeypatch.setattr("sys.stdin", stdin("Hello\nAgain\n"))
     assert main(["chat", str(tiny_model_dir)]) == code
     assert len(begun) == answers
-    assert "the same command goes on" not in capsys.readouterr().err
+    assert "run the same command again to resume" not in capsys.readouterr().err
 
 
 def test_the_settings_are_printed_as_the_page_has_them(capsys: pytest.CaptureFixture[str]) -> None:
@@ -275,7 +278,7 @@ def test_the_settings_are_printed_as_the_page_has_them(capsys: pytest.CaptureFix
 @pytest.mark.parametrize("option", ["--temperature=-1", "--temperature=nan", "--max-new-tokens=0"])
 def test_chat_refuses_a_setting_out_of_its_range(option: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["chat", "some/model", option]) == 2
-    assert "temperature must be a number from 0" in capsys.readouterr().err
+    assert "--temperature must be 0 or more" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -301,17 +304,17 @@ def test_a_stale_report_says_that_it_is_and_what_to_do(
 ) -> None:
     import dataclasses
 
-    import align.__main__
+    import align.cli.recipe_verbs
     from align.pipeline.plan import make_plan
 
     command = "`align run recipe.yaml --set seed=1`"
     for state, told in (
-        ("stale", f"evaluate: the figures below are stale (seed: 0 → 1); make them anew with {command}\n"),
+        ("stale", f"evaluate: the figures below are out of date (seed: 0 → 1); update them with {command}\n"),
         ("done", ""),
         ("missing", ""),
     ):
         step = dataclasses.replace(make_plan(load_recipe("recipe.yaml"))["letters"], state=state, why="seed: 0 → 1")
-        monkeypatch.setattr(align.__main__, "make_plan", lambda recipe, step=step: {"evaluate": step})
+        monkeypatch.setattr(align.cli.recipe_verbs, "make_plan", lambda recipe, step=step: {"evaluate": step})
         assert main(["report", "recipe.yaml", "--set", "seed=1"]) == 0
         assert capsys.readouterr().err == told
 

@@ -16,8 +16,9 @@ from align.constitution.constitution import Constitution
 from align.constitution.principles import Principle
 from align.engines.engine import EngineIdentity
 from align.engines.provenance import Provenance
-from align.results.export_card import CardContent, card_text, fenced, principle_text, public, shown
-from align.results.exported_rows import public_path
+from align.results.card_methods import principle_text
+from align.results.export_card import CardContent, card_text
+from align.results.public_text import escaped, fenced, public_path, public_settings
 from align.results.published import PublishedRun
 from align.run.artefacts import Manifest
 
@@ -146,14 +147,14 @@ def test_a_block_shows_its_text_as_it_is() -> None:
 
 def test_a_line_shows_its_words_as_they_are() -> None:
     text = "a *b* _c_ `d` | [e](f) <g> &amp; ~h~ $i$ \\j"
-    assert Tags(MARKDOWN.renderInline(shown(text))).text == text
+    assert Tags(MARKDOWN.renderInline(escaped(text))).text == text
 
 
 def test_texts_are_shown_as_they_are_and_files_of_the_same_name_each() -> None:
     texts = {"system_prompt": "/no_think Answer in 1/2 lines", "stop": "/end", "target_modules": "../x"}
-    assert public(texts) == texts
+    assert public_settings(texts) == texts
     files = {"/home/a/rows.jsonl": "1", "/home/b/rows.jsonl": "2"}
-    assert public({"files": files}) == {"files": [["rows.jsonl", "1"], ["rows.jsonl", "2"]]}
+    assert public_settings({"files": files}) == {"files": [["rows.jsonl", "1"], ["rows.jsonl", "2"]]}
 
 
 def test_settings_are_shown_without_folders_addresses_and_texts_of_further_keys() -> None:
@@ -169,7 +170,7 @@ def test_settings_are_shown_without_folders_addresses_and_texts_of_further_keys(
             {"path": "~/secret/x"},
         ],
     }
-    told = json.dumps(public(given_settings))
+    told = json.dumps(public_settings(given_settings))
     assert not [word for word in ("secret", "hush", "inner.example", "/home") if word in told]
     assert all(word in told for word in ("model", "rows.jsonl", "Anthropic/hh-rlhf", '"top_k": 0', "token"))
 
@@ -207,7 +208,7 @@ def test_only_paths_that_lead_out_of_the_folder_are_cut(path: str, shown_path: s
 )
 def test_a_judge_is_named_without_folders(judge: str, shown_judge: str) -> None:
     figures = {"judge": judge, "n": 0, "accuracy": 0.5}
-    assert f"`{shown_judge}`: tested on no probes" in judged(judge=figures)
+    assert f"`{shown_judge}`: not tested on any probes" in judged(judge=figures)
 
 
 def judged(**figures: Any) -> str:
@@ -273,5 +274,5 @@ def test_labels_that_stand_as_they_were_are_not_called_made_again(standing: int)
     compare = dataclasses.replace(given.run.manifests["revise"], stage="compare", counts=counts)
     run = dataclasses.replace(given.run, manifests={"compare": compare}, relabelled=True)
     told = card_text(dataclasses.replace(given, run=run))
-    assert "made again by `align relabel`" in told
-    assert (f"Those of {standing} revisions beside their originals stand as" in told) == (standing > 0)
+    assert "recomputed by `align relabel`" in told
+    assert (f"{standing} revision pairs keep the label that" in told) == (standing > 0)

@@ -1,33 +1,23 @@
-"""How the labels of the same pairs move when the constitution changes: flips, size, who pulls where."""
+"""Measures how the labels of the same pairs differ between two labellings, for `align constitution diff`.
+
+It reports flipped labels, the size of the changes, and which principles sided with which label.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from align.feedback.agreement import Label, side_of
 from align.figures.statistics import Estimate, clustered_share_estimate
-from align.records import Conversation
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Two completions of a prompt; `prompt_id` groups the pairs of one prompt. `a_preferred`: people chose A."""
-
-    id: str
-    prompt_id: str
-    prompt: Conversation
-    a: str
-    b: str
-    category: str = ""
-    a_preferred: bool | None = None
+from align.results.judged_pairs import Pair
 
 
 @dataclass(frozen=True)
 class Movement:
-    """From one labelling of `pairs` pairs to another.
+    """How the labels of `pairs` pairs differ between two labellings.
 
-    `flipped`: of the pairs that both decide (`both`), the share whose sides are opposite. `change`: mean of |p' - p|
-    over all pairs, an undecided one counting as one half. Intervals are 95%, over prompts. `one`, `other`: how many
-    pairs each labelling decides.
+    `one`, `other` and `both` count the pairs that each labelling and both of them decide. `flipped` is the share of
+    `both` that get opposite labels. `change` is the mean of |p' - p| over all pairs; p is 0.5 for an undecided pair.
+    Intervals are 95%, over prompts.
     """
 
     pairs: int
@@ -40,10 +30,11 @@ class Movement:
 
 @dataclass(frozen=True)
 class PrinciplePull:
-    """One principle beside the two labellings.
+    """One principle compared with the two labellings.
 
-    `with_a`, `with_b`: of the pairs that the principle and the labelling decide, the share on the same side. On the
-    pairs that flip, `to_a` and `to_b` count those on which the principle sides with A's label and with B's.
+    `owner` is the constitution that the principle belongs to. `with_a` and `with_b` are the shares of pairs on which
+    the principle agrees with A's and with B's label, among the pairs that both decide. `to_a` and `to_b` count the
+    flipped pairs on which the principle sides with A's label and with B's.
     """
 
     owner: str
@@ -57,14 +48,14 @@ class PrinciplePull:
 
 @dataclass(frozen=True)
 class SharedPrinciple:
-    """A principle of both constitutions, judged by itself: how its own labels move from A's text to B's."""
+    """A principle that both constitutions have: how the labels it gives alone move from A's text to B's."""
 
     principle: str
     movement: Movement
 
 
-def movement(pairs: Sequence[Pair], one: Sequence[Label], other: Sequence[Label], seed: int = 0) -> Movement:
-    """How the pairs' labels move; there must be at least one pair."""
+def label_movement(pairs: Sequence[Pair], one: Sequence[Label], other: Sequence[Label], seed: int = 0) -> Movement:
+    """How the pairs' labels differ; there must be at least one pair."""
     sides = [(before.side, after.side) for before, after in zip(one, other, strict=True)]
     both = [place for place, (x, y) in enumerate(sides) if x and y]
     flips = [float(sides[place][0] != sides[place][1]) for place in both]
@@ -80,13 +71,13 @@ def movement(pairs: Sequence[Pair], one: Sequence[Label], other: Sequence[Label]
     )
 
 
-def beyond(moved: Movement, null: Movement) -> bool:
-    """Whether the flips' whole interval lies above the null's interval."""
+def moved_beyond(moved: Movement, null: Movement) -> bool:
+    """Whether the interval of the flipped share lies wholly above the null's."""
     return bool(moved.flipped and null.flipped and moved.flipped.low > null.flipped.high)
 
 
-def pulls(one: Sequence[Label], other: Sequence[Label]) -> list[PrinciplePull]:
-    """Every principle of A, then of B, beside both labellings."""
+def principle_pulls(one: Sequence[Label], other: Sequence[Label]) -> list[PrinciplePull]:
+    """Every principle of A, then of B, compared with both labellings."""
     return [
         _pull(owner, name, [label.by_principle.get(name) for label in labels], one, other)
         for owner, labels in (("A", one), ("B", other))
@@ -97,7 +88,7 @@ def pulls(one: Sequence[Label], other: Sequence[Label]) -> list[PrinciplePull]:
 def shared_principles(
     pairs: Sequence[Pair], one: Sequence[Label], other: Sequence[Label], seed: int = 0
 ) -> list[SharedPrinciple]:
-    """The principles that both constitutions have under one id, each on the pairs that it judged in both."""
+    """The principles whose id both constitutions have, each on the pairs that it judged in both."""
     first = dict.fromkeys(name for label in one for name in label.by_principle)
     found = []
     for name in first:
@@ -107,20 +98,20 @@ def shared_principles(
             if name in row[1].by_principle and name in row[2].by_principle
         ]
         if rows:
-            own = [(_alone(before, name), _alone(after, name)) for _, before, after in rows]
-            moved = movement([pair for pair, _, _ in rows], [a for a, _ in own], [b for _, b in own], seed)
+            own = [(_label_by(before, name), _label_by(after, name)) for _, before, after in rows]
+            moved = label_movement([pair for pair, _, _ in rows], [a for a, _ in own], [b for _, b in own], seed)
             found.append(SharedPrinciple(name, moved))
     return found
 
 
-def largest(one: Sequence[Label], other: Sequence[Label], count: int) -> list[int]:
-    """Places of the pairs whose probability moves most, the largest first; those that don't move are left out."""
+def largest_changes(one: Sequence[Label], other: Sequence[Label], count: int) -> list[int]:
+    """Indices of the pairs whose probability changes most, the largest change first; unchanged pairs are left out."""
     changes = [abs(after.or_half - before.or_half) for before, after in zip(one, other, strict=True)]
     order = sorted(range(len(changes)), key=lambda place: -changes[place])
     return [place for place in order[:count] if changes[place] > 0]
 
 
-def _alone(label: Label, name: str) -> Label:
+def _label_by(label: Label, name: str) -> Label:
     p = label.by_principle[name]
     return Label(p if side_of(p) else None, {})
 
