@@ -131,23 +131,11 @@ def _diagonal_remark(crossed: CrossedRules) -> str:
 
 def _null_sheet(a: Run, b: Run, null: Run) -> Sheet:
     moves = against_null(a, b, null)
-    rows = tuple(
-        (
-            each.policy,
-            each.principle,
-            share_text(each.a),
-            share_difference_text(each.to_b),
-            share_difference_text(each.to_c),
-            "yes" if each.beyond_null else "no",
-        )
-        for each in moves
-    )
+    rows: list[tuple[str, ...]] = []
+    for each in moves:
+        shares = (share_text(each.a), share_difference_text(each.to_b), share_difference_text(each.to_c))
+        rows.append((each.policy, each.principle, *shares, "yes" if each.beyond_null else "no"))
     beyond = sum(each.beyond_null for each in moves)
     remark = f"For {beyond} of {len(moves)} shares, the whole interval of B - A is further from 0 than that of C - A."
-    return Sheet(
-        "compared with null run C",
-        ("policy", "rule", "A", "B - A", "C - A", "B moved further"),
-        rows,
-        (remark,),
-        labels=2,
-    )
+    columns = ("policy", "rule", "A", "B - A", "C - A", "B moved further")
+    return Sheet("compared with null run C", columns, tuple(rows), (remark,), labels=2)

@@ -62,13 +62,8 @@ def print_diff(
     settings = judge_from_options(kind, model, run_judge)
     settings = replace(settings, draws_principle=settings.draws_principle or draws_principle)
     found = pairs_of(pairs) if pairs else probe_pairs([load_constitution(a), load_constitution(b)])
-    diff = diff_constitutions(
-        (a, b),
-        drawn_pairs(found, limit),
-        settings,
-        null or file_beside(a, f"{a.stem}-paraphrased.yaml"),
-        placebo or placebo_of(a),
-    )
+    controls = (null or file_beside(a, f"{a.stem}-paraphrased.yaml"), placebo or placebo_of(a))
+    diff = diff_constitutions((a, b), drawn_pairs(found, limit), settings, *controls)
     source = f"the pairs of {pairs}" if pairs else "the constitutions' own probes (for a run's pairs, add --pairs RUN)"
     console = console or Console()
     title = f"{diff.a.constitution.id} and {diff.b.constitution.id}"
@@ -97,7 +92,7 @@ def _texts_sheet(diff: ConstitutionDiff) -> Sheet:
 
 def _judged_sheet(diff: ConstitutionDiff, source: str) -> Sheet:
     rows = tuple((each.role, each.constitution.key, _probes(each)) for each in (diff.a, diff.b, *diff.others))
-    remarks = [f"Judge: {diff.judge}. Pairs: {len(diff.pairs)} pairs, {source}."]
+    remarks = [f"Judge: {diff.judge}. It labelled {len(diff.pairs)} pairs: {source}."]
     remarks += [
         f"On the probes of {each.role}, the judge is not shown to be better than chance: its labels may be noise."
         for each in (diff.a, diff.b, *diff.others)
@@ -149,20 +144,12 @@ def _label_remarks(diff: ConstitutionDiff) -> Iterator[str]:
 
 def _principles_sheet(diff: ConstitutionDiff) -> Sheet:
     columns = ("of", "principle", "decided", "agrees with A", "agrees with B", "flips for A", "flips for B")
-    rows = tuple(
-        (
-            each.owner,
-            each.principle,
-            str(each.decided),
-            _share(each.with_a),
-            _share(each.with_b),
-            str(each.to_a),
-            str(each.to_b),
-        )
-        for each in diff.pulls
-    )
+    rows = []
+    for each in diff.pulls:
+        flips = (str(each.to_a), str(each.to_b))
+        rows.append((each.owner, each.principle, str(each.decided), _share(each.with_a), _share(each.with_b), *flips))
     remark = "Flips for A (B): flipped pairs on which the principle sides with A's (B's) label."
-    return Sheet("agreement of each principle with the labels", columns, rows, (remark,), labels=2)
+    return Sheet("agreement of each principle with the labels", columns, tuple(rows), (remark,), labels=2)
 
 
 def _shared_sheet(diff: ConstitutionDiff) -> Sheet:

@@ -10,12 +10,13 @@ from align.errors import InputError
 from align.figures.tables import printable
 
 
-def check_constitutions(paths: Sequence[str], console: Console) -> None:
+def check_constitutions(paths: Sequence[str], console: Console | None = None) -> None:
     """Print a summary of each valid file.
 
     Raises:
         InputError: some files are invalid; it lists every error in them.
     """
+    console = console or Console()
     errors = []
     for path in paths:
         try:
@@ -28,12 +29,13 @@ def check_constitutions(paths: Sequence[str], console: Console) -> None:
         raise InputError("\n".join(errors))
 
 
-def show_constitution(path: str, console: Console) -> None:
+def show_constitution(path: str, console: Console | None = None) -> None:
     """Print a constitution with everything it inherits through `extends`, in the order of its tiers.
 
     Raises:
         InputError: it is invalid.
     """
+    console = console or Console()
     constitution = load_constitution(path)
     console.print(f"[bold]{_safe(constitution.title)}[/]  {_safe(_summary(constitution))}", highlight=False)
     if origin := _origin(constitution):
@@ -46,10 +48,9 @@ def show_constitution(path: str, console: Console) -> None:
             console.print(f"\n[bold]tier: {_safe(tier or 'none')}[/]", highlight=False)
         for principle in of_tier:
             _show_principle(constitution, principle, console)
-    for example in constitution.examples:
-        console.print(f"\n[bold]example[/]  {_safe(_first_words(example.prompt[-1].content))}", highlight=False)
-    for comparison in constitution.comparisons:
-        console.print(f"\n[bold]choice[/]  {_safe(_first_words(comparison.prompt[-1].content))}", highlight=False)
+    for kind, items in (("example", constitution.examples), ("choice", constitution.comparisons)):
+        for item in items:
+            console.print(f"\n[bold]{kind}[/]  {_safe(_first_words(item.prompt[-1].content))}", highlight=False)
 
 
 def _show_principle(constitution: Constitution, principle: Principle, console: Console) -> None:

@@ -62,8 +62,8 @@ def stats_sheets(
     agreement = run_agreement(rows, constitution)
     if len(agreement.principles) > 1:
         yield _matrix("agreement: how often two principles agree, where both decide", agreement, "agreement")
-        conflict = _matrix("conflict: how often two principles are clear and disagree", agreement, "conflict")
-        yield Sheet(conflict.title, conflict.columns, conflict.rows, _tier_remarks(agreement, constitution))
+        remarks = _tier_remarks(agreement, constitution)
+        yield _matrix("conflict: how often two principles are clear and disagree", agreement, "conflict", remarks)
 
 
 def _principles_sheet(rows: RunRows, constitution: Constitution | None, human: Sequence[tuple[Pair, Label]]) -> Sheet:
@@ -87,14 +87,14 @@ def _share_text(share: Share) -> str:
     return NONE if share.value is None else f"{share.value:.0%}\n{share.hits:g} of {share.n}"
 
 
-def _matrix(title: str, agreement: Agreement, name: str) -> Sheet:
+def _matrix(title: str, agreement: Agreement, name: str, remarks: tuple[str, ...] = ()) -> Sheet:
     shares: Shares = getattr(agreement, name)
     totals = agreement.decided if name == "agreement" else agreement.judged
     rows = tuple(
         (principle, *(NONE if share is None else f"{share:.0%}\nof {n}" for share, n in zip(row, counts, strict=True)))
         for principle, row, counts in zip(agreement.principles, shares, totals, strict=True)
     )
-    return Sheet(title, ("", *agreement.principles), rows)
+    return Sheet(title, ("", *agreement.principles), rows, remarks)
 
 
 def _tier_remarks(agreement: Agreement, constitution: Constitution | None) -> tuple[str, ...]:

@@ -9,8 +9,7 @@ from align.pipeline.recipe import load_recipe
 
 def add_constitution_verbs(verbs: Verbs) -> None:
     """Add `align constitution` and its verbs."""
-    members = "check|show|schema|diff|stats"
-    group = add_group(verbs, "constitution", members, "check, show and compare constitutions, and see what they did")
+    group = add_group(verbs, "constitution", "check|show|schema|diff|stats", "check, show and compare constitutions")
     check = add_verb(group, "check", _check, "check constitution files, and report every error in them")
     check.add_argument("files", metavar="FILE", nargs="+", help="constitution files")
     show = add_verb(group, "show", _show, "print a constitution in full, with everything it inherits through `extends`")
@@ -29,10 +28,12 @@ def _add_diff(group: Verbs) -> None:
     pairs.add_argument("--pairs", metavar="FILE|RUN", type=Path, help="pairs to judge (default: the probes of A and B)")
     pairs.add_argument("--recipe", metavar="RECIPE", help="judge the pairs of this recipe's run")
     diff.add_argument("--judge", choices=("rule", "contrast", "choice"), help="(default: the run's judge, else rule)")
-    diff.add_argument("--judge-model", metavar="MODEL", help="the judge's model; implies --judge contrast by default")
+    diff.add_argument("--judge-model", metavar="MODEL", help="its model (without --judge, a contrast judge)")
     diff.add_argument("--draw", action="store_true", help="judge by one drawn principle a pair, and A with two seeds")
     diff.add_argument("--null", metavar="FILE", type=Path, help="a paraphrase of A (default: A-paraphrased.yaml)")
-    diff.add_argument("--placebo", metavar="FILE", type=Path, help="an irrelevant constitution (default: placebo.yaml)")
+    diff.add_argument(
+        "--placebo", metavar="FILE", type=Path, help="constitution unrelated to the pairs (default: placebo.yaml)"
+    )
     diff.add_argument("--limit", metavar="N", type=positive, default=300, help="pairs to judge at most (default: 300)")
     diff.add_argument("--html", metavar="FILE", type=Path, help="also write the comparison as an HTML page")
     diff.add_argument("--json", metavar="FILE", type=Path, help="also write the comparison as JSON")
@@ -48,19 +49,15 @@ def _add_stats(group: Verbs) -> None:
 
 
 def _check(options: argparse.Namespace) -> None:
-    from rich.console import Console
-
     from align.cli.constitution_show import check_constitutions
 
-    check_constitutions(options.files, Console())
+    check_constitutions(options.files)
 
 
 def _show(options: argparse.Namespace) -> None:
-    from rich.console import Console
-
     from align.cli.constitution_show import show_constitution
 
-    show_constitution(options.file, Console())
+    show_constitution(options.file)
 
 
 def _schema(_: argparse.Namespace) -> None:

@@ -53,14 +53,9 @@ def judge_of_recipe(recipe: Recipe) -> JudgeTest:
     if recipe.constitution is None or model is None:
         raise InputError(f"{recipe.path}: needs a `constitution` and a `model` for the judge; add them")
     calibration = getattr(compare, "calibration", None)
-    return JudgeTest(
-        judge=recipe.shared["judge"],
-        model=model,
-        constitution=recipe.constitution,
-        pairs=calibration.human if calibration else (),
-        seed=recipe.seed,
-        draws_principle=getattr(compare, "principle", "all") == "draw",
-    )
+    pairs = calibration.human if calibration else ()
+    draws_principle = getattr(compare, "principle", "all") == "draw"
+    return JudgeTest(recipe.shared["judge"], model, recipe.constitution, pairs, recipe.seed, draws_principle)
 
 
 def judge_of_options(constitution: str | None, model: str | None, kind: str | None) -> JudgeTest:

@@ -26,8 +26,8 @@ def _add_calibrate(group: Verbs) -> None:
     text = "measure how well a judge's soft labels agree with people, on pairs that people labelled"
     calibrate = add_verb(group, "calibrate", _calibrate, text)
     add_recipe_options(calibrate)
-    calibrate.add_argument("--model", metavar="MODEL", help="the judge's model, if without a recipe")
-    calibrate.add_argument("--kind", choices=("choice", "contrast", "rule"), help="kind of judge, if without a recipe")
+    calibrate.add_argument("--model", metavar="MODEL", help="the judge's model (without --recipe)")
+    calibrate.add_argument("--kind", choices=("choice", "contrast", "rule"), help="kind of judge (without --recipe)")
     calibrate.add_argument("--pairs", metavar="FILE", nargs="+", default=[], help="JSONL(.gz), parquet or hub id")
     calibrate.add_argument("--hub-split", metavar="NAME", default="train", help="split of hub data (default: train)")
     calibrate.add_argument("--limit", metavar="N", type=positive, help="pairs of each file at most, drawn by a hash")
@@ -43,7 +43,7 @@ def _add_relabel(verbs: Verbs) -> None:
     relabel.add_argument("source", metavar="RUN", type=Path, help="a run's folder, or its compare folder")
     relabel.add_argument("--output", metavar="DIR", type=Path, required=True, help="a new folder for the labels")
     relabel.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="such as judge.clamp=0.1")
-    relabel.add_argument("--constitution", metavar="FILE", help="constitution for weights, tiers and rules, if another")
+    relabel.add_argument("--constitution", metavar="FILE", help="take weights, tiers and rules from this constitution")
     relabel.add_argument("--principles", metavar="ID,ID", default="", help="principles that count (default: all)")
 
 

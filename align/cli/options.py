@@ -14,7 +14,8 @@ def add_verb(
     verbs: Verbs, name: str, run: Callable[[argparse.Namespace], int | None], summary: str, description: str = ""
 ) -> argparse.ArgumentParser:
     """Add a verb that `run` carries out. Its own help shows the description, or else the summary."""
-    verb = verbs.add_parser(name, help=summary, description=description or summary)
+    sentence = f"{summary[0].upper()}{summary[1:]}."
+    verb = verbs.add_parser(name, help=summary, description=description or sentence)
     verb.set_defaults(run=run)
     return verb
 
@@ -28,9 +29,7 @@ def add_group(verbs: Verbs, name: str, members: str, summary: str) -> Verbs:
 def add_recipe_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that name a recipe and change it."""
     parser.add_argument("--recipe", metavar="RECIPE", help="the recipe file, unless the first argument names it")
-    parser.add_argument(
-        "--set", metavar="KEY=VALUE", action="append", default=[], help="change one key of the recipe; may be repeated"
-    )
+    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="change one key of the recipe")
     parser.add_argument("--constitution", metavar="FILE", help="the constitution; same as --set constitution=FILE")
 
 

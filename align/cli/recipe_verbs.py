@@ -28,12 +28,9 @@ def add_recipe_verbs(verbs: Verbs) -> None:
     run.add_argument("target", metavar="RECIPE|STAGE", help=f"a recipe file, or one of the stages: {stages}")
     launch = add_verb(verbs, "launch", _launch, "build, print and run the `accelerate launch` command of a stage")
     launch.add_argument("target", metavar=f"STAGE|{ALL}", help=f"`{ALL}`, or one of the stages: {stages}")
-    text = "show which stages are done, which are stale and why, and which comes next"
-    plan = add_verb(verbs, "plan", _plan, text)
-    text = "show the results of the stages `reward` and `evaluate`, and where the models are"
-    report = add_verb(verbs, "report", _report, text)
-    text = "print every key of a recipe with its type, default and meaning, as Markdown"
-    add_verb(verbs, "settings", _settings, text)
+    plan = add_verb(verbs, "plan", _plan, "show which stages are done or stale, why, and which comes next")
+    report = add_verb(verbs, "report", _report, "show the results of `reward` and `evaluate`, and where the models are")
+    add_verb(verbs, "settings", _settings, "print every key of a recipe with type, default and meaning, as Markdown")
     # Without a summary, the help does not list this verb: only the Makefile uses it.
     rules = verbs.add_parser("make-rules", description="Write the make rules of a recipe, for the Makefile to include.")
     rules.set_defaults(run=_make_rules)

@@ -12,7 +12,7 @@ def add_results_verbs(verbs: Verbs) -> None:
     chat = add_verb(verbs, "chat", _chat, "talk to a model in the terminal")
     chat.add_argument("model", metavar="MODEL", help="a model, or the folder of a stage that trained one")
     chat.add_argument("--system", metavar="TEXT", help="system prompt")
-    chat.add_argument("--max-new-tokens", metavar="N", type=int, default=512, help="tokens of an answer (default: 512)")
+    chat.add_argument("--max-new-tokens", metavar="N", type=int, default=512, help="length of an answer (default: 512)")
     chat.add_argument("--temperature", metavar="T", type=float, default=0.7, help="0 is greedy decoding (default: 0.7)")
     chat.add_argument("--seed", metavar="N", type=int, help="the same seed gives the same answers")
     _add_compare_runs(verbs)

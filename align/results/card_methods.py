@@ -4,7 +4,7 @@ They cover models, sampling, constitution, judges, counts, gates, recipe and ver
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from align.constitution.constitution import Constitution, Principle
@@ -29,39 +29,24 @@ UNKNOWN = "unknown"
 
 
 def method_sections(
-    run: PublishedRun, provenance: Iterable[Provenance], constitution: Constitution | None
+    run: PublishedRun, provenance: Sequence[Provenance], constitution: Constitution | None
 ) -> Iterator[str]:
     """The sections in the order they are shown; an empty one is left out by the card."""
     stages = {stage: run.manifests[stage] for stage in ROW_STAGES if stage in run.manifests}
-    entries = list(provenance)
-    if entries:
-        yield _models(entries)
-        yield _sampling(entries)
+    if provenance:
+        yield _models(provenance)
+        yield _sampling(provenance)
     else:
-        yield (
-            "## Models and sampling\n\nThe version of `align` that made this run did not record them for each row: see "
-            "the recipe below."
-        )
+        yield "## Models and sampling\n\nAn early version made this run and recorded them only in the recipe below."
     yield _constitution(stages, constitution)
     yield from _judges(run)
     yield _counts(stages)
     yield _gates(stages)
+    yield _recipe(stages)
+    yield _versions(stages)
 
 
-def setting_sections(run: PublishedRun) -> Iterator[str]:
-    """The settings of the stages that made the rows, and the versions they ran with."""
-    stages = {stage: run.manifests[stage] for stage in ROW_STAGES if stage in run.manifests}
-    slices = {stage: public_settings(manifest.settings) for stage, manifest in stages.items()}
-    recipe = fenced(json.dumps(slices, indent=1, ensure_ascii=False), "json")
-    yield f"## Recipe\n\nThe settings of the stages that made the rows.\n\n{recipe}"
-    names = dict.fromkeys(name for manifest in stages.values() for name in manifest.environment)
-    rows = [
-        (f"`{name}`", *(escaped(manifest.environment.get(name, "-")) for manifest in stages.values())) for name in names
-    ]
-    yield f"## Versions\n\n{markdown_table(('', *(f'`{stage}`' for stage in stages)), rows)}"
-
-
-def _models(provenance: Iterable[Provenance]) -> str:
+def _models(provenance: Sequence[Provenance]) -> str:
     rows = [
         (
             f"{each.stage}: {each.step}",
@@ -87,7 +72,7 @@ def _model_digest(entry: Provenance) -> str:
     return "no model" if entry.engine == "rule" else "not verifiable" if entry.engine == "server" else UNKNOWN
 
 
-def _sampling(provenance: Iterable[Provenance]) -> str:
+def _sampling(provenance: Sequence[Provenance]) -> str:
     rows = []
     for each in provenance:
         others = {key: value for key, value in each.settings.items() if key not in SAMPLING_KEYS}
@@ -105,12 +90,8 @@ def _constitution(stages: Mapping[str, Manifest], constitution: Constitution | N
     if constitution is None:
         missing = [*lines, "", "The run keeps no copy of its text."] if lines else ["None."]
         return "\n".join(["## Constitution", "", *missing])
-    facts = {
-        "title": constitution.title,
-        "version": constitution.version,
-        "source": constitution.source,
-        "licence": constitution.licence or UNKNOWN,
-    }
+    facts = {name: getattr(constitution, name) for name in ("title", "version", "source")}
+    facts["licence"] = constitution.licence or UNKNOWN
     lines += [f"- {name}: {escaped(value)}" for name, value in facts.items() if value]
     texts = [
         f"{number}. {escaped(each.id)}\n\n{fenced(principle_text(each, constitution.language))}"
@@ -121,20 +102,15 @@ def _constitution(stages: Mapping[str, Manifest], constitution: Constitution | N
 
 def principle_text(principle: Principle, language: str = "") -> str:
     """What a principle says and how it counts, one line for each key; `language` is the constitution's."""
+    rule = principle.rule
     texts = {
         "language": None if principle.language in (None, language) else principle.language,
         "hard": "a completion that breaks its rule loses the comparison" if principle.hard else None,
         "tier": principle.tier,
         "weight": None if principle.weight == 1 else f"{principle.weight:g}",
         "applies to": ", ".join(principle.applies),
-        "text": principle.text,
-        "opposite": principle.opposite,
-        "critique": principle.critique,
-        "revision": principle.revision,
-        "compare": principle.compare,
-        "rule": json.dumps(principle.rule.model_dump(exclude_none=True), ensure_ascii=False)
-        if principle.rule
-        else None,
+        **{name: getattr(principle, name) for name in ("text", "opposite", "critique", "revision", "compare")},
+        "rule": rule and json.dumps(rule.model_dump(exclude_none=True), ensure_ascii=False),
         "documents": "shown to the critic and the judge; not part of this data set" if principle.sources else None,
     }
     return "\n".join(f"{name}: {text}" for name, text in texts.items() if text)
@@ -153,10 +129,11 @@ def _judges(run: PublishedRun) -> Iterator[str]:
 def _probes(judge: Mapping[str, Any]) -> str:
     if not judge["n"]:
         return "not tested on any probes"
-    scored = f"; scored by {escaped(judge['scored_by'])}" if judge.get("scored_by") else ""
-    bias = f"; position bias {judge['position_bias']:+.3f}" if judge.get("scored_by") else ""
-    interval = f"{judge['low']:.1%} to {judge['high']:.1%}"
-    return f"{judge['accuracy']:.1%} of {judge['n']} probes right, 95% interval {interval}{scored}{bias}"
+    accuracy = f"{judge['accuracy']:.1%} of {judge['n']} probes right"
+    interval = f"95% interval {judge['low']:.1%} to {judge['high']:.1%}"
+    if not (scored_by := judge.get("scored_by")):
+        return f"{accuracy}, {interval}"
+    return f"{accuracy}, {interval}; scored by {escaped(scored_by)}; position bias {judge['position_bias']:+.3f}"
 
 
 def _calibration(figures: Mapping[str, Any] | None) -> str:
@@ -197,3 +174,17 @@ def _gate_rows(stage: str, manifest: Manifest) -> Iterator[tuple[object, ...]]:
         elif measured["rows"] < least:
             limit += f", from {least} rows"
         yield f"`{stage}`", f"`{name}`", f"{measured['share']:.1%}", measured["rows"], limit
+
+
+def _recipe(stages: Mapping[str, Manifest]) -> str:
+    slices = {stage: public_settings(manifest.settings) for stage, manifest in stages.items()}
+    recipe = fenced(json.dumps(slices, indent=1, ensure_ascii=False), "json")
+    return f"## Recipe\n\nThe settings of the stages that made the rows.\n\n{recipe}"
+
+
+def _versions(stages: Mapping[str, Manifest]) -> str:
+    names = dict.fromkeys(name for manifest in stages.values() for name in manifest.environment)
+    rows = [
+        (f"`{name}`", *(escaped(manifest.environment.get(name, "-")) for manifest in stages.values())) for name in names
+    ]
+    return f"## Versions\n\n{markdown_table(('', *(f'`{stage}`' for stage in stages)), rows)}"

@@ -107,11 +107,11 @@ class ConstitutionDiff:
             "shared_principles": [dataclasses.asdict(each) for each in self.shared],
             "largest": [
                 {
-                    **dataclasses.asdict(self.pairs[place]),
-                    "under_a": dataclasses.asdict(self.a.labels[place]),
-                    "under_b": dataclasses.asdict(self.b.labels[place]),
+                    **dataclasses.asdict(self.pairs[index]),
+                    "under_a": dataclasses.asdict(self.a.labels[index]),
+                    "under_b": dataclasses.asdict(self.b.labels[index]),
                 }
-                for place in self.largest
+                for index in self.largest
             ],
         }
 

@@ -1,6 +1,5 @@
 """Measures what each principle of a constitution did in a run, from the rows that `revise` and `compare` published."""
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +22,11 @@ class Share:
 
     hits: float
     n: int
+
+    @classmethod
+    def of(cls, outcomes: Iterable[float]) -> "Share":
+        values = list(outcomes)
+        return cls(sum(values), len(values))
 
     @property
     def value(self) -> float | None:
@@ -107,20 +111,23 @@ def principle_stats(
         human: pairs whose human preference is known, each with the judge's label.
     """
     weights = {each.id: each.weight for each in constitution.principles} if constitution else {}
-    draws = Counter(row.principle_id for row in rows.critiques)
     margin, _ = margins_of(rows.judge)
-    return [
-        PrincipleStats(
+    found = []
+    for name in principle_names(rows, constitution):
+        critiques = [row for row in rows.critiques if row.principle_id == name]
+        led_to = [row for row in rows.revisions if name in (row.revised_by or row.principle_ids)]
+        opinions = [row.p_a_by_principle for row in rows.comparisons]
+        stats = PrincipleStats(
             name,
-            drawn=Share(draws[name], len(rows.critiques)),
-            found_fault=_found_fault(row.critique for row in rows.critiques if row.principle_id == name),
-            accepted=_accepted([row for row in rows.revisions if name in row.principle_ids]),
-            won=_won([row for row in rows.revisions if name in (row.revised_by or row.principle_ids)]),
-            with_rest=_agreement_with_rest(name, [row.p_a_by_principle for row in rows.comparisons], weights, margin),
+            drawn=Share(len(critiques), len(rows.critiques)),
+            found_fault=Share.of(fault for row in critiques if (fault := finds_fault(row.critique)) is not None),
+            accepted=Share.of(row.accepted for row in rows.revisions if name in row.principle_ids),
+            won=Share.of(outcome for row in led_to if (outcome := _outcome(row)) is not None),
+            with_rest=_agreement_with_rest(name, opinions, weights, margin),
             with_people=_agreement_with_people(name, human, margin),
         )
-        for name in principle_names(rows, constitution)
-    ]
+        found.append(stats)
+    return found
 
 
 def run_agreement(rows: RunRows, constitution: Constitution | None = None) -> Agreement:
@@ -145,20 +152,6 @@ def conflicts_between_tiers(agreement: Agreement, constitution: Constitution) ->
     return Share(won, won + sum(agreement.won[j][i] for i, j in earlier))
 
 
-def _found_fault(critiques: Iterable[str]) -> Share:
-    found = [fault for critique in critiques if (fault := finds_fault(critique)) is not None]
-    return Share(sum(found), len(found))
-
-
-def _accepted(revisions: Sequence[Revision]) -> Share:
-    return Share(sum(row.accepted for row in revisions), len(revisions))
-
-
-def _won(revisions: Sequence[Revision]) -> Share:
-    outcomes = [outcome for row in revisions if (outcome := _outcome(row)) is not None]
-    return Share(sum(outcomes), len(outcomes))
-
-
 def _outcome(row: Revision) -> float | None:
     """1 if the judge preferred the revision, 0 if the original, 0.5 for a tie; None if it was not judged."""
     if row.accepted or row.reason == NEAR_DUPLICATE:
@@ -180,13 +173,12 @@ def _agreement_with_rest(
         sides = side_of(given[name], margin), side_of(rest, margin)
         if all(sides):
             agrees.append(sides[0] == sides[1])
-    return Share(sum(agrees), len(agrees))
+    return Share.of(agrees)
 
 
 def _agreement_with_people(name: str, human: Sequence[tuple[Pair, Label]], margin: float) -> Share:
-    agrees = [
+    return Share.of(
         (side > 0) == pair.a_preferred
         for pair, label in human
         if pair.a_preferred is not None and (side := side_of(label.by_principle.get(name), margin))
-    ]
-    return Share(sum(agrees), len(agrees))
+    )

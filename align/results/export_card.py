@@ -7,7 +7,7 @@ from typing import Any
 
 from align.constitution.constitution import Constitution
 from align.engines.provenance import Provenance
-from align.results.card_methods import UNKNOWN, method_sections, setting_sections
+from align.results.card_methods import UNKNOWN, method_sections
 from align.results.exported_rows import DATA_SETS, TRAIN
 from align.results.public_text import escaped, markdown_table, printable, public_path
 from align.results.published import PublishedRun
@@ -89,9 +89,8 @@ def _sections(content: CardContent) -> Iterator[str]:
     yield _authorship(content)
     yield _relabelling(content.run)
     yield _rows(content)
-    yield from method_sections(content.run, content.provenance, content.constitution)
     yield _sources(content)
-    yield from setting_sections(content.run)
+    yield from method_sections(content.run, content.provenance, content.constitution)
 
 
 def _authorship(content: CardContent) -> str:
@@ -127,18 +126,11 @@ def _rows(content: CardContent) -> str:
         for name, splits in content.rows.items()
         for split, count in splits.items()
     ]
-    has_test = any(set(splits) - {TRAIN} for splits in content.rows.values())
-    split = (
-        "The `test` split holds the prompts that the run's reward model was tested on; no prompt is in both splits.\n\n"
-        if has_test
-        else ""
-    )
-    labels = (
-        " `probability` is the judge's soft label. `margin` is 2 `probability` - 1, which `RewardTrainer` uses as the "
-        "margin of its loss."
-        if "preferences" in content.rows
-        else ""
-    )
+    split, labels = "", ""
+    if any(set(splits) - {TRAIN} for splits in content.rows.values()):
+        split = "The prompts of the `test` split, which the reward model was tested on, are not in `train`.\n\n"
+    if "preferences" in content.rows:
+        labels = " `probability` is the judge's soft label; `RewardTrainer` uses `margin`, 2 `probability` - 1."
     return (
         f"## Rows\n\n{markdown_table(('data set', 'split', 'rows', 'format'), rows)}\n\n{split}"
         "Each row records its origin. The `…_provenance` columns hold engine, model, the digest of its weights, "

@@ -1,8 +1,4 @@
-"""Pairs of completions for a judge to label, and the judge to do it.
-
-The pairs come from a run, from a file of preferences or from the constitutions' own probes; the judge from the run or
-from the command line.
-"""
+"""Pairs for a judge to label (from a run, a file, or constitutions' probes), and the settings of that judge."""
 
 import heapq
 from collections.abc import Iterable, Sequence

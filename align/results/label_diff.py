@@ -3,7 +3,7 @@
 It reports flipped labels, the size of the changes, and which principles sided with which label.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from align.feedback.agreement import Label, side_of
@@ -57,8 +57,8 @@ class SharedPrinciple:
 def label_movement(pairs: Sequence[Pair], one: Sequence[Label], other: Sequence[Label], seed: int = 0) -> Movement:
     """How the pairs' labels differ; there must be at least one pair."""
     sides = [(before.side, after.side) for before, after in zip(one, other, strict=True)]
-    both = [place for place, (x, y) in enumerate(sides) if x and y]
-    flips = [float(sides[place][0] != sides[place][1]) for place in both]
+    both = [index for index, (x, y) in enumerate(sides) if x and y]
+    flips = [float(sides[index][0] != sides[index][1]) for index in both]
     changes = [abs(after.or_half - before.or_half) for before, after in zip(one, other, strict=True)]
     prompts = [pair.prompt_id for pair in pairs]
     return Movement(
@@ -66,7 +66,7 @@ def label_movement(pairs: Sequence[Pair], one: Sequence[Label], other: Sequence[
         one=sum(x != 0 for x, _ in sides),
         other=sum(y != 0 for _, y in sides),
         both=len(both),
-        flipped=clustered_share_estimate(flips, [prompts[place] for place in both], seed) if both else None,
+        flipped=clustered_share_estimate(flips, [prompts[index] for index in both], seed) if both else None,
         change=clustered_share_estimate(changes, prompts, seed),
     )
 
@@ -92,11 +92,8 @@ def shared_principles(
     first = dict.fromkeys(name for label in one for name in label.by_principle)
     found = []
     for name in first:
-        rows = [
-            row
-            for row in zip(pairs, one, other, strict=True)
-            if name in row[1].by_principle and name in row[2].by_principle
-        ]
+        labelled = zip(pairs, one, other, strict=True)
+        rows = [row for row in labelled if name in row[1].by_principle and name in row[2].by_principle]
         if rows:
             own = [(_label_by(before, name), _label_by(after, name)) for _, before, after in rows]
             moved = label_movement([pair for pair, _, _ in rows], [a for a, _ in own], [b for _, b in own], seed)
@@ -107,8 +104,8 @@ def shared_principles(
 def largest_changes(one: Sequence[Label], other: Sequence[Label], count: int) -> list[int]:
     """Indices of the pairs whose probability changes most, the largest change first; unchanged pairs are left out."""
     changes = [abs(after.or_half - before.or_half) for before, after in zip(one, other, strict=True)]
-    order = sorted(range(len(changes)), key=lambda place: -changes[place])
-    return [place for place in order[:count] if changes[place] > 0]
+    order = sorted(range(len(changes)), key=lambda index: -changes[index])
+    return [index for index in order[:count] if changes[index] > 0]
 
 
 def _label_by(label: Label, name: str) -> Label:
@@ -122,17 +119,11 @@ def _pull(
     rows = [(side_of(p), before.side, after.side) for p, before, after in zip(own, one, other, strict=True)]
     decided = [row for row in rows if row[0]]
     flipped = [row for row in decided if row[1] * row[2] < 0]
-    return PrinciplePull(
-        owner,
-        name,
-        len(decided),
-        _share(decided, lambda row: row[1]),
-        _share(decided, lambda row: row[2]),
-        sum(row[0] == row[1] for row in flipped),
-        sum(row[0] == row[2] for row in flipped),
-    )
+    to_a, to_b = (sum(row[0] == row[side] for row in flipped) for side in (1, 2))
+    return PrinciplePull(owner, name, len(decided), _agreement(decided, 1), _agreement(decided, 2), to_a, to_b)
 
 
-def _share(rows: Sequence[tuple[int, int, int]], side: Callable[[tuple[int, int, int]], int]) -> float | None:
-    known = [row for row in rows if side(row)]
-    return sum(row[0] == side(row) for row in known) / len(known) if known else None
+def _agreement(rows: Sequence[tuple[int, int, int]], labelling: int) -> float | None:
+    """How often a principle (item 0 of a row) sides with a labelling (item 1 or 2), of the pairs that both decide."""
+    agrees = [row[0] == row[labelling] for row in rows if row[labelling]]
+    return sum(agrees) / len(agrees) if agrees else None

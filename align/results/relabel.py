@@ -2,8 +2,7 @@
 
 Settings, constitution and principles may differ from the run's; no model is asked again. The new folder holds what the
 `compare` folder does, except its log and the gates' figures. Its `pairs.jsonl` is a preference data set to train on.
-Revision pairs are relabelled too if the scores of the revisions were kept. Which revisions SFT was trained on does not
-change.
+Revision pairs are relabelled too if the revisions' scores were kept; the revisions that SFT was trained on stay.
 """
 
 import shutil
@@ -27,14 +26,7 @@ from align.feedback.preference_pairs import pair_of, question_of, revision_pairs
 from align.feedback.records import Comparison, OpinionScores
 from align.feedback.tallies import ComparisonTally
 from align.records import PreferencePair, digest, read_rows, write_rows
-from align.results.relabel_input import (
-    LABEL_FILES,
-    CompareFolder,
-    LabelSettings,
-    chosen_principles,
-    label_settings,
-    read_compare_folder,
-)
+from align.results.relabel_input import LABEL_FILES, CompareFolder, LabelSettings, read_compare_folder
 from align.run.artefacts import MANIFEST, NOT_RELABELLED, RELABELLED, Manifest, output_digests, write_json
 from align.run.reproducibility import derive_seed, environment
 from align.stages.compare import CALIBRATION, STAGE
@@ -66,8 +58,8 @@ def relabel(
     if output.exists():
         raise InputError(f"{output}: already exists; name a new folder with --output")
     compared = read_compare_folder(source)
-    settings = label_settings(compared, overrides)
-    chosen = chosen_principles(compared, constitution, principles)
+    settings = compared.settings_with(overrides)
+    chosen = compared.constitution_with(constitution, principles)
     judge = recorded_judge(compared, settings, chosen, STAGE.name, settings.compare.principle)
     _require_same_questions(judge, compared.constitution)
     partial_folder = output.parent / f".{output.name}.partial"
@@ -138,11 +130,7 @@ def _copy_judge_tests(compared: CompareFolder, folder: Path) -> dict[str, Any]:
 
 
 def _rejudged(compared: CompareFolder, judge: Judge) -> Iterator[tuple[Comparison, tuple[OpinionScores, ...]]]:
-    """Each comparison with the verdict recomputed from its scores; the two files are in the same order.
-
-    Raises:
-        InputError: the judge was never asked about a principle that counts.
-    """
+    """Each comparison with the verdict recomputed from its scores; the two files are in the same order."""
     for row, scores in with_scores(compared.comparisons(), compared.folder / "opinions.jsonl", lambda row: row.id):
         if not row.judge:
             yield row, ()
@@ -183,11 +171,7 @@ def recorded_judge(
 
 
 def _require_same_questions(judge: Judge, stored: Constitution) -> None:
-    """Refuse principles whose text has changed since the judge was asked: the stored scores do not apply to them.
-
-    Raises:
-        InputError: the judge was never asked about a principle as it reads now.
-    """
+    """Refuse principles whose text has changed since the judge was asked: the stored scores do not apply to them."""
     if judge.block.kind == "rule":
         return
     known = {principle.id: _question_texts(stored, principle) for principle in stored.principles}
@@ -224,9 +208,8 @@ def _relabelled_provenance(
         for name, principle in principles.items()
         if name in entries
     }
-    return [updated.get(name, entry) for name, entry in entries.items()], {
-        name: entry.id for name, entry in updated.items()
-    }
+    new_entries = [updated.get(name, entry) for name, entry in entries.items()]
+    return new_entries, {name: entry.id for name, entry in updated.items()}
 
 
 def _write_manifest(

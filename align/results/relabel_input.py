@@ -62,6 +62,50 @@ class CompareFolder:
         """The first value that is not empty under `key` of a comparison; empty if there is none."""
         return next((value for row in self.comparisons() if (value := getattr(row, key))), "")
 
+    def settings_with(self, overrides: Sequence[str]) -> LabelSettings:
+        """The settings that `compare` ran with, changed by the overrides.
+
+        Raises:
+            InputError: a key is not one of `RELABEL_KEYS`, or a value is invalid.
+        """
+        stored = self.manifest.settings
+        content: dict[str, Any] = {"seed": stored["seed"], "judge": stored["judge"], "compare": stored["settings"]}
+        if self.revise:
+            content["revise"] = self.revise.model_dump(mode="json")
+        for override in overrides:
+            key = override.partition("=")[0].strip()
+            if key.startswith("revise.") and not self.revise:
+                raise InputError(f"--set {override}: {self.folder} keeps no scores of revisions; leave it out")
+            if key not in RELABEL_KEYS:
+                match = nearest(key, RELABEL_KEYS, 0.8)
+                remedy = f"did you mean `{match}`?" if match else "run `compare` again"
+                raise InputError(f"--set {override}: relabelling can only change {', '.join(RELABEL_KEYS)}; {remedy}")
+            try:
+                apply_override(content, override)
+            except ValueError as error:
+                raise FileProblems("align relabel", [Problem(f"--set {override}", str(error))]) from None
+        try:
+            return LabelSettings.model_validate(content)
+        except ValidationError as error:
+            raise FileProblems("align relabel", problems_from(error, Lines(""), LabelSettings)) from None
+
+    def constitution_with(self, path: str | None, ids: Sequence[str]) -> Constitution:
+        """The constitution to label by: that of `compare` or the one at `path`, with all principles or those named.
+
+        Raises:
+            InputError: it has no such principle.
+        """
+        constitution = load_constitution(path) if path else self.constitution
+        known = [principle.id for principle in constitution.principles]
+        if unknown := [name for name in ids if name not in known]:
+            match = nearest(unknown[0], known)
+            remedy = f"did you mean `{match}`?" if match else f"it has {', '.join(known)}"
+            raise InputError(f"--principles {unknown[0]}: no such principle in '{constitution.id}'; {remedy}")
+        if not ids:
+            return constitution
+        kept = tuple(principle for principle in constitution.principles if principle.id in ids)
+        return constitution.model_copy(update={"principles": kept})
+
 
 def read_compare_folder(source: Path) -> CompareFolder:
     """Read the `compare` folder of a run, given the run's folder or that folder itself.
@@ -79,49 +123,3 @@ def read_compare_folder(source: Path) -> CompareFolder:
     for name in (*LABEL_FILES, *(name for name in (*REVISION_FILES, PROVENANCE) if name in manifest.outputs)):
         require_as_written(folder / name, manifest)
     return CompareFolder(folder, manifest, read_constitution(folder / CONSTITUTION), read_settings(folder))
-
-
-def label_settings(compared: CompareFolder, overrides: Sequence[str]) -> LabelSettings:
-    """The settings that `compare` ran with, changed by the overrides.
-
-    Raises:
-        InputError: a key is not one of `RELABEL_KEYS`, or a value is invalid.
-    """
-    stored = compared.manifest.settings
-    content: dict[str, Any] = {"seed": stored["seed"], "judge": stored["judge"], "compare": stored["settings"]}
-    if compared.revise:
-        content["revise"] = compared.revise.model_dump(mode="json")
-    for override in overrides:
-        key = override.partition("=")[0].strip()
-        if key.startswith("revise.") and not compared.revise:
-            raise InputError(f"--set {override}: {compared.folder} keeps no scores of revisions; leave it out")
-        if key not in RELABEL_KEYS:
-            match = nearest(key, RELABEL_KEYS, 0.8)
-            remedy = f"did you mean `{match}`?" if match else "run `compare` again"
-            raise InputError(f"--set {override}: relabelling can only change {', '.join(RELABEL_KEYS)}; {remedy}")
-        try:
-            apply_override(content, override)
-        except ValueError as error:
-            raise FileProblems("align relabel", [Problem(f"--set {override}", str(error))]) from None
-    try:
-        return LabelSettings.model_validate(content)
-    except ValidationError as error:
-        raise FileProblems("align relabel", problems_from(error, Lines(""), LabelSettings)) from None
-
-
-def chosen_principles(compared: CompareFolder, path: str | None, ids: Sequence[str]) -> Constitution:
-    """The constitution to label by: that of `compare` or the one at `path`, reduced to the principles named, if any.
-
-    Raises:
-        InputError: it has no such principle.
-    """
-    constitution = load_constitution(path) if path else compared.constitution
-    known = [principle.id for principle in constitution.principles]
-    if unknown := [name for name in ids if name not in known]:
-        match = nearest(unknown[0], known)
-        remedy = f"did you mean `{match}`?" if match else f"it has {', '.join(known)}"
-        raise InputError(f"--principles {unknown[0]}: no such principle in '{constitution.id}'; {remedy}")
-    if not ids:
-        return constitution
-    kept = tuple(principle for principle in constitution.principles if principle.id in ids)
-    return constitution.model_copy(update={"principles": kept})
