@@ -69,7 +69,9 @@ def stats_sheets(
 def _principles_sheet(rows: RunRows, constitution: Constitution | None, human: Sequence[tuple[Pair, Label]]) -> Sheet:
     columns = ("principle", "drawn", "found fault", "accepted", "win rate", "with the rest", "with people")
     cells = tuple(_cells(each) for each in principle_stats(rows, constitution, human))
-    remarks = ["Found fault: share of critiques that are not empty. Win rate: share of revisions that the judge saw."]
+    remarks = [
+        "Found fault: of non-empty critiques. Accepted: of revisions. Win rate: of revisions that the judge saw."
+    ]
     remarks += [f"`{name}` is not done in this run, so its figures are {NONE}." for name in rows.missing]
     if not human:
         remarks.append("For agreement with people, name preferences with --human FILE; the run's judge labels them.")

@@ -46,7 +46,7 @@ def test_a_stage_runs_in_this_process(capsys: pytest.CaptureFixture[str]) -> Non
     assert "letters: done in 0 s (runs/recipe/shared/letters)\n  letters 2\n" in capsys.readouterr().out
 
 
-def test_a_constitution_on_the_command_line_makes_a_run_of_its_own() -> None:
+def test_a_constitution_on_the_command_line_makes_a_separate_run() -> None:
     assert main(["run", "letters", "--recipe", "recipe.yaml"]) == 0
     for options in ([], ["--constitution", "small.yaml"]):
         assert main(["run", "capitals", "--recipe", "recipe.yaml", *options]) == 0
@@ -124,7 +124,7 @@ def test_constitutions_are_checked_all_of_them(capsys: pytest.CaptureFixture[str
     assert "gone.yaml" in shown.err
 
 
-def test_a_recipe_given_for_a_constitution_is_told_to_be_one(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_recipe_given_as_a_constitution_is_recognised(capsys: pytest.CaptureFixture[str]) -> None:
     Path("whole.yaml").write_text("model: {path: org/model}\nconstitution: small.yaml\nsft: {}\n")
     assert main(["constitution", "check", "whole.yaml"]) == 2
     assert capsys.readouterr().err.startswith("whole.yaml: this looks like a recipe")
@@ -138,7 +138,7 @@ def test_a_run_that_is_not_there_is_not_called_unfinished(verb: list[str], capsy
     assert capsys.readouterr().err.startswith("gone: no such folder (looked in ")
 
 
-def test_a_stage_s_folder_in_the_place_of_its_run_s_is_told_so(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_stage_s_folder_given_as_a_run_is_recognised(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "letters", "--recipe", "recipe.yaml"]) == 0
     assert main(["overoptimisation", "--no-plot", "runs/recipe/shared/letters"]) == 2
     told = "runs/recipe/shared/letters: the folder of a stage; name its run's, runs/recipe/shared\n"
@@ -247,7 +247,7 @@ class Terminal(io.StringIO):
 
 
 @pytest.mark.parametrize(("stdin", "code", "answers"), [(Terminal, 0, 2), (io.StringIO, 130, 1)])
-def test_an_interruption_ends_an_answer_and_in_a_terminal_nothing_else(
+def test_an_interruption_ends_only_the_answer_in_a_terminal(
     stdin: type[io.StringIO],
     code: int,
     answers: int,
@@ -299,7 +299,7 @@ def test_a_file_that_does_not_configure_accelerate_is_refused(
     assert not Path("runs").exists()
 
 
-def test_a_stale_report_says_that_it_is_and_what_to_do(
+def test_an_outdated_report_says_so_and_how_to_update_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import dataclasses

@@ -1,4 +1,4 @@
-"""`align constitution diff`, through the command line, by rule: what should flip flips, and nothing else."""
+"""`align constitution diff` on the command line with a rule judge: only the labels that should flip do."""
 
 import json
 import re

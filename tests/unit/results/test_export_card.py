@@ -1,4 +1,4 @@
-"""The card of an exported data set, read back by other libraries: what others wrote stays text, and nothing leaks."""
+"""The card of an exported data set, parsed by other libraries: text from outside stays text, and nothing leaks."""
 
 import dataclasses
 import json
@@ -41,7 +41,7 @@ MARKDOWN = MarkdownIt("commonmark").enable("table")
 
 
 class Tags(HTMLParser):
-    """How often each tag opens, and the text."""
+    """Counts how often each tag opens, and collects the text."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class Tags(HTMLParser):
 
 
 def content(text: str, name: str = "run") -> CardContent:
-    """A card on which `text` stands wherever others write."""
+    """A card with `text` in every place that holds text from outside."""
     constitution = Constitution.model_validate(
         {
             "id": "c",
@@ -94,7 +94,7 @@ def tags(card: str) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("text", HOSTILE)
-def test_what_others_wrote_adds_no_markup_and_no_front_matter(text: str) -> None:
+def test_text_from_outside_adds_no_markup_and_no_front_matter(text: str) -> None:
     harmless, hostile = card_text(content("plain")), card_text(content(text))
     assert tags(hostile) == tags(harmless)
     assert DatasetCard(hostile).data.to_dict() == DatasetCard(harmless).data.to_dict()
@@ -122,7 +122,7 @@ def test_the_card_says_what_the_hub_needs_to_load_and_to_list_it() -> None:
         (9, ["found"], "no-annotation"),
     ],
 )
-def test_demonstrations_that_were_read_are_not_called_made_by_machines(
+def test_demonstrations_from_files_are_not_called_machine_generated(
     read: int, creators: list[str], annotations: str
 ) -> None:
     given = dataclasses.replace(
@@ -219,7 +219,7 @@ def judged(**figures: Any) -> str:
     return card_text(dataclasses.replace(plain, run=run))
 
 
-def test_a_judge_is_told_with_what_it_got_right_on_probes_and_beside_people() -> None:
+def test_a_judge_is_reported_with_its_accuracy_on_probes_and_on_human_pairs() -> None:
     probes = {"judge": "choice:m", "n": 24, "accuracy": 0.875, "low": 0.69, "high": 0.957, "position_bias": -0.125}
     told = judged(
         judge={**probes, "scored_by": "vote of 8 samples"},
@@ -230,7 +230,7 @@ def test_a_judge_is_told_with_what_it_got_right_on_probes_and_beside_people() ->
     assert "not calibrated" in judged(judge=probes), "a manifest of a version that did not say how it was scored"
 
 
-def test_the_card_says_how_much_a_principle_counts_and_what_it_is_for() -> None:
+def test_the_card_shows_a_principle_s_weight_and_scope() -> None:
     principle = Principle(
         id="p",
         text="Be kind.",
@@ -249,7 +249,7 @@ def test_the_card_says_how_much_a_principle_counts_and_what_it_is_for() -> None:
     assert principle_text(french, "en").splitlines()[0] == "language: fr"
 
 
-def test_a_share_over_its_limit_is_told_with_the_rows_that_the_limit_is_for() -> None:
+def test_a_share_over_its_limit_is_reported_with_the_least_rows_of_the_limit() -> None:
     given = content("plain")
     manifest = given.run.manifests["revise"]
     manifest.settings["settings"]["gates"] = {"emoji": 0.25, "min_rows": 50}
@@ -261,14 +261,14 @@ def test_a_share_over_its_limit_is_told_with_the_rows_that_the_limit_is_for() ->
     assert "none of which closed" not in card
 
 
-def test_the_card_tells_of_labels_where_there_are_any() -> None:
+def test_the_card_explains_labels_only_if_there_are_any() -> None:
     labelled = dataclasses.replace(content("plain"), rows={"preferences": {"train": 9}})
     assert "soft label" in card_text(labelled)
     assert "soft label" not in card_text(content("plain"))
 
 
 @pytest.mark.parametrize("standing", [0, 7])
-def test_labels_that_stand_as_they_were_are_not_called_made_again(standing: int) -> None:
+def test_unchanged_labels_are_not_called_recomputed(standing: int) -> None:
     given = content("plain")
     counts = {"pairs": 3, "revision_pairs": 7, "revision_pairs_not_relabelled": standing}
     compare = dataclasses.replace(given.run.manifests["revise"], stage="compare", counts=counts)
