@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from align.cli.overoptimisation import main
+from align.cli.overoptimisation import print_study
 from align.errors import InputError
 from align.evaluation.overoptimisation_study import load_study
 from align.evaluation.report import EvaluatedSample
@@ -116,7 +116,7 @@ def test_curves_worked_by_hand(tmp_path):
 
 def shown(run: Path, **options: Any) -> str:
     output = io.StringIO()
-    main(run, console=Console(file=output, width=120), **options)
+    print_study(run, console=Console(file=output, width=120), **options)
     return output.getvalue()
 
 
@@ -133,7 +133,7 @@ def test_tables_and_json_agree(tmp_path):
         study["curves"]["ppo"]["points"][2]["gold"],
     ):
         assert f"{number:.2f}" in text
-    assert "gold is highest at iteration 2 (d 1.00)" in text
+    assert "Gold is highest at iteration 2 (d 1.00)" in text
     assert not (run / "overoptimisation.svg").exists()
 
 
@@ -229,4 +229,4 @@ def test_stages_that_used_different_models_are_not_compared(tmp_path):
 
 def test_different_sampling_is_reported(tmp_path):
     run = write_run(tmp_path / "run", sampling=SAMPLING | {"temperature": 0.5})
-    assert "different temperature: the curves start apart" in shown(run, with_plot=False)
+    assert "different temperature, so the curves start apart" in shown(run, with_plot=False)
