@@ -26,9 +26,10 @@ from align.data.prompts import read_prompts
 from align.decoding.shared_prefixes import left_padded, positions
 from align.engines.engine import ChoiceRequest, ChoiceScores, Completed, Request
 from align.engines.local import LocalEngine
-from align.feedback.critique import Loop
-from align.feedback.evidence import Showing
-from align.feedback.opinions import ByChoice, Question, nats
+from align.feedback.choice_judge import ChoiceJudge
+from align.feedback.critique import CritiqueLoop
+from align.feedback.evidence import PromptContext
+from align.feedback.opinions import Question, stored_logprob
 from align.models.loading import load_causal_lm, load_tokenizer, stop_token_ids
 from align.records import Sample
 from align.settings.blocks import JudgeBlock, PromptsBlock, PromptSource, SamplingBlock
@@ -148,7 +149,7 @@ def run(
     at_once: int = COUNT,
 ) -> Outcome:
     """The loop over an engine."""
-    loop = Loop(
+    loop = CritiqueLoop(
         constitution=load_constitution(str(CONSTITUTION)),
         engine=engine,
         sampling=SamplingBlock(max_new_tokens=new_tokens, temperature=0.0, batch_size=at_once),
@@ -174,7 +175,7 @@ def same_share(ours: Outcome, plain: Outcome) -> tuple[float, float]:
 def choose(engine: Any, samples: Sequence[Sample], revisions: Sequence[str]) -> tuple[float, list[float]]:
     """Seconds of choosing between answers and revisions by every principle, and each letter's log-probability."""
     constitution = load_constitution(str(CONSTITUTION))
-    judge = ByChoice(engine, Showing(constitution), JudgeBlock(), constitution.language, seed=0)
+    judge = ChoiceJudge(JudgeBlock(), engine, PromptContext(constitution))
     asked = [
         (Question(sample.id, sample.prompt, sample.completion, revision), principle)
         for sample, revision in zip(samples, revisions, strict=True)
@@ -183,7 +184,9 @@ def choose(engine: Any, samples: Sequence[Sample], revisions: Sequence[str]) -> 
     ]
     start = time.perf_counter()
     scores = judge.ask(asked, None, "choices")
-    return time.perf_counter() - start, [nats(each) for rows in scores for row in rows for each in row.logprobs]
+    return time.perf_counter() - start, [
+        stored_logprob(each) for rows in scores for row in rows for each in row.logprobs
+    ]
 
 
 def compare_choices(dtype: str, model: Any, tokenizer: Any, samples: Sequence[Sample], plain: Outcome) -> str:

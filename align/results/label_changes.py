@@ -68,7 +68,7 @@ def movement(pairs: Sequence[Pair], one: Sequence[Label], other: Sequence[Label]
     sides = [(before.side, after.side) for before, after in zip(one, other, strict=True)]
     both = [place for place, (x, y) in enumerate(sides) if x and y]
     flips = [float(sides[place][0] != sides[place][1]) for place in both]
-    changes = [abs(after.or_half - before.or_half) for before, after in zip(one, other, strict=True)]
+    changes = [abs(after.p_a_or_half - before.p_a_or_half) for before, after in zip(one, other, strict=True)]
     prompts = [pair.prompt_id for pair in pairs]
     return Movement(
         pairs=len(pairs),
@@ -115,7 +115,7 @@ def shared_principles(
 
 def largest(one: Sequence[Label], other: Sequence[Label], count: int) -> list[int]:
     """Places of the pairs whose probability moves most, the largest first; those that don't move are left out."""
-    changes = [abs(after.or_half - before.or_half) for before, after in zip(one, other, strict=True)]
+    changes = [abs(after.p_a_or_half - before.p_a_or_half) for before, after in zip(one, other, strict=True)]
     order = sorted(range(len(changes)), key=lambda place: -changes[place])
     return [place for place in order[:count] if changes[place] > 0]
 

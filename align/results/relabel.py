@@ -18,11 +18,17 @@ from align.engines.recorded import RecordedEngine
 from align.errors import InputError
 from align.feedback.agreement import agreement_figures
 from align.feedback.judge import Judge, Verdict
-from align.feedback.judged_revisions import FILES as REVISION_FILES
-from align.feedback.judged_revisions import OPINIONS, by_principle, judged_again, read_kept, with_scores
+from align.feedback.judged_revisions import (
+    OPINIONS,
+    REVISION_FILES,
+    by_principle,
+    read_judged_revisions,
+    rejudge,
+    with_scores,
+)
 from align.feedback.label_files import LabelFiles
 from align.feedback.opinions import Question
-from align.feedback.preference_pairs import pair_of, question_of, revision_pairs, with_provenance, with_verdict
+from align.feedback.preference_pairs import comparison_pair, question_of, revision_pairs, with_provenance, with_verdict
 from align.feedback.records import Comparison, OpinionScores
 from align.feedback.tallies import ComparisonTally
 from align.records import PreferencePair, digest, read_rows, write_rows
@@ -79,13 +85,13 @@ def _write_labels(
 ) -> tuple[dict[str, int], dict[str, Any]]:
     """Write all but the manifest, row by row; what that counts and measures."""
     entries, names = _relabelled(labelled, settings, judge.constitution)
-    tally = ComparisonTally([principle.id for principle in judge.principles], judge.block)
+    tally = ComparisonTally([principle.id for principle in judge.principles], judge.settings)
     counted = Counter(pairs=0, revision_pairs=0)
     with LabelFiles(folder, tally) as files:
         for row, scores in _judged_again(labelled, judge):
             comparison = with_provenance(row, row.provenance, names.get(row.judge_provenance, ""))
             files.add(comparison, scores)
-            if pair := pair_of(comparison):
+            if pair := comparison_pair(comparison):
                 counted["pairs"] += files.add_pair(pair)
         for pair in _pairs_of_revisions(labelled, settings, judge.constitution, folder, names, counted):
             counted["revision_pairs"] += files.add_pair(pair)
@@ -112,7 +118,7 @@ def _pairs_of_revisions(
     if settings.revise:
         judge = recorded_judge(labelled, settings, constitution, REVISE.name, settings.revise.principle)
         verdict_of = partial(_verdict, judge, OPINIONS)
-        yield from revision_pairs(judged_again(labelled.folder, folder, settings.revise, verdict_of, names), counted)
+        yield from revision_pairs(rejudge(labelled.folder, folder, settings.revise, verdict_of, names), counted)
         return
     for pair in read_rows(labelled.folder / "pairs.jsonl", PreferencePair):
         if pair.source == "revision":
@@ -174,7 +180,7 @@ def recorded_judge(
 
 def _require_same_words(judge: Judge, stored: Constitution) -> None:
     """What the engine gave counts for principles that still say what it was asked about."""
-    if judge.block.kind == "rule":
+    if judge.settings.kind == "rule":
         return
     known = {principle.id: _asked_words(stored, principle) for principle in stored.principles}
     for principle in judge.principles:
@@ -203,7 +209,7 @@ def _relabelled(
     entries = read_provenance(labelled.folder)
     principles = {labelled.first("judge_provenance"): settings.compare.principle}
     if settings.revise:
-        of_revisions = next((row.judge_provenance for row, _ in read_kept(labelled.folder)), "")
+        of_revisions = next((row.judge_provenance for row, _ in read_judged_revisions(labelled.folder)), "")
         principles[of_revisions] = settings.revise.principle
     now = {
         name: entries[name].with_label(settings.judge, constitution, principle=principle)

@@ -10,8 +10,7 @@ from pydantic import ValidationError
 from align.constitution.constitution import Constitution, load_constitution
 from align.engines.provenance import CONSTITUTION, PROVENANCE, read_constitution
 from align.errors import FileProblems, InputError, Problem
-from align.feedback.judged_revisions import FILES as REVISION_FILES
-from align.feedback.judged_revisions import RevisionLabels, read_settings
+from align.feedback.judged_revisions import REVISION_FILES, RevisionLabelSettings, read_settings
 from align.feedback.records import Comparison
 from align.pipeline.recipe_files import apply_override
 from align.records import read_rows
@@ -39,7 +38,7 @@ class LabelSettings(Block):
     seed: int
     judge: JudgeBlock
     compare: CompareBlock
-    revise: RevisionLabels | None = None
+    revise: RevisionLabelSettings | None = None
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class Labelled:
     folder: Path
     manifest: Manifest
     constitution: Constitution
-    revise: RevisionLabels | None
+    revise: RevisionLabelSettings | None
 
     def comparisons(self) -> Iterator[Comparison]:
         """The rows, read from the file."""

@@ -7,7 +7,7 @@ import torch
 
 from align.constitution.constitution import Constitution, Principle
 from align.errors import AlignError
-from align.feedback.direct import DirectScores
+from align.feedback.direct import DirectScorer
 from align.feedback.judge import Judge
 from align.rl.batches import micro_batches
 from align.rl.experience import Collector
@@ -65,7 +65,7 @@ def test_a_judge_that_scores_directly_teaches_its_rules(tiny_model_dir, tmp_path
     )
     judge = Judge(Constitution(id="rules", title="rules", principles=principles), JudgeBlock(kind="rule"))
     block = settings(iterations=16)
-    build_trainer(tiny_model_dir, tmp_path / "run", block, reward=ScoresReward(DirectScores(judge))).train()
+    build_trainer(tiny_model_dir, tmp_path / "run", block, reward=ScoresReward(DirectScorer(judge))).train()
     scores = [json.loads(line)["score"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert scores[0] < 0.3
     assert sum(scores[-3:]) / 3 > 0.6
