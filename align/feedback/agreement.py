@@ -118,14 +118,9 @@ class AgreementTally:
         return Agreement(tuple(self._index), **{name: tuple(map(tuple, rows)) for name, rows in self._counts.items()})
 
 
-def agreement_between(
-    principles: Sequence[str],
-    labels: Iterable[Label],
-    tie_margin: float = TIE_MARGIN,
-    clear_margin: float = CLEAR_MARGIN,
-) -> Agreement:
-    """How often each two principles agree and conflict on the labelled pairs."""
-    tally = AgreementTally(principles, tie_margin, clear_margin)
+def agreement_between(principles: Sequence[str], labels: Iterable[Label], *margins: float) -> Agreement:
+    """How often each two principles agree and conflict on the labelled pairs; `margins` as for `AgreementTally`."""
+    tally = AgreementTally(principles, *margins)
     for label in labels:
         tally.add(label)
     return tally.agreement()

@@ -162,12 +162,8 @@ def _position_figures(judged: Sequence[JudgedPair]) -> dict[str, float]:
     principles, position weighs more there than the completions do.
     """
     seen = [pair for pair in judged if pair.p_by_principle]
-    if not seen:
-        return {"position_bias": 0.0, "same_place": 0.0}
-    return {
-        "position_bias": float(np.mean([pair.position_bias for pair in seen])),
-        "same_place": float(np.mean([pair.same_place for pair in seen])),
-    }
+    names = ("position_bias", "same_place")
+    return {name: float(np.mean([getattr(pair, name) for pair in seen])) if seen else 0.0 for name in names}
 
 
 def _by_principle(judged: Sequence[JudgedPair], margin: float) -> dict[str, Any]:

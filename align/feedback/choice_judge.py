@@ -11,16 +11,7 @@ from align.engines.complete_all import complete_all
 from align.engines.engine import Completed, Request
 from align.feedback.evidence import escape_template_tokens, join_paragraphs
 from align.feedback.judge_prompts import LETTERS, TEMPLATES, PromptTemplate
-from align.feedback.opinions import (
-    Asked,
-    EngineJudge,
-    Opinion,
-    Question,
-    View,
-    centred_sigmoid,
-    choice_request,
-    stored_logprob,
-)
+from align.feedback.opinions import Asked, EngineJudge, Opinion, Question, View, as_logprob, choice_request, margin_of
 from align.feedback.records import OpinionScores
 from align.records import Conversation, Message, as_dicts, digest
 from align.run.reproducibility import derive_seed
@@ -71,7 +62,7 @@ class ChoiceJudge(EngineJudge):
         mass = row.option_mass or 0.0
         if mass == 0 or mass < self.settings.min_option_mass:
             return None
-        return centred_sigmoid(stored_logprob(row.logprobs[0]) - stored_logprob(row.logprobs[1]))
+        return margin_of(as_logprob(row.logprobs[0]) - as_logprob(row.logprobs[1]))
 
     def _clamped(self, margin: float) -> float:
         """The margin, clamped after a chain of thought. This comes before any mean, which overconfident orders or

@@ -119,8 +119,7 @@ class CritiqueLoop:
             return None
         examples = nearest_examples(self.constitution.worked_examples, principle, self.examples)
         chat = self._chat(chain, examples, principle.requests)
-        texts = conversation_texts(sample.prompt, chain.completion)
-        shown = self._context.passages(principle, texts)
+        shown = self._context.passages(principle, conversation_texts(sample.prompt, chain.completion))
         return _Step(chain, principle, examples, chat, *self._with_passages(principle, shown), shown)
 
     @cached_property
@@ -145,13 +144,11 @@ class CritiqueLoop:
     def _worked_turns(self, example: Example, requests: tuple[str, str]) -> Conversation:
         if example.principle:
             requests = self.constitution.principle(example.principle).requests or requests
+        critique, revision = requests
         turns = *example.conversation, Message("assistant", example.completion)
         if self.critique:
-            turns = (
-                *_with_user(turns, example.critique_request or requests[0]),
-                Message("assistant", example.critique),
-            )
-        return *_with_user(turns, example.revision_request or requests[1]), Message("assistant", example.revision)
+            turns = *_with_user(turns, example.critique_request or critique), Message("assistant", example.critique)
+        return *_with_user(turns, example.revision_request or revision), Message("assistant", example.revision)
 
     def _complete_critiques(self, steps: Mapping[str, _Step], number: int, progress: str) -> dict[str, Completed]:
         """Critiques by request id, and their revisions too unless another engine is the critic."""
@@ -169,7 +166,10 @@ class CritiqueLoop:
         return self._complete(self.engine, followed, f"critique and revision {progress}")
 
     def _revision_request(self, key: str, step: _Step, number: int, critique: str | None) -> Request:
-        return self._request(key, _revision_chat(step, critique), number, "revision")
+        turns = step.chat
+        if critique is not None:
+            turns = *_with_user(turns, step.critique_request), Message("assistant", critique)
+        return self._request(key, _with_user(turns, step.revision_request), number, "revision")
 
     def _request(self, key: str, messages: Conversation, number: int, part: str) -> Request:
         return Request(
@@ -247,10 +247,3 @@ def _stripped(critique: Completed | None) -> str | None:
 
 def _with_user(turns: Conversation, text: str) -> Conversation:
     return *turns, Message("user", text)
-
-
-def _revision_chat(step: _Step, critique: str | None) -> Conversation:
-    turns = step.chat
-    if critique is not None:
-        turns = *_with_user(turns, step.critique_request), Message("assistant", critique)
-    return _with_user(turns, step.revision_request)

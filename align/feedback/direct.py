@@ -103,24 +103,20 @@ def expected_mark(logprobs: Sequence[float], min_option_mass: float) -> float | 
 
 
 def _marks(kind: ChoiceJudge, asked: Sequence[Asked]) -> list[float | None]:
-    requests = [_mark_request(kind, *each) for each in asked]
+    requests = []
+    for prompt, completion, principle in asked:
+        text = kind.template(principle).format_mark(prompt, completion, principle.text or principle.question or "")
+        passages = kind.context.quoted_passages(principle, prompt, completion)
+        requests.append(choice_request((Message("user", join_paragraphs(passages, text)),), MARKS))
     scores = _choice_scores(kind, requests)
     return [expected_mark(scores[each.id].logprobs, kind.settings.min_option_mass) for each in requests]
 
 
-def _mark_request(kind: ChoiceJudge, prompt: Conversation, completion: str, principle: Principle) -> ChoiceRequest:
-    text = kind.template(principle).format_mark(prompt, completion, principle.text or principle.question or "")
-    passages = kind.context.quoted_passages(principle, prompt, completion)
-    return choice_request((Message("user", join_paragraphs(passages, text)),), MARKS)
-
-
 def _contrasts(kind: ContrastJudge, asked: Sequence[Asked]) -> list[float | None]:
-    requests = [
-        request
-        for prompt, completion, principle in asked
-        for passages in [kind.context.quoted_passages(principle, prompt, completion)]
-        for request in kind.requests(principle, prompt, completion, passages)
-    ]
+    requests: list[ChoiceRequest] = []
+    for prompt, completion, principle in asked:
+        passages = kind.context.quoted_passages(principle, prompt, completion)
+        requests += kind.requests(principle, prompt, completion, passages)
     scores = _choice_scores(kind, requests)
     means = [mean_token_logprob(scores[each.id]) for each in requests]
     values = [own - opposite for own, opposite in zip(means[::2], means[1::2], strict=True)]
@@ -129,11 +125,10 @@ def _contrasts(kind: ContrastJudge, asked: Sequence[Asked]) -> list[float | None
 
 def _choice_scores(kind: EngineJudge, requests: Sequence[ChoiceRequest]) -> dict[str, ChoiceScores]:
     """The scores by request id, in chunks of a fixed order. Keeps no journal and shows no progress bar."""
-    ordered = sorted({request.id: request for request in requests}.values(), key=_length)
+    ordered = sorted(
+        {request.id: request for request in requests}.values(),
+        key=lambda request: (sum(len(message.content) for message in request.messages), request.id),
+    )
     size = kind.settings.batch_size
     chunks = [ordered[start : start + size] for start in range(0, len(ordered), size)]
     return {scores.id: scores for chunk in chunks for scores in kind.engine.choice_logprobs(chunk)}
-
-
-def _length(request: ChoiceRequest) -> tuple[int, str]:
-    return sum(len(message.content) for message in request.messages), request.id

@@ -181,17 +181,13 @@ def escape_template_tokens(text: str) -> str:
 
     Completions are trained against judges and would learn to write such tokens.
     """
-    return _break_tokens(_TEMPLATE_TOKEN, text)
+    return _TEMPLATE_TOKEN.sub(r"\g<0> ", text)
 
 
 def _one_line(text: str) -> str:
     """The text on one line, without control characters and without anything that looks like a template token."""
     printable = "".join(letter for letter in " ".join(text.split()) if letter.isprintable())
-    return _break_tokens(_LIKE_A_TOKEN, printable)
-
-
-def _break_tokens(token_starts: re.Pattern[str], text: str) -> str:
-    return token_starts.sub(lambda match: f"{match.group()} ", text)
+    return _LIKE_A_TOKEN.sub(r"\g<0> ", printable)
 
 
 def citations(text: str) -> tuple[str, ...]:

@@ -40,11 +40,6 @@ class RevisionCandidate:
     criticised: bool = False
 
 
-def is_cut(candidate: RevisionCandidate) -> bool:
-    """The length limit cut it."""
-    return candidate.finish_reason == "length"
-
-
 def is_empty(candidate: RevisionCandidate) -> bool:
     """It has no letters and no digits."""
     return not any(character.isalnum() for character in candidate.text)
@@ -95,18 +90,13 @@ def has_emoji(text: str) -> bool:
     return bool(_EMOJI.search(text))
 
 
-def adds_emoji(candidate: RevisionCandidate) -> bool:
-    """It has emoji and the original has none."""
-    return has_emoji(candidate.text) and not has_emoji(candidate.original)
-
-
 def repeats_itself(text: str) -> bool:
     """The share of repeated 4-grams is above `MAX_REPETITION`. Texts too short to tell never repeat themselves."""
     return len(words(text)) >= MIN_REPETITION_WORDS and repetition(text) > MAX_REPETITION
 
 
 FILTERS: dict[str, Callable[[RevisionCandidate], bool]] = {
-    "cut": is_cut,
+    "cut": lambda candidate: candidate.finish_reason == "length",
     "empty": is_empty,
     "preamble": has_preamble,
     "no_critique": lacks_critique,
@@ -115,7 +105,7 @@ FILTERS: dict[str, Callable[[RevisionCandidate], bool]] = {
     "example": is_example,
     "refusal": lambda candidate: only_refuses(candidate.text),
     "repetition": lambda candidate: repeats_itself(candidate.text),
-    "emoji": adds_emoji,
+    "emoji": lambda candidate: has_emoji(candidate.text) and not has_emoji(candidate.original),
 }
 
 

@@ -56,29 +56,18 @@ class CompareGatesBlock(Block):
 
 
 FAULTS = {
-    "same_closing": "texts end with the same sentence",
-    "same_ending": "texts end with the same five words",
-    "same_opening": "texts begin with the same five words",
-    "emoji": "texts have emoji",
-    "repetition": "texts repeat themselves",
-    "benign_refused": "benign prompts are refused",
-    "refusal_only": "revisions refuse and say nothing else",
-    "cut": "completions were cut by the length limit",
-    "not_accepted": "samples have no accepted revision",
-    "identical": "comparisons have two identical completions",
+    "same_closing": ("texts end with the same sentence", "change the principles or examples that lead to it"),
+    "same_ending": ("texts end with the same five words", "change the principles or examples that lead to it"),
+    "same_opening": ("texts begin with the same five words", "change the principles or examples that lead to it"),
+    "emoji": ("texts have emoji", "add a principle against emoji, or lower sampling.temperature"),
+    "repetition": ("texts repeat themselves", "use a larger model, or change sampling.temperature"),
+    "benign_refused": ("benign prompts are refused", "add principles against overreacting, or add benign prompts"),
+    "refusal_only": ("revisions refuse and say nothing else", "add principles that ask to explain, or benign prompts"),
+    "cut": ("completions were cut by the length limit", "raise sampling.max_new_tokens"),
+    "not_accepted": ("samples have no accepted revision", "see rejected.jsonl; use a larger model or fewer principles"),
+    "identical": ("comparisons have two identical completions", "raise sampling.temperature"),
 }
-REMEDIES = {
-    "same_closing": "change the principles or worked examples that lead to it",
-    "same_ending": "change the principles or worked examples that lead to it",
-    "same_opening": "change the principles or worked examples that lead to it",
-    "emoji": "add a principle against emoji, or lower sampling.temperature",
-    "repetition": "use a larger model, or change sampling.temperature",
-    "benign_refused": "add principles against overreacting, or add benign prompts",
-    "refusal_only": "add principles that ask for explanations or offers of help, or add benign prompts",
-    "cut": "raise sampling.max_new_tokens",
-    "not_accepted": "see the reasons in rejected.jsonl; use a larger model or fewer principles",
-    "identical": "raise sampling.temperature",
-}
+"""For each gate, the words that follow a share of rows in its message, and the remedy."""
 
 
 @dataclass
@@ -120,9 +109,9 @@ class TextFaultShares:
         self._shares["repetition"].add(text, repeats_itself(text))
         closing = fold(found[-1]) if (found := sentences(text)) else ""
         self._count_edge("same_closing", closing)
-        spoken = [word for word in words(fold(text)) if word[0].isalnum()]
-        self._count_edge("same_ending", " ".join(spoken[-_edge_length(spoken[-EDGE_WORDS:]) :]))
-        self._count_edge("same_opening", " ".join(spoken[: _edge_length(spoken[:EDGE_WORDS])]))
+        plain_words = [word for word in words(fold(text)) if word[0].isalnum()]
+        self._count_edge("same_ending", " ".join(plain_words[-_edge_length(plain_words[-EDGE_WORDS:]) :]))
+        self._count_edge("same_opening", " ".join(plain_words[: _edge_length(plain_words[:EDGE_WORDS])]))
 
     def shares(self) -> dict[str, FaultShare]:
         return self._shares | {name: self._commonest(name) for name in ("same_closing", "same_ending", "same_opening")}
@@ -160,15 +149,16 @@ def check_gates(stage: str, block: Block, shares: Mapping[str, FaultShare], plac
         if limit is None or share.value <= limit:
             continue
         if share.rows < least:
-            # One row in three is over most limits, but says nothing about the set.
+            # A single row of few exceeds most limits, but says nothing about the set.
             if share.count == 1:
                 continue
             reported.append(f"{name} {share.value:.1%} of {share.rows} (limit {limit:.1%})")
             continue
+        fault, remedy = FAULTS[name]
         shown = "; ".join(repr(text if len(text) <= 100 else f"{text[:99]}…") for text in share.examples)
         closed.append(
-            f"gate {stage}.gates.{name} is closed: {share.value:.1%} of {share.rows} {FAULTS[name]}, and the "
-            f"limit is {limit:.1%}" + (f" ({shown})" if shown else "") + f"; {REMEDIES[name]}"
+            f"gate {stage}.gates.{name} is closed: {share.value:.1%} of {share.rows} {fault}, and the "
+            f"limit is {limit:.1%}" + (f" ({shown})" if shown else "") + f"; {remedy}"
         )
     if reported and processes.is_first():
         print(

@@ -35,14 +35,11 @@ class Verdict:
     Attributes:
         p_a: the probability that A is better; None where nothing was decided.
         by_principle: each principle's own probability that A is better.
-        position_bias: the mean, over principles, of the probability given to the completion shown first, minus one
-            half.
+        position_bias: the mean probability, over principles, of the completion shown first, minus one half.
         reason: why nothing was decided; empty where `p_a` is given.
-        decided_by: ids of the principles that decided: those of the deciding tier that gave an opinion, or the broken
-            hard principle.
+        decided_by: ids of the deciding principles: the deciding tier's that gave an opinion, or the broken hard one.
         scores: the engine's scores that the verdict was computed from.
-        same_place: whether position weighed more than the completions did, before any clamp, so that the same
-            position is preferred in both orders.
+        same_place: whether, before any clamp and over all principles, both orders prefer the same position.
     """
 
     p_a: float | None

@@ -6,6 +6,7 @@
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Literal
 
@@ -31,9 +32,7 @@ class RevisionLabelSettings(Block):
     """The settings of `revise` that decide which revisions become pairs, and with which label."""
 
     principle: Literal["all", "draw"] = Field(description="all principles that apply, or one drawn for each revision")
-    near_duplicates: Fraction | None = Field(
-        description="similarity to an earlier accepted one that rejects a revision"
-    )
+    near_duplicates: Fraction | None = Field(description="similarity to an earlier accepted one that rejects")
 
 
 class JudgedRevisionFiles(RowFiles):
@@ -54,7 +53,7 @@ class JudgedRevisionFiles(RowFiles):
 
 def read_judged_revisions(folder: Path) -> Iterator[tuple[Revision, Scores]]:
     """The judged revisions in a folder, in order, each with its scores."""
-    return with_scores(read_rows(folder / REVISIONS, Revision), folder / OPINIONS, _sample_id)
+    return with_scores(read_rows(folder / REVISIONS, Revision), folder / OPINIONS, attrgetter("sample_id"))
 
 
 def read_settings(folder: Path) -> RevisionLabelSettings | None:
@@ -85,20 +84,20 @@ def stage_settings(revise: Path) -> RevisionLabelSettings | None:
 
 def judged_by_stage(revise: Path, samples: Path) -> Iterator[tuple[Revision, Scores]]:
     """The revisions that a revise stage's judge compared, accepted or not, in the order of the samples."""
-    waiting = [
+    upcoming_rows = [
         (rows, next(rows, None))
         for rows in (read_rows(revise / name, Revision) for name in ("revisions.jsonl", "rejected.jsonl"))
     ]
 
     def in_order() -> Iterator[Revision]:
         for sample in read_rows(samples, Sample):
-            for place, (rows, row) in enumerate(waiting):
+            for place, (rows, row) in enumerate(upcoming_rows):
                 if row is not None and row.sample_id == sample.id:
-                    waiting[place] = rows, next(rows, None)
+                    upcoming_rows[place] = rows, next(rows, None)
                     yield row
 
     judged = (row for row in in_order() if row.judge_provenance)
-    return with_scores(judged, revise / REVISE_OPINIONS, _sample_id)
+    return with_scores(judged, revise / REVISE_OPINIONS, attrgetter("sample_id"))
 
 
 def with_scores(rows: Iterable[R], opinions: Path, id_of: Callable[[R], str]) -> Iterator[tuple[R, Scores]]:
@@ -166,7 +165,3 @@ def reject_near_duplicate(row: Revision, earlier: NearDuplicateIndex) -> Revisio
     if row.accepted and earlier.is_repeated(row.completion, row.split):
         return replace(row, accepted=False, reason=NEAR_DUPLICATE)
     return row
-
-
-def _sample_id(row: Revision) -> str:
-    return row.sample_id

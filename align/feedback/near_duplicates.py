@@ -6,6 +6,8 @@ The bands of the MinHash signature only propose candidates. The exact Jaccard si
 import hashlib
 import zlib
 
+import numpy as np
+
 from align.figures.sentences import fold
 from align.figures.text_metrics import words
 from align.run.streaming import scratch_database
@@ -25,8 +27,6 @@ class NearDuplicateIndex:
     """
 
     def __init__(self, similarity: float | None) -> None:
-        import numpy as np
-
         draw = np.random.default_rng(0)
         self._similarity = similarity
         self._factors = draw.integers(1, MODULUS, (BANDS * ROWS, 1), dtype=np.int64)
@@ -53,8 +53,6 @@ class NearDuplicateIndex:
         return False
 
     def _bands(self, shingles: set[str], group: str) -> list[str]:
-        import numpy as np
-
         hashes = np.array([zlib.crc32(each.encode()) % MODULUS for each in shingles], dtype=np.int64)
         # Both factors are below 2^31, so the product is below 2^62 and does not overflow.
         lowest = ((self._factors * hashes + self._offsets) % MODULUS).min(axis=1).reshape(BANDS, ROWS)

@@ -82,7 +82,7 @@ class JudgeKind(ABC):
 
     def margin(self, value: float) -> float:
         """The probability that A is better, minus one half, for a value or a mean of values. An odd function."""
-        return centred_sigmoid(self.settings.scale * value)
+        return margin_of(self.settings.scale * value)
 
 
 @dataclass(frozen=True)
@@ -126,8 +126,8 @@ class EngineJudge(JudgeKind):
         ]
 
 
-def centred_sigmoid(log_odds: float) -> float:
-    """sigmoid(x) - 1/2, as tanh(x/2)/2: odd to the last bit."""
+def margin_of(log_odds: float) -> float:
+    """The probability of these log-odds, minus one half: sigmoid(x) - 1/2 as tanh(x/2)/2, odd to the last bit."""
     return math.copysign(0.5 * math.tanh(abs(log_odds) / 2), log_odds)
 
 
@@ -136,19 +136,19 @@ def choice_request(messages: Conversation, choices: tuple[str, ...]) -> ChoiceRe
     return ChoiceRequest(digest([as_dicts(messages), choices]), messages, choices)
 
 
-def stored_logprob(logprob: float | None) -> float:
+def as_logprob(logprob: float | None) -> float:
     """A log-probability as it was before it was stored: None stands for minus infinity, which JSON lacks."""
     return -math.inf if logprob is None else logprob
 
 
 def mean_token_logprob(scores: ChoiceScores | OpinionScores) -> float:
     """The first choice's mean token log-probability, in nats."""
-    return stored_logprob(scores.logprobs[0]) / max(scores.tokens[0], 1)
+    return as_logprob(scores.logprobs[0]) / max(scores.tokens[0], 1)
 
 
 def option_mass(logprobs: Iterable[float | None]) -> float:
     """Total probability of the options. Each must be a token of its own, so that they exclude one another."""
-    return sum(math.exp(stored_logprob(logprob)) for logprob in logprobs)
+    return sum(math.exp(as_logprob(logprob)) for logprob in logprobs)
 
 
 def _opinion_scores(asked: Asked, view: View, scores: ChoiceScores) -> OpinionScores:

@@ -38,19 +38,10 @@ def comparison_pair(row: Comparison) -> PreferencePair | None:
     """The comparison as a training pair; None if it was not decided."""
     if row.p_a is None:
         return None
-    a, b = (row.completion_a, row.seed_a), (row.completion_b, row.seed_b)
-    (chosen, chosen_seed), (rejected, rejected_seed) = (a, b) if row.p_a >= 0.5 else (b, a)
-    return _pair(
-        row,
-        chosen,
-        rejected,
-        probability=max(row.p_a, 1 - row.p_a),
-        source="ai",
-        judged_by=row.decided_by,
-        chosen_seed=chosen_seed,
-        rejected_seed=rejected_seed,
-        rejected_provenance=row.provenance,
-    )
+    a = row.completion_a, row.seed_a, row.provenance
+    b = row.completion_b, row.seed_b, row.provenance
+    sides = (a, b) if row.p_a >= 0.5 else (b, a)
+    return _pair(row, *sides, probability=max(row.p_a, 1 - row.p_a), source="ai", judged_by=row.decided_by)
 
 
 def revision_pairs(rows: Iterable[Revision], counts: Counter[str]) -> Iterator[PreferencePair]:
@@ -69,29 +60,28 @@ def revision_pairs(rows: Iterable[Revision], counts: Counter[str]) -> Iterator[P
 
 def revision_pair(row: Revision) -> PreferencePair:
     """The revision, preferred to its original."""
-    return _pair(
-        row,
-        row.completion,
-        row.original,
-        probability=row.p_better,
-        source="revision",
-        judged_by=row.judged_by,
-        revised_by=row.revised_by,
-        chosen_seed=row.seed,
-        rejected_seed=row.original_seed,
-        rejected_provenance=row.original_provenance,
-    )
+    chosen = row.completion, row.seed, row.provenance
+    rejected = row.original, row.original_seed, row.original_provenance
+    principles = {"judged_by": row.judged_by, "revised_by": row.revised_by}
+    return _pair(row, chosen, rejected, probability=row.p_better, source="revision", **principles)
 
 
-def _pair(row: Comparison | Revision, chosen: str, rejected: str, **fields: Any) -> PreferencePair:
-    chosen_turn, rejected_turn = Message("assistant", chosen), Message("assistant", rejected)
+Side = tuple[str, int | None, str]
+"""A completion, its seed and the id of its provenance entry."""
+
+
+def _pair(row: Comparison | Revision, chosen: Side, rejected: Side, **fields: Any) -> PreferencePair:
+    chosen_turn, rejected_turn = Message("assistant", chosen[0]), Message("assistant", rejected[0])
     return PreferencePair(
         id=pair_id(row.prompt, chosen_turn, rejected_turn),
         prompt=row.prompt,
         chosen=(chosen_turn,),
         rejected=(rejected_turn,),
         category=row.category,
-        chosen_provenance=row.provenance,
+        chosen_seed=chosen[1],
+        rejected_seed=rejected[1],
+        chosen_provenance=chosen[2],
+        rejected_provenance=rejected[2],
         judge_provenance=row.judge_provenance,
         **fields,
     )

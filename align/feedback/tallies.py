@@ -39,9 +39,7 @@ class RevisionTally:
         self.reasons: Counter[str] = Counter()
         self._preambles = 0
         self._original_characters = _Mean()
-        self._by_principle: defaultdict[str, Counter[str]] = defaultdict(
-            lambda: Counter(draws=0, filtered=0, accepted=0)
-        )
+        self._by_principle: dict[str, Counter[str]] = defaultdict(lambda: Counter(draws=0, filtered=0, accepted=0))
         self._evidence: Counter[str] = Counter()
         self._rounds = [_RoundTally() for _ in range(rounds)]
 

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from align.errors import GateClosed
 from align.feedback.gates import (
     FAULTS,
-    REMEDIES,
     CompareGatesBlock,
     FaultShare,
     ReviseGatesBlock,
@@ -92,7 +91,7 @@ def test_few_rows_or_no_limit_close_no_gate_and_few_rows_are_told(capsys: pytest
 def test_every_gate_has_words_and_a_remedy() -> None:
     limits = {*ReviseGatesBlock.model_fields, *CompareGatesBlock.model_fields} - {"benign", "min_rows"}
 
-    assert limits == FAULTS.keys() == REMEDIES.keys()
+    assert limits == FAULTS.keys() and all(map(all, FAULTS.values()))
 
 
 @pytest.mark.parametrize("name", FAULTS)
