@@ -86,7 +86,7 @@ class ChoiceJudge(EngineJudge):
         return template.format_choice(conversation, principle.question or "", options, last)
 
     def _worked_turns(self, number: int, worked: WorkedComparison, principle: Principle) -> Conversation:
-        """A worked comparison as chat turns. Without an `answer` of its own, A and B take turns as the better one."""
+        """A worked comparison as chat turns. Without an `answer`, the better one alternates between A and B."""
         letter = worked.answer or LETTERS[number % 2]
         options = (worked.better, worked.worse) if letter == LETTERS[0] else (worked.worse, worked.better)
         chat = (Message("user", self._question_text(principle, worked.conversation, options)),)

@@ -1,7 +1,8 @@
 """The judge: decides which of two completions follows a constitution better, and how probably.
 
 Each principle that applies gives an opinion. Opinions are averaged by weight within a tier, and the first tier whose
-average is clear decides. A broken hard principle decides before any tier. Exchanging A and B gives exactly 1 - p.
+average is clear decides. A broken hard principle decides before any tier. Exchanging A and B turns p into exactly
+1 - p.
 """
 
 import itertools
@@ -68,6 +69,7 @@ class Judge:
 
     Raises:
         InputError: no principle has what this kind of judge needs, or the constitution has too few worked comparisons.
+        ValueError: this kind of judge asks a model, and there is no engine.
     """
 
     def __init__(

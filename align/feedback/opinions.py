@@ -147,7 +147,7 @@ def mean_token_logprob(scores: ChoiceScores | OpinionScores) -> float:
 
 
 def option_mass(logprobs: Iterable[float | None]) -> float:
-    """Total probability of the options. Each must be a token of its own, so that they exclude one another."""
+    """Total probability of the options. Each must be a single, distinct token, so that they exclude one another."""
     return sum(math.exp(as_logprob(logprob)) for logprob in logprobs)
 
 

@@ -107,7 +107,7 @@ class OpinionScores(Row):
     `contrast`, `view` is the completion and the text it was conditioned on ('a', 'a opposite', 'b' or 'b opposite'),
     and `logprobs` has the sum over the completion's `tokens`. Both are in nats; None is minus infinity (a server did
     not return the letter). `option_mass` is the total probability of the letters. `request_id` is a digest of the
-    request. `reasoning` is the chain of thought before the letter; `reasoning_id` is a digest of its own request.
+    request. `reasoning` is the chain of thought before the letter; `reasoning_id` is the digest of its request.
     """
 
     id: str
