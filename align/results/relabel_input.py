@@ -11,8 +11,7 @@ from align.constitution.constitution import Constitution
 from align.constitution.loading import load_constitution
 from align.engines.provenance import CONSTITUTION, PROVENANCE, read_constitution
 from align.errors import FileProblems, InputError, Problem
-from align.feedback.judged_revisions import FILES as REVISION_FILES
-from align.feedback.judged_revisions import RevisionLabels, read_settings
+from align.feedback.judged_revisions import REVISION_FILES, RevisionLabelSettings, read_settings
 from align.feedback.records import Comparison
 from align.pipeline.recipe_files import apply_override
 from align.records import read_rows
@@ -40,7 +39,7 @@ class LabelSettings(Block):
     seed: int
     judge: JudgeBlock
     compare: CompareBlock
-    revise: RevisionLabels | None = None
+    revise: RevisionLabelSettings | None = None
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ class CompareFolder:
     folder: Path
     manifest: Manifest
     constitution: Constitution
-    revise: RevisionLabels | None
+    revise: RevisionLabelSettings | None
 
     def comparisons(self) -> Iterator[Comparison]:
         """Read the rows one by one."""

@@ -30,11 +30,10 @@ from align.engines.provenance import (
 )
 from align.errors import InputError
 from align.feedback.calibration import JudgedPair, calibration_figures, print_calibration
-from align.feedback.gates import CompareGatesBlock, Share, check_gates, gate_figures
-from align.feedback.judged_revisions import FILES as REVISION_FILES
-from align.feedback.judged_revisions import KeptRevisions, judged_in, settings_of
+from align.feedback.gates import CompareGatesBlock, FaultShare, check_gates, gate_figures
+from align.feedback.judged_revisions import REVISION_FILES, JudgedRevisionFiles, judged_by_stage, stage_settings
 from align.feedback.label_files import LabelFiles
-from align.feedback.preference_pairs import pair_of, question_of, revision_pairs, with_provenance, with_verdict
+from align.feedback.preference_pairs import comparison_pair, question_of, revision_pairs, with_provenance, with_verdict
 from align.feedback.records import Comparison, OpinionScores, Revision
 from align.records import Prompt, Split, digest, read_rows, write_rows
 from align.run import processes
@@ -127,7 +126,7 @@ class CompareStage(Stage):
         ]
 
     def check(self, settings: CompareBlock, shared: Mapping[str, Any]) -> list[str]:
-        from align.feedback.judge import labelling_problems
+        from align.feedback.probes import labelling_problems
 
         constitution = try_load_constitution(shared["constitution"])
         return labelling_problems(constitution, shared["judge"]) if constitution else []
@@ -135,7 +134,8 @@ class CompareStage(Stage):
     def run(self, context: Context) -> Outcome:
         from align.engines.open import open_engine
         from align.feedback.agreement import agreement_figures
-        from align.feedback.judge import examine_judge, open_judge, require_better_than_chance
+        from align.feedback.judge import open_judge
+        from align.feedback.probes import examine_judge, require_better_than_chance
         from align.feedback.tallies import ComparisonTally
 
         settings: CompareBlock = context.settings
@@ -160,7 +160,7 @@ class CompareStage(Stage):
         if settings.revision_pairs:
             require_revision_pairs(context)
         engine = open_engine(EngineBlock(), model, path=str(context.inputs["sft"] / "model"))
-        tally = ComparisonTally([principle.id for principle in judge.principles], judge.block)
+        tally = ComparisonTally([principle.id for principle in judge.principles], judge.settings)
         named = provenance(context, engine, judge, report.scored_by)
         pairs = compare_all(context, engine, judge, total, tally, named)
         agreement = tally.agreement.agreement()
@@ -168,7 +168,7 @@ class CompareStage(Stage):
             write_json(context.output / "agreement.json", agreement.as_json())
         write_constitution(context.output, judge.constitution)
         counted = {**tally.counts(), **pairs}
-        shares = {name: Share(tally.reasons[name], tally.comparisons) for name in ("cut", "identical")}
+        shares = {name: FaultShare(tally.reasons[name], tally.comparisons) for name in ("cut", "identical")}
         measured = {"judge": report.as_figures(), **tested, **tally.figures(), "gates": gate_figures(shares)}
         context.log_rows([{**counted, **measured}])
         check_gates(self.name, settings.gates, shares, context.output / "comparisons.jsonl")
@@ -181,7 +181,7 @@ def provenance(context: Context, engine: "Engine", judge: "Judge", scored_by: st
     how = {"principle": settings.principle, "scored_by": scored_by}
     made = (
         text_provenance(context, "completion", engine, EngineBlock()),
-        label_provenance(context, judge.engine, judge.block, judge.constitution, **how),
+        label_provenance(context, judge.engine, judge.settings, judge.constitution, **how),
     )
     write_provenance(context.output, made, [context.inputs["revise"]] if settings.revision_pairs else [])
     return made[0].id, made[1].id
@@ -209,7 +209,7 @@ def compare_all(
             for verdict, scores in label(compared(window, context, engine), judge, journal, f"judge{window.label}"):
                 row = with_provenance(verdict, *named)
                 files.add(row, scores)
-                if pair := pair_of(row):
+                if pair := comparison_pair(row):
                     counted["pairs"] += files.add_pair(pair)
         for pair in revision_pairs(kept_revisions(context), counted) if settings.revision_pairs else ():
             counted["revision_pairs"] += files.add_pair(pair)
@@ -230,7 +230,7 @@ def calibrate(judge: "Judge", context: Context) -> tuple[list[JudgedPair], dict[
     left_out: Counter[str] = Counter()
     pairs = gather_pairs(None, block.human, left_out)
     judged = judge_pairs(judge, pairs, context.output / "calibration.journal")
-    found = calibration_figures(judged, judge.block.min_margin)
+    found = calibration_figures(judged, judge.settings.min_margin)
     if processes.is_first():
         print_calibration(found, f"{context.run_name}, {judge.name}")
     require_agreement(judge, found, block.min_accuracy)
@@ -301,12 +301,12 @@ def kept_revisions(context: Context) -> Iterator[Revision]:
     """The revisions of the preference split that came before revise's judge, kept with its scores as they pass; where
     there are none of those, the accepted ones alone."""
     revise = context.inputs["revise"]
-    settings = settings_of(revise)
+    settings = stage_settings(revise)
     if settings is None:
         yield from accepted_revisions(context)
         return
-    with KeptRevisions(context.output, settings) as kept:
-        for row, scores in judged_in(revise, context.inputs["sample"] / "samples.jsonl"):
+    with JudgedRevisionFiles(context.output, settings) as kept:
+        for row, scores in judged_by_stage(revise, context.inputs["sample"] / "samples.jsonl"):
             if row.split == SPLIT:
                 kept.add(row, scores)
                 yield row

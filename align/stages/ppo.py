@@ -39,7 +39,7 @@ class Ppo(Stage):
         return (*self.shares, "constitution", "judge") if settings.asks_judge else self.shares
 
     def check(self, settings: PpoBlock, shared: Mapping[str, Any]) -> list[str]:
-        from align.feedback.judge import labelling_problems
+        from align.feedback.probes import labelling_problems
 
         if not settings.asks_judge:
             return []
@@ -174,16 +174,17 @@ def _direct_scores(context: Context, prompts: Sequence[Prompt]) -> tuple[dict[st
     Raises:
         JudgeAtChance: its marks of the probes are not shown to be better than chance.
     """
-    from align.feedback.direct import DirectScores, examine_direct
-    from align.feedback.judge import open_judge, require_better_than_chance
+    from align.feedback.direct import DirectScorer, examine_direct
+    from align.feedback.judge import open_judge
+    from align.feedback.probes import require_better_than_chance
 
     block, model = context.shared["judge"], context.shared["model"]
     judge = open_judge(block, model, load_constitution(context.shared["constitution"]))
-    report = examine_direct(DirectScores(judge))
+    report = examine_direct(DirectScorer(judge))
     require_better_than_chance(judge, report)
     categories = {prompt.prompt: prompt.category for prompt in prompts}
     seeds = {"all": None, "draw": derive_seed(context.seed, "ppo", "judge")}
-    scores = {way: DirectScores(judge, categories, seed) for way, seed in seeds.items()}
+    scores = {way: DirectScorer(judge, categories, seed) for way, seed in seeds.items()}
     return scores, {"judge": report.as_figures()}
 
 

@@ -26,8 +26,9 @@ from align.engines.provenance import (
 )
 from align.errors import InputError
 from align.feedback.filters import OPTIONAL, FilterName, only_refuses, refuses
-from align.feedback.gates import ReviseGatesBlock, Share, TextShares, check_gates, gate_figures
-from align.feedback.judged_revisions import REVISE_OPINIONS, near_duplicates, question_of, unless_repeated, with_verdict
+from align.feedback.gates import FaultShare, ReviseGatesBlock, TextFaultShares, check_gates, gate_figures
+from align.feedback.judged_revisions import REVISE_OPINIONS, question_of, reject_near_duplicate, with_verdict
+from align.feedback.near_duplicates import NearDuplicateIndex
 from align.feedback.records import Critique, OpinionScores, Revision
 from align.records import Prompt, Sample, Split, digest, read_rows
 from align.run.reproducibility import derive_seed
@@ -38,7 +39,7 @@ from align.settings.blocks import Block, EngineBlock, Fraction, Integer, JudgeBl
 
 if TYPE_CHECKING:
     from align.engines.engine import Engine
-    from align.feedback.critique import Chain, Loop
+    from align.feedback.critique import CritiqueLoop, RevisionChain
     from align.feedback.judge import Judge
     from align.feedback.tallies import RevisionTally
 
@@ -98,7 +99,7 @@ class ReviseStage(Stage):
 
     def check(self, settings: ReviseBlock, shared: Mapping[str, Any]) -> list[str]:
         from align.feedback.critique import revising_principles
-        from align.feedback.judge import labelling_problems
+        from align.feedback.probes import labelling_problems
 
         constitution = try_load_constitution(shared["constitution"])
         if constitution is None:
@@ -110,8 +111,9 @@ class ReviseStage(Stage):
 
     def run(self, context: Context) -> Outcome:
         from align.engines.open import open_engine
-        from align.feedback.critique import Loop
-        from align.feedback.judge import examine_judge, open_judge, require_better_than_chance
+        from align.feedback.critique import CritiqueLoop
+        from align.feedback.judge import open_judge
+        from align.feedback.probes import examine_judge, require_better_than_chance
         from align.feedback.tallies import RevisionTally
 
         settings: ReviseBlock = context.settings
@@ -139,7 +141,7 @@ class ReviseStage(Stage):
         made = [each for each in (critique, revision, verdict) if each]
         write_provenance(context.output, made, [context.inputs["sample"]])
         write_constitution(context.output, constitution)
-        loop = Loop(
+        loop = CritiqueLoop(
             constitution=constitution,
             engine=engine,
             sampling=settings.sampling,
@@ -181,7 +183,7 @@ def provenance(
     return (
         critique,
         text_provenance(context, "revision", reviser, settings.engine, judge.constitution, **loop),
-        label_provenance(context, judge.engine, judge.block, judge.constitution, **verdict),
+        label_provenance(context, judge.engine, judge.settings, judge.constitution, **verdict),
     )
 
 
@@ -227,26 +229,26 @@ def benign_prompts(context: Context) -> SeenOnDisk:
     return benign
 
 
-def _made(tally: "RevisionTally") -> dict[str, Share]:
+def _made(tally: "RevisionTally") -> dict[str, FaultShare]:
     """What the gates limit of all the revisions that were made."""
     return {
-        "cut": Share(tally.reasons["cut"], tally.samples),
-        "not_accepted": Share(tally.samples - tally.accepted, tally.samples),
+        "cut": FaultShare(tally.reasons["cut"], tally.samples),
+        "not_accepted": FaultShare(tally.samples - tally.accepted, tally.samples),
     }
 
 
-def _told(tally: "RevisionTally") -> dict[str, Share]:
+def _told(tally: "RevisionTally") -> dict[str, FaultShare]:
     """What is shown beside the gates and limited by none: a cut critique may still lead to a sound revision."""
-    return {"critiques_cut": Share(tally.critiques_cut, tally.critiques)} if tally.critiques else {}
+    return {"critiques_cut": FaultShare(tally.critiques_cut, tally.critiques)} if tally.critiques else {}
 
 
 def revise_all(
-    context: Context, loop: "Loop", judge: "Judge", total: int, tally: "RevisionTally", judge_provenance: str
-) -> dict[str, Share]:
+    context: Context, loop: "CritiqueLoop", judge: "Judge", total: int, tally: "RevisionTally", judge_provenance: str
+) -> dict[str, FaultShare]:
     """Revise and judge every sample, window by window, and write and count what came out; the shares for the gates."""
     settings: ReviseBlock = context.settings
-    benign, benign_refused, refusal_only, texts = benign_prompts(context), Share(), Share(), TextShares()
-    earlier = near_duplicates(settings.near_duplicates)
+    benign, benign_refused, refusal_only, texts = benign_prompts(context), FaultShare(), FaultShare(), TextFaultShares()
+    earlier = NearDuplicateIndex(settings.near_duplicates)
     critiques, revisions, rejected, opinions = (
         RowFile(context.output / name)
         for name in ("critiques.jsonl", "revisions.jsonl", "rejected.jsonl", REVISE_OPINIONS)
@@ -254,7 +256,7 @@ def revise_all(
     with critiques, revisions, rejected, opinions:
         for window in windows(chosen_samples(context), total, settings.window, context.output):
             for chain, judged, scores in revise_window(window, loop, judge, settings.rounds, judge_provenance):
-                row = unless_repeated(judged, earlier)
+                row = reject_near_duplicate(judged, earlier)
                 if row.accepted:
                     texts.add(row.completion)
                 if chain.rounds:
@@ -272,8 +274,8 @@ def revise_all(
 
 
 def revise_window(
-    window: Window[Sample], loop: "Loop", judge: "Judge", rounds: int, judge_provenance: str
-) -> Iterator[tuple["Chain", Revision, tuple[OpinionScores, ...]]]:
+    window: Window[Sample], loop: "CritiqueLoop", judge: "Judge", rounds: int, judge_provenance: str
+) -> Iterator[tuple["RevisionChain", Revision, tuple[OpinionScores, ...]]]:
     """Each sample's chain, the row that it became, and the scores of its verdict: chains without a fault are compared
     with their originals."""
     loop = replace(loop, journal_path=window.folder / "steps.journal", label=window.label)
@@ -291,12 +293,11 @@ def revise_window(
             yield chain, row, ()
 
 
-def hard_rule_broken(constitution: Constitution, chain: "Chain") -> str:
+def hard_rule_broken(constitution: Constitution, chain: "RevisionChain") -> str:
     """Which hard principle's rule the completion breaks, in words; empty where it keeps them all."""
-    from align.feedback.judge import broken_rule
+    from align.feedback.judge import broken_hard_rule
 
-    hard = [each for each in constitution.principles if each.hard and each.applies_to(chain.sample.category)]
-    broken = broken_rule(hard, chain.completion)
+    broken = broken_hard_rule(constitution, chain.sample.category, chain.completion)
     return f"breaks {broken.id}" if broken else ""
 
 
@@ -308,7 +309,7 @@ def _logged(counted: Mapping[str, int], measured: Mapping[str, Any]) -> list[dic
     return [*rows, {**last, "samples": counted["samples"], **shares, **known}]
 
 
-def _row(chain: "Chain", fault: str) -> Revision:
+def _row(chain: "RevisionChain", fault: str) -> Revision:
     """What a chain became, rejected for its fault; without one it is still to be judged."""
     led = _leading_rounds(chain)
     shown = led[-1] if led else None
@@ -334,7 +335,7 @@ def _row(chain: "Chain", fault: str) -> Revision:
     )
 
 
-def _leading_rounds(chain: "Chain") -> list[Critique]:
+def _leading_rounds(chain: "RevisionChain") -> list[Critique]:
     """The rounds that led to the completion that the row shows, which is the last one's revision: those whose revision
     took the completion's place, or of a faulty chain the last. There are none where no principle applied."""
     if chain.fault:

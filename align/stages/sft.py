@@ -15,7 +15,7 @@ from align.data.pairs import read_demonstrations
 from align.data.token_columns import demonstration_columns
 from align.engines.provenance import PROVENANCE, write_provenance
 from align.errors import InputError
-from align.feedback.gates import TextGatesBlock, TextShares, check_gates, gate_figures
+from align.feedback.gates import TextFaultShares, TextGatesBlock, check_gates, gate_figures
 from align.feedback.records import Revision
 from align.records import Demonstration, Prompt, Sample, Split, read_rows, write_rows
 from align.run import processes
@@ -106,7 +106,7 @@ class Sft(Stage):
         )
         counts: Counter[str] = Counter()
         demonstrations = gather(context, counts)
-        texts = TextShares()
+        texts = TextFaultShares()
         for demonstration in demonstrations:
             texts.add(demonstration.completion)
         shares = texts.shares()

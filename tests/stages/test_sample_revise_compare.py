@@ -511,7 +511,8 @@ def test_sampling_from_a_model_killed_outright_goes_on_to_the_same_bytes(
 
 def test_a_tiny_model_judges_by_contrast(world: World, tiny_model_dir: Path) -> None:
     """Real scores: what they are matters not, but that they are finite, soft, and exactly opposite when exchanged."""
-    from align.feedback.judge import examine_judge, open_judge
+    from align.feedback.judge import open_judge
+    from align.feedback.probes import examine_judge
 
     constitution = load_constitution(world.shared["constitution"])
     block = JudgeBlock(kind="contrast", min_margin=0.0)

@@ -69,12 +69,12 @@ def test_a_judge_that_its_probes_could_never_clear_of_chance_is_refused(probes: 
     if enough:
         assert load_recipe("recipe.yaml", ["judge.kind=choice"])
         return
-    assert f"has {probes} probes for that, too few" in faults("recipe.yaml", "judge.kind=choice")[1]
+    assert f"has too few probes for that ({probes})" in faults("recipe.yaml", "judge.kind=choice")[1]
     assert load_recipe("recipe.yaml", ["judge.kind=choice", "judge.allow_chance=true"])
 
 
 def test_the_least_number_of_probes_is_the_one_from_which_the_interval_excludes_chance() -> None:
-    from align.feedback.judge import LEAST_PROBES
+    from align.feedback.probes import LEAST_PROBES
     from align.figures.statistics import wilson_interval
 
     assert [wilson_interval(n, n)[0] > 0.5 for n in (LEAST_PROBES - 1, LEAST_PROBES)] == [False, True]

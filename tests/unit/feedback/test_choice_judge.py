@@ -144,8 +144,8 @@ def test_with_a_chain_of_thought_worked_choices_are_those_that_reason() -> None:
     said = [message.content for message in engine_of(made).choices[0].messages[1:8:2]]
     assert said == ["Thought 3: (B) is right.", "B", "Thought 1: (B) is right.", "B"]
     assert judge_problems(made.constitution, JudgeBlock(chain_of_thought=True, examples=3)) == [
-        "judge.examples: 3 are asked for, and constitution 'test' has 2 worked `comparisons` with a `reasoning`; add "
-        "some, or ask for fewer"
+        "judge.examples: set to 3, but constitution 'test' has 2 worked `comparisons` with a `reasoning`; add some, or "
+        "lower the number"
     ]
 
 
