@@ -28,17 +28,18 @@ def trainer_on(tmp_path: Path, model_dir: Path, lora: dict[str, Any] | None, row
     from datasets import Dataset
 
     from align.models.loading import load_tokenizer
-    from align.training.trainers import SoftLabelDPOTrainer, load_trainable
+    from align.training.models import load_policy
+    from align.training.trainers import SoftLabelDPOTrainer
     from align.training.trl_configs import DPOConfig, training_config
 
     made = context(STAGE, QUICK, model_dir, tmp_path / "out", lora=lora)
     config = training_config(DPOConfig, made, torch.float32, beta=0.5, max_length=None)
-    model = load_trainable(str(model_dir), made.shared["model"], torch.float32, 1)
+    model = load_policy(str(model_dir), made.shared["model"], torch.float32, 1)
     torch.manual_seed(3)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data += 0.05 * torch.randn_like(parameter)
-    reference = None if lora else load_trainable(str(model_dir), made.shared["model"], torch.float32, 1)
+    reference = None if lora else load_policy(str(model_dir), made.shared["model"], torch.float32, 1)
     return SoftLabelDPOTrainer(
         model,
         args=config,

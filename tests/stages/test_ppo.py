@@ -114,7 +114,7 @@ def test_a_batch_that_the_processes_cannot_share_is_refused(
     inputs: dict[str, Path], tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("align.run.processes.world_size", lambda: 4)
-    with pytest.raises(InputError, match=r"ppo\.rollout_batch: 6 rows cannot be shared equally by 4 processes"):
+    with pytest.raises(InputError, match=r"ppo\.rollout_batch: 6 rows cannot be divided among 4 processes"):
         run(PPO, SETTINGS, tiny_model_dir, tmp_path / "out", inputs)
 
 

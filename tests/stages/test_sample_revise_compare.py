@@ -266,7 +266,7 @@ def test_revise_needs_samples_of_its_splits(world: World, monkeypatch: pytest.Mo
     scripted(monkeypatch, reply)
     world.run(SAMPLE, SampleBlock(splits=("rl",)))
 
-    with pytest.raises(InputError, match=r"no sample of the splits sft; name them in `sample\.splits` too"):
+    with pytest.raises(InputError, match=r"no sample of the splits sft; add them to `sample\.splits`"):
         world.run(REVISE, ReviseBlock())
 
 
@@ -356,7 +356,7 @@ def test_revisions_of_originals_that_were_cut_make_no_pair(world: World, monkeyp
     world.run(SAMPLE, SampleBlock.model_validate({"sampling": {"max_new_tokens": 1}}))
     world.run(REVISE, ReviseBlock(splits=("sft", "preference")))
     assert any(row.original_cut for row in world.rows("revise/revisions.jsonl", Revision))
-    with pytest.raises(InputError, match=r"of an original that ended by itself \(.*revision_pairs_cut"):
+    with pytest.raises(InputError, match=r"has a complete original \(.*revision_pairs_cut"):
         world.run(COMPARE, CompareBlock(revision_pairs=True))
 
 
@@ -365,7 +365,7 @@ def test_revision_pairs_need_revisions_of_the_preference_split(world: World, mon
     world.run(SAMPLE, SampleBlock())
     world.run(REVISE, ReviseBlock())
 
-    with pytest.raises(InputError, match=r"name it in `revise\.splits`"):
+    with pytest.raises(InputError, match=r"add it to `revise\.splits`"):
         world.run(COMPARE, CompareBlock(revision_pairs=True))
 
 
@@ -420,7 +420,7 @@ def test_check_tells_what_the_constitution_lacks(world: World) -> None:
 def test_a_critic_that_would_write_nothing_is_told(world: World) -> None:
     block = ReviseBlock.model_validate({"critique": False, "critic": {"model": "other"}})
     assert REVISE.check(block, world.shared) == [
-        "revise.critic: writes no critiques with `critique: false`; remove one of the two"
+        "revise.critic: has no effect with `critique: false`; remove one of the two"
     ]
 
 

@@ -48,13 +48,13 @@ def outputs(stage: Stage, folder: Path) -> dict[str, str]:
 
 
 def interrupt_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
-    from align.training.trl_configs import Follow
+    from align.training.callbacks import TrackingCallback
 
     def stop(self: Any, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step == steps:
             raise Interrupted
 
-    monkeypatch.setattr(Follow, "on_step_begin", stop)
+    monkeypatch.setattr(TrackingCallback, "on_step_begin", stop)
 
 
 @pytest.mark.parametrize("lora", [None, SMALL_LORA], ids=["full", "lora"])
@@ -103,7 +103,7 @@ def test_a_run_interrupted_after_its_last_step_only_saves(
         def stop(*_: Any, **__: Any) -> None:
             raise Interrupted
 
-        patch.setattr("align.training.trainers.save_model", stop)
+        patch.setattr("align.training.fit.save_model", stop)
         run(stage, SETTINGS, tiny_model_dir, tmp_path / "b", inputs, lora=SMALL_LORA)
     resumed = run(stage, SETTINGS, tiny_model_dir, tmp_path / "b", inputs, lora=SMALL_LORA)
     assert outputs(stage, tmp_path / "b") == outputs(stage, tmp_path / "a")

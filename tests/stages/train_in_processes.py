@@ -24,13 +24,13 @@ class Interrupted(Exception):
 
 def interrupt_after(steps: int | None) -> None:
     """Have training runs break off once they have taken so many steps; None lets them go on."""
-    from align.training.trl_configs import Follow
+    from align.training.callbacks import TrackingCallback
 
     def stop(self: Any, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step == steps:
             raise Interrupted
 
-    Follow.on_step_begin = stop  # type: ignore[method-assign]
+    TrackingCallback.on_step_begin = stop  # type: ignore[method-assign]
 
 
 def main() -> None:

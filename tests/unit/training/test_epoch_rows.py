@@ -6,7 +6,7 @@ from accelerate.data_loader import SeedableRandomSampler
 from hypothesis import given
 from hypothesis import strategies as st
 
-from align.training.epoch_rows import EpochRows, order_by_length, random_order, written_order
+from align.training.epoch_rows import EpochRows, order_by_length, random_order, sequential_order
 
 
 @given(st.integers(1, 40), st.integers(1, 12), st.integers(0, 3))
@@ -41,7 +41,7 @@ def test_rows_of_like_lengths_come_together() -> None:
 
 @pytest.mark.parametrize("epoch", [0, 1])
 def test_rows_may_come_as_they_were_written(epoch: int) -> None:
-    assert list(EpochRows(3, written_order(3), 0, lambda: epoch, 4)) == [0, 1, 2, 3]
+    assert list(EpochRows(3, sequential_order(3), 0, lambda: epoch, 4)) == [0, 1, 2, 3]
 
 
 def _batches(values: list[int], size: int) -> list[list[int]]:
