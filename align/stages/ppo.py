@@ -63,7 +63,7 @@ class Ppo(Stage):
         policy = context.inputs["sft"] / "model"
         tokenizer = load_tokenizer(str(policy), trust_remote_code=model_block.trust_remote_code)
         prompts, too_long = _prompts(context, tokenizer)
-        judged, exam = _direct_scores(context, [each.prompt for each in prompts]) if settings.asks_judge else ({}, {})
+        judged, probes = _direct_scores(context, [each.prompt for each in prompts]) if settings.asks_judge else ({}, {})
         dtype = compute_dtype(model_block.precision)
         reward = _reward_folder(context) if settings.reads_reward_stage else None
         models = _models(context, policy, reward, dtype, accelerator)
@@ -92,7 +92,7 @@ class Ppo(Stage):
             "stopped_early": trainer.ending.stopped,
             "published_iteration": trainer.ending.published,
         }
-        return Outcome({"prompts": len(prompts), "prompts_too_long": too_long}, figures | ending | exam)
+        return Outcome({"prompts": len(prompts), "prompts_too_long": too_long}, figures | ending | probes)
 
 
 def _reward_folder(context: Context) -> Any:

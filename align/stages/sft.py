@@ -87,7 +87,7 @@ class Sft(Stage):
             if name in helpful.model_fields_set
         ]
         if not helpful.sources:
-            faults.append("sft.helpful.sources: is empty, which `revisions: false` does not allow; add a source")
+            faults.append("sft.helpful.sources: with `revisions: false` at least one source is needed; add one")
         return faults
 
     def run(self, context: Context) -> Outcome:

@@ -102,7 +102,7 @@ def test_pairs_separate_and_the_first_loss_is_that_of_an_unchanged_policy(
 
 
 def test_a_label_of_one_half_pulls_the_policy_back_to_its_reference(tmp_path: Path, tiny_model_dir: Path) -> None:
-    """With p = 1/2 the loss is least at no difference, where the policy starts, so that is where it stays."""
+    """With p = 1/2 the loss has its minimum where the policy starts, so the policy does not move."""
     inputs = upstreams(tmp_path, tiny_model_dir, probability=0.5)
     run(STAGE, QUICK, tiny_model_dir, tmp_path / "out", inputs)
     rows = list(read_jsonl(tmp_path / "out/metrics.jsonl"))
@@ -168,7 +168,7 @@ def test_the_policy_moves_and_the_reference_does_not(tmp_path: Path, tiny_model_
 def test_micro_batches_do_not_change_the_result_though_the_last_batch_is_short(
     tmp_path: Path, tiny_model_dir: Path
 ) -> None:
-    """11 pairs in batches of 4 end with one of 3, which micro-batches of 2 cut into 2 and 1."""
+    """11 pairs in batches of 4 end with one of 3, which micro-batches of 2 divide into 2 and 1."""
     import torch
 
     inputs = upstreams(tmp_path, tiny_model_dir)

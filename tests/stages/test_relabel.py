@@ -1,4 +1,4 @@
-"""Labels made again from stored scores: the same bytes under the same settings, and a fresh run's under others."""
+"""Labels recomputed from stored scores: the same bytes under the same settings, and those of a new run under others."""
 
 import json
 import zlib
@@ -43,7 +43,7 @@ def words(request: Request) -> str:
 
 
 def dice(request: ChoiceRequest, choice: str) -> float:
-    """Scores that follow from all that is asked; a seventh of the letters are hardly likely at all."""
+    """Scores that depend on the whole request; in a seventh of them the letters are very unlikely."""
     asked = f"{[message.content for message in request.messages]} {choice}"
     number = zlib.crc32(asked.encode())
     return -20.0 if number % 7 == 0 else -(number % 9973) / 3001 - 0.7
@@ -279,7 +279,7 @@ def test_no_folder_of_documents_is_kept_and_labels_are_made_again_without_them(w
         assert {read_constitution(kept).digest} == used
 
 
-def test_what_was_never_asked_is_told(world: World) -> None:
+def test_scores_that_were_never_asked_for_are_reported(world: World) -> None:
     stage = compare(world, {"kind": "choice"})
     other = constitution(world.root / "other.yaml", calm={"text": "Be very calm."})
 
@@ -311,7 +311,7 @@ def test_scores_given_beside_other_documents_are_not_taken_for_these(world: Worl
         ({"overrides": ["judge.clamps=0.1"]}, r"--set judge\.clamps=0\.1: .* alone; did you mean `judge\.clamp`\?"),
     ],
 )
-def test_bad_settings_are_told(world: World, options: dict[str, Any], told: str) -> None:
+def test_bad_settings_are_reported(world: World, options: dict[str, Any], told: str) -> None:
     stage = compare(world, {"kind": "rule"})
 
     with pytest.raises((InputError, FileProblems), match=told):

@@ -1,4 +1,4 @@
-"""Labels of revision pairs made again from the scores that `revise` kept: a run's own bytes, and a fresh run's."""
+"""Labels of revision pairs recomputed from the scores that `revise` kept: the same bytes as in a run."""
 
 import json
 import shutil
@@ -29,7 +29,7 @@ GATES = {"same_closing": None, "same_ending": None, "same_opening": None, "repet
 
 
 def words(request: Request) -> str:
-    """Some texts are short; the long ones are alike but for a word, so that the earlier accepted one decides."""
+    """Some texts are short. The long ones differ in one word, so that an earlier accepted one rejects them."""
     ending = " and it goes on like this for as long as anybody wants to hear of it" * (request.seed % 3 > 0)
     return f"It is {request.seed % 97}{ending}{'?' if request.seed % 2 else '!'}"
 
@@ -44,7 +44,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
 
 
 def revise(world: World, judge: dict[str, Any], **settings: Any) -> None:
-    """A finished revise stage, made anew."""
+    """A finished revise stage, run again."""
     shutil.rmtree(world.root / "revise", ignore_errors=True)
     given = {"splits": ["sft", "preference"], "filters": [], "gates": GATES, "near_duplicates": 0.6, **settings}
     block = ReviseBlock.model_validate(given)
@@ -55,7 +55,7 @@ def revise(world: World, judge: dict[str, Any], **settings: Any) -> None:
 
 
 def run(world: World, judge: dict[str, Any], output: str = "compare", principle: str = "all", **settings: Any) -> Path:
-    """Both stages; the folder of the second, which is all that labels are made of."""
+    """Run both stages, and return the folder of the second, from which alone labels are recomputed."""
     revise(world, judge, principle=principle, **settings)
     stage = compare(world, judge, output, revision_pairs=True)
     shutil.rmtree(world.root / "revise")
@@ -211,7 +211,7 @@ def test_a_stage_that_died_keeps_the_same_scores(world: World, monkeypatch: pyte
     assert {name: (world.root / "revise" / name).read_bytes() for name in names} == whole
 
 
-def test_of_a_run_that_kept_no_scores_revision_pairs_stay_as_they_are_and_that_is_told(
+def test_without_kept_scores_revision_pairs_stay_as_they_are_and_that_is_reported(
     world: World, capsys: pytest.CaptureFixture[str]
 ) -> None:
     revise(world, {"kind": "rule"})

@@ -1,4 +1,4 @@
-"""The reward model: soft labels, the split by prompt, held-out figures, and the scores that `model/` gives others."""
+"""The reward model: soft labels, the split by prompt, held-out figures, and the scores that `model/` gives."""
 
 import dataclasses
 import json
@@ -135,7 +135,7 @@ def test_the_loss_is_the_soft_formula_over_scores_at_the_end_of_each_conversatio
 
 
 def test_soft_labels_are_learnt_as_margins(tmp_path: Path, tiny_model_dir: Path) -> None:
-    """Trained long on one kind of pair, the margin goes to the label's log-odds and not beyond."""
+    """Trained for long on one kind of pair, the margin converges to the label's log-odds."""
     block = {**QUICK, "epochs": 15, "held_out": 0.2}
     inputs = upstreams(tmp_path, tiny_model_dir, probability=0.7)
     outcome = run(STAGE, block, tiny_model_dir, tmp_path / "out", inputs)
@@ -241,7 +241,7 @@ def test_the_same_prompt_under_another_label_keeps_its_id() -> None:
 def test_micro_batches_do_not_change_the_result_though_the_last_batch_is_short(
     tmp_path: Path, tiny_model_dir: Path
 ) -> None:
-    """11 pairs in batches of 4 end with one of 3, which micro-batches of 2 cut into 2 and 1."""
+    """11 pairs in batches of 4 end with one of 3, which micro-batches of 2 divide into 2 and 1."""
     import torch
 
     inputs = upstreams(tmp_path, tiny_model_dir)

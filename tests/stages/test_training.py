@@ -1,4 +1,4 @@
-"""What the training stages share: interrupted and started again, they end as if nothing had happened."""
+"""What the training stages share: a run that is interrupted and resumed equals an uninterrupted one."""
 
 import dataclasses
 import json
@@ -144,7 +144,7 @@ def test_a_checkpoint_that_a_kill_cut_short_is_not_resumed_from(tmp_path: Path, 
 
 
 def poisoned_model(folder: Path) -> Path:
-    """A tiny model whose embedding of '~' is not a number."""
+    """A tiny model whose embedding of '~' is NaN."""
     from align.models.loading import load_causal_lm, load_tokenizer
     from tests.tiny import build_tiny_model
 

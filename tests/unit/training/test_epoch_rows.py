@@ -1,4 +1,4 @@
-"""The rows of an epoch: each once, in an order that only seed and epoch decide."""
+"""The rows of an epoch: each once, in an order that depends only on seed and epoch."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def test_an_epoch_s_order_depends_on_nothing_drawn_before_it() -> None:
     assert list(EpochRows(50, order_by_length(list(range(50)), 4), 1, lambda: 3)) != first
 
 
-def test_rows_of_like_lengths_come_together() -> None:
+def test_rows_of_similar_lengths_come_together() -> None:
     lengths = [number % 10 for number in range(400)]
     rows = list(EpochRows(400, order_by_length(lengths, 4), 1, lambda: 0))
     spreads = [max(some) - min(some) for some in _batches([lengths[row] for row in rows], 4)]

@@ -50,7 +50,7 @@ def test_ties_count_for_a_half() -> None:
 
 
 def test_pairs_of_one_prompt_narrow_no_interval() -> None:
-    """Each of 12 prompts has three pairs that go the same way: no more is known than from one pair of each."""
+    """Each of 12 prompts has three pairs with the same outcome, which say no more than one pair of each."""
     one = [scored(1.0 if number % 3 else -1.0, prompt=str(number)) for number in range(12)]
     three = held_out_figures(one * 3, 1)["accuracy"]
     alone = held_out_figures(one, 1)["accuracy"]
