@@ -137,7 +137,7 @@ def test_a_pair_that_is_too_long_is_counted_and_named(tmp_path: Path, tiny_model
 def test_another_loss_of_trl_s_needs_labels_that_are_certain(tmp_path: Path, tiny_model_dir: Path) -> None:
     block = {**QUICK, "epochs": 1, "trl": {"loss_type": ["ipo"]}}
     inputs = upstreams(tmp_path, tiny_model_dir, probability=0.9)
-    with pytest.raises(InputError, match=r"dpo.trl.loss_type: .* 12 of 12 pairs have soft ones"):
+    with pytest.raises(InputError, match=r"dpo.trl.loss_type: .* 12 of 12 pairs have soft labels"):
         run(STAGE, block, tiny_model_dir, tmp_path / "soft", inputs)
     upstream(tmp_path, "compare", pairs=[pair(n, 1.0) for n in range(8)])
     run(STAGE, block, tiny_model_dir, tmp_path / "hard", inputs)

@@ -114,7 +114,7 @@ def test_benign_prompts_of_which_none_is_revised_are_reported(world: World, monk
     sources = [*world.shared["prompts"].sources, PromptSource(path=str(world.root / "more.jsonl"))]
     world.shared["prompts"] = world.shared["prompts"].model_copy(update={"sources": tuple(sources)})
     world.run(SAMPLE, SampleBlock())
-    with pytest.raises(InputError, match=r"'kept for later' of the splits sft, preference in .*more prompts"):
+    with pytest.raises(InputError, match=r"'kept for later' of the splits sft, preference in .*add prompts"):
         world.run(REVISE, revise(benign=["kept for later"]))
 
 
