@@ -2,7 +2,7 @@
 
 from align.constitution.constitution import Constitution
 from align.engines.engine import Engine
-from align.engines.provenance import Provenance, label_provenance, settle_judge
+from align.engines.provenance import Provenance, label_provenance, pin_judge
 from align.feedback.judge import Judge, JudgeReport, examine_judge, open_judge, require_better_than_chance
 from align.run.reproducibility import derive_seed
 from align.run.stage import Context
@@ -29,7 +29,7 @@ def open_labelling_judge(
         seed=seed,
         engine=engine,
     )
-    settle_judge(judge.engine, context.output)
+    pin_judge(judge.engine, context.output)
     report = examine_judge(judge, context.output / "probes.journal")
     require_better_than_chance(judge, report)
     return judge, report

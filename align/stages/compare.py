@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from align.constitution.constitution import load_constitution, sound_constitution
+from align.constitution.loading import load_constitution, try_load_constitution
 from align.data.pairs import gather_pairs
-from align.data.prompts import stream_drawn
+from align.data.prompts import stream_drawn_prompts
 from align.engines.provenance import CONSTITUTION, PROVENANCE, text_provenance, write_constitution, write_provenance
 from align.errors import InputError
 from align.feedback.calibration import JudgedPair, calibration_figures, print_calibration
@@ -106,7 +106,7 @@ class CompareStage(Stage):
     def check(self, settings: CompareBlock, shared: Mapping[str, Any]) -> list[str]:
         from align.feedback.judge import labelling_problems
 
-        constitution = sound_constitution(shared["constitution"])
+        constitution = try_load_constitution(shared["constitution"])
         return labelling_problems(constitution, shared["judge"]) if constitution else []
 
     def run(self, context: Context) -> Outcome:
@@ -201,7 +201,7 @@ def calibrate(judge: "Judge", context: Context) -> tuple[list[JudgedPair], dict[
 def chosen_prompts(context: Context) -> Iterator[Prompt]:
     """The prompts of the preference split, up to the limit."""
     path = context.inputs["sample"] / "prompts.jsonl"
-    return stream_drawn(
+    return stream_drawn_prompts(
         lambda: (prompt for prompt in read_rows(path, Prompt) if prompt.split == SPLIT),
         context.settings.limit,
         "compared",

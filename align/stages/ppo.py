@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from align.constitution.constitution import load_constitution, sound_constitution
+from align.constitution.loading import load_constitution, try_load_constitution
 from align.engines.engine import EngineIdentity
 from align.engines.provenance import PROVENANCE, Provenance, sampling_settings, write_provenance
 from align.errors import InputError
@@ -39,7 +39,7 @@ class Ppo(Stage):
 
         if not settings.asks_judge:
             return []
-        constitution = sound_constitution(shared["constitution"])
+        constitution = try_load_constitution(shared["constitution"])
         return labelling_problems(constitution, shared["judge"]) if constitution else []
 
     def files(self, settings: PpoBlock) -> tuple[str, ...]:
@@ -50,7 +50,8 @@ class Ppo(Stage):
     def run(self, context: Context) -> Outcome:
         import torch
 
-        from align.models.loading import compute_dtype, load_tokenizer, save_model, stop_token_ids
+        from align.models.loading import compute_dtype, load_tokenizer, stop_token_ids
+        from align.models.saving import save_model
         from align.rl.ppo import PpoTrainer
         from align.rl.rewards import Rewards
         from align.rl.updates import open_accelerator
@@ -106,11 +107,11 @@ def _reward_folder(context: Context) -> Any:
 
 def _models(context: Context, policy: Path, reward: Any, dtype: Any, accelerator: Any) -> Any:
     """Policy, reference and value model, on the accelerator's device."""
-    from align.rl.loading import initial_models
+    from align.rl.loading import load_models
     from align.rl.updates import is_sharding
 
     settings, model_block = context.settings, context.shared["model"]
-    models = initial_models(
+    models = load_models(
         policy,
         reward,
         model_block.lora,
@@ -206,7 +207,7 @@ def _sources(
 ) -> list[Any]:
     """The sources of the reward, in the recipe's order."""
     from align.rl.batches import ROWS_WITHOUT_GRADIENT
-    from align.rl.reward_sources import ScoresReward, open_reward
+    from align.rl.reward_sources import JudgeReward, open_reward
     from align.rl.rewards import RewardSource
 
     settings, model_block = context.settings, context.shared["model"]
@@ -215,7 +216,7 @@ def _sources(
     for source in settings.rewards:
         moments = None
         if source.judge is not None:
-            scores: Any = ScoresReward(judged[source.principle])
+            scores: Any = JudgeReward(judged[source.principle])
         elif source.stage is None:
             scores = open_reward(source, model_block, batch_size=batch_size, dtype=dtype, device=device)
         else:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from align.constitution.constitution import load_constitution, sound_constitution
+from align.constitution.loading import load_constitution, try_load_constitution
 from align.data.prompts import with_split
 from align.engines.provenance import CONSTITUTION, PROVENANCE, text_provenance, write_constitution, write_provenance
 from align.errors import InputError
@@ -87,7 +87,7 @@ class ReviseStage(Stage):
         from align.feedback.critique import revising_principles
         from align.feedback.judge import labelling_problems
 
-        constitution = sound_constitution(shared["constitution"])
+        constitution = try_load_constitution(shared["constitution"])
         if constitution is None:
             return _unused_keys(settings)
         problems = [*_unused_keys(settings), *labelling_problems(constitution, shared["judge"])]

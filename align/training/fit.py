@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallb
 from transformers.integrations import unset_hf_deepspeed_config
 
 from align.errors import InputError, first_line
-from align.models.loading import save_model
+from align.models.saving import save_model
 from align.models.sharding import deepspeed_state
 from align.run import processes
 from align.run.damaged_files import check_files

@@ -12,7 +12,8 @@ from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, PreTrainedTo
 
 from align.data.chat import end_of_turn_ids
 from align.errors import InputError, NotFinite
-from align.models.loading import add_lora, load_causal_lm
+from align.models.loading import load_causal_lm
+from align.models.lora import add_lora
 from align.run import processes
 from align.settings.blocks import ModelBlock
 

@@ -15,7 +15,7 @@ from torch.nn import functional
 from trl import DPOTrainer, RewardTrainer, SFTTrainer
 from trl.trainer import utils as trl_utils
 
-from align.data.token_columns import IGNORED
+from align.data.token_columns import IGNORE_INDEX
 from align.errors import NotFinite
 from align.models.sharding import DEEPSPEED_SUMS, set_precision
 from align.training.callbacks import not_finite_message
@@ -94,7 +94,7 @@ class DemonstrationTrainer(_TrainerMixin, SFTTrainer):
 
     def as_filler(self, row: dict[str, Any]) -> dict[str, Any]:
         """The row without labels, so that none of its tokens enters the loss."""
-        return {**row, "labels": [IGNORED] * len(row["labels"])}
+        return {**row, "labels": [IGNORE_INDEX] * len(row["labels"])}
 
 
 class _PairTrainerMixin(_TrainerMixin):
