@@ -19,7 +19,7 @@ GROUNDED = Path(__file__).parents[2] / "constitutions/grounded.yaml"
 
 
 def reads(request: ChoiceRequest, choice: str) -> float:
-    """A judge that believes what stands in the passages it was shown, and dislikes what does not."""
+    """A judge that prefers what the passages that it was shown support."""
     shown, _, asked = request.messages[-1].content.rpartition("Here is a conversation")
     first, second = asked.split("(A) ")[1].split("\n\n(B) ")
     ahead = _supported(first, shown) - _supported(second.split("\n\nWhich")[0], shown)

@@ -97,7 +97,7 @@ def test_where_only_a_hub_could_tell_the_splits_nothing_is_refused() -> None:
     [
         (
             ["sample.splits=[rl]"],
-            "revise.splits: no prompt of the split 'sft' is completed; name it in",
+            "revise.splits: no prompt of the split 'sft' is completed; add it to",
         ),
         (["revise.splits=[preference]"], "sft.revisions: no sample of the split 'sft' is revised"),
         (["compare.revision_pairs=true"], "compare.revision_pairs: no sample of the split 'preference' is revised"),
