@@ -97,7 +97,11 @@ class Prompt(Row):
 
 @dataclass(frozen=True)
 class Sample(Row):
-    """A completion of a prompt. `finish_reason` is 'length' where the limit cut it, which never trains anything."""
+    """A completion of a prompt. `finish_reason` is 'length' where the limit cut it, which never trains anything.
+
+    A thinking model's `thought` is kept apart (`align.data.answers`). Where nothing follows it, the completion is empty
+    and its `finish_reason` 'length'.
+    """
 
     id: str
     prompt_id: str
@@ -109,6 +113,7 @@ class Sample(Row):
     engine: str = ""
     seed: int = 0
     provenance: str = ""
+    thought: str = ""
 
 
 @dataclass(frozen=True)

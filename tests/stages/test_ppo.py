@@ -13,7 +13,8 @@ import torch
 from align.engines.provenance import read_provenance
 from align.errors import InputError, NotFinite
 from align.figures.sentences import count_words, fold
-from align.records import Conversation, Message, Prompt, write_rows
+from align.records import Message, Prompt, write_rows
+from align.rl.rewards import Response
 from align.rl.settings import PpoBlock
 from align.run.artefacts import file_digest
 from align.run.reproducibility import derive_seed
@@ -180,12 +181,12 @@ class Spoiled:
         self.calls = 0
         self.spoiled = ""
 
-    def __call__(self, prompts: Sequence[Conversation], completions: Sequence[str]) -> torch.Tensor:
+    def __call__(self, responses: Sequence[Response]) -> torch.Tensor:
         self.calls += 1
-        scores = share_of_letters(prompts, completions)
+        scores = share_of_letters(responses)
         if self.calls == 2:
             scores[5] = self.value
-            self.spoiled = prompts[5][-1].content.rpartition(" ")[2]
+            self.spoiled = responses[5].prompt[-1].content.rpartition(" ")[2]
         return scores
 
 
@@ -198,7 +199,7 @@ def test_a_reward_that_is_not_finite_stops_the_run_and_the_checkpoint_resumes(
     with pytest.raises(NotFinite) as stop:
         build_trainer(tiny_model_dir, tmp_path / "run", block, reward=reward).train()
     assert re.search(
-        rf"reward of source 'letters' is {value} at \w+ 2, prompt 'p{reward.spoiled}' \('(the cat )*sat ",
+        rf"reward of source 'letters' is not finite [^.]* at \w+ 2, prompt 'p{reward.spoiled}' \('(the cat )*sat ",
         str(stop.value),
     )
     assert stop.value.exit_code == 1
