@@ -15,8 +15,8 @@ from align.cli.judging_verbs import add_engine, add_judge, add_relabel
 from align.cli.options import Verbs, add_recipe_options, positive, recipe_of
 from align.cli.results_verbs import add_results
 from align.errors import AlignError, InputError
-from align.pipeline.failure_note import follows_from_another, note_failure
-from align.pipeline.launch import INTERRUPTED, PATIENCE_SECONDS, Launch, die_with_launcher, launch_stage, run_recipe
+from align.pipeline.failure_note import another_failed_first, note_failure
+from align.pipeline.launch import GRACE_SECONDS, INTERRUPTED, Launch, die_with_launcher, launch_stage, run_recipe
 from align.pipeline.plan import make_plan
 from align.pipeline.recipe import Recipe
 from align.pipeline.world_size import check_config
@@ -245,9 +245,9 @@ def end() -> None:
         sys.stderr.flush()
     if _is_one_of_several():
         if code:
-            if follows_from_another():
+            if another_failed_first():
                 # The launcher ends it before that, and then counts one failure alone.
-                time.sleep(PATIENCE_SECONDS)
+                time.sleep(GRACE_SECONDS)
             os._exit(code)
         processes.disconnect()
     sys.exit(code)

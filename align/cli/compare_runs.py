@@ -24,7 +24,7 @@ from align.results.run_comparison import (
     shared_policies,
     unlike_settings,
 )
-from align.run.artefacts import write_asked
+from align.run.artefacts import write_option_file
 
 
 def main(
@@ -51,7 +51,7 @@ def main(
     for sheet in sheets:
         print_sheet(sheet, console)
     if html:
-        write_asked(html, page(f"{a.report.run} beside {b.report.run}", sheets), "--html")
+        write_option_file(html, page(f"{a.report.run} beside {b.report.run}", sheets), "--html")
         print_written(html, console)
 
 

@@ -16,7 +16,7 @@ from align.figures.tables import Sheet, conversation_text, page, print_sheet, pr
 from align.results.constitution_diff import PLACEBO, ConstitutionDiff, Labelling, beside, diff_constitutions, placebo_of
 from align.results.judged_pairs import drawn_pairs, judge_of_run, named_judge, pairs_of, probe_pairs
 from align.results.label_changes import Movement
-from align.run.artefacts import json_text, write_asked
+from align.run.artefacts import json_text, write_option_file
 
 NONE = "–"
 
@@ -66,10 +66,10 @@ def main(
     for sheet in sheets:
         print_sheet(sheet, console)
     if html:
-        write_asked(html, page(f"{diff.a.constitution.id} beside {diff.b.constitution.id}", sheets), "--html")
+        write_option_file(html, page(f"{diff.a.constitution.id} beside {diff.b.constitution.id}", sheets), "--html")
         print_written(html, console)
     if json:
-        write_asked(json, json_text(diff.as_json()), "--json")
+        write_option_file(json, json_text(diff.as_json()), "--json")
         print_written(json, console)
 
 

@@ -23,7 +23,7 @@ from align.figures.tables import print_sheet, print_written
 from align.pipeline.plan import model_digest
 from align.pipeline.recipe import Recipe
 from align.records import PreferencePair, digest, write_rows
-from align.run.artefacts import json_text, write_asked
+from align.run.artefacts import json_text, write_option_file
 from align.run.reproducibility import derive_seed
 from align.settings.blocks import JudgeBlock, ModelBlock, PairSource
 
@@ -113,7 +113,7 @@ def main(
     sources = [source.model_dump(mode="json") for source in tested.pairs]
     left_out = {name: count for name, count in counts.items() if count}
     found = {"judge": judge.name, "sources": sources, "left_out": left_out, **figures}
-    write_asked(written[0], json_text(found), "--json")
+    write_option_file(written[0], json_text(found), "--json")
     if figures["decided"] and (plot or can_plot()):
         written.append(plot or folder / "reliability.svg")
         draw_reliability(figures, title, written[-1])

@@ -15,7 +15,8 @@ from align.constitution.documents import read_documents
 from align.constitution.principles import Principle
 from align.constitution.rules import Rule
 from align.errors import InputError, Problem
-from align.settings.yaml_files import KeyPath, Lines, key_name, nearest
+from align.settings.validation import nearest
+from align.settings.yaml_files import KeyPath, Lines, key_name
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,8 @@ from align.errors import FileProblems, InputError, Problem
 from align.records import digest
 from align.run.reproducibility import derive_seed
 from align.settings.blocks import AboveZero, Block, Positive
-from align.settings.yaml_files import Lines, load_yaml, problems_from
+from align.settings.validation import problems_from
+from align.settings.yaml_files import Lines, load_yaml
 
 __all__ = [
     "Constitution",

@@ -146,7 +146,7 @@ def settle_judge(engine: Engine | None, output: Path) -> None:
     """
     if engine is not None:
         settled_identity(engine, output, "label")
-        processes.decided_by_first(lambda: _settle_method(engine, output / "method-of-label.json"))
+        processes.decide_on_first_rank(lambda: _settle_method(engine, output / "method-of-label.json"))
 
 
 def _settle_method(engine: Engine, kept: Path) -> None:
@@ -187,7 +187,7 @@ def settled_identity(engine: Engine, output: Path, step: str) -> EngineIdentity:
     Raises:
         InputError: the engine has another model than when the stage began.
     """
-    return processes.decided_by_first(lambda: _settled(engine, output / f"engine-of-{step}.json"))
+    return processes.decide_on_first_rank(lambda: _settled(engine, output / f"engine-of-{step}.json"))
 
 
 def _settled(engine: Engine, kept: Path) -> EngineIdentity:

@@ -281,7 +281,7 @@ def test_chat_refuses_a_setting_out_of_its_range(option: str, capsys: pytest.Cap
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        ("letters: {}\ncapitals: {}\n", "no configuration file of accelerate"),
+        ("letters: {}\ncapitals: {}\n", "not a configuration file of accelerate"),
         ("num_processes: eight\n", "num_processes: must be a whole number above 0, got 'eight'"),
         ("", "is empty"),
     ],
