@@ -25,14 +25,13 @@ from align.run.artefacts import SHARED_RUN
 from align.run.stage import Stage
 from align.settings.blocks import (
     Block,
+    DataSource,
     EngineBlock,
     Integer,
     JudgeBlock,
     ModelBlock,
     OptimizerBlock,
-    PairSource,
     PromptsBlock,
-    PromptSource,
     RewardSourceBlock,
     TrackingBlock,
 )
@@ -49,7 +48,7 @@ def _folder_name(name: str) -> str:
 
 
 FolderName = Annotated[str, AfterValidator(_folder_name)]
-DataOrModelBlock = ModelBlock | EngineBlock | PromptSource | PairSource | RewardSourceBlock
+DataOrModelBlock = ModelBlock | EngineBlock | DataSource | RewardSourceBlock
 
 
 class RecipeBlocks(Block):
@@ -61,7 +60,7 @@ class RecipeBlocks(Block):
     output: str = Field("runs", description="folder of all runs")
     model: ModelBlock | None = None
     constitution: str | None = Field(
-        None, description="constitution: a YAML file, or the JSON published with the Constitutional AI paper"
+        None, description="path of a YAML file, or of the JSON published with the Constitutional AI paper"
     )
     prompts: PromptsBlock | None = None
     judge: JudgeBlock = JudgeBlock()
@@ -113,7 +112,7 @@ class Recipe:
 
     def data(self, stage: str) -> list[str]:
         """The data files and hub ids that the blocks read by the stage name."""
-        return [block.path for block in self._inner_blocks(stage) if isinstance(block, PromptSource | PairSource)]
+        return [block.path for block in self._inner_blocks(stage) if isinstance(block, DataSource)]
 
     def models(self, stage: str) -> list[str]:
         """The models, except those of servers, that the blocks read by the stage name."""
@@ -183,7 +182,7 @@ def _path_problems(blocks: RecipeBlocks, raw: RawRecipe) -> list[Problem]:
     """Data files and local models that are missing or unusable. Hub ids are checked by the stage that reads them."""
     found: list[tuple[KeyPath, str, str | None]] = []
     for path, block in _data_and_model_blocks(blocks):
-        if isinstance(block, PromptSource | PairSource):
+        if isinstance(block, DataSource):
             found.append(((*path, "path"), block.path, file_fault(block.path) if is_file(block.path) else None))
             continue
         key, model = _model_key(block)

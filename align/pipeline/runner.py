@@ -159,12 +159,11 @@ def _remove_if_empty(folder: Path) -> None:
 
 
 def _context(recipe: Recipe, step: Step, partial: Path) -> Context:
-    shared = recipe.shared_blocks(step.stage)
     run = step.directory.parent
     return Context(
         stage=step.stage,
         settings=recipe.settings[step.stage],
-        shared=shared,
+        shared=recipe.shared_blocks(step.stage),
         inputs={name: recipe.directory(name) for name in recipe.inputs(step.stage)},
         output=partial,
         seed=recipe.seed,

@@ -29,12 +29,8 @@ Positive = Annotated[int, Field(gt=0), BeforeValidator(_not_bool)]
 AboveZero = Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(_not_bool)]
 NonNegative = Annotated[Number, Field(ge=0)]
 Fraction = Annotated[Number, Field(ge=0, le=1)]
-SOURCE_PATH = "JSONL(.gz) or Parquet file, or hub id"
-HUB_SPLIT = "split of a hub dataset to read"
-HUB_FOLDER = "folder of a hub dataset to read, such as helpful-base; null reads the whole dataset"
 HUB_REVISION = "branch, tag or commit, if the model is a hub id"
 HUMAN_SHARE = "share of human pairs in the mix, reached by leaving out pairs of either side; null uses all pairs"
-LIMIT = "maximum number of rows, selected by a hash of their content; null takes all"
 
 
 class Block(BaseModel):
@@ -88,9 +84,7 @@ class OptimizerBlock(Block):
     batch_size: Positive = Field(16, description="examples per optimizer step, over all processes")
     micro_batch_size: Positive = Field(8, description="examples per forward and backward pass, in each process")
     warmup_ratio: Fraction = Field(0.0, description="share of the steps over which the learning rate rises from 0")
-    schedule: Literal["constant", "linear", "cosine"] = Field(
-        "linear", description="learning rate after the warm-up: constant, or falling to 0"
-    )
+    schedule: Literal["constant", "linear", "cosine"] = Field("linear", description="learning rate after the warm-up")
     weight_decay: NonNegative = Field(0.0, description="weight decay of AdamW")
     max_grad_norm: Annotated[Number, Field(gt=0)] = Field(1.0, description="gradients are clipped to this norm")
 
@@ -118,15 +112,11 @@ class EngineBlock(Block):
     """What generates and scores texts: this machine (`local`), or an OpenAI-compatible server (`openai`)."""
 
     kind: Literal["local", "openai"] = Field("local", description="this machine, or an OpenAI-compatible server")
-    model: str | None = Field(
-        None, description="model to use instead of the recipe's; for a server, the name that it serves"
-    )
+    model: str | None = Field(None, description="model instead of the recipe's; for a server, the name that it serves")
     base_url: Annotated[str, AfterValidator(_address)] | None = Field(
         None, description="address of the server; null is OpenAI's own"
     )
-    votes: Positive = Field(
-        8, description="answers sampled to choose between letters if a server returns no log-probabilities"
-    )
+    votes: Positive = Field(8, description="answers sampled per question if a server returns no log-probabilities")
     tokenizer: str | None = Field(
         None, description="tokenizer of the served model, needed to score texts by echoed completions; null: no scoring"
     )
@@ -167,9 +157,7 @@ class JudgeBlock(Block):
     scale: Annotated[Number, Field(gt=0)] = Field(
         4.0, description="rule and contrast: slope of the map from score difference to probability"
     )
-    clamp: Annotated[Number, Field(ge=0, lt=0.5)] = Field(
-        0.0, description="probabilities are clamped to [clamp, 1 - clamp]"
-    )
+    clamp: Annotated[Number, Field(ge=0, lt=0.5)] = Field(0.0, description="clamps probabilities to [clamp, 1 - clamp]")
     min_margin: Annotated[Number, Field(ge=0, lt=0.5)] = Field(
         0.02, description="a probability closer to one half than this is a tie"
     )
@@ -206,13 +194,18 @@ class JudgeBlock(Block):
         return self
 
 
-class PromptSource(Block):
-    """One file (or hub dataset) of prompts."""
+class DataSource(Block):
+    """One file or hub dataset."""
 
-    path: str = Field(description=SOURCE_PATH)
-    limit: Positive | None = Field(None, description=LIMIT)
-    hub_split: str = Field("train", description=HUB_SPLIT)
-    hub_folder: str | None = Field(None, description=HUB_FOLDER)
+    path: str = Field(description="JSONL(.gz) or Parquet file, or hub id")
+    limit: Positive | None = Field(None, description="maximum number of rows, selected by a hash; null takes all")
+    hub_split: str = Field("train", description="split to read of a hub dataset")
+    hub_folder: str | None = Field(None, description="folder to read of a hub dataset, such as helpful-base; null: all")
+
+
+class PromptSource(DataSource):
+    """Prompts, in any of the formats that docs/recipes.md lists."""
+
     column: str | None = Field(None, description="column that holds the prompt; null finds it in the known formats")
     category: str | None = Field(None, description="category of rows that name none")
 
@@ -220,8 +213,8 @@ class PromptSource(Block):
 class SplitBlock(Block):
     """Shares of the prompts. A prompt's split follows from a hash of its text, so it is the same in every run."""
 
-    sft: Fraction = Field(0.3, description="share of prompts whose answers are revised for sft to train on")
-    preference: Fraction = Field(0.3, description="share of prompts whose answers compare labels in pairs")
+    sft: Fraction = Field(0.3, description="share of prompts whose answers are revised, and sft trains on them")
+    preference: Fraction = Field(0.3, description="share of prompts whose answers the compare stage labels in pairs")
     rl: Fraction = Field(0.3, description="share of prompts that ppo trains on")
     eval: Fraction = Field(0.1, description="share of prompts held out for evaluate")
 
@@ -233,13 +226,9 @@ class PromptsBlock(Block):
     split: SplitBlock = Field(default_factory=SplitBlock)
 
 
-class PairSource(Block):
-    """Human preference pairs in the formats of TRL or hh-rlhf: a hub id, or a JSONL(.gz) or Parquet file."""
+class PairSource(DataSource):
+    """Human preference pairs, in the formats of TRL or hh-rlhf."""
 
-    path: str = Field(description=SOURCE_PATH)
-    limit: Positive | None = Field(None, description=LIMIT)
-    hub_split: str = Field("train", description=HUB_SPLIT)
-    hub_folder: str | None = Field(None, description=HUB_FOLDER)
     name: str | None = Field(None, description="name of these rows in counts and tables, instead of `human`")
 
 

@@ -138,7 +138,7 @@ def test_a_run_that_is_not_there_is_not_called_unfinished(verb: list[str], capsy
 def test_a_stage_s_folder_in_the_place_of_its_run_s_is_told_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "letters", "--recipe", "recipe.yaml"]) == 0
     assert main(["overoptimisation", "--no-plot", "runs/recipe/shared/letters"]) == 2
-    told = "runs/recipe/shared/letters: the folder of a stage; name its run's, runs/recipe/shared\n"
+    told = "runs/recipe/shared/letters: the folder of one stage; give the folder of its run, runs/recipe/shared\n"
     assert capsys.readouterr().err == told
 
 
