@@ -1,8 +1,8 @@
-"""The gold reward of overoptimisation.yaml: whether a completion follows the constitution's rules, and answers at all.
+"""The gold reward of overoptimisation.yaml: the constitution's rules, and whether it is an answer to the prompt at all.
 
-Half of it is the weighted share of `style-asking`'s rules that the completion follows, by which the proxy's pairs were
-labelled. The other half is what users take for granted and no label expresses: that the completion is about the prompt,
-and does more than repeat it.
+Half of it is the weighted share of `style-asking`'s rules that a completion follows: what the proxy's pairs were
+labelled by. The other half is what the person who asked takes for granted and no label says: that the completion is
+about the prompt, and is more than the prompt said again.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,9 +14,9 @@ from align.figures.text_metrics import words
 
 CONSTITUTION = Path(__file__).parents[1] / "constitutions" / "style-asking.yaml"
 STEM = 5
-"""Two words count as forms of one if they share this many first letters, without a plural's s."""
+"""First letters, a plural's s left out, that two words share if they are forms of one."""
 NEW_SHARE = 0.5
-"""A completion says something new if at least this share of its content words is not in the prompt."""
+"""Share of a completion's content words that must not be the prompt's for it to say something."""
 FUNCTION_WORDS = frozenset(
     "about also and any are been before being but can could did does doing done for from had has have having "
     "how into it its just like made make more most much must not off one only other our out over own same "
@@ -28,7 +28,7 @@ Messages = Sequence[Mapping[str, str]]
 
 
 def gold(prompts: Sequence[Messages], completions: Sequence[str]) -> list[float]:
-    """The gold reward of each completion, in [0, 1]."""
+    """A number from 0 to 1 for each completion."""
     return [
         (followed(completion) + answered(prompt[-1]["content"], completion)) / 2
         for prompt, completion in zip(prompts, completions, strict=True)
@@ -43,7 +43,7 @@ def followed(completion: str) -> float:
 
 
 def answered(prompt: str, completion: str) -> float:
-    """Share of the prompt's content words that the completion uses, reduced if it adds few words of its own."""
+    """Share of the prompt's content words that the completion takes up, less where it says little besides."""
     asked, said = content_words(prompt), content_words(completion)
     if not asked or not said:
         return 0.0
@@ -52,9 +52,9 @@ def answered(prompt: str, completion: str) -> float:
 
 
 def content_words(text: str) -> set[str]:
-    """The distinct stems of a text's words, function words and words of one or two letters left out."""
-    content = (word for word in words(text) if len(word) > 2 and word not in FUNCTION_WORDS)
-    return {word.removesuffix("s")[:STEM] for word in content}
+    """The stems of a text's different words, without those that say nothing of what it is about."""
+    told = (word for word in words(text) if len(word) > 2 and word not in FUNCTION_WORDS)
+    return {word.removesuffix("s")[:STEM] for word in told}
 
 
 @cache
