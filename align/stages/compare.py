@@ -75,7 +75,7 @@ class CompareStage(Stage):
     help = "label pairs of the SFT policy's completions by the constitution"
     settings = CompareBlock
     shares = ("model", "constitution", "judge")
-    only_gates = ("gates",)
+    gate_settings = ("gates",)
     outputs = (
         "comparisons.jsonl",
         "pairs.jsonl",

@@ -31,7 +31,7 @@ class Ppo(Stage):
     def splits(self, settings: PpoBlock) -> tuple[Split, ...]:
         return (SPLIT,)
 
-    def shares_with(self, settings: PpoBlock) -> tuple[str, ...]:
+    def shared_blocks(self, settings: PpoBlock) -> tuple[str, ...]:
         return (*self.shares, "constitution", "judge") if settings.asks_judge else self.shares
 
     def check(self, settings: PpoBlock, shared: Mapping[str, Any]) -> list[str]:
@@ -135,7 +135,7 @@ def _provenance(context: Context, policy: Path, precision: str) -> str:
     from align.models.weights import Weights
 
     how = {**sampling_settings(context), "weights": "as training began"}
-    weights = processes.decided_by_first(Weights(policy).digest)
+    weights = processes.decide_on_first_rank(Weights(policy).digest)
     identity = EngineIdentity("local", "/".join(policy.parts[-2:]), weights, precision=precision)
     entry = Provenance.of(context.stage, "completion", identity, how, context.seed)
     write_provenance(context.output, [entry])

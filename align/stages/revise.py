@@ -59,7 +59,7 @@ class ReviseStage(Stage):
     help = "criticise and revise the samples by the constitution"
     settings = ReviseBlock
     shares = ("model", "constitution", "judge")
-    only_gates = ("gates",)
+    gate_settings = ("gates",)
     outputs = (
         "critiques.jsonl",
         "revisions.jsonl",

@@ -16,7 +16,7 @@ from align.errors import InputError
 from align.records import Conversation, PreferencePair, as_dicts, digest, write_rows
 from align.run.reproducibility import derive_seed
 from align.run.stage import Context, Outcome
-from align.run.tracking import METRICS, flat
+from align.run.tracking import METRICS, flatten_figures
 from align.settings.blocks import Fraction, ModelBlock, OptimizerBlock
 from align.training.held_out import HELD_OUT, ScoredPair, held_out_figures, print_held_out
 from align.training.stage import Epochs, MaxLength, PairMixBlock, PairStage
@@ -83,7 +83,7 @@ class Reward(PairStage):
         if processes.is_first():
             write_rows(context.output / HELD_OUT, scored)
             with context.tracker() as tracker:
-                tracker.log(result.steps + 1, flat({"held_out": measured, **scale}))
+                tracker.log(result.steps + 1, flatten_figures({"held_out": measured, **scale}))
             print_held_out(measured, context.run_name)
         sources = {"training": pairs_by_source(training), "held_out": pairs_by_source(held_out)}
         figures = {"base": settings.base, **scale, **measured, "pairs_too_long": too_long, "pairs_by_source": sources}

@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from align.settings.yaml_files import nearest
+from align.settings.validation import nearest
 
 TABLE = Path(__file__).with_suffix(".json")
 CONFIGS = {"sft": "SFTConfig", "reward": "RewardConfig", "dpo": "DPOConfig"}

@@ -242,8 +242,8 @@ def test_the_judge_s_own_scores_are_the_reward(inputs: dict[str, Path], tmp_path
     (tmp_path / "letters.yaml").write_text(RULES)
     block = PpoBlock.model_validate({**SETTINGS, "rewards": [{"judge": "direct"}]})
     assert PPO.inputs(block) == ("sample", "sft")
-    assert PPO.shares_with(block) == ("model", "constitution", "judge")
-    assert PPO.shares_with(PpoBlock()) == ("model",)
+    assert PPO.shared_blocks(block) == ("model", "constitution", "judge")
+    assert PPO.shared_blocks(PpoBlock()) == ("model",)
     shared = {
         "model": ModelBlock.model_validate({"path": str(tiny_model_dir), "precision": "fp32", "lora": SMALL_LORA}),
         "constitution": str(tmp_path / "letters.yaml"),

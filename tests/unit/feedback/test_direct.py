@@ -119,7 +119,7 @@ def test_the_judge_is_examined_by_the_marks_it_gives(sees: bool) -> None:
 
 def test_a_source_is_the_judge_or_something_else() -> None:
     assert RewardSourceBlock(judge="direct").key == "judge"
-    with pytest.raises(ValueError, match="name one of stage, judge, model and function; named: stage, judge"):
+    with pytest.raises(ValueError, match="set exactly one of stage, judge, model and function; set: stage, judge"):
         RewardSourceBlock(stage="reward", judge="direct")
-    with pytest.raises(ValueError, match="for a `judge` alone"):
+    with pytest.raises(ValueError, match="principle: only a `judge` reads it"):
         RewardSourceBlock(stage="reward", principle="draw")

@@ -205,5 +205,5 @@ def test_requests_answer_in_the_round_of_their_principle(grounded: Constitution)
 
 @pytest.mark.parametrize("kind", ["rule", "contrast"])
 def test_judges_that_choose_nothing_take_no_worked_choices(kind: str) -> None:
-    with pytest.raises(ValueError, match=f"kind {kind} reads no examples"):
+    with pytest.raises(ValueError, match=f"kind {kind} does not read examples"):
         JudgeBlock.model_validate({"kind": kind, "examples": 2})
