@@ -182,8 +182,9 @@ class OpenAIEngine:
         text = reply.text.removeprefix(request.prefill)
         tokens = reply.usage.completion_tokens if reply.usage else len(text.split())
         answer = answer_in_text(text)
-        reason = reply.finish_reason if answer.given else "length"
-        return Completed(request.id, answer.text, reason, tokens, answer.thought, answer.given)
+        given = answer.given and not (reply.thought and not text)
+        reason = reply.finish_reason if given else "length"
+        return Completed(request.id, answer.text, reason, tokens, reply.thought + answer.thought, given)
 
     async def _reply(self, shape: type[Shape], send: Callable[[], Awaitable[Any]]) -> Shape:
         async def send_once() -> Shape:

@@ -6,10 +6,11 @@ import pytest
 import trl
 from hypothesis import given
 from hypothesis import strategies as st
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
 
 from align.data.answers import Answer, AnswerReader, answer_in_text
-from align.data.chat import prompt_ids
+from align.data.chat import prompt_ids, whole_ids
 from align.records import Message
 from tests.tiny import build_tokenizer
 
@@ -107,3 +108,21 @@ def test_the_answer_in_a_servers_text() -> None:
     assert answer_in_text(f"hm\n</think>\n\n{ANSWER}") == Answer(ANSWER, "hm\n</think>")
     assert answer_in_text("<think>\nhm") == Answer("", "<think>\nhm", given=False)
     assert answer_in_text("Use <think> and </think>.") == Answer("Use <think> and </think>.")
+
+
+RENDERED = sorted(path.stem for path in TEMPLATES.glob("*.jinja"))
+TALK = [{"role": "user", "content": "Where is the cat?"}, {"role": "assistant", "content": ANSWER}]
+
+
+@pytest.mark.parametrize("template", RENDERED)
+def test_a_whole_conversation_has_the_templates_own_ids_and_a_cut_one_ends_with_its_words(template: str) -> None:
+    tokenizer = tokenizer_of(template)
+    try:
+        expected = tokenizer.apply_chat_template(TALK, tokenize=True, return_dict=False)
+    except (TypeError, ValueError, TemplateError):
+        expected = []
+    if ANSWER not in tokenizer.decode(expected):
+        pytest.skip("this template reads messages whose contents are lists of parts")
+    assert whole_ids(tokenizer, PROMPT, ANSWER) == expected
+    cut = tokenizer.decode(whole_ids(tokenizer, PROMPT, ANSWER, finished=False))
+    assert cut.endswith(ANSWER) and tokenizer.decode(expected).startswith(cut)
