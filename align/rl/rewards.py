@@ -5,7 +5,7 @@ Shapes: N completions, S sources.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ class Response:
     Args:
         answer: the text that it says (`align.data.answers`); rewards that read text read this.
         finished: the policy ended its turn; otherwise the limit cut it.
-        answered: False if only a thought was written, or less. No reward is asked about it.
+        answered: False if only a thought was written, or less. It gets no score.
         prompt_ids, token_ids: what the policy read and wrote, its thought and stop token included. Rewards that read
             the policy's own tokens read these.
     """
@@ -38,7 +38,8 @@ class Response:
 class Reward(Protocol):
     """Scores responses, one float for each; higher is better.
 
-    A reward whose attribute `may_abstain` is true gives NaN where it has no score.
+    A reward whose attribute `may_abstain` is true gives NaN where it has no score. One whose attribute `passes_all` is
+    true is shown responses without an answer too.
     """
 
     def __call__(self, responses: Sequence[Response]) -> Tensor:
@@ -56,6 +57,9 @@ class RewardModel:
         scores: maps B conversations, as token ids, to (B,) scores.
         batch_size: conversations per pass.
     """
+
+    passes_all: ClassVar[bool] = True
+    """With sharded weights, every process has to make equally many passes."""
 
     scores: Callable[[Sequence[Sequence[int]]], Tensor]
     batch_size: int
@@ -166,13 +170,14 @@ class Rewards:
     def scores(self, responses: Sequence[Response]) -> Tensor:
         """(N, S) raw scores: NaN where a source abstained or nothing was answered, infinite where it is broken."""
         scores = torch.full((len(responses), len(self.sources)), torch.nan)
-        rows = [row for row, response in enumerate(responses) if response.answered]
-        if not rows:
-            return scores
+        answered = [row for row, response in enumerate(responses) if response.answered]
         for column, source in enumerate(self.sources):
-            given = source.reward([responses[row] for row in rows]).float()
-            # NaN means an abstention, so the NaN of a source that never abstains has to be another number.
-            scores[rows, column] = given if may_abstain(source.reward) else given.nan_to_num(nan=torch.inf)
+            asked = range(len(responses)) if getattr(source.reward, "passes_all", False) else answered
+            if asked:
+                given = source.reward([responses[row] for row in asked]).float()
+                # NaN means an abstention, so the NaN of a source that never abstains has to be another number.
+                scores[asked, column] = given if may_abstain(source.reward) else given.nan_to_num(nan=torch.inf)
+        scores[[row for row, response in enumerate(responses) if not response.answered]] = torch.nan
         return scores
 
     def cut(self) -> dict[str, int]:

@@ -270,6 +270,21 @@ def test_a_reward_stages_model_reads_what_the_policy_read_and_wrote():
     assert sorted(seen) == [[1, 2, 3, 4, 5], [1, 6]]
 
 
+def test_a_sharded_models_passes_do_not_depend_on_what_was_answered():
+    passes = []
+
+    def scores(rows):
+        passes.append(len(rows))
+        return torch.ones(len(rows))
+
+    responses = [
+        Response(PROMPTS[0], "x", answered=number == 0, prompt_ids=(1,), token_ids=(2,)) for number in range(4)
+    ]
+    found = Rewards([RewardSource("reward", RewardModel(scores, batch_size=2))], ScoreBlock()).scores(responses)
+    assert passes == [2, 2]
+    assert found[:, 0].isnan().tolist() == [False, True, True, True]
+
+
 @pytest.mark.parametrize(
     ("label", "fault"), [(None, "has several outputs; set `label`"), ("warm", "has no output 'warm'; set `label`")]
 )
