@@ -15,7 +15,7 @@ from align.errors import InputError, first_line
 from align.models.heads import pooled_scores
 from align.models.padding import right_padded
 from align.models.sources import resolve_model
-from align.rl.rewards import Response, score_by_length
+from align.rl.rewards import Response, nan_as_infinity, score_by_length
 
 UNLIMITED = 10**9
 """Tokenizers without a length limit report a number above this."""
@@ -67,7 +67,7 @@ class ClassifierReward:
         lengths = [len(row["input_ids"]) for row in rows]
         scores = torch.full((len(responses),), torch.nan)
         found = score_by_length(lambda batch: self._logits(batch)[:, self.output], rows, lengths, self.batch_size)
-        scores[readable] = found.nan_to_num(nan=torch.inf)  # NaN is left for what was not scored
+        scores[readable] = nan_as_infinity(found)
         return scores
 
     def _encoded(self, response: Response) -> dict[str, list[int]] | None:

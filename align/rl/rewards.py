@@ -81,6 +81,11 @@ def score_by_length(
     return result
 
 
+def nan_as_infinity(scores: Tensor) -> Tensor:
+    """Scores of a model that does not abstain. NaN would count as an abstention; infinity is reported as a fault."""
+    return scores.masked_fill(scores.isnan(), torch.inf)
+
+
 @dataclass
 class RunningMoments:
     """Mean and variance of all values seen, updated batch by batch (Chan et al. 1979, parallel variance)."""
@@ -175,8 +180,7 @@ class Rewards:
             asked = range(len(responses)) if getattr(source.reward, "passes_all", False) else answered
             if asked:
                 given = source.reward([responses[row] for row in asked]).float()
-                # NaN means an abstention, so the NaN of a source that never abstains has to be another number.
-                scores[asked, column] = given if may_abstain(source.reward) else given.nan_to_num(nan=torch.inf)
+                scores[asked, column] = given if may_abstain(source.reward) else nan_as_infinity(given)
         scores[[row for row, response in enumerate(responses) if not response.answered]] = torch.nan
         return scores
 

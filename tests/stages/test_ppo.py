@@ -15,6 +15,7 @@ from align.errors import InputError, NotFinite
 from align.figures.sentences import count_words, fold
 from align.records import Message, Prompt, write_rows
 from align.rl.rewards import Response
+from align.rl.rollout import Completion, sample_completions
 from align.rl.settings import PpoBlock
 from align.run.artefacts import file_digest
 from align.run.reproducibility import derive_seed
@@ -59,23 +60,32 @@ def rows(path: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("lora", [SMALL_LORA, None], ids=["adapters", "every weight"])
-def test_scores_are_those_of_the_reward_model_opened_by_itself(
-    inputs: dict[str, Path], tmp_path: Path, tiny_model_dir: Path, lora: Any
+def test_scores_are_those_of_the_reward_model_opened_by_itself_on_the_policys_tokens(
+    inputs: dict[str, Path], tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, lora: Any
 ) -> None:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+    sampled: list[Completion] = []
+
+    def draw(*args: Any, **options: Any) -> list[Completion]:
+        drawn = sample_completions(*args, **options)
+        sampled.extend(drawn)
+        return drawn
+
+    monkeypatch.setattr("align.rl.experience.sample_completions", draw)
     run(PPO, SETTINGS, tiny_model_dir, tmp_path / "out", inputs, lora=lora)
 
     folder = inputs["reward"] / "model"
     model, tokenizer = AutoModelForSequenceClassification.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     written = rows(tmp_path / "out/rollouts.jsonl")
-    assert len(written) == 12
-    for row in written:
-        talk = [*row["prompt"], {"role": "assistant", "content": row["completion"]}]
-        text = tokenizer.apply_chat_template(talk, tokenize=False).removesuffix("\n")
-        ids = tokenizer(text, return_tensors="pt")
+    assert len(written) == len(sampled) == 12
+    assert any(row["finish_reason"] == "length" for row in written), "a cut completion gets no end of turn"
+    for row, completion in zip(written, sampled, strict=True):
+        prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False)
+        assert tokenizer.decode(completion.tokens, skip_special_tokens=True) == row["completion"]
         with torch.no_grad():
-            score = model.score(model.model(**ids).last_hidden_state[0, -1])
+            states = model.model(torch.tensor([[*prompt, *completion.tokens]])).last_hidden_state
+            score = model.score(states[0, -1])
         assert row["score"] == pytest.approx(float(score), rel=1e-4, abs=1e-5)
 
 

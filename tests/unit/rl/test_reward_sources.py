@@ -250,9 +250,10 @@ def test_a_batch_without_any_score_counts_as_average_once_a_mean_is_known(reward
 
 
 def test_a_broken_source_is_not_taken_for_one_that_abstains():
-    broken = FunctionReward("broken", lambda prompts, completions: [1.0, math.nan])
-    scores = Rewards([RewardSource("broken", broken)], ScoreBlock()).scores(RESPONSES)
-    assert scores[:, 0].tolist() == [1.0, math.inf]
+    for value, shown in ((math.nan, math.inf), (math.inf, math.inf), (-math.inf, -math.inf)):
+        broken = FunctionReward("broken", lambda prompts, completions, value=value: [1.0, value])
+        scores = Rewards([RewardSource("broken", broken)], ScoreBlock()).scores(RESPONSES)
+        assert scores[:, 0].tolist() == [1.0, shown]
 
 
 def test_a_reward_stages_model_reads_what_the_policy_read_and_wrote():
