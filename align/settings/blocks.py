@@ -88,6 +88,11 @@ class OptimizerBlock(Block):
     schedule: Literal["constant", "linear", "cosine"] = Field("linear", description="how it falls to 0 after that")
     weight_decay: NonNegative = Field(0.0, description="AdamW's")
     max_grad_norm: Annotated[Number, Field(gt=0)] = Field(1.0, description="longer gradients are scaled down to this")
+    epsilon: AboveZero | None = Field(
+        None,
+        description="Adam's, added to the root of its second moment; null: 1e-8, but 1e-5 in ppo without LoRA",
+        exclude_if=lambda value: value is None,  # so that results from before there was this key stay up to date
+    )
 
 
 class SamplingBlock(Block):

@@ -14,12 +14,15 @@ from align.engines.engine import EngineIdentity
 from align.engines.provenance import PROVENANCE, Provenance, sampling_settings, write_provenance
 from align.errors import InputError
 from align.records import Demonstration, Prompt, Split, read_rows
-from align.rl.settings import PpoBlock
+from align.rl.settings import OUTPUT_ADAPTED, PpoBlock
 from align.run import processes
 from align.run.reproducibility import derive_seed
 from align.run.stage import Context, Outcome, Stage
+from align.settings.blocks import LoraBlock
 
 SPLIT: Split = "rl"
+OUTPUT_LAYERS = ("lm_head", "embed_out")
+"""What most models call their output layer."""
 
 
 class Ppo(Stage):
@@ -41,10 +44,10 @@ class Ppo(Stage):
     def check(self, settings: PpoBlock, shared: Mapping[str, Any]) -> list[str]:
         from align.feedback.judge import labelling_problems
 
-        if not settings.asks_judge:
-            return []
-        constitution = try_load_constitution(shared["constitution"])
-        return labelling_problems(constitution, shared["judge"]) if constitution else []
+        problems = _adapter_problems(shared["model"].lora)
+        if settings.asks_judge and (constitution := try_load_constitution(shared["constitution"])):
+            problems += labelling_problems(constitution, shared["judge"])
+        return problems
 
     def files(self, settings: PpoBlock) -> tuple[str, ...]:
         modules = {source.function.partition(":")[0] for source in settings.rewards if source.function}
@@ -56,7 +59,7 @@ class Ppo(Stage):
 
         from align.models.loading import compute_dtype, load_tokenizer, stop_token_ids
         from align.models.saving import save_model
-        from align.rl.loading import load_models, reward_folder
+        from align.rl.loading import load_models
         from align.rl.ppo import PpoTrainer
         from align.rl.rewards import Rewards
         from align.rl.updates import is_sharding, open_accelerator
@@ -72,9 +75,7 @@ class Ppo(Stage):
         prompts, too_long = _prompts(context, tokenizer)
         judged, exam = _direct_scores(context, [each.prompt for each in prompts]) if settings.asks_judge else ({}, {})
         dtype = compute_dtype(model_block.precision)
-        reward = reward_folder(context.inputs["reward"]) if settings.reads_reward_stage else None
-        if reward is not None and settings.score.normalise != "held_out":
-            reward = replace(reward, mean=0.0, std=1.0)
+        reward = _reward_folder(context.inputs["reward"], settings) if settings.reads_reward_stage else None
         models = load_models(
             policy,
             reward,
@@ -112,6 +113,24 @@ class Ppo(Stage):
             "published_iteration": trainer.ending.published,
         }
         return Outcome({"prompts": len(prompts), "prompts_too_long": too_long}, figures | ending | exam)
+
+
+def _reward_folder(path: Path, settings: PpoBlock) -> Any:
+    """The reward stage's results, with the moments by which the value's first scores are standardised.
+
+    `running` has seen nothing yet, so the held-out pairs' stand in for it; only `none` leaves scores as they are.
+    """
+    from align.rl.loading import reward_folder
+
+    folder = reward_folder(path)
+    return replace(folder, mean=0.0, std=1.0) if settings.score.normalise == "none" else folder
+
+
+def _adapter_problems(lora: LoraBlock | None) -> list[str]:
+    """What can be said of the adapted layers before a model is loaded; `load_models` looks at the model itself."""
+    targets = lora.target_modules if lora is not None else ()
+    named = [targets] if isinstance(targets, str) else targets
+    return [OUTPUT_ADAPTED.format(name=name) for name in named if name in OUTPUT_LAYERS]
 
 
 def _provenance(context: Context, policy: Path, precision: str) -> str:

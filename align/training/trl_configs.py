@@ -63,8 +63,10 @@ def training_config(kind: type[Config], context: Context, compute_dtype: torch.d
             cannot be divided among the processes.
     """
     stage, settings = context.stage, context.settings
-    check_options(kind, stage, settings.trl, own)
     optimizer = settings.optimizer
+    if optimizer.epsilon is not None:
+        own = {**own, "adam_epsilon": optimizer.epsilon}
+    check_options(kind, stage, settings.trl, own)
     on_gpu = default_device().type == "cuda"
     defaults: dict[str, Any] = {
         "activation_checkpointing": on_gpu,
