@@ -1,5 +1,6 @@
 """Every KL estimator that a recipe may name leads a table policy to its reference, by exact expectation."""
 
+from itertools import pairwise
 from typing import get_args
 
 import pytest
@@ -56,7 +57,7 @@ def test_without_a_score_the_exact_kl_falls(tables, estimator):
         logits = logits - expected_gradient(estimator, logits, reference)
         course.append(divergence(logits, reference))
     assert course[0] > 0.2
-    assert all(later <= earlier + 1e-12 for earlier, later in zip(course, course[1:], strict=False))
+    assert all(later <= earlier + 1e-12 for earlier, later in pairwise(course))
     assert course[-1] < 0.1 * course[0]
 
 
