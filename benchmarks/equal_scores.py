@@ -80,7 +80,7 @@ def train(collector: type[RecordingCollector], changes: dict[str, Any], iteratio
         epochs=2,
         kl_coef=0.05,
         score={"normalise": "none", "clip": None},
-        optimizer=OptimizerBlock(learning_rate=1e-3, batch_size=64, micro_batch_size=64, schedule="constant"),
+        optimizer=OptimizerBlock(learning_rate=3e-3, batch_size=64, micro_batch_size=64, schedule="constant"),
         sample_table_every=None,
         **changes,
     )
@@ -106,8 +106,8 @@ def table_rows(name: str, figures: Sequence[dict[str, float]], window: int) -> l
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--iterations", type=int, default=24)
-    parser.add_argument("--window", type=int, default=8)
+    parser.add_argument("--iterations", type=int, default=48)
+    parser.add_argument("--window", type=int, default=12)
     arguments = parser.parse_args()
     print("| standardised | iterations | groups of equal scores | RMS advantage there | elsewhere | score | KL, nats |")
     print("|---|---|---|---|---|---|---|")
