@@ -87,11 +87,11 @@ class PpoModels(nn.Module):
 
     def gradient_groups(self) -> dict[str, list[nn.Parameter]]:
         """The trained parameters, by the name of the norm of their gradient: all that are clipped together."""
-        groups: dict[str, list[nn.Parameter]] = {"gradient_norm": [], "value_gradient_norm": []}
+        groups: dict[str, list[nn.Parameter]] = {"policy_gradient_norm": [], "value_gradient_norm": []}
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
                 of_value = name.startswith(("value_head.", "value_backbone.")) or ".value." in name
-                groups["value_gradient_norm" if of_value else "gradient_norm"].append(parameter)
+                groups["value_gradient_norm" if of_value else "policy_gradient_norm"].append(parameter)
         return {name: group for name, group in groups.items() if group}
 
     @property

@@ -4,6 +4,7 @@
 interface and uses a DeepSpeed engine, which accumulates, clips and steps by itself.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -79,9 +80,9 @@ class Updates:
         the policy's would be next to nothing beside it.
 
         Returns:
-            norms before clipping: `gradient_norm`, and `value_gradient_norm` of what only the value loss trains.
+            norms before clipping: `gradient_norm` of all, and `value_gradient_norm` of what only the value loss trains.
         """
-        groups = self.models.gradient_groups()
+        groups = self.models.gradient_groups()  # by the name of the norm
         if not self.sharded and processes.world_size() > 1:
             average_gradients([parameter for group in groups.values() for parameter in group])
         norms = {
@@ -91,7 +92,8 @@ class Updates:
         if all(norm < float("inf") for norm in norms.values()):
             self.optimizer.step()
         self.optimizer.zero_grad()
-        return norms
+        of_value = {name: norm for name, norm in norms.items() if name != "policy_gradient_norm"}
+        return {"gradient_norm": math.hypot(*norms.values()), **of_value}
 
     def write(self, folder: Path) -> None:
         """Write the unsharded trained parameters and optimizer state into a folder. Call in every process."""

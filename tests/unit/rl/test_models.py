@@ -119,13 +119,15 @@ def test_gradients_are_clipped_apart_for_what_only_the_value_loss_trains(trunk, 
         return {key: {named[id(each)] for each in group} for key, group in models.gradient_groups().items()}
 
     groups = names(trunk)
-    assert all(".policy." in name for name in groups["gradient_norm"])
+    assert all(".policy." in name for name in groups["policy_gradient_norm"])
     assert all(".value." in name or name.startswith("value_head") for name in groups["value_gradient_norm"])
     options = {"value": "adapter", "dtype": torch.float32, "temperature": 1.0}
     groups = names(load_models(str(tiny_model_dir), None, None, **options))
-    assert all(name.startswith("policy.") for name in groups["gradient_norm"])
+    assert all(name.startswith("policy.") for name in groups["policy_gradient_norm"])
     assert all(name.startswith("value_") for name in groups["value_gradient_norm"])
-    assert list(names(load_models(str(tiny_model_dir), None, None, **options | {"value": None}))) == ["gradient_norm"]
+    assert list(names(load_models(str(tiny_model_dir), None, None, **options | {"value": None}))) == [
+        "policy_gradient_norm"
+    ]
 
 
 def rows_with_a_common_prefix():
