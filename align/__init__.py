@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from align.constitution.constitution import Constitution as Constitution
-    from align.constitution.constitution import load_constitution as load_constitution
+    from align.constitution.loading import load_constitution as load_constitution
     from align.errors import AlignError as AlignError
     from align.errors import InputError as InputError
     from align.feedback.judge import Judge as Judge
@@ -31,7 +31,7 @@ _HOMES = {
     "PpoBlock": "align.rl.settings",
     "PpoTrainer": "align.rl.ppo",
     "Recipe": "align.pipeline.recipe",
-    "load_constitution": "align.constitution.constitution",
+    "load_constitution": "align.constitution.loading",
     "load_recipe": "align.pipeline.recipe",
 }
 

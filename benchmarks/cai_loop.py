@@ -20,16 +20,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from align.constitution.constitution import load_constitution
+from align.constitution.loading import load_constitution
 from align.data.chat import prompt_ids, token_ids
 from align.data.prompts import read_prompts
-from align.decoding.shared_prefixes import left_padded, positions
 from align.engines.engine import ChoiceRequest, ChoiceScores, Completed, Request
 from align.engines.local import LocalEngine
 from align.feedback.critique import Loop
 from align.feedback.evidence import Showing
 from align.feedback.opinions import ByChoice, Question, nats
 from align.models.loading import load_causal_lm, load_tokenizer, stop_token_ids
+from align.models.padding import left_padded, position_ids
 from align.records import Sample
 from align.settings.blocks import JudgeBlock, PromptsBlock, PromptSource, SamplingBlock
 
@@ -53,7 +53,7 @@ class PlainEngine:
     name = "plain"
     choice_method = "log-probabilities"
     depends_on_batch = False
-    read: int = 0
+    prefilled_tokens: int = 0
     tokens: dict[str, list[int]] = field(default_factory=dict)
 
     def complete(
@@ -65,7 +65,7 @@ class PlainEngine:
         for start in range(0, len(requests), self.rows):
             batch = requests[start : start + self.rows]
             prompts = [prompt_ids(self.tokenizer, request.messages) for request in batch]
-            self.read += sum(map(len, prompts))
+            self.prefilled_tokens += sum(map(len, prompts))
             ids, mask = left_padded(prompts, pad_id, torch.device("cpu"))
             width = ids.shape[1]
             out = self.model.generate(
@@ -105,7 +105,7 @@ class PlainEngine:
         ids, mask = left_padded(rows, self.tokenizer.pad_token_id, torch.device("cpu"))
         longest = max(len(choice) for _, choice in asked)
         with torch.no_grad():
-            places = positions(mask)
+            places = position_ids(mask)
             out = self.model(ids, attention_mask=mask, position_ids=places, logits_to_keep=longest + 1)
         logprobs = out.logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, -longest:, None])[..., 0]
         ends = [len(choice) for _, choice in asked]
@@ -159,7 +159,7 @@ def run(
     chains = loop.run(samples, rounds)
     seconds = time.perf_counter() - start
     turns = [[text for each in chain.rounds for text in (each.critique, each.revision)] for chain in chains]
-    return Outcome(seconds, engine.read, turns)
+    return Outcome(seconds, engine.prefilled_tokens, turns)
 
 
 def same_share(ours: Outcome, plain: Outcome) -> tuple[float, float]:

@@ -59,7 +59,7 @@ def run_ours(setting: dict[str, Any]) -> dict[str, Any]:
     from align.data.chat import prompt_ids
     from align.data.prompts import read_prompts
     from align.models.loading import compute_dtype, load_tokenizer, stop_token_ids
-    from align.rl.loading import load_shared_trunk
+    from align.rl.loading import load_models
     from align.rl.ppo import PpoTrainer
     from align.rl.rewards import Rewards, RewardSource
     from align.rl.rollout import TokenizedPrompt
@@ -70,7 +70,7 @@ def run_ours(setting: dict[str, Any]) -> dict[str, Any]:
     block = our_block(setting)
     tokenizer = load_tokenizer(setting["model"])
     rows = read_prompts(PromptsBlock(sources=[PromptSource(path=setting["prompts"])]))
-    models = load_shared_trunk(
+    models = load_models(
         setting["model"],
         None,
         LoraBlock(r=setting["lora_rank"], alpha=setting["lora_alpha"]),

@@ -61,7 +61,7 @@ def measure(
     from align.models.loading import compute_dtype, load_tokenizer, stop_token_ids
     from align.models.sources import resolve_model
     from align.rl.batches import ROWS_WITHOUT_GRADIENT
-    from align.rl.loading import RewardFolder, load_shared_trunk, trunk_scores
+    from align.rl.loading import RewardFolder, load_models, trunk_scores
     from align.rl.ppo import PpoTrainer
     from align.rl.rewards import RewardModel, Rewards, RewardSource
     from align.rl.rollout import TokenizedPrompt
@@ -93,7 +93,7 @@ def measure(
     prompts = [TokenizedPrompt(row, tuple(prompt_ids(tokenizer, row.prompt))) for row in read_prompts(source)]
     with tempfile.TemporaryDirectory() as made:
         reward = RewardFolder(reward_folder, on_policy_trunk=True, mean=0.0, std=1.0)
-        models = load_shared_trunk(
+        models = load_models(
             str(folder),
             reward,
             LoraBlock(),
@@ -144,7 +144,9 @@ def make_reward(made: Path, model: str = MODEL) -> None:
     import torch
     from transformers import AutoModelForSequenceClassification
 
-    from align.models.loading import add_lora, load_tokenizer, save_model
+    from align.models.loading import load_tokenizer
+    from align.models.lora import add_lora
+    from align.models.saving import save_model
     from align.models.sources import resolve_model
     from align.settings.blocks import LoraBlock
 

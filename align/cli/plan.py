@@ -1,4 +1,4 @@
-"""`align plan RECIPE`: a table of what is done, what is stale and why, and what comes next."""
+"""`align plan RECIPE`: a table of which stages are done, which are stale and why, and which comes next."""
 
 import shlex
 

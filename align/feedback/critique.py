@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from align.constitution.constitution import Constitution, Example, Principle, draw_principle
+from align.constitution.constitution import Constitution
 from align.constitution.documents import Passage
+from align.constitution.principles import Example, Principle, draw_principle
 from align.engines.complete_all import complete_all
 from align.engines.engine import Completed, Engine, Request
 from align.feedback.evidence import Showing, citations, conversation_texts, with_passages

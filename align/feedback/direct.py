@@ -12,7 +12,7 @@ Principles are averaged by weight. A broken hard rule costs everything: -1, or t
 import math
 from collections.abc import Mapping, Sequence
 
-from align.constitution.constitution import Principle, draw_principle
+from align.constitution.principles import Principle, draw_principle
 from align.engines.engine import ChoiceRequest, ChoiceScores, Engine
 from align.feedback.judge import Judge, JudgeReport, broken_rule, probe_report
 from align.feedback.opinions import ByChoice, ByContrast, after, choice_request, nats, option_mass

@@ -12,9 +12,9 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-from align.constitution.constitution import Constitution, Principle, draw_principle
+from align.constitution.constitution import Constitution
 from align.constitution.documents import SPLITTERS, Passage, read_documents
-from align.constitution.principles import WorkedComparison, in_language
+from align.constitution.principles import Principle, WorkedComparison, draw_principle, in_language
 from align.feedback.records import Critique
 from align.figures.sentences import fold
 from align.records import Conversation, as_dicts, digest

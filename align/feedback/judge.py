@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from align.constitution.constitution import Constitution, Principle, draw_principle
+from align.constitution.constitution import Constitution
+from align.constitution.principles import Principle, draw_principle
 from align.engines.engine import Engine
 from align.errors import InputError, JudgeAtChance
 from align.feedback.evidence import Showing, usable_comparisons

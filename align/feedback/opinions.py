@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
-from align.constitution.constitution import Principle
-from align.constitution.principles import WorkedComparison, in_language
+from align.constitution.principles import Principle, WorkedComparison, in_language
 from align.engines.complete_all import complete_all, score_all
 from align.engines.engine import ChoiceRequest, ChoiceScores, Completed, Engine, Request
 from align.feedback.evidence import Showing, harmless

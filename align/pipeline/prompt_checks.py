@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from align.constitution.constitution import Constitution
-from align.data.sources import file_fault, is_file
+from align.data.sources import file_fault, is_local_path
 from align.records import Split
 from align.settings.blocks import PromptsBlock, PromptSource
 from align.settings.yaml_files import nearest
@@ -51,7 +51,7 @@ def _written(sources: Iterable[PromptSource], key: str) -> set[str] | None:
     found: set[str] = set()
     pattern = re.compile(rb'"%s"\s*:\s*("(?:[^"\\]|\\.)*")' % key.encode())
     for source in sources:
-        if not source.path.endswith(".jsonl") or not is_file(source.path) or file_fault(source.path):
+        if not source.path.endswith(".jsonl") or not is_local_path(source.path) or file_fault(source.path):
             return None
         with Path(source.path).expanduser().open("rb") as lines:
             found |= {_text(match) for line in lines for match in pattern.findall(line)}

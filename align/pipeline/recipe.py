@@ -14,8 +14,9 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, Field, ValidationError, create_model
 
-from align.constitution.constitution import Constitution, load_constitution
-from align.data.sources import file_fault, is_file
+from align.constitution.constitution import Constitution
+from align.constitution.loading import load_constitution
+from align.data.sources import file_fault, is_local_path
 from align.errors import InputError, Problem
 from align.models.sources import model_fault
 from align.pipeline.prompt_checks import empty_splits, misspelt_categories
@@ -182,7 +183,7 @@ def _path_problems(blocks: RecipeBlocks, written: Written) -> list[Problem]:
     found: list[tuple[KeyPath, str, str | None]] = []
     for path, block in _named(blocks, ()):
         if isinstance(block, PromptSource | PairSource):
-            found.append(((*path, "path"), block.path, file_fault(block.path) if is_file(block.path) else None))
+            found.append(((*path, "path"), block.path, file_fault(block.path) if is_local_path(block.path) else None))
             continue
         key, model = _model_key(block)
         if model:

@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from align.constitution.constitution import load_constitution, sound_constitution
+from align.constitution.loading import load_constitution, try_load_constitution
 from align.data.pairs import gather_pairs
-from align.data.prompts import stream_drawn
+from align.data.prompts import stream_drawn_prompts
 from align.engines.engine import Completed, Request
 from align.engines.provenance import (
     CONSTITUTION,
     PROVENANCE,
     label_provenance,
-    settle_judge,
+    pin_judge,
     text_provenance,
     write_constitution,
     write_provenance,
@@ -129,7 +129,7 @@ class CompareStage(Stage):
     def check(self, settings: CompareBlock, shared: Mapping[str, Any]) -> list[str]:
         from align.feedback.judge import labelling_problems
 
-        constitution = sound_constitution(shared["constitution"])
+        constitution = try_load_constitution(shared["constitution"])
         return labelling_problems(constitution, shared["judge"]) if constitution else []
 
     def run(self, context: Context) -> Outcome:
@@ -149,7 +149,7 @@ class CompareStage(Stage):
             draw_seed=seed if settings.principle == "draw" else None,
             seed=seed,
         )
-        settle_judge(judge.engine, context.output)
+        pin_judge(judge.engine, context.output)
         report = examine_judge(judge, context.output / "probes.journal")
         require_better_than_chance(judge, report)
         human, tested = calibrate(judge, context) if settings.calibration else ([], {})
@@ -261,7 +261,7 @@ def compared(window: Window[Prompt], context: Context, engine: "Engine") -> list
 def chosen_prompts(context: Context) -> Iterator[Prompt]:
     """The prompts of the preference split, up to the limit."""
     path = context.inputs["sample"] / "prompts.jsonl"
-    return stream_drawn(
+    return stream_drawn_prompts(
         lambda: (prompt for prompt in read_rows(path, Prompt) if prompt.split == SPLIT),
         context.settings.limit,
         "compared",

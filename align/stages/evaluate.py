@@ -13,8 +13,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from align.constitution.constitution import Constitution, load_constitution
-from align.data.prompts import drawn_prompts
+from align.constitution.constitution import Constitution
+from align.constitution.loading import load_constitution
+from align.data.prompts import draw_prompts
 from align.engines.engine import Completed, Engine, Request
 from align.engines.provenance import PROVENANCE, Provenance, text_provenance, write_provenance
 from align.errors import InputError
@@ -115,7 +116,7 @@ class Evaluate(Stage):
             samples += best_of_each(candidates, best_of_name(n))
         judged = judge_samples(samples, constitution, context)
         if isinstance(judged, Judged):
-            samples = [judged.beside(sample) for sample in samples]
+            samples = [judged.annotate(sample) for sample in samples]
             made[judged.provenance.id] = judged.provenance
         report = make_report(samples, constitution, judged, context)
         write_provenance(context.output, made.values())
@@ -135,7 +136,7 @@ def held_out_prompts(context: Context) -> list[Prompt]:
     prompts = [prompt for prompt in read_rows(path, Prompt) if prompt.split == SPLIT]
     if not prompts:
         raise InputError(f"{path}: no prompt in the split {SPLIT}; raise `prompts.split.{SPLIT}` or give more prompts")
-    return drawn_prompts(prompts, context.settings.limit, "held out")
+    return draw_prompts(prompts, context.settings.limit, "held out")
 
 
 def drawn_samples(context: Context, prompts: Sequence[Prompt], made: dict[str, Provenance]) -> list[EvaluatedSample]:

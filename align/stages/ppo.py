@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from align.constitution.constitution import load_constitution, sound_constitution
+from align.constitution.loading import load_constitution, try_load_constitution
 from align.engines.engine import EngineIdentity
 from align.engines.provenance import PROVENANCE, Provenance, sampling_settings, write_provenance
 from align.errors import InputError
@@ -43,7 +43,7 @@ class Ppo(Stage):
 
         if not settings.asks_judge:
             return []
-        constitution = sound_constitution(shared["constitution"])
+        constitution = try_load_constitution(shared["constitution"])
         return labelling_problems(constitution, shared["judge"]) if constitution else []
 
     def files(self, settings: PpoBlock) -> tuple[str, ...]:
@@ -54,8 +54,9 @@ class Ppo(Stage):
     def run(self, context: Context) -> Outcome:
         import torch
 
-        from align.models.loading import compute_dtype, load_tokenizer, save_model, stop_token_ids
-        from align.rl.loading import initial_models, reward_folder
+        from align.models.loading import compute_dtype, load_tokenizer, stop_token_ids
+        from align.models.saving import save_model
+        from align.rl.loading import load_models, reward_folder
         from align.rl.ppo import PpoTrainer
         from align.rl.rewards import Rewards
         from align.rl.updates import is_sharding, open_accelerator
@@ -74,7 +75,7 @@ class Ppo(Stage):
         reward = reward_folder(context.inputs["reward"]) if settings.reads_reward_stage else None
         if reward is not None and settings.score.normalise != "held_out":
             reward = replace(reward, mean=0.0, std=1.0)
-        models = initial_models(
+        models = load_models(
             policy,
             reward,
             model_block.lora,
@@ -191,7 +192,7 @@ def _sources(
 ) -> list[Any]:
     """Where scores come from, as the recipe names it."""
     from align.rl.batches import ROWS_WITHOUT_GRADIENT
-    from align.rl.reward_sources import ScoresReward, open_reward
+    from align.rl.reward_sources import JudgeReward, open_reward
     from align.rl.rewards import RewardSource
 
     settings, model_block = context.settings, context.shared["model"]
@@ -200,7 +201,7 @@ def _sources(
     for source in settings.rewards:
         moments = None
         if source.judge is not None:
-            scores: Any = ScoresReward(judged[source.principle])
+            scores: Any = JudgeReward(judged[source.principle])
         elif source.stage is None:
             scores = open_reward(source, model_block, batch_size=batch_size, dtype=dtype, device=device)
         else:

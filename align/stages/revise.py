@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from align.constitution.constitution import Constitution, load_constitution, sound_constitution
+from align.constitution.constitution import Constitution
+from align.constitution.loading import load_constitution, try_load_constitution
 from align.data.prompts import with_split
 from align.engines.provenance import (
     CONSTITUTION,
     PROVENANCE,
     Provenance,
     label_provenance,
-    settle_judge,
+    pin_judge,
     text_provenance,
     write_constitution,
     write_provenance,
@@ -99,7 +100,7 @@ class ReviseStage(Stage):
         from align.feedback.critique import revising_principles
         from align.feedback.judge import labelling_problems
 
-        constitution = sound_constitution(shared["constitution"])
+        constitution = try_load_constitution(shared["constitution"])
         if constitution is None:
             return _unread(settings)
         problems = [*_unread(settings), *labelling_problems(constitution, shared["judge"])]
@@ -129,7 +130,7 @@ class ReviseStage(Stage):
             seed=seed,
             engine=engine if judge_block.engine == settings.engine else None,
         )
-        settle_judge(judge.engine, context.output)
+        pin_judge(judge.engine, context.output)
         report = examine_judge(judge, context.output / "probes.journal")
         require_better_than_chance(judge, report)
 

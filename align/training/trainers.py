@@ -22,9 +22,11 @@ from trl import DPOTrainer, RewardTrainer, SFTTrainer
 from trl.trainer import utils as trl_utils
 
 from align.data.chat import end_of_turn_ids
-from align.data.token_columns import IGNORED
+from align.data.token_columns import IGNORE_INDEX
 from align.errors import InputError, NotFinite, first_line
-from align.models.loading import add_lora, load_causal_lm, save_model
+from align.models.loading import load_causal_lm
+from align.models.lora import add_lora
+from align.models.saving import save_model
 from align.models.sharding import DEEPSPEED_SUMS, set_precision
 from align.run import processes
 from align.run.stage import Context
@@ -103,7 +105,7 @@ class DemonstrationTrainer(_Guarded, SFTTrainer):
 
     def uncounted(self, row: dict[str, Any]) -> dict[str, Any]:
         """The row without a label, so that no token of it is counted."""
-        return {**row, "labels": [IGNORED] * len(row["labels"])}
+        return {**row, "labels": [IGNORE_INDEX] * len(row["labels"])}
 
 
 class _OverPairs(_Guarded):

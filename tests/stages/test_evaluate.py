@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from align.constitution.constitution import load_constitution
+from align.constitution.loading import load_constitution
 from align.data.chat import prompt_ids
 from align.engines.provenance import read_provenance
 from align.errors import InputError
@@ -301,7 +301,7 @@ def test_the_table_and_the_models_are_shown(tmp_path, capsys, monkeypatch, upstr
     shown = capsys.readouterr().out
     for part in ("has-e", "no-q", "win rate vs base", "reward", "KL to sft", "ended by a stop token", "≤ 0.4"):
         assert part in shown
-    assert f"{BEST}: the completion of the highest reward among {BEST_OF} of sft" in shown
+    assert f"{BEST}: the completion with the highest reward among {BEST_OF} by sft" in shown
     assert str(upstream["ppo"] / "model") in shown.replace("\n", "")
 
 

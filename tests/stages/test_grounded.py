@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from align.constitution.constitution import load_constitution
+from align.constitution.loading import load_constitution
 from align.engines.engine import ChoiceRequest, Request
 from align.feedback.records import Critique
 from align.settings.blocks import JudgeBlock

@@ -127,7 +127,7 @@ def test_a_demonstration_names_who_wrote_it_and_by_which_principles(made: World)
 
 
 def test_entries_hold_the_constitutions_digest_the_sampling_and_how_the_judge_scores(made: World) -> None:
-    from align.constitution.constitution import load_constitution
+    from align.constitution.loading import load_constitution
 
     digest = load_constitution(made.shared["constitution"]).digest
     entries = {(each.stage, each.step): each for each in read_provenance(made.root / "compare").values()}

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from align.constitution.constitution import load_constitution
+from align.constitution.loading import load_constitution
 from align.engines.engine import ChoiceRequest, Request
 from align.engines.scripted import ScriptedEngine
 from align.errors import InputError, JudgeAtChance

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from align.constitution.constitution import Constitution, Example, Principle, Turn
+from align.constitution.constitution import Constitution
+from align.constitution.principles import Example, Principle, Turn
 from align.engines.engine import Completed, Request
 from align.feedback.critique import Chain, Loop, nearest_examples
 from align.feedback.judge import NO_PRINCIPLE

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from align.constitution.constitution import Constitution, load_constitution
+from align.constitution.constitution import Constitution
 from align.constitution.documents import Passage
+from align.constitution.loading import load_constitution
 from align.engines.engine import ChoiceRequest, Request
 from align.feedback.critique import Loop
 from align.feedback.evidence import Showing, citations, grounding, made_up, quoted, terms

