@@ -1,6 +1,6 @@
 """Tiny random models of every family that people train, small enough that all of them together take seconds.
 
-Each family is a configuration class of transformers with few and narrow layers, and what is peculiar to the family kept:
+Each family is a configuration class of transformers with few and narrow layers. What is peculiar to a family is kept:
 tied and untied embeddings, shared key-value heads, sliding windows shorter than the test's rows, capped and scaled
 logits, experts, linear attention, learned positions.
 """
