@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from align.decoding.cache import reserved_cache
+from align.decoding.cache import reserved_cache, select_rows
 from align.decoding.sampling import sample, uniform_numbers
 from align.decoding.shared_prefixes import SharedPrefixes, can_share_prefixes, find_shared_prefixes, prefix_batch
 from align.models.padding import left_padded, position_ids
@@ -166,7 +166,7 @@ class _Batch:
         indices = torch.tensor(kept, device=self.ids.device)
         self.rows = [self.rows[slot] for slot in kept]
         self.ids, self.positions, self.mask = self.ids[indices], self.positions[indices], self.mask[indices]
-        self.cache.batch_select_indices(indices)
+        select_rows(self.cache, indices)
 
 
 def _in_any_process(flag: bool, synced: bool, device: torch.device) -> bool:

@@ -267,7 +267,7 @@ def load_scorer(path: str, block: ModelBlock, dtype: torch.dtype, seed: int, rev
     if not hasattr(model, "score"):
         raise InputError(f"model {path}: the classifier {kind.__name__} has no `score` head; use another model")
     setattr(model, model.base_model_prefix, causal.base_model)
-    model.score = ScoreHead(config.get_text_config().hidden_size)
+    model.score = ScoreHead(model.score.in_features)
     return add_lora(model, block.lora, task_type="SEQ_CLS") if block.lora else model
 
 

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-VOCABULARY = 160
+VOCABULARY = 300
+"""A few more than the test tokenizer's."""
 
 _COMMON = {
     "vocab_size": VOCABULARY,
@@ -22,9 +23,9 @@ _COMMON = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 256,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
+    "pad_token_id": 1,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
 }
 _HEADS = {"head_dim": 8}
 _WINDOW = {"sliding_window": 6}
