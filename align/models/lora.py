@@ -18,9 +18,10 @@ from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer, ParamWrapper
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from transformers import PreTrainedModel
 
 from align.errors import InputError, first_line
-from align.models.wrappers import is_sharded
+from align.models.wrappers import inner_model, is_sharded
 from align.settings.blocks import LoraBlock
 
 
@@ -41,7 +42,13 @@ def add_lora(
     """
     targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
     config = LoraConfig(
-        r=lora.r, lora_alpha=lora.alpha, target_modules=targets, lora_dropout=0.0, bias="none", task_type=task_type
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        target_modules=targets,
+        exclude_modules=_other_towers(inner_model(model)) if targets == "all-linear" else None,
+        lora_dropout=0.0,
+        bias="none",
+        task_type=task_type,
     )
     try:
         if isinstance(model, PeftModel):
@@ -61,6 +68,21 @@ def add_lora(
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return peft_model
+
+
+def _other_towers(model: Any) -> str | None:
+    """A pattern of the modules beside a multimodal model's text decoder: its vision and audio towers and projectors.
+
+    They see no input here, so adapters on them would get no gradient. None for models of text alone.
+    """
+    decoder = model.get_decoder() if isinstance(model, PreTrainedModel) else None
+    beside = [
+        name
+        for name, child in (model.base_model.named_children() if decoder is not None else ())
+        if decoder is not model.base_model and all(module is not decoder for module in child.modules())
+    ]
+    towers = [name for name in beside if any(True for _ in model.base_model.get_submodule(name).parameters())]
+    return rf"(.*\.)?({'|'.join(towers)})(\..*)?" if towers else None
 
 
 class _AdaptedLinear(torch.autograd.Function):

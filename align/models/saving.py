@@ -47,6 +47,9 @@ def save_model(
     if plain.can_generate():
         plain.generation_config = _generation_config(base, tokenizer)
     plain.config.pad_token_id = tokenizer.pad_token_id
+    text_config = plain.config.get_text_config()
+    if getattr(text_config, "output_router_logits", False):
+        text_config.output_router_logits = False  # TRL's doing: with it, decoding with a cache fails
     plain.save_pretrained(directory / "model")
     tokenizer.save_pretrained(directory / "model")
 

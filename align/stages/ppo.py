@@ -55,6 +55,7 @@ class Ppo(Stage):
         import torch
 
         from align.models.loading import compute_dtype, load_tokenizer, stop_token_ids
+        from align.models.positions import check_length
         from align.models.saving import save_model
         from align.rl.loading import load_models, reward_folder
         from align.rl.ppo import PpoTrainer
@@ -84,6 +85,8 @@ class Ppo(Stage):
             temperature=settings.sampling.temperature,
             trust_remote_code=model_block.trust_remote_code,
         )
+        longest = settings.max_prompt_tokens + settings.sampling.max_new_tokens
+        check_length(models.causal_lm, longest, "lower ppo.max_prompt_tokens or ppo.sampling.max_new_tokens")
         if not is_sharding(accelerator):
             models.to(accelerator.device)  # sharding moves each process's part by itself; the whole may not fit
         with Tracker(context.output, context.tracking, context.run_name, self.name) as tracker:

@@ -6,7 +6,7 @@ then the rejected ones: `input_ids` (2B, L), and `probability` (B,), that the ch
 """
 
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,8 +26,10 @@ from align.data.token_columns import IGNORE_INDEX
 from align.errors import InputError, NotFinite, first_line
 from align.models.loading import load_causal_lm
 from align.models.lora import add_lora
+from align.models.positions import check_length
 from align.models.saving import save_model
 from align.models.sharding import DEEPSPEED_SUMS, set_precision
+from align.models.wrappers import inner_model
 from align.run import processes
 from align.run.stage import Context
 from align.settings.blocks import ModelBlock
@@ -192,7 +194,10 @@ class SoftLabelDPOTrainer(_OverPairs, DPOTrainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Mean of `soft_label_loss` of beta times the difference of the two log-ratios to the reference."""
+        """Mean of `soft_label_loss` of beta times the difference of the two log-ratios to the reference.
+
+        With experts, the model's own loss for an even use of them is added, as in TRL, and logged as `aux_loss`.
+        """
         if not self.loss_is_scaled_for_ga:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         probability, weight = inputs["probability"], inputs["weight"]
@@ -203,6 +208,7 @@ class SoftLabelDPOTrainer(_OverPairs, DPOTrainer):
             labels=batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100),
             fused_lm_head=True,
             use_cache=False,
+            **({"output_router_logits": True} if self.aux_loss_enabled else {}),
         )
         chosen, rejected = outputs.log_probs.sum(dim=1).chunk(2)  # (B,) each
         reference = self.ref_model if self.ref_model is not None else self.model
@@ -218,6 +224,11 @@ class SoftLabelDPOTrainer(_OverPairs, DPOTrainer):
         }
         self._record(figures, weight)
         loss = self._mean(soft_label_loss(chosen_reward - rejected_reward, probability), weight, num_items_in_batch)
+        if self.aux_loss_enabled:
+            # A mean over the micro-batch's tokens, as TRL adds it: each of the step's micro-batches has its share.
+            steps = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
+            loss = loss + self.router_aux_loss_coef * outputs.aux_loss / steps
+            self._record({"aux_loss": outputs.aux_loss.expand(len(weight))}, weight)
         return (loss, outputs) if return_outputs else loss
 
 
@@ -260,12 +271,18 @@ def load_scorer(path: str, block: ModelBlock, dtype: torch.dtype, seed: int, rev
     config = causal.config
     kind = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), None)
     if not isinstance(kind, type):
-        raise InputError(f"model {path}: transformers has no classifier for {config.model_type}; use another model")
+        raise InputError(
+            f"model {path}: transformers has no sequence classifier for `{config.model_type}`, so no reward model can "
+            "be trained from it; use dpo, or ppo with other `rewards`, or start reward from another model"
+        )
     config.num_labels = 1
     with torch.device("meta"):
         model = kind(config)
     if not hasattr(model, "score"):
-        raise InputError(f"model {path}: the classifier {kind.__name__} has no `score` head; use another model")
+        raise InputError(
+            f"model {path}: the classifier {kind.__name__} has no `score` head, so no reward model can be trained from "
+            "it; use dpo, or ppo with other `rewards`, or start reward from another model"
+        )
     setattr(model, model.base_model_prefix, causal.base_model)
     model.score = ScoreHead(model.score.in_features)
     return add_lora(model, block.lora, task_type="SEQ_CLS") if block.lora else model
@@ -337,6 +354,12 @@ def refusals_told(context: Context) -> Iterator[None]:
         ) from error
 
 
+def _longest(row: Mapping[str, Any]) -> int:
+    """Tokens of the longest conversation in a row of any trainer's."""
+    prompt = len(row.get("prompt_ids", ()))
+    return prompt + max(len(row.get(name, ())) for name in ("input_ids", "chosen_ids", "rejected_ids"))
+
+
 def fit(
     kind: type[Kind],
     context: Context,
@@ -351,8 +374,9 @@ def fit(
 
     Raises:
         NotFinite: a loss or gradient is NaN or infinite; the last checkpoint is kept.
-        InputError: TRL refuses the `trl` options.
+        InputError: TRL refuses the `trl` options, or a row is longer than the positions that the model has learned.
     """
+    check_length(inner_model(model), max(map(_longest, rows)), f"lower {context.stage}.max_length")
     dataset = Dataset.from_list(list(rows))
     with refusals_told(context):
         trainer = kind(

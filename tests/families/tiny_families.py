@@ -93,13 +93,34 @@ DECODERS = (
     ),
     Family("Mistral", "mistral", {**_HEADS, "sliding_window": 6}),
     Family("Mixtral", "mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
-    Family("Gemma 2", "gemma2", {**_HEADS, **_WINDOW, "query_pre_attn_scalar": 8}),
+    Family("Gemma 2", "gemma2", {**_HEADS, **_WINDOW, "query_pre_attn_scalar": 8, "final_logit_softcapping": 3.0}),
     Family("Gemma 3", "gemma3_text", {**_HEADS, **_WINDOW, "query_pre_attn_scalar": 8}),
     Family(
         "Gemma 4",
         "gemma4_text",
-        {**_HEADS, **_WINDOW, "vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 8},
+        {**_HEADS, **_WINDOW, "vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 8, "final_logit_softcapping": 3.0},
     ),
+    Family(
+        "Gemma 3 with vision",
+        "gemma3",
+        {
+            "text_config": {**_COMMON, **_HEADS, **_WINDOW, "query_pre_attn_scalar": 8},
+            "vision_config": {
+                "hidden_size": 16,
+                "intermediate_size": 24,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "image_size": 32,
+                "patch_size": 8,
+            },
+            "mm_tokens_per_image": 4,
+            "image_token_index": 297,
+            "boi_token_index": 298,
+            "eoi_token_index": 299,
+        },
+        common=False,
+    ),
+    Family("Phi-2", "phi", {"partial_rotary_factor": 0.5, "tie_word_embeddings": False}),
     Family("Phi-3", "phi3", {"num_key_value_heads": 4}),
     Family("Phi-4 mini", "phi3", {"partial_rotary_factor": 0.75, "tie_word_embeddings": True}),
     Family("SmolLM3", "smollm3", {"no_rope_layer_interval": 2, "tie_word_embeddings": True}),
@@ -128,9 +149,40 @@ DECODERS = (
     Family("Granite", "granite", {"logits_scaling": 4.0, "embedding_multiplier": 3.0, "residual_multiplier": 0.5}),
     Family("Cohere 2", "cohere2", {**_WINDOW, "logit_scale": 0.25}),
     Family("Falcon", "falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "alibi": False}),
+    Family("Falcon, ALiBi", "falcon", {"alibi": True, "multi_query": True}),
+    Family("LFM2", "lfm2", {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}),
     Family("GPT-NeoX", "gpt_neox", {"tie_word_embeddings": False}),
     Family("GPT-2", "gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256, "n_inner": 48}),
     Family("OPT", "opt", {"ffn_dim": 48, "word_embed_proj_dim": 32}),
     Family("OPT-350m", "opt", {"ffn_dim": 48, "word_embed_proj_dim": 16, "do_layer_norm_before": False}),
     Family("Bloom", "bloom", {"n_layer": 2, "n_head": 4}),
+)
+
+_ENCODER = {**_COMMON, "num_labels": 1, "type_vocab_size": 2}
+
+ENCODERS = (
+    Family("BERT", "bert", _ENCODER, common=False),
+    Family("RoBERTa", "roberta", _ENCODER, common=False),
+    Family("DeBERTa v2", "deberta-v2", {**_ENCODER, "type_vocab_size": 0}, common=False),
+    Family(
+        "DeBERTa v3",
+        "deberta-v2",
+        {
+            **_ENCODER,
+            "type_vocab_size": 0,
+            "relative_attention": True,
+            "position_biased_input": False,
+            "pos_att_type": ["p2c", "c2p"],
+            "share_att_key": True,
+            "norm_rel_ebd": "layer_norm",
+            "position_buckets": 8,
+        },
+        common=False,
+    ),
+    Family(
+        "ModernBERT",
+        "modernbert",
+        {**_ENCODER, "local_attention": 8, "global_attn_every_n_layers": 2, "cls_token_id": 0, "sep_token_id": 1},
+        common=False,
+    ),
 )
