@@ -62,7 +62,7 @@ def add_lora(
         if isinstance(layer, LoraLayer) and type(layer) not in MERGEABLE:
             raise InputError(
                 f"model.lora.target_modules: {name} is a {type(layer.get_base_layer()).__name__}, whose adapter cannot "
-                "be merged into the saved model; name linear layers only, of weights that are not quantized"
+                "be merged into the saved model (embeddings and quantized weights cannot); name linear layers only"
             )
     for parameter in peft_model.parameters():
         if parameter.requires_grad:
