@@ -17,8 +17,8 @@ from align.cli.judging_verbs import add_judging_verbs
 from align.cli.recipe_verbs import add_recipe_verbs
 from align.cli.results_verbs import add_results_verbs
 from align.errors import AlignError, InputError
-from align.pipeline.failure_note import follows_from_another, note_failure
-from align.pipeline.launch import INTERRUPTED, PATIENCE_SECONDS, die_with_launcher
+from align.pipeline.failure_note import another_failed_first, note_failure
+from align.pipeline.launch import GRACE_SECONDS, INTERRUPTED, die_with_launcher
 from align.run import processes
 
 
@@ -103,9 +103,9 @@ def end() -> None:
         sys.stderr.flush()
     if _is_one_of_several():
         if code:
-            if follows_from_another():
+            if another_failed_first():
                 # The launcher ends this process during the wait, and then counts only the first failure.
-                time.sleep(PATIENCE_SECONDS)
+                time.sleep(GRACE_SECONDS)
             os._exit(code)
         processes.disconnect()
     sys.exit(code)

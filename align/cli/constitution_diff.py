@@ -25,7 +25,7 @@ from align.results.constitution_diff import (
 )
 from align.results.judged_pairs import drawn_pairs, judge_from_options, judge_of_run, pairs_of, probe_pairs
 from align.results.label_diff import Movement
-from align.run.artefacts import json_text, write_asked
+from align.run.artefacts import json_text, write_option_file
 
 NONE = "–"
 
@@ -69,7 +69,7 @@ def print_diff(
     title = f"{diff.a.constitution.id} and {diff.b.constitution.id}"
     show_sheets(diff_sheets(diff, source), console, html, title)
     if json:
-        write_asked(json, json_text(diff.as_json()), "--json")
+        write_option_file(json, json_text(diff.as_json()), "--json")
         print_written(json, console)
 
 

@@ -25,7 +25,7 @@ from align.figures.tables import print_written
 from align.pipeline.plan import model_digest
 from align.pipeline.recipe import Recipe
 from align.records import PreferencePair, digest, write_rows
-from align.run.artefacts import json_text, write_asked
+from align.run.artefacts import json_text, write_option_file
 from align.run.reproducibility import derive_seed
 from align.settings.blocks import JudgeBlock, ModelBlock, PairSource
 
@@ -109,7 +109,7 @@ def calibrate(
     sources = [source.model_dump(mode="json") for source in test.pairs]
     left_out = {name: count for name, count in counts.items() if count}
     content = {"judge": judge.name, "sources": sources, "left_out": left_out, **figures}
-    write_asked(written[0], json_text(content), "--json")
+    write_option_file(written[0], json_text(content), "--json")
     if figures["decided"] and (plot or can_plot()):
         written.append(plot or folder / "reliability.svg")
         draw_reliability(figures, title, written[-1])

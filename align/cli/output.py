@@ -6,7 +6,7 @@ from pathlib import Path
 from rich.console import Console
 
 from align.figures.tables import Sheet, page, print_sheet, print_written
-from align.run.artefacts import write_asked
+from align.run.artefacts import write_option_file
 
 
 def show_sheets(sheets: Iterable[Sheet], console: Console, html: Path | None = None, title: str = "") -> None:
@@ -19,5 +19,5 @@ def show_sheets(sheets: Iterable[Sheet], console: Console, html: Path | None = N
     for sheet in shown:
         print_sheet(sheet, console)
     if html:
-        write_asked(html, page(title, shown), "--html")
+        write_option_file(html, page(title, shown), "--html")
         print_written(html, console)

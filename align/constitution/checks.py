@@ -15,7 +15,8 @@ from align.constitution.documents import read_documents
 from align.constitution.principles import Example, Principle, WorkedComparison
 from align.constitution.rules import Rule
 from align.errors import InputError, Problem
-from align.settings.yaml_files import KeyPath, Lines, key_name, nearest
+from align.settings.validation import nearest
+from align.settings.yaml_files import KeyPath, Lines, key_name
 
 NamedKeys = Iterable[tuple[KeyPath, str]]
 """Names in a file, each with the path of the key that holds it."""

@@ -18,7 +18,8 @@ from align.constitution.paper import paper_content
 from align.constitution.principles import Example, WorkedComparison
 from align.constitution.schema import ConstitutionFile
 from align.errors import FileProblems, InputError, Problem
-from align.settings.yaml_files import Lines, load_yaml, problems_from
+from align.settings.validation import problems_from
+from align.settings.yaml_files import Lines, load_yaml
 
 Worked = TypeVar("Worked", Example, WorkedComparison)
 

@@ -100,7 +100,7 @@ def _answer_all(work: _Work[RequestT], requests: Sequence[RequestT], journal_pat
         _answer_chunks(work, chunks, rows.get, lambda row: rows.update({row["id"]: row}))
     else:
         with Journal(journal_path, processes.rank(), work.read) as journal:
-            _answer_chunks(work, processes.share(chunks), journal.rows.get, journal.append)
+            _answer_chunks(work, processes.shard(chunks), journal.rows.get, journal.append)
             rows = journal.rows
         processes.barrier()
         if processes.world_size() > 1:

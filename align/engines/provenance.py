@@ -146,7 +146,7 @@ def pin_judge(engine: Engine | None, output: Path) -> None:
     """
     if engine is not None:
         pin_identity(engine, output, "label")
-        processes.decided_by_first(lambda: _pin_method(engine, output / "method-of-label.json"))
+        processes.decide_on_first_rank(lambda: _pin_method(engine, output / "method-of-label.json"))
 
 
 def _pin_method(engine: Engine, pinned: Path) -> None:
@@ -186,7 +186,7 @@ def pin_identity(engine: Engine, output: Path, step: str) -> EngineIdentity:
     Raises:
         InputError: the engine's model has changed since the stage began.
     """
-    return processes.decided_by_first(lambda: _pinned_identity(engine, output / f"engine-of-{step}.json"))
+    return processes.decide_on_first_rank(lambda: _pinned_identity(engine, output / f"engine-of-{step}.json"))
 
 
 def _pinned_identity(engine: Engine, pinned: Path) -> EngineIdentity:

@@ -68,7 +68,7 @@ def measure_all(
     ordered = sorted(samples, key=lambda sample: (-_length_in_characters(sample), sample.id))
     chunks = [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
     with Journal(journal_path, processes.rank(), _check_journal_row) as journal:
-        own = processes.share(chunks)
+        own = processes.shard(chunks)
         todo = [chunk for chunk in own if any(sample.id not in journal for sample in chunk)]
         if todo:
             measure = load()

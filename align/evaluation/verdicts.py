@@ -43,7 +43,8 @@ def judge_samples(
     samples: Sequence[EvaluatedSample], constitution: Constitution | None, context: Context
 ) -> Judged | str:
     """The judge's verdicts on every sample against the base model's, or the reason why there are none."""
-    from align.feedback.judge import examine_judge, judge_problems, open_judge
+    from align.feedback.judge import judge_problems, open_judge
+    from align.feedback.probes import examine_judge
 
     block = context.shared.get("judge")
     policies = context.settings.reported

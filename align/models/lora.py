@@ -24,7 +24,6 @@ from align.errors import InputError, first_line
 from align.models.wrappers import inner_model, is_sharded
 from align.settings.blocks import LoraBlock
 
-
 MERGEABLE = (LoraLinear, ParamWrapper)
 """PEFT's layers for linear layers and for experts: those whose adapters `lora_delta` can merge."""
 

@@ -22,8 +22,9 @@ from align.constitution.text_diff import Change, text_changes
 from align.engines.engine import Engine
 from align.errors import InputError
 from align.feedback.agreement import Label
-from align.feedback.judge import Judge, JudgeReport, examine_judge, judge_problems
+from align.feedback.judge import Judge, judge_problems
 from align.feedback.opinions import Question
+from align.feedback.probes import ProbeReport, examine_judge
 from align.results.judged_pairs import CONSTITUTIONS, JudgeSettings, Pair
 from align.results.label_diff import (
     Movement,
@@ -51,7 +52,7 @@ class Labelling:
     role: str
     constitution: Constitution
     labels: tuple[Label, ...]
-    probes: JudgeReport | None
+    probes: ProbeReport | None
 
 
 @dataclass(frozen=True)

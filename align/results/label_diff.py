@@ -59,7 +59,7 @@ def label_movement(pairs: Sequence[Pair], one: Sequence[Label], other: Sequence[
     sides = [(before.side, after.side) for before, after in zip(one, other, strict=True)]
     both = [index for index, (x, y) in enumerate(sides) if x and y]
     flips = [float(sides[index][0] != sides[index][1]) for index in both]
-    changes = [abs(after.or_half - before.or_half) for before, after in zip(one, other, strict=True)]
+    changes = [abs(after.p_a_or_half - before.p_a_or_half) for before, after in zip(one, other, strict=True)]
     prompts = [pair.prompt_id for pair in pairs]
     return Movement(
         pairs=len(pairs),
@@ -103,7 +103,7 @@ def shared_principles(
 
 def largest_changes(one: Sequence[Label], other: Sequence[Label], count: int) -> list[int]:
     """Indices of the pairs whose probability changes most, the largest change first; unchanged pairs are left out."""
-    changes = [abs(after.or_half - before.or_half) for before, after in zip(one, other, strict=True)]
+    changes = [abs(after.p_a_or_half - before.p_a_or_half) for before, after in zip(one, other, strict=True)]
     order = sorted(range(len(changes)), key=lambda index: -changes[index])
     return [index for index in order[:count] if changes[index] > 0]
 

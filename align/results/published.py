@@ -6,7 +6,7 @@ from pathlib import Path
 
 from align.engines.provenance import PROVENANCE, Provenance, read_provenance
 from align.errors import InputError
-from align.run.artefacts import MANIFEST, RELABELLED, Manifest, read_manifest, require_as_written, stage_folder
+from align.run.artefacts import MANIFEST, RELABELLED, Manifest, read_manifest, require_unchanged, stage_folder
 from align.stages import all_stages
 
 
@@ -73,7 +73,7 @@ class PublishedRun:
                 "RECIPE` says what is missing)"
             )
         path = self.stage(stage) / file
-        require_as_written(path, self.manifests[stage])
+        require_unchanged(path, self.manifests[stage])
         return path
 
     def provenance(self, stage: str) -> dict[str, Provenance]:

@@ -19,11 +19,17 @@ from align.engines.recorded import RecordedEngine
 from align.errors import InputError
 from align.feedback.agreement import agreement_figures
 from align.feedback.judge import Judge, Verdict
-from align.feedback.judged_revisions import FILES as REVISION_FILES
-from align.feedback.judged_revisions import OPINIONS, by_principle, judged_again, read_kept, with_scores
+from align.feedback.judged_revisions import (
+    OPINIONS,
+    REVISION_FILES,
+    by_principle,
+    read_judged_revisions,
+    rejudge,
+    with_scores,
+)
 from align.feedback.label_files import LabelFiles
 from align.feedback.opinions import Question
-from align.feedback.preference_pairs import pair_of, question_of, revision_pairs, with_provenance, with_verdict
+from align.feedback.preference_pairs import comparison_pair, question_of, revision_pairs, with_provenance, with_verdict
 from align.feedback.records import Comparison, OpinionScores
 from align.feedback.tallies import ComparisonTally
 from align.records import PreferencePair, digest, read_rows, write_rows
@@ -80,13 +86,13 @@ def _write_labels(
 ) -> tuple[dict[str, int], dict[str, Any]]:
     """Write every file but the manifest, row by row; returns counts and figures for the manifest."""
     entries, new_ids = _relabelled_provenance(compared, settings, judge.constitution)
-    tally = ComparisonTally([principle.id for principle in judge.principles], judge.block)
+    tally = ComparisonTally([principle.id for principle in judge.principles], judge.settings)
     counts = Counter(pairs=0, revision_pairs=0)
     with LabelFiles(folder, tally) as files:
         for row, scores in _rejudged(compared, judge):
             comparison = with_provenance(row, row.provenance, new_ids.get(row.judge_provenance, ""))
             files.add(comparison, scores)
-            if pair := pair_of(comparison):
+            if pair := comparison_pair(comparison):
                 counts["pairs"] += files.add_pair(pair)
         for pair in _revision_pairs(compared, settings, judge.constitution, folder, new_ids, counts):
             counts["revision_pairs"] += files.add_pair(pair)
@@ -115,7 +121,7 @@ def _revision_pairs(
     if settings.revise:
         judge = recorded_judge(compared, settings, constitution, REVISE.name, settings.revise.principle)
         verdict_of = partial(_verdict, judge, OPINIONS)
-        yield from revision_pairs(judged_again(compared.folder, folder, settings.revise, verdict_of, new_ids), counts)
+        yield from revision_pairs(rejudge(compared.folder, folder, settings.revise, verdict_of, new_ids), counts)
         return
     for pair in read_rows(compared.folder / "pairs.jsonl", PreferencePair):
         if pair.source == "revision":
@@ -173,7 +179,7 @@ def recorded_judge(
 
 def _require_same_questions(judge: Judge, stored: Constitution) -> None:
     """Refuse principles whose text has changed since the judge was asked: the stored scores do not apply to them."""
-    if judge.block.kind == "rule":
+    if judge.settings.kind == "rule":
         return
     known = {principle.id: _question_texts(stored, principle) for principle in stored.principles}
     for principle in judge.principles:
@@ -202,7 +208,7 @@ def _relabelled_provenance(
     entries = read_provenance(compared.folder)
     principles = {compared.first_value("judge_provenance"): settings.compare.principle}
     if settings.revise:
-        revision_entry = next((row.judge_provenance for row, _ in read_kept(compared.folder)), "")
+        revision_entry = next((row.judge_provenance for row, _ in read_judged_revisions(compared.folder)), "")
         principles[revision_entry] = settings.revise.principle
     updated = {
         name: entries[name].with_label(settings.judge, constitution, principle=principle)

@@ -11,14 +11,14 @@ from align.constitution.constitution import Constitution
 from align.constitution.loading import load_constitution
 from align.engines.provenance import CONSTITUTION, PROVENANCE, read_constitution
 from align.errors import FileProblems, InputError, Problem
-from align.feedback.judged_revisions import FILES as REVISION_FILES
-from align.feedback.judged_revisions import RevisionLabels, read_settings
+from align.feedback.judged_revisions import REVISION_FILES, RevisionLabelSettings, read_settings
 from align.feedback.records import Comparison
 from align.pipeline.recipe_files import apply_override
 from align.records import read_rows
-from align.run.artefacts import Manifest, read_manifest, require_as_written, require_run, stage_folder
+from align.run.artefacts import Manifest, read_manifest, require_run, require_unchanged, stage_folder
 from align.settings.blocks import Block, JudgeBlock
-from align.settings.yaml_files import Lines, nearest, problems_from
+from align.settings.validation import nearest, problems_from
+from align.settings.yaml_files import Lines
 from align.stages.compare import STAGE, CompareBlock
 
 RELABEL_KEYS = (
@@ -40,7 +40,7 @@ class LabelSettings(Block):
     seed: int
     judge: JudgeBlock
     compare: CompareBlock
-    revise: RevisionLabels | None = None
+    revise: RevisionLabelSettings | None = None
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class CompareFolder:
     folder: Path
     manifest: Manifest
     constitution: Constitution
-    revise: RevisionLabels | None
+    revise: RevisionLabelSettings | None
 
     def comparisons(self) -> Iterator[Comparison]:
         """Read the rows one by one."""
@@ -122,5 +122,5 @@ def read_compare_folder(source: Path) -> CompareFolder:
     if missing := [name for name in LABEL_FILES if not (folder / name).is_file()]:
         raise InputError(f"{folder}: has no {missing[0]}, which this version of `compare` writes; run `compare` again")
     for name in (*LABEL_FILES, *(name for name in (*REVISION_FILES, PROVENANCE) if name in manifest.outputs)):
-        require_as_written(folder / name, manifest)
+        require_unchanged(folder / name, manifest)
     return CompareFolder(folder, manifest, read_constitution(folder / CONSTITUTION), read_settings(folder))

@@ -124,7 +124,7 @@ class Batches:
         seed = derive_seed(self.seed, "demonstrations", iteration, epoch, number)
         generator = torch.Generator().manual_seed(seed)
         chosen = torch.randint(len(rows), (self.options.batch_size,), generator=generator).tolist()
-        return self.cut(rows, list(processes.share(chosen)))
+        return self.cut(rows, list(processes.shard(chosen)))
 
     def cut(
         self, completions: Sequence[Completion], rows: Sequence[int], *, with_gradient: bool = True

@@ -120,7 +120,7 @@ class Collector:
         ]
         size = min(settings.sampling.batch_size, -(-len(rows) // processes.world_size()))
         chunks = [range(start, min(start + size, len(rows))) for start in range(0, len(rows), size)]
-        mine = processes.share(chunks)
+        mine = processes.shard(chunks)
         most_chunks = -(-len(chunks) // processes.world_size())
         drawn = sample_completions(
             self.models,
@@ -136,7 +136,7 @@ class Collector:
 
     def _score(self, completions: Sequence[Completion], iteration: int) -> Tensor:
         """(N, S) raw scores; each completion is scored by one process."""
-        mine = list(processes.share(range(len(completions))))
+        mine = list(processes.shard(range(len(completions))))
         scores = self.rewards.scores(
             [completions[row].prompt.prompt.prompt for row in mine], [completions[row].text for row in mine]
         )
@@ -178,7 +178,7 @@ class Collector:
     ) -> list[tuple[int, str, Tensor]]:
         """Run this process's share of rows through the models in a role; each row, `name`, and its (T,) result."""
         found = []
-        for batch in self.batches.cut(completions, processes.share(rows), with_gradient=False):
+        for batch in self.batches.cut(completions, processes.shard(rows), with_gradient=False):
             results = self.models(role, sequences=batch.sequences).result.cpu()
             found += [(row, name, result) for row, result in zip(batch.rows.tolist(), results, strict=True)]
         return found

@@ -22,7 +22,7 @@ from align.rl.early_stop import Ending, best_checkpoint, ending
 from align.rl.metric_history import Row, length_controlled_score
 from align.rl.settings import PpoBlock
 from align.run import processes
-from align.run.tracking import METRICS, Tracker, plain_row, truncate_rows
+from align.run.tracking import METRICS, Tracker, json_row, truncate_rows
 
 ALARMS = "alarms.jsonl"
 SAMPLES_SHOWN = 4
@@ -55,11 +55,11 @@ class Watch:
 
     def resume(self, iteration: int) -> Ending | None:
         """Resume after `iteration`; returns how the run ended, if it had ended there. Call in every process."""
-        return processes.decided_by_first(lambda: self._resume(iteration))
+        return processes.decide_on_first_rank(lambda: self._resume(iteration))
 
     def observe(self, iteration: int, figures: Mapping[str, float]) -> Observed:
         """Process the figures of a finished iteration. Call in every process, before they are logged."""
-        return processes.decided_by_first(lambda: self._observe(iteration, figures))
+        return processes.decide_on_first_rank(lambda: self._observe(iteration, figures))
 
     def worth_keeping(self, saved: Sequence[int]) -> Collection[int]:
         """The earlier checkpoint to keep beside the newest: the best one, if the run may roll back to it."""
@@ -85,7 +85,7 @@ class Watch:
         return self._ending(iteration)
 
     def _observe(self, iteration: int, figures: Mapping[str, float]) -> Observed:
-        row = plain_row(iteration, figures)
+        row = json_row(iteration, figures)
         self.history.append(row)
         controlled = {"score_length_controlled": length_controlled_score(self.history, self.settings.watch.window)}
         row |= controlled

@@ -13,8 +13,8 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from align.decoding.decode import Decoded, decode
 from align.data.chat import token_ids
+from align.decoding.decode import Decoded, decode
 from align.engines.engine import ChoiceRequest, Request
 from align.engines.local import LocalEngine
 from align.errors import InputError

@@ -18,7 +18,10 @@ def told(family: Family) -> dict[str, str]:
     columns = re.findall(r"^\| family \| `model_type` \| (.*) \|$", text, re.MULTILINE)[0].split(" | ")
     cells = re.findall(rf"^\| {re.escape(family.name)} \| `{family.model_type}` \| (.*) \|$", text, re.MULTILINE)
     reasons = dict(re.findall(r"^(\d+)\. (.*)$", text, re.MULTILINE))
-    results = [cell if cell == "yes" else reasons[cell.removeprefix("no (").removesuffix(")")] for cell in cells[0].split(" | ")]
+    results = [
+        cell if cell == "yes" else reasons[cell.removeprefix("no (").removesuffix(")")]
+        for cell in cells[0].split(" | ")
+    ]
     return dict(zip(columns, results, strict=True))
 
 

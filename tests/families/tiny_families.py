@@ -98,7 +98,13 @@ DECODERS = (
     Family(
         "Gemma 4",
         "gemma4_text",
-        {**_HEADS, **_WINDOW, "vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 8, "final_logit_softcapping": 3.0},
+        {
+            **_HEADS,
+            **_WINDOW,
+            "vocab_size_per_layer_input": VOCABULARY,
+            "hidden_size_per_layer_input": 8,
+            "final_logit_softcapping": 3.0,
+        },
     ),
     Family(
         "Gemma 3 with vision",

@@ -8,7 +8,7 @@ import torch
 from align.constitution.constitution import Constitution
 from align.constitution.principles import Principle
 from align.errors import AlignError
-from align.feedback.direct import DirectScores
+from align.feedback.direct import DirectScorer
 from align.feedback.judge import Judge
 from align.rl.batches import micro_batches
 from align.rl.experience import Collector
@@ -66,7 +66,7 @@ def test_a_judge_that_scores_directly_teaches_its_rules(tiny_model_dir, tmp_path
     )
     judge = Judge(Constitution(id="rules", title="rules", principles=principles), JudgeBlock(kind="rule"))
     block = settings(iterations=16)
-    build_trainer(tiny_model_dir, tmp_path / "run", block, reward=JudgeReward(DirectScores(judge))).train()
+    build_trainer(tiny_model_dir, tmp_path / "run", block, reward=JudgeReward(DirectScorer(judge))).train()
     scores = [json.loads(line)["score"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert scores[0] < 0.3
     assert sum(scores[-3:]) / 3 > 0.6

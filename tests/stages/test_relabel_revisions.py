@@ -10,7 +10,7 @@ import pytest
 from align.__main__ import main
 from align.engines.engine import ChoiceRequest, Request
 from align.errors import InputError
-from align.feedback.judged_revisions import FILES
+from align.feedback.judged_revisions import REVISION_FILES
 from align.feedback.records import OpinionScores, Revision
 from align.records import Message, PreferencePair, Sample
 from align.results.relabel import relabel
@@ -24,7 +24,7 @@ from tests.stages.test_relabel import KINDS, PRINCIPLES, compare, constitution, 
 from tests.stages.test_sample_revise_compare import World, scripted
 from tests.tiny import build_tiny_prompts
 
-LABELS = ("comparisons.jsonl", "pairs.jsonl", "provenance.jsonl", *FILES)
+LABELS = ("comparisons.jsonl", "pairs.jsonl", "provenance.jsonl", *REVISION_FILES)
 GATES = {"same_closing": None, "same_ending": None, "same_opening": None, "repetition": None, "not_accepted": None}
 
 
@@ -69,7 +69,7 @@ def counts(folder: Path) -> dict[str, int]:
 
 
 def judged(world: World, folder: str) -> dict[str, Revision]:
-    return {row.id: row for row in world.rows(f"{folder}/{FILES[0]}", Revision)}
+    return {row.id: row for row in world.rows(f"{folder}/{REVISION_FILES[0]}", Revision)}
 
 
 def same(one: Path, other: Path) -> bool:
@@ -228,7 +228,7 @@ def test_without_stored_scores_revision_pairs_keep_their_labels_and_that_is_repo
     told = capsys.readouterr().out
     assert f"{len(before)} revision pairs keep the label that `revise` gave them, since" in told
     assert counts(world.root / "again")["revision_pairs_not_relabelled"] == len(before)
-    assert not any((world.root / "again" / name).exists() for name in FILES)
+    assert not any((world.root / "again" / name).exists() for name in REVISION_FILES)
     with pytest.raises(InputError, match=r"--set revise\.principle=draw: .* keeps no scores of revisions"):
         relabel(stage, world.root / "other", overrides=["revise.principle=draw"])
 
@@ -238,6 +238,6 @@ def test_the_manifest_names_the_files_of_relabelled_revisions(world: World) -> N
     relabel(stage, world.root / "again", overrides=["revise.principle=draw"])
 
     manifest = read_manifest(world.root / "again")
-    assert manifest and set(FILES) < set(manifest.outputs)
-    kept = json.loads((world.root / "again" / FILES[2]).read_text())
+    assert manifest and set(REVISION_FILES) < set(manifest.outputs)
+    kept = json.loads((world.root / "again" / REVISION_FILES[2]).read_text())
     assert kept == manifest.settings["revise"] == {"principle": "draw", "near_duplicates": 0.6}

@@ -1,4 +1,4 @@
-"""A stage that reads another's result, and a constitution where the recipe has one."""
+"""A stage that reads another stage's result, and a constitution if the recipe has one."""
 
 from align.constitution.loading import load_constitution
 from align.run import processes

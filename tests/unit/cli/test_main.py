@@ -141,7 +141,7 @@ def test_a_run_that_is_not_there_is_not_called_unfinished(verb: list[str], capsy
 def test_a_stage_s_folder_given_as_a_run_is_recognised(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "letters", "--recipe", "recipe.yaml"]) == 0
     assert main(["overoptimisation", "--no-plot", "runs/recipe/shared/letters"]) == 2
-    told = "runs/recipe/shared/letters: the folder of a stage; name its run's, runs/recipe/shared\n"
+    told = "runs/recipe/shared/letters: the folder of one stage; give the folder of its run, runs/recipe/shared\n"
     assert capsys.readouterr().err == told
 
 
@@ -284,7 +284,7 @@ def test_chat_refuses_a_setting_out_of_its_range(option: str, capsys: pytest.Cap
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        ("letters: {}\ncapitals: {}\n", "no configuration file of accelerate"),
+        ("letters: {}\ncapitals: {}\n", "not a configuration file of accelerate"),
         ("num_processes: eight\n", "num_processes: must be a whole number above 0, got 'eight'"),
         ("", "is empty"),
     ],

@@ -193,8 +193,8 @@ def test_a_byte_order_mark_is_ignored(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (b'{"prompt": "a \\ud800"}', "line 2: not JSON that can be read"),
-        (b'{"prompt": ' + b"[" * 100_000, "line 2: not JSON that can be read .nested too deep"),
+        (b'{"prompt": "a \\ud800"}', "line 2: JSON that cannot be read"),
+        (b'{"prompt": ' + b"[" * 100_000, "line 2: JSON that cannot be read .nested too deep"),
         (b'{"prompt": "b"', "line 2: not JSON .* column 15"),
         ("{'prompt': 'ü'}".encode("latin-1"), "not UTF-8 text .*; save it as UTF-8"),
     ],

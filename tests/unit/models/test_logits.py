@@ -61,5 +61,5 @@ def test_logits_that_need_more_than_the_last_hidden_states_are_refused() -> None
 
     model.register_forward_hook(shift, with_kwargs=True)
     assert find_head(model) is None
-    with pytest.raises(InputError, match="more than its last hidden states.*use dpo"):
+    with pytest.raises(InputError, match=r"more than its last hidden states.*use dpo"):
         output_head(model)
