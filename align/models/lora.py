@@ -130,8 +130,8 @@ def lora_delta(layer: Any, down: Tensor, up: Tensor, adapter: str) -> Tensor:
 
     Args:
         layer: PEFT's. Its own factors may be shards, so it only tells the shapes.
-        down, up: the whole factors A and B. For experts PEFT stacks them: A is (E r, I), and B (O, r E) with the experts
-            innermost.
+        down, up: the whole factors A and B. For experts, PEFT stacks them: A is (E r, I), and B is (O, r E) with the
+            experts innermost.
     """
     up, down, scaling = up.float(), down.float(), layer.scaling[adapter]
     if not isinstance(layer, ParamWrapper) or layer.num_experts == 1:

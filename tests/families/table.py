@@ -28,7 +28,8 @@ every weight trained:
   without padding or cache; with LoRA the adapter is merged into it.
 - **sampled, judged**: the local engine completes greedily like the model alone, and scores a judge's choices with the
   model's own log-probabilities.
-- **sft**, **reward**, **dpo**: the stage's loss falls, and plain `from_pretrained` opens what it saves.
+- **sft**, **reward**, **dpo**: the stage's loss falls, and plain `from_pretrained` opens what it saves. The reward
+  adapter on PPO's trunk gives the saved reward model's scores.
 - **ppo**: an iteration lowers the losses of policy and value on its own rollout.
 
 """
@@ -54,11 +55,6 @@ def page(rows: Mapping[str, Mapping[str, str]]) -> str:
     return INTRODUCTION + _table(lines) + refused + ENCODER_PAGE + _table(encoders)
 
 
-def row_of(family: Family, root: Path) -> dict[str, str]:
-    """A family's results by column, without the names of temporary folders."""
-    return {name: told.replace(f"{root}/", "") for name, told in check_family(family, root).items()}
-
-
 def _cells(results: Mapping[str, str], reasons: list[str]) -> list[str]:
     cells = []
     for result in results.values():
@@ -77,7 +73,7 @@ def main() -> None:
     rows = {}
     with tempfile.TemporaryDirectory() as root, contextlib.redirect_stdout(sys.stderr):
         for family in DECODERS:
-            rows[family.name] = row_of(family, Path(root) / family.name)
+            rows[family.name] = check_family(family, Path(root) / family.name)
         for family in ENCODERS:
             check_encoder(family, Path(root) / family.name)
     sys.stdout.write(page(rows))

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.families.checks import check_encoder
-from tests.families.table import page, row_of
+from tests.families.checks import check_encoder, check_family
+from tests.families.table import page
 from tests.families.tiny_families import DECODERS, ENCODERS, Family
 
 PAGE = Path("docs/models.md")
@@ -27,7 +27,7 @@ def told(family: Family) -> dict[str, str]:
 
 @pytest.mark.parametrize("family", DECODERS, ids=lambda family: family.name)
 def test_a_family_can_do_what_the_page_says(family: Family, tmp_path: Path) -> None:
-    assert row_of(family, tmp_path) == told(family)
+    assert check_family(family, tmp_path) == told(family)
 
 
 @pytest.mark.parametrize("family", ENCODERS, ids=lambda family: family.name)
