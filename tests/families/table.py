@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from tests.families.checks import check_encoder, check_family
-from tests.families.tiny_families import DECODERS, ENCODERS, Family
+from tests.families.tiny_families import DECODERS, ENCODERS
 
 INTRODUCTION = """\
 # Model families
