@@ -18,6 +18,7 @@ from align.decoding.shared_prefixes import can_share_prefixes
 from align.engines.engine import ChoiceRequest, ChoiceScores, Completed, EngineIdentity, Progress, Request, no_progress
 from align.models.loading import stop_token_ids
 from align.models.logprobs import completion_logprobs
+from align.models.positions import check_length
 from align.models.weights import Weights, hub_revision
 from align.models.wrappers import inner_model
 from align.records import FinishReason
@@ -110,6 +111,8 @@ class LocalEngine:
             **_as_options(settings),
         )
         tasks = [Task(request, self._prompt(request), request.seed) for request in requests]
+        longest = max(len(task.prompt) for task in tasks) + settings[0]
+        check_length(inner_model(self._model), longest, "shorten the prompts, or lower max_new_tokens")
         waiting = deque(sorted(tasks, key=lambda task: -len(task.prompt)))
         turns = sum(2 if request.follow_up else 1 for request in requests)
         for answered, (task, tokens, reason) in enumerate(batcher.run(waiting), start=1):

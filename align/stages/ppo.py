@@ -114,6 +114,7 @@ def _reward_folder(context: Context) -> Any:
 
 def _models(context: Context, policy: Path, reward: Any, dtype: Any, accelerator: Any) -> Any:
     """Policy, reference and value model, on the accelerator's device."""
+    from align.models.positions import check_length
     from align.rl.loading import load_models
     from align.rl.updates import is_sharding
 
@@ -127,6 +128,8 @@ def _models(context: Context, policy: Path, reward: Any, dtype: Any, accelerator
         temperature=settings.sampling.temperature,
         trust_remote_code=model_block.trust_remote_code,
     )
+    longest = settings.max_prompt_tokens + settings.sampling.max_new_tokens
+    check_length(models.causal_lm, longest, "lower ppo.max_prompt_tokens or ppo.sampling.max_new_tokens")
     if not is_sharding(accelerator):  # sharding moves each process's shard by itself; the whole model may not fit
         models.to(accelerator.device)
     return models
