@@ -1,8 +1,8 @@
 """A KV cache of fixed buffers in which every row has a slot, for decoding steps whose shapes never change.
 
-Row r's keys and values stand in its slot from the first position on, without padding: a step writes one position of each
-slot and attends to the positions written so far. Nothing else depends on lengths, so a step can be captured as a CUDA
-graph and replayed, and an ended row's slot can be given to a waiting prompt at any time.
+Row r's keys and values stand in its slot from the first position on, without padding: a step writes one position of
+each slot and attends to the positions written so far. Nothing else depends on lengths, so a step can be captured as a
+CUDA graph and replayed, and an ended row's slot can be given to a waiting prompt at any time.
 
 Shapes: R slots, S positions a slot has room for, H heads, K key-value heads, G = H / K heads that share one, D features
 of a head.

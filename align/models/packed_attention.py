@@ -4,8 +4,8 @@ Attention keeps them apart by where each begins (flash attention for variable le
 decoder works on each position alone. On a GPU this saves what padding costs, a third of the positions of a usual PPO
 micro-batch, and needs no mask.
 
-Shapes: B rows, L positions of the longest, N positions of all rows together, H heads, K key-value heads, D features of a
-head.
+Shapes: B rows, L positions of the longest, N positions of all rows together, H heads, K key-value heads, D features of
+a head.
 """
 
 from contextvars import ContextVar
