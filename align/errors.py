@@ -1,11 +1,13 @@
-"""What can go wrong, and the exit code each kind ends the program with.
+"""The errors that end the program with a message, and the exit code of each.
 
-To add one: subclass `InputError` where the person can mend the input (exit code 2) or `AlignError` where the fault is
-ours or the machine's (exit code 1). The text names the file, key or line, then the fault, then the remedy.
+To add one, subclass `InputError` if the user can correct the input (exit code 2), or `AlignError` if the fault is the
+program's or the machine's (exit code 1). The message names the file, key or line, then the fault, then the remedy.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 
 class AlignError(Exception):
@@ -15,14 +17,14 @@ class AlignError(Exception):
 
 
 class InputError(AlignError):
-    """Something the person gave is wrong; the text says where, what and how to mend it."""
+    """The user's input is wrong; the message says where, what is wrong, and how to correct it."""
 
     exit_code = 2
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One fault in a file: the line it stands on (1-based, None when it has none), the key, and what is wrong."""
+    """One fault in a file: its key, what is wrong, and its line (from 1; None if the key is on no line)."""
 
     key: str
     fault: str
@@ -35,7 +37,7 @@ class Problem:
 
 
 class FileProblems(InputError):
-    """Every fault found in one file, reported together."""
+    """All the faults found in one file, reported together."""
 
     def __init__(self, source: str, problems: Sequence[Problem]) -> None:
         self.source = source
@@ -45,21 +47,36 @@ class FileProblems(InputError):
 
 
 class NotFinite(AlignError):
-    """A loss, reward or gradient is NaN or infinite; the text names the step and the prompt."""
+    """A loss, reward or gradient is NaN or infinite; the message names the step and the prompt."""
 
 
 class WorldSizeError(InputError):
-    """The number of processes that started is not the number that was asked for."""
+    """The number of processes that started is not the number that was requested."""
 
 
 class GateClosed(AlignError):
-    """What was generated is not fit to be trained on: a share over its limit; the rows and their journals are kept."""
+    """A gate's share is over its limit, so the generated rows are not trained on; they and their journals are kept."""
 
 
 class JudgeAtChance(InputError):
-    """The judge cannot tell the better from the worse of a constitution's probes, or of pairs that people labelled."""
+    """The judge is not shown to be better than chance on the constitution's probes, or on human preference pairs."""
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what a library's error says, or its kind where it says nothing."""
+    """The first line of a library's error message, or the error's type if the message is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+@contextmanager
+def explained_read_errors(path: Path) -> Iterator[None]:
+    """Raise a failure to open or decode a text file as an `InputError` that names the file and the remedy."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file (looked in {Path.cwd()}); check the path") from None
+    except IsADirectoryError:
+        raise InputError(f"{path}: is a folder, expected a file; check the path") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); make it readable for this user") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None

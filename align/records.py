@@ -1,7 +1,7 @@
-"""The rows that stages write and read, one JSON object a line. Ids come from the content: made twice, still one row.
+"""The rows that stages write and read, one JSON object per line. A row's id is a digest of its content.
 
 A row's `provenance` is the id of an entry in the provenance.jsonl beside it (`align.engines.provenance`), which says
-how its text or label was made. It is empty for what people wrote, and in rows written before entries were kept.
+how its text or label was made. It is empty for text by people, and in rows from before such entries were written.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
-from align.errors import InputError
+from align.errors import InputError, explained_read_errors
 
 Split = Literal["sft", "preference", "rl", "eval"]
 SPLITS: tuple[Split, ...] = ("sft", "preference", "rl", "eval")
@@ -20,7 +20,7 @@ FinishReason = Literal["stop", "length"]
 
 
 def digest(value: Any, length: int = 16) -> str:
-    """Hex digest of a JSON-able value's canonical form: keys sorted, no white space, UTF-8."""
+    """The first `length` hex digits of the SHA-256 of a value's canonical JSON: keys sorted, no white space, UTF-8."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:length]
 
@@ -40,7 +40,7 @@ Conversation = tuple[Message, ...]
 
 
 def as_conversation(messages: Iterable[Mapping[str, str] | Message]) -> Conversation:
-    """Messages of either form as a tuple of `Message`."""
+    """A tuple of `Message` from messages in either form."""
     return tuple(
         message if isinstance(message, Message) else Message(message["role"], message["content"])
         for message in messages
@@ -48,18 +48,18 @@ def as_conversation(messages: Iterable[Mapping[str, str] | Message]) -> Conversa
 
 
 def as_dicts(conversation: Conversation) -> list[dict[str, str]]:
-    """The form that chat templates and TRL take."""
+    """The conversation in the form that chat templates and TRL take."""
     return [message.as_dict() for message in conversation]
 
 
 def pair_id(prompt: Conversation, chosen: Message, rejected: Message) -> str:
-    """A preference pair's id, by all that it says."""
+    """A preference pair's id: a digest of its prompt and both its completions."""
     return digest([as_dicts(prompt), chosen.as_dict(), rejected.as_dict()])
 
 
 @dataclass(frozen=True)
 class Row:
-    """Base of every record: `to_json` and `from_json` are exact inverses, and unknown keys are an error."""
+    """Base class of every record. `to_json` and `from_json` are exact inverses; unknown keys are an error."""
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -86,7 +86,7 @@ def _from_plain(key: str, item: Any) -> Any:
 
 @dataclass(frozen=True)
 class Prompt(Row):
-    """A conversation up to the assistant's turn, the split it fell into, and where it came from."""
+    """A conversation up to the assistant's turn, the split that it belongs to, and the source that it came from."""
 
     id: str
     prompt: Conversation
@@ -97,7 +97,7 @@ class Prompt(Row):
 
 @dataclass(frozen=True)
 class Sample(Row):
-    """A completion of a prompt. `finish_reason` is 'length' where the limit cut it, which never trains anything."""
+    """A completion of a prompt. If `finish_reason` is 'length', the limit truncated it, and it is not trained on."""
 
     id: str
     prompt_id: str
@@ -113,10 +113,10 @@ class Sample(Row):
 
 @dataclass(frozen=True)
 class Demonstration(Row):
-    """A prompt and the completion to imitate; `source` is 'revision', 'own' or the path it was read from.
+    """A prompt and the completion to imitate; `source` is 'revision', 'own' or the path that it was read from.
 
-    What the run made itself says how: `seed` and `provenance` are the completion's, `revised_by`, `judged_by` and
-    `p_better` are those of a revision.
+    If the run generated the completion, `seed` and `provenance` say how. `revised_by`, `judged_by` and `p_better` are
+    those of a revision.
     """
 
     id: str
@@ -135,9 +135,9 @@ class Demonstration(Row):
 class PreferencePair(Row):
     """A pair in TRL's conversational preference format, with its soft label.
 
-    `prompt`, `chosen` and `rejected` are message lists (the latter two hold the assistant's turn alone);
-    `probability` that `chosen` is better lies in [0.5, 1]; `source` is 'ai', 'human' or 'revision'. `judged_by` has the
-    principles that decided, `revised_by` those that led to a chosen revision, round by round.
+    `prompt`, `chosen` and `rejected` are lists of messages; the latter two hold only the assistant's turn.
+    `probability` that `chosen` is better lies in [0.5, 1]. `source` is 'ai', 'human' or 'revision'. `judged_by` names
+    the principles that the judge went by, `revised_by` those of each round that led to a chosen revision.
     """
 
     id: str
@@ -157,57 +157,51 @@ class PreferencePair(Row):
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a JSONL file, streamed; blank lines are passed over.
+    """The rows of a JSONL file, one at a time; blank lines are skipped.
 
     Raises:
-        InputError: the file is missing or cannot be read, or a line is not a JSON object; the line's number is named.
+        InputError: the file is missing or cannot be read, or a line is not a JSON object; names the line's number.
     """
-    try:
-        with path.open(encoding="utf-8") as lines:
-            yield from parse_jsonl(lines, str(path))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file (looked in {Path.cwd()}); check the path") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); make it a file that this user may read") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+    with explained_read_errors(path), path.open(encoding="utf-8") as lines:
+        yield from parse_jsonl(lines, str(path))
 
 
 def parse_jsonl(lines: Iterable[str], source: str) -> Iterator[dict[str, Any]]:
-    """The JSON objects of an iterable of lines; `source` names them in errors."""
+    """The JSON objects of an iterable of lines; errors name `source`."""
     return (value for _, value in numbered_jsonl(lines, source))
 
 
 def numbered_jsonl(lines: Iterable[str], source: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """`parse_jsonl` with the number of each object's line, from 1."""
+    """Like `parse_jsonl`, with the number of each object's line, from 1."""
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
             value = json.loads(line.rstrip("\r\n"))
-            if "\\u" in line:  # an escape can name half a character, which no file could be written with
+            if "\\u" in line:  # an escape can be half a surrogate pair, which no file could be written with
                 json.dumps(value, ensure_ascii=False).encode()
         except (ValueError, RecursionError) as error:
             raise InputError(
                 f"{source}, line {number}: {_json_fault(error)}. "
-                f"{number - 1} lines before it are fine; nothing was written. Mend or remove the line."
+                f"The {number - 1} lines before it are valid; nothing was written. Correct or remove the line."
             ) from None
         if not isinstance(value, dict):
-            raise InputError(f"{source}, line {number}: expected a JSON object, found {type(value).__name__}")
+            found = type(value).__name__
+            raise InputError(f"{source}, line {number}: expected a JSON object, found {found}; write one per line")
         yield number, value
 
 
 def _json_fault(error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError):
         return f"not JSON ({error.msg} at column {error.colno})"
-    return f"not JSON that can be read ({'nested too deep' if isinstance(error, RecursionError) else error})"
+    return f"JSON that cannot be read ({'nested too deeply' if isinstance(error, RecursionError) else error})"
 
 
 def read_rows(path: Path, kind: type[R]) -> Iterator[R]:
     """The records of a stage's JSONL file.
 
     Raises:
-        InputError: as for `read_jsonl`, or a row lacks a key or has one too many.
+        InputError: as for `read_jsonl`, or a row has a missing or unknown key.
     """
     for number, value in enumerate(read_jsonl(path), start=1):
         try:
@@ -219,7 +213,7 @@ def read_rows(path: Path, kind: type[R]) -> Iterator[R]:
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> int:
-    """Write records to a new JSONL file; returns how many."""
+    """Write records to a new JSONL file; returns their number."""
     count = 0
     with path.open("w", encoding="utf-8") as out:
         for row in rows:
@@ -229,5 +223,5 @@ def write_rows(path: Path, rows: Iterable[Row]) -> int:
 
 
 def as_line(row: Row) -> str:
-    """A record as its line of a JSONL file, with the newline."""
+    """A record as one line of a JSONL file, newline included."""
     return json.dumps(row.to_json(), ensure_ascii=False) + "\n"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from align.models.cpu_attention import SHORT, _PlainAttention
+from align.models.cpu_attention import MAX_SHORT_POSITIONS, _PlainAttention
 
 ROWS, HEADS, SHARED, FEATURES = 8, 9, 3, 64
 
@@ -46,7 +46,7 @@ def milliseconds(attention: Callable[..., Tensor], length: int, dtype: torch.dty
 
 
 def main() -> None:
-    print(f"plain products are taken up to {SHORT} positions, in bf16")
+    print(f"plain products are taken up to {MAX_SHORT_POSITIONS} positions, in bf16")
     for dtype in (torch.bfloat16, torch.float32):
         for length in (64, 128, 192, 256, 512):
             one, other = (milliseconds(attention, length, dtype) for attention in (flash, plain))

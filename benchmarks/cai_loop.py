@@ -1,16 +1,16 @@
-"""Prompts per minute of critique and revision, ours beside a plain loop of batched `generate` calls, in one run.
+"""Measures prompts per minute of critique and revision: align's loop against plain batched `generate` calls.
 
     python benchmarks/cai_loop.py            # print the table
-    python benchmarks/cai_loop.py --write    # and put it into docs/benchmarks.md
+    python benchmarks/cai_loop.py --write    # also write it to docs/benchmarks.md
 
-SmolLM2-135M, 64 prompts, 2 rounds of a critique and a revision, greedy, at most 64 new tokens a turn, two worked
-examples, the harmlessness constitution. The plain loop puts the whole conversation of every turn through
-`transformers`' generate, 16 rows at a time in the order of the prompts, padded on the left. Texts, chat template, dtype
-and model are the same; ours is the product's own loop and engine. Where a chain differs, the plain loop at another
-number of rows is a control: how far the arithmetic itself, in that dtype, repeats a chain when only the batches change.
+SmolLM2-135M, 64 prompts, 2 rounds of critique and revision, greedy decoding, at most 64 new tokens per turn, two worked
+examples, the harmlessness constitution. The plain loop runs the whole conversation of every turn through `generate` of
+`transformers`, in left-padded batches of 16 in the order of the prompts. Texts, chat template, dtype and model are the
+same; align runs its own loop and engine. If any chain differs, the plain loop also runs at another batch size. This
+control shows how often a chain stays the same in that dtype when only the batch size changes.
 
-Then a judge chooses by all the constitution's principles between first answers and last revisions, both orders: ours
-reads what questions have in common once, the plain engine reads a row for every letter of every question.
+Then a judge compares first answers with last revisions by all principles of the constitution, in both orders. Align
+computes the prefix that questions share once; the plain engine computes one row per letter of every question.
 """
 
 import argparse
@@ -20,16 +20,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from align.constitution.constitution import load_constitution
+from align.constitution.loading import load_constitution
 from align.data.chat import prompt_ids, token_ids
 from align.data.prompts import read_prompts
-from align.decoding.shared_prefixes import left_padded, positions
 from align.engines.engine import ChoiceRequest, ChoiceScores, Completed, Request
 from align.engines.local import LocalEngine
-from align.feedback.critique import Loop
-from align.feedback.evidence import Showing
-from align.feedback.opinions import ByChoice, Question, nats
+from align.feedback.choice_judge import ChoiceJudge
+from align.feedback.critique import CritiqueLoop
+from align.feedback.evidence import PromptContext
+from align.feedback.opinions import Question, as_logprob
 from align.models.loading import load_causal_lm, load_tokenizer, stop_token_ids
+from align.models.padding import left_padded, position_ids
 from align.records import Sample
 from align.settings.blocks import JudgeBlock, PromptsBlock, PromptSource, SamplingBlock
 
@@ -45,7 +46,7 @@ MARKS = "<!-- cai_loop.py writes from here -->", "<!-- to here -->"
 
 @dataclass
 class PlainEngine:
-    """What one would write first: every request's whole conversation through generate, a batch at a time."""
+    """The obvious implementation: runs each request's whole conversation through `generate`, batch by batch."""
 
     model: Any
     tokenizer: Any
@@ -53,7 +54,7 @@ class PlainEngine:
     name = "plain"
     choice_method = "log-probabilities"
     depends_on_batch = False
-    read: int = 0
+    prefilled_tokens: int = 0
     tokens: dict[str, list[int]] = field(default_factory=dict)
 
     def complete(
@@ -65,7 +66,7 @@ class PlainEngine:
         for start in range(0, len(requests), self.rows):
             batch = requests[start : start + self.rows]
             prompts = [prompt_ids(self.tokenizer, request.messages) for request in batch]
-            self.read += sum(map(len, prompts))
+            self.prefilled_tokens += sum(map(len, prompts))
             ids, mask = left_padded(prompts, pad_id, torch.device("cpu"))
             width = ids.shape[1]
             out = self.model.generate(
@@ -78,10 +79,10 @@ class PlainEngine:
             )
             for request, row in zip(batch, out[:, width:].tolist(), strict=True):
                 ends = [position for position, token in enumerate(row) if token in stops]
-                words = row[: ends[0]] if ends else row
-                self.tokens[request.id] = words
-                text = self.tokenizer.decode(words, skip_special_tokens=True)
-                yield Completed(request.id, text, "stop" if ends else "length", len(words) + bool(ends))
+                made = row[: ends[0]] if ends else row
+                self.tokens[request.id] = made
+                text = self.tokenizer.decode(made, skip_special_tokens=True)
+                yield Completed(request.id, text, "stop" if ends else "length", len(made) + bool(ends))
 
     def choice_logprobs(
         self, requests: Sequence[ChoiceRequest], progress: Callable[[float], object]
@@ -92,29 +93,29 @@ class PlainEngine:
             for text in request.choices
         ]
         starts = range(0, len(asked), self.rows)
-        left = iter([each for start in starts for each in self._scores(asked[start : start + self.rows])])
+        remaining = iter([each for start in starts for each in self._scores(asked[start : start + self.rows])])
         for request in requests:
-            logprobs, tokens = zip(*(next(left) for _ in request.choices), strict=True)
+            logprobs, tokens = zip(*(next(remaining) for _ in request.choices), strict=True)
             yield ChoiceScores(request.id, logprobs, tokens)
 
     def _scores(self, asked: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, int]]:
-        """Each choice's log-probability, and how many tokens it has, in one batch."""
+        """The log-probability and the number of tokens of each choice, computed in one batch."""
         import torch
 
         rows = [before + choice for before, choice in asked]
         ids, mask = left_padded(rows, self.tokenizer.pad_token_id, torch.device("cpu"))
         longest = max(len(choice) for _, choice in asked)
         with torch.no_grad():
-            places = positions(mask)
+            places = position_ids(mask)
             out = self.model(ids, attention_mask=mask, position_ids=places, logits_to_keep=longest + 1)
         logprobs = out.logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, -longest:, None])[..., 0]
-        ends = [len(choice) for _, choice in asked]
-        return [(row[-count:].sum().item(), count) for row, count in zip(logprobs, ends, strict=True)]
+        counts = [len(choice) for _, choice in asked]
+        return [(row[-count:].sum().item(), count) for row, count in zip(logprobs, counts, strict=True)]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Seconds of the loop, prompt tokens that went through the model, and the texts of every turn."""
+    """The loop's time in seconds, the prompt tokens that the model processed, and the texts of every turn."""
 
     seconds: float
     read: int
@@ -122,7 +123,7 @@ class Outcome:
 
 
 def make_samples(model: Any, tokenizer: Any, count: int, new_tokens: int, prompts: Path = PROMPTS) -> list[Sample]:
-    """First answers, greedy, which both loops start from."""
+    """Greedy first answers, from which both loops start."""
     rows = list(read_prompts(PromptsBlock(sources=[PromptSource(path=str(prompts))])))[:count]
     requests = [Request(row.id, row.prompt, 0, new_tokens, temperature=0.0) for row in rows]
     done = {each.id: each for each in LocalEngine(model, tokenizer, name="first").complete(requests)}
@@ -147,8 +148,8 @@ def run(
     rounds: int = ROUNDS,
     at_once: int = COUNT,
 ) -> Outcome:
-    """The loop over an engine."""
-    loop = Loop(
+    """Run the critique loop with an engine."""
+    loop = CritiqueLoop(
         constitution=load_constitution(str(CONSTITUTION)),
         engine=engine,
         sampling=SamplingBlock(max_new_tokens=new_tokens, temperature=0.0, batch_size=at_once),
@@ -159,11 +160,11 @@ def run(
     chains = loop.run(samples, rounds)
     seconds = time.perf_counter() - start
     turns = [[text for each in chain.rounds for text in (each.critique, each.revision)] for chain in chains]
-    return Outcome(seconds, engine.read, turns)
+    return Outcome(seconds, engine.prefilled_tokens, turns)
 
 
 def same_share(ours: Outcome, plain: Outcome) -> tuple[float, float]:
-    """Shares of first turns, and of whole chains, whose texts are the same."""
+    """The shares of first turns and of whole chains with equal texts."""
     pairs = list(zip(ours.turns, plain.turns, strict=True))
     return (
         sum(a[:1] == b[:1] for a, b in pairs) / len(pairs),
@@ -172,9 +173,9 @@ def same_share(ours: Outcome, plain: Outcome) -> tuple[float, float]:
 
 
 def choose(engine: Any, samples: Sequence[Sample], revisions: Sequence[str]) -> tuple[float, list[float]]:
-    """Seconds of choosing between answers and revisions by every principle, and each letter's log-probability."""
+    """The time, in seconds, to compare answers with revisions by every principle, and each letter's log-probability."""
     constitution = load_constitution(str(CONSTITUTION))
-    judge = ByChoice(engine, Showing(constitution), JudgeBlock(), constitution.language, seed=0)
+    judge = ChoiceJudge(JudgeBlock(), engine, PromptContext(constitution))
     asked = [
         (Question(sample.id, sample.prompt, sample.completion, revision), principle)
         for sample, revision in zip(samples, revisions, strict=True)
@@ -183,21 +184,22 @@ def choose(engine: Any, samples: Sequence[Sample], revisions: Sequence[str]) -> 
     ]
     start = time.perf_counter()
     scores = judge.ask(asked, None, "choices")
-    return time.perf_counter() - start, [nats(each) for rows in scores for row in rows for each in row.logprobs]
+    return time.perf_counter() - start, [as_logprob(each) for rows in scores for row in rows for each in row.logprobs]
 
 
 def compare_choices(dtype: str, model: Any, tokenizer: Any, samples: Sequence[Sample], plain: Outcome) -> str:
-    """The row of the table of choices."""
+    """One dtype's row of the table of choices."""
     revisions = [turns[-1] for turns in plain.turns[:JUDGED]]
     choose(LocalEngine(model, tokenizer, name="warm"), samples[:1], revisions[:1])
-    ours, found = choose(LocalEngine(model, tokenizer, name="ours"), samples[:JUDGED], revisions)
-    plainly, expected = choose(PlainEngine(model, tokenizer), samples[:JUDGED], revisions)
+    our_time, found = choose(LocalEngine(model, tokenizer, name="ours"), samples[:JUDGED], revisions)
+    plain_time, expected = choose(PlainEngine(model, tokenizer), samples[:JUDGED], revisions)
     furthest = max(abs(a - b) for a, b in zip(found, expected, strict=True))
-    return f"| {dtype} | {len(found) // 4} | {plainly:.1f} | {ours:.1f} | {plainly / ours:.2f} | {furthest:.1g} |"
+    times = f"{plain_time:.1f} | {our_time:.1f} | {plain_time / our_time:.2f}"
+    return f"| {dtype} | {len(found) // 4} | {times} | {furthest:.1g} |"
 
 
 def compare(dtype: str, count: int, new_tokens: int) -> tuple[list[str], str]:
-    """One dtype's rows of the table of loops, and of that of choices; a short run warms up."""
+    """One dtype's rows of the table of loops and its row of the table of choices, after a short warm-up run."""
     import torch
 
     model, tokenizer = load_causal_lm(MODEL, getattr(torch, dtype)), load_tokenizer(MODEL)
@@ -221,7 +223,7 @@ def compare(dtype: str, count: int, new_tokens: int) -> tuple[list[str], str]:
 
 
 def write_down(text: str) -> None:
-    """Put the table between its marks in docs/benchmarks.md."""
+    """Write the table between its marks in docs/benchmarks.md."""
     page = DOCS.read_text(encoding="utf-8")
     before, _, rest = page.partition(MARKS[0])
     after = rest.partition(MARKS[1])[2]
@@ -230,10 +232,10 @@ def write_down(text: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=COUNT, help="prompts")
-    parser.add_argument("--new-tokens", type=int, default=NEW_TOKENS, help="at most, a turn")
-    parser.add_argument("--dtype", choices=DTYPES, action="append", help="both unless given")
-    parser.add_argument("--write", action="store_true", help="put the table into docs/benchmarks.md")
+    parser.add_argument("--count", type=int, default=COUNT, help="number of prompts")
+    parser.add_argument("--new-tokens", type=int, default=NEW_TOKENS, help="maximum number of new tokens per turn")
+    parser.add_argument("--dtype", choices=DTYPES, action="append", help="dtype to measure, repeatable (default: both)")
+    parser.add_argument("--write", action="store_true", help="write the table to docs/benchmarks.md")
     arguments = parser.parse_args()
     compared = [compare(dtype, arguments.count, arguments.new_tokens) for dtype in arguments.dtype or DTYPES]
     lines = [

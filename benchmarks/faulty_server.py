@@ -1,8 +1,8 @@
-"""A server of chat completions that fails on purpose, alone or before a real one; for tests and the kill run.
+"""A chat completion server with fault injection, for tests and `kill_server_run.py`; it can proxy a real server.
 
-Which tries of a request fail, and how, follows from a seed and the request's content, so that a run can be repeated.
-It counts what it was asked, what it answered whole, and how many requests were in flight together; one whose client
-has left is in flight no more.
+Which tries of a request fail, and how, depends on a seed and the request's content, so that a run is reproducible. The
+server counts tries, complete answers and requests in flight. A request whose client has disconnected no longer counts
+as in flight.
 """
 
 import hashlib
@@ -20,14 +20,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 FAULTS = ("drop", "delay", "garble", "truncate", "empty", "429", "500", "503", "duplicate")
-MOST_FAULTS = 3
-"""Tries of one request that fail at most, so that a client with more retries always gets through."""
+MAX_FAULTS = 3
+"""How many tries of one request may fail. A client with at least this many retries always gets an answer."""
 
 Answer = Callable[[str, dict[str, Any]], dict[str, Any]]
 
 
 def forward_to(base_url: str) -> Answer:
-    """Answers by a real server, whose address ends in /v1."""
+    """Forwards requests to a real server, whose address ends in /v1."""
 
     def answer(path: str, body: dict[str, Any]) -> dict[str, Any]:
         url = base_url.removesuffix("/v1") + path
@@ -50,12 +50,12 @@ def upper_case(path: str, body: dict[str, Any]) -> dict[str, Any]:
 
 
 class FaultyServer(ThreadingHTTPServer):
-    """Serves on 127.0.0.1 from `start` on.
+    """Serves on 127.0.0.1 once it is started.
 
     Args:
-        answer: the reply to a path and a body.
-        rate: share of the tries that fail, with one of `faults`.
-        delay: seconds that a late answer takes; choose it beyond the client's patience.
+        answer: returns the reply to a path and a body.
+        rate: the share of tries that fail, with one of `faults`.
+        delay: seconds that a `delay` fault takes; must exceed the client's timeout.
     """
 
     daemon_threads = True
@@ -79,7 +79,7 @@ class FaultyServer(ThreadingHTTPServer):
         self.answered: Counter[str] = Counter()
         self.injected: Counter[str] = Counter()
         self.in_flight: Counter[str] = Counter()
-        self.most_in_flight = self.most_of_one = 0
+        self.max_in_flight = self.max_in_flight_per_request = 0
 
     @property
     def base_url(self) -> str:
@@ -97,25 +97,25 @@ class FaultyServer(ThreadingHTTPServer):
         self.server_close()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that was killed is no event."""
+        """Print no traceback: clients are killed on purpose."""
 
     def begin(self, key: str) -> str:
-        """Count a try, and say which fault it gets; '' for none."""
+        """Count a try and return the fault that it gets, or ''."""
         with self.lock:
             number = self.tries[key]
             self.tries[key] += 1
             self.in_flight[key] += 1
-            self.most_in_flight = max(self.most_in_flight, sum(self.in_flight.values()))
-            self.most_of_one = max(self.most_of_one, self.in_flight[key])
+            self.max_in_flight = max(self.max_in_flight, sum(self.in_flight.values()))
+            self.max_in_flight_per_request = max(self.max_in_flight_per_request, self.in_flight[key])
             draw = random.Random(f"{self.seed} {key} {number}")
-            fault = draw.choice(list(self.faults)) if number < MOST_FAULTS and draw.random() < self.rate else ""
+            fault = draw.choice(list(self.faults)) if number < MAX_FAULTS and draw.random() < self.rate else ""
             self.injected[fault or "none"] += 1
             return fault
 
-    def end(self, key: str, whole: bool) -> None:
+    def end(self, key: str, is_answered: bool) -> None:
         with self.lock:
             self.in_flight[key] -= 1
-            self.answered[key] += whole
+            self.answered[key] += is_answered
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -130,7 +130,7 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             reply = self._reply(fault, json.loads(content))
         finally:
-            # Before the last byte leaves: the client may ask again as soon as it has it.
+            # Count before sending: the client may send its next request as soon as it has the last byte.
             self.server.end(key, bool(reply) and fault in ("", "duplicate"))
         self.close_connection = fault in ("drop", "delay", "truncate") or not reply
         self.wfile.write(reply[: len(reply) // 2] if fault == "truncate" else reply)
@@ -139,7 +139,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(self._http(200, json.dumps({"object": "list", "data": [{"id": "served"}]}).encode()))
 
     def _reply(self, fault: str, body: dict[str, Any]) -> bytes:
-        """All bytes of the reply; none where the connection is to be dropped."""
+        """The bytes of the reply; empty to drop the connection."""
         if fault == "drop":
             return b""
         if fault == "delay":
@@ -149,23 +149,23 @@ class _Handler(BaseHTTPRequestHandler):
             return self._http(int(fault), json.dumps({"error": {"message": "injected"}}).encode())
         if fault == "empty":
             return self._http(200, json.dumps({**chat_reply(""), "choices": []}).encode())
-        made: Future[dict[str, Any]] = self.server.pool.submit(self.server.answer, self.path, body)
-        if not self._wait_for(made, 300):
+        answer: Future[dict[str, Any]] = self.server.pool.submit(self.server.answer, self.path, body)
+        if not self._wait_for(answer, 300):
             return b""
-        whole = json.dumps(made.result()).encode()
+        content = json.dumps(answer.result()).encode()
         if fault == "garble":
-            return self._http(200, whole[::-1])
-        return self._http(200, whole) * (2 if fault == "duplicate" else 1)
+            return self._http(200, content[::-1])
+        return self._http(200, content) * (2 if fault == "duplicate" else 1)
 
-    def _wait_for(self, made: "Future[dict[str, Any]] | None", seconds: float) -> bool:
-        """Whether the answer was made, before the client left and the time was over."""
+    def _wait_for(self, answer: "Future[dict[str, Any]] | None", seconds: float) -> bool:
+        """Whether the answer is there before the client disconnects or the time is over."""
         end = time.monotonic() + seconds
-        while time.monotonic() < end and not (made and made.done()):
-            if select.select([self.connection], [], [], 0.005)[0] and not self._is_there():
+        while time.monotonic() < end and not (answer and answer.done()):
+            if select.select([self.connection], [], [], 0.005)[0] and not self._is_connected():
                 return False
-        return bool(made and made.done())
+        return bool(answer and answer.done())
 
-    def _is_there(self) -> bool:
+    def _is_connected(self) -> bool:
         try:
             return bool(self.connection.recv(1, socket.MSG_PEEK))
         except OSError:

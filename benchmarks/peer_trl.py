@@ -1,6 +1,7 @@
-"""One setting of TRL 1.12's PPOTrainer, run by ppo_step.py in an environment that has it. Prints JSON on its last line.
+"""One setting of TRL 1.12's PPOTrainer for ppo_step.py, in an environment that has TRL 1.12.
 
-Same prompts, rows, lengths and temperature as ours; a full reference, reward and value model, as TRL has them.
+Prints its result as JSON on the last line. Prompts, rows, lengths and temperature are the same as ours; reference,
+reward model and value model are full models, as TRL has them.
 """
 
 import json
@@ -26,7 +27,7 @@ from trl.experimental.ppo import PPOConfig, PPOTrainer
 
 
 class Clock(TrainerCallback):
-    """When each step ended."""
+    """Records when each step ends."""
 
     def __init__(self) -> None:
         self.times = [time.perf_counter()]

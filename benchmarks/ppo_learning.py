@@ -1,13 +1,13 @@
-"""What PPO learns: mean reward against KL to the reference, ours beside TRL 1.12's, on SmolLM2-135M.
+"""What PPO learns: mean reward against KL to the reference on SmolLM2-135M, ours and TRL 1.12's.
 
     python benchmarks/ppo_learning.py --without-peer                  # ours alone
-    python benchmarks/ppo_learning.py --peer .peer/bin/python         # and TRL's, which has an environment of its own:
+    python benchmarks/ppo_learning.py --peer .peer/bin/python         # with TRL's, which needs a separate environment:
     python -m venv .peer
     .peer/bin/pip install torch trl==1.12.0 'transformers<6' peft accelerate datasets
 
-Same model, prompts, reward (a program, `plain_words`), LoRA, settings and episodes on both sides. Each run is a process
-of its own, and its result is kept in the --results folder: the same command goes on where it was interrupted. The plot
-needs the extra `plots`.
+Both sides have the same model, prompts, reward (a program, `plain_words`), LoRA, settings and episodes. Each run is a
+separate process, and its result is kept in the --results folder, so the same command resumes an interrupted benchmark.
+The plot needs the extra `plots`.
 """
 
 import argparse
@@ -53,13 +53,13 @@ COLOURS = {OURS: "#1f5fa8", PEER: "#c2571a"}
 
 
 def run_ours(setting: dict[str, Any]) -> dict[str, Any]:
-    """Train by our trainer in this process: KL and mean reward of each step."""
+    """Train with our trainer in this process, and return the KL and mean reward of each step."""
     import torch
 
     from align.data.chat import prompt_ids
     from align.data.prompts import read_prompts
     from align.models.loading import compute_dtype, load_tokenizer, stop_token_ids
-    from align.rl.loading import load_shared_trunk
+    from align.rl.loading import load_models
     from align.rl.ppo import PpoTrainer
     from align.rl.rewards import Rewards, RewardSource
     from align.rl.rollout import TokenizedPrompt
@@ -70,7 +70,7 @@ def run_ours(setting: dict[str, Any]) -> dict[str, Any]:
     block = our_block(setting)
     tokenizer = load_tokenizer(setting["model"])
     rows = read_prompts(PromptsBlock(sources=[PromptSource(path=setting["prompts"])]))
-    models = load_shared_trunk(
+    models = load_models(
         setting["model"],
         None,
         LoraBlock(r=setting["lora_rank"], alpha=setting["lora_alpha"]),
@@ -107,7 +107,7 @@ def run_ours(setting: dict[str, Any]) -> dict[str, Any]:
 
 
 def our_block(setting: dict[str, Any]) -> Any:
-    """Our names for the settings. The score is neither standardised nor clipped, as TRL's is not."""
+    """The settings as our block. The score is neither standardised nor clipped, as in TRL."""
     from align.rl.settings import PpoBlock, ScoreBlock
     from align.settings.blocks import OptimizerBlock, SamplingBlock
 
@@ -131,7 +131,7 @@ def our_block(setting: dict[str, Any]) -> Any:
 
 
 def places() -> dict[str, Any]:
-    """Where a run finds the model and the prompts, and the ids that open the assistant's turn."""
+    """The paths of the model and the prompts, and the token ids that open the assistant's turn."""
     from align.models.loading import load_tokenizer
     from align.models.sources import resolve_model
 
@@ -146,12 +146,12 @@ def places() -> dict[str, Any]:
 
 
 def result(side: str, setting: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
-    """A run's result, from the folder of results where it is there already."""
+    """A run's result: the one in the folder of results, or else that of a new run."""
     kept: Path = arguments.results / f"{side.split()[0].lower()}-{setting['seed']}.json"
     if kept.exists():
         found: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
         if found["setting"] != setting:
-            raise SystemExit(f"{kept}: made with other settings; remove it, or name another folder as --results")
+            raise SystemExit(f"{kept}: made with other settings; remove it, or choose another folder with --results")
         return found
     print(f"{side}, seed {setting['seed']}", file=sys.stderr)
     started = time.perf_counter()
@@ -172,10 +172,10 @@ def result(side: str, setting: dict[str, Any], arguments: argparse.Namespace) ->
 
 
 def check_scores(scored: Sequence[tuple[str, float]]) -> None:
-    """See that a run was rewarded by the program for each of its completions."""
+    """Check that each completion of a run was rewarded by the program."""
     for text, score in scored:
         if abs(plain_words(text) - score) > 1e-6:
-            raise SystemExit(f"rewarded with {score}, where the program says {plain_words(text)}: {text!r}")
+            raise SystemExit(f"rewarded with {score}, but the program scores {plain_words(text)}: {text!r}")
 
 
 def table(levels: Sequence[Level]) -> str:
@@ -189,7 +189,7 @@ def table(levels: Sequence[Level]) -> str:
 
 
 def ends(runs: dict[str, list[dict[str, Any]]]) -> str:
-    """Markdown: where each side's runs begin and end."""
+    """Markdown: each side's reward and KL at the beginning and at the end of its runs."""
     lines = [
         f"| | reward, first {WINDOW} steps | reward, last {WINDOW} steps | KL, last {WINDOW} steps | minutes a run |",
         "|---|---|---|---|---|",
@@ -207,7 +207,7 @@ def ends(runs: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def plot(curves: dict[str, list[Curve]], path: Path) -> None:
-    """Reward against KL: a faint line a run, and a bold one of each side's mean where all its runs are."""
+    """Draw reward against KL: a faint line for each run, and each side's mean in bold over the KL its runs share."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -229,7 +229,7 @@ def plot(curves: dict[str, list[Curve]], path: Path) -> None:
 
 
 def report(arguments: argparse.Namespace) -> None:
-    """Make the runs that are not there yet; print tables and verdict, and draw the plot."""
+    """Make the missing runs, print the tables and the verdict, and draw the plot."""
     sides = [OURS, PEER] if arguments.peer else [OURS]
     runs: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
     for seed in range(arguments.seeds):
@@ -254,8 +254,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--results", type=Path, default=ROOT / "runs/ppo-learning", help="folder of the runs' results")
-    parser.add_argument("--plot", type=Path, help="the SVG file to draw; else docs/ppo_learning.svg, with the peer")
-    parser.add_argument("--only", default="", help="make these runs and nothing else, such as 'align' or 'TRL 1.12 0'")
+    parser.add_argument("--plot", type=Path, help="the SVG file to draw; docs/ppo_learning.svg with a peer")
+    parser.add_argument("--only", default="", help="make only runs of this name, such as 'align' or 'TRL 1.12 0'")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
@@ -263,7 +263,7 @@ def main() -> None:
     elif arguments.peer or arguments.without_peer:
         report(arguments)
     else:
-        parser.error("name the peer's Python by --peer, or say --without-peer")
+        parser.error("give the peer's Python with --peer, or pass --without-peer")
 
 
 if __name__ == "__main__":

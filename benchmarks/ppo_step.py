@@ -1,15 +1,15 @@
-"""Seconds a step and peak memory of PPO on SmolLM2-135M, ours beside TRL 1.12's, side by side in one run.
+"""Seconds per step and peak memory of PPO on SmolLM2-135M: ours and TRL 1.12's, measured in one run.
 
     python benchmarks/ppo_step.py                                # ours alone
-    python benchmarks/ppo_step.py --peer .peer/bin/python --write    # and TRL's, into docs/benchmarks.md
+    python benchmarks/ppo_step.py --peer .peer/bin/python --write    # with TRL's, into docs/benchmarks.md
 
-TRL 1.12, the last release with PPO, has an environment of its own:
+TRL 1.12, the last release with PPO, needs a separate environment:
 
     python -m venv .peer
     .peer/bin/pip install torch trl==1.12.0 'transformers<6' peft accelerate datasets
 
-Every step takes the same 32 prompts' worth of rows, 48 new tokens at most, temperature 0.7, one minibatch, rows of 8.
-Each setting runs in a process of its own, in turn; its first step warms up and does not count.
+Every step has 32 rows, at most 48 new tokens, temperature 0.7, one minibatch, and micro-batches of 8 rows. The settings
+run in turn, each in a separate process; the first step is a warm-up and does not count.
 """
 
 import argparse
@@ -34,7 +34,7 @@ OURS: dict[str, dict[str, Any]] = {
     "align, value head, 4 epochs": {"value": "head", "epochs": 4},
 }
 YARDSTICKS = {"align, value head": 1, "align, value head, 4 epochs": 4}
-"""Settings that the others of as many epochs are compared with."""
+"""The setting that others with the same number of epochs are compared with."""
 PEERS: dict[str, dict[str, Any]] = {
     "TRL 1.12, four full models, fp32": {"mode": "full", "dtype": "float32", "epochs": 1},
     "TRL 1.12, LoRA policy, fp32": {"mode": "lora", "dtype": "float32", "epochs": 1},
@@ -53,7 +53,7 @@ def measure(
     new_tokens: int = NEW_TOKENS,
     micro_batch: int = MICRO_BATCH,
 ) -> dict[str, Any]:
-    """Run our trainer in this process; the timings and figures of the steps after the first."""
+    """Run our trainer in this process, and return the timings and figures of the steps after the first."""
     from accelerate import Accelerator
 
     from align.data.chat import prompt_ids
@@ -61,7 +61,7 @@ def measure(
     from align.models.loading import compute_dtype, load_tokenizer, stop_token_ids
     from align.models.sources import resolve_model
     from align.rl.batches import ROWS_WITHOUT_GRADIENT
-    from align.rl.loading import RewardFolder, load_shared_trunk, trunk_scores
+    from align.rl.loading import RewardFolder, load_models, trunk_scores
     from align.rl.ppo import PpoTrainer
     from align.rl.rewards import RewardModel, Rewards, RewardSource
     from align.rl.rollout import TokenizedPrompt
@@ -93,7 +93,7 @@ def measure(
     prompts = [TokenizedPrompt(row, tuple(prompt_ids(tokenizer, row.prompt))) for row in read_prompts(source)]
     with tempfile.TemporaryDirectory() as made:
         reward = RewardFolder(reward_folder, on_policy_trunk=True, mean=0.0, std=1.0)
-        models = load_shared_trunk(
+        models = load_models(
             str(folder),
             reward,
             LoraBlock(),
@@ -106,7 +106,7 @@ def measure(
             tokenizer,
             batch_size=micro_batch * ROWS_WITHOUT_GRADIENT,
         )
-        # Storages, as tied parameters have one. Adapters and heads are small; a second trunk would double it.
+        # By storage, since tied parameters share one. A second trunk would double it; adapters and heads are small.
         weights = sum({each.data_ptr(): each.numel() for each in models.parameters()}.values())
         output = Path(made) / "ppo"
         output.mkdir()
@@ -140,11 +140,13 @@ def measure(
 
 
 def make_reward(made: Path, model: str = MODEL) -> None:
-    """Write a reward stage's folder with an untrained adapter for the policy's own trunk."""
+    """Write a reward stage's folder that holds an untrained adapter for the policy's trunk."""
     import torch
     from transformers import AutoModelForSequenceClassification
 
-    from align.models.loading import add_lora, load_tokenizer, save_model
+    from align.models.loading import load_tokenizer
+    from align.models.lora import add_lora
+    from align.models.saving import save_model
     from align.models.sources import resolve_model
     from align.settings.blocks import LoraBlock
 
@@ -153,8 +155,8 @@ def make_reward(made: Path, model: str = MODEL) -> None:
     save_model(add_lora(classifier, LoraBlock(), task_type="SEQ_CLS"), load_tokenizer(folder), made, torch.bfloat16)
 
 
-def common() -> dict[str, Any]:
-    """What the peer shares with ours."""
+def shared_settings() -> dict[str, Any]:
+    """The settings that TRL's runs share with ours."""
     from align.models.sources import resolve_model
 
     return {
@@ -167,8 +169,8 @@ def common() -> dict[str, Any]:
     }
 
 
-def run_apart(command: list[str]) -> dict[str, Any]:
-    """A setting's figures, measured in a process of its own."""
+def run_separately(command: list[str]) -> dict[str, Any]:
+    """A setting's figures, measured in a separate process."""
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
@@ -176,7 +178,7 @@ def run_apart(command: list[str]) -> dict[str, Any]:
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
-    """Markdown: seconds a step, the ratio to the value head's, of as many epochs, and the most memory held."""
+    """Markdown: seconds per step, their ratio to the value head's with the same number of epochs, and peak memory."""
     ours = {epochs: seconds(rows[name]) for name, epochs in YARDSTICKS.items() if name in rows}
     lines = ["| | s a step | range | times the value head's | peak RSS, GB |", "|---|---|---|---|---|"]
     for name, row in rows.items():
@@ -188,12 +190,12 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
 
 
 def seconds(row: dict[str, Any]) -> float:
-    """Of the median step."""
+    """The seconds of the median step."""
     return statistics.median(row["seconds"])
 
 
 def phases(rows: dict[str, dict[str, Any]]) -> str:
-    """Markdown: what each phase of ours takes, and the share of padding."""
+    """Markdown: the seconds of each of our phases, and the share of padding."""
     ours = {name: row for name, row in rows.items() if name in OURS}
     names = list(dict.fromkeys(name for row in ours.values() for name in row["phases"]))
     columns = [name.removeprefix("seconds_") for name in names]
@@ -205,7 +207,7 @@ def phases(rows: dict[str, dict[str, Any]]) -> str:
 
 
 def write_down(text: str) -> None:
-    """Put the tables between their marks in docs/benchmarks.md."""
+    """Write the tables between their marks in docs/benchmarks.md."""
     page = DOCS.read_text(encoding="utf-8")
     before, _, rest = page.partition(MARKS[0])
     _, _, after = rest.partition(MARKS[1])
@@ -215,9 +217,9 @@ def write_down(text: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", help="the Python of an environment that has TRL 1.12")
-    parser.add_argument("--steps", type=int, default=3, help="steps that count")
-    parser.add_argument("--write", action="store_true", help="put the tables into docs/benchmarks.md")
-    parser.add_argument("--only", help="settings whose name has this in it")
+    parser.add_argument("--steps", type=int, default=3, help="measured steps")
+    parser.add_argument("--write", action="store_true", help="write the tables into docs/benchmarks.md")
+    parser.add_argument("--only", help="run only the settings whose name contains this")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--reward", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -231,7 +233,7 @@ def main() -> None:
 
 
 def compare(arguments: argparse.Namespace, reward: str) -> None:
-    """Measure each setting in a process of its own, in turn, and print the table."""
+    """Measure the settings in turn, each in a separate process, and print the tables."""
     ours = [sys.executable, __file__, "--reward", reward]
     subprocess.run(ours, cwd=ROOT, check=True)
     rows = {}
@@ -240,11 +242,11 @@ def compare(arguments: argparse.Namespace, reward: str) -> None:
         if name in OURS:
             command = [*ours, "--one", json.dumps(OURS[name]), "--steps", steps]
         elif arguments.peer:
-            setting = json.dumps(PEERS[name] | common())
+            setting = json.dumps(PEERS[name] | shared_settings())
             command = [arguments.peer, str(Path(__file__).with_name("peer_trl.py")), setting, steps]
         else:
             continue
-        rows[name] = run_apart(command)
+        rows[name] = run_separately(command)
         print(f"{name}: {json.dumps(rows[name])}", file=sys.stderr)
     text = f"{table(rows)}\n\n{phases(rows)}"
     print(text)

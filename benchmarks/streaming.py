@@ -1,9 +1,9 @@
-"""Peak memory of sample, revise and compare by the number of prompts, with an engine that is a function.
+"""Peak memory of sample, revise and compare at different numbers of prompts, with a function as the engine.
 
     python benchmarks/streaming.py --rows 1000 100000
 
-Each number of prompts takes a process of its own. Two rounds of critique and revision, two completions a prompt, a rule
-judge; texts of about 300 characters, as from a model, of words drawn by each request's seed.
+Each number of prompts runs in a separate process. The setting: two rounds of critique and revision, two completions per
+prompt, a rule judge, and texts of about 300 characters whose words are drawn with each request's seed.
 """
 
 import argparse
@@ -27,7 +27,7 @@ SPLIT = {"sft": 0.5, "preference": 0.5, "rl": 0, "eval": 0}
 
 
 def text(request: Any) -> str:
-    """Fifty words; a question where a revision is asked for, mostly."""
+    """Fifty words. A revision ends with a question nine times out of ten, anything else with a statement."""
     draw = random.Random(request.seed)
     sentences = [" ".join(draw.choices(WORDS, k=10)).capitalize() for _ in range(5)]
     asks = request.messages[-1].content.startswith("Rewrite") and draw.random() < 0.9
@@ -42,7 +42,7 @@ def write_prompts(path: Path, rows: int) -> None:
 
 
 def run_stages(folder: Path) -> Iterator[dict[str, Any]]:
-    """The three stages one after another; peak memory only ever rises, so the last has the highest."""
+    """Run the three stages in turn. A process's peak memory never falls, so a stage's peak covers those before it."""
     import align.engines.open
     from align.engines.scripted import ScriptedEngine
     from align.run.reproducibility import peak_resident_gb
@@ -88,8 +88,8 @@ def run_stages(folder: Path) -> Iterator[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, nargs="+", default=[1000, 100_000])
-    parser.add_argument("--folder", type=Path, help="where one number of prompts is worked on, in this process")
+    parser.add_argument("--rows", type=int, nargs="+", default=[1000, 100_000], help="numbers of prompts")
+    parser.add_argument("--folder", type=Path, help="run the first number of --rows in this process, in this folder")
     given = parser.parse_args()
     if given.folder:
         given.folder.mkdir(parents=True, exist_ok=True)

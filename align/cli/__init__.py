@@ -1,1 +1,1 @@
-"""The verbs of the command line, each with its options; nothing heavy is imported before a verb needs it."""
+"""The verbs of the command line and their options. Heavy libraries are imported only once a verb needs them."""

@@ -1,4 +1,4 @@
-"""`align chat MODEL`: talk to a model in the terminal, or pipe questions in, one a line; the answers stream out."""
+"""`align chat MODEL`: answers questions that are typed in the terminal or piped in, one a line."""
 
 import math
 import re
@@ -17,12 +17,12 @@ from align.records import Conversation, Message
 from align.run.progress import hide_loading_bars
 
 NEW = "/new"
-HELP = f"{NEW} starts a new conversation, Ctrl-C stops an answer, Ctrl-D ends."
+HELP = f"{NEW} starts a new conversation, Ctrl-C stops an answer, Ctrl-D ends the chat."
 _COMMAND = re.compile(r"/[a-z]+(?=\s|$)", re.IGNORECASE)
 
 
 class _Stream(TextStreamer):
-    """Prints an answer as it comes, and keeps it."""
+    """Prints an answer while it is generated, and keeps it."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -42,32 +42,33 @@ def chat(
     seed: int | None = None,
     precision: str = "auto",
 ) -> None:
-    """Answer what is typed, or piped in, until it ends.
+    """Answer every line of standard input until it ends.
 
     Args:
-        path: a model as a recipe names it, or the folder of a stage that made one (`runs/…/ppo`).
-        temperature: 0 takes the likeliest token each time.
+        path: a model as a recipe names it, or the folder of a stage that trained one (`runs/…/ppo`).
+        temperature: 0 decodes greedily.
 
     Raises:
-        InputError: there is no such model, or it has no chat template; a setting is out of its range; or what comes
-            in is not UTF-8 text.
-        KeyboardInterrupt: outside a terminal. In one, Ctrl-C stops the answer, or at the prompt ends.
+        InputError: there is no such model, or it has no chat template; a setting is out of range; or the input is not
+            UTF-8 text.
+        KeyboardInterrupt: Ctrl-C was pressed and the input is piped. In a terminal, Ctrl-C stops the answer, or ends
+            the chat at the prompt.
     """
     if not (0 <= temperature < math.inf and max_new_tokens > 0):
         raise InputError(
-            f"align chat: temperature must be a number from 0 and max-new-tokens above 0, got {temperature:g} and "
+            f"align chat: --temperature must be 0 or more and --max-new-tokens above 0; got {temperature:g} and "
             f"{max_new_tokens}"
         )
     folder = model_folder(path)
     hide_loading_bars()
     tokenizer: Any = load_tokenizer(folder)
     model: Any = load_causal_lm(folder, compute_dtype(precision)).to(default_device())
-    drawing = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
+    sampling = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
     options = {
         "max_new_tokens": max_new_tokens,
         "eos_token_id": list(stop_token_ids(model, tokenizer)),
         "pad_token_id": tokenizer.pad_token_id,
-        **(drawing if temperature else {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}),
+        **(sampling if temperature else {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}),
     }
     if seed is not None:
         torch.manual_seed(seed)
@@ -83,7 +84,7 @@ def chat(
 
 
 def _answer(model: Any, ids: torch.Tensor, stream: _Stream, options: dict[str, Any]) -> str:
-    """Print an answer, and return what came of it before its end or, in a terminal, Ctrl-C."""
+    """Print an answer and return it; in a terminal, Ctrl-C stops it and the part before is returned."""
     try:
         with torch.no_grad():
             model.generate(ids, attention_mask=torch.ones_like(ids), streamer=stream, **options)
@@ -95,25 +96,25 @@ def _answer(model: Any, ids: torch.Tensor, stream: _Stream, options: dict[str, A
 
 
 def model_folder(path: str) -> str:
-    """The model that a path names: itself, or the `model` inside the folder of a stage.
+    """The folder of a model, given that folder or the folder of the stage that trained it; a hub id is unchanged.
 
     Raises:
-        InputError: the folder is a run's, with several models in it, or none.
+        InputError: it is another folder, such as that of a run.
     """
     folder = Path(path)
     if (folder / "model" / "config.json").is_file():
         return str(folder / "model")
     if folder.is_dir() and not any(folder.glob("*.json")):
         found = sorted(str(config.parent.parent) for config in folder.glob("*/model/config.json"))
-        raise InputError(f"{folder}: not a model; it holds {', '.join(found) or 'none'}")
+        raise InputError(f"{folder}: not a model; the models in it: {', '.join(found) or 'none'}")
     return path
 
 
 def _lines() -> Iterator[str]:
-    """What is typed at a prompt with line editing, or piped in; empty lines are passed over, and commands explained."""
+    """The lines that are typed or piped in. Empty lines are skipped; commands other than `/new` print the help."""
     typed = sys.stdin.isatty()
     if typed:
-        import readline  # noqa: F401 - importing it is what gives `input` line editing
+        import readline  # noqa: F401 - the import gives `input` line editing
 
         print(HELP)
     while True:
@@ -128,7 +129,7 @@ def _lines() -> Iterator[str]:
             print()
             return
         except UnicodeError:
-            raise InputError("align chat: what came in is not UTF-8 text; send it as UTF-8") from None
+            raise InputError("align chat: the input is not UTF-8 text; convert it to UTF-8") from None
         command = _COMMAND.match(line)
         if command and line != NEW:
             unknown = "" if command[0] == "/help" else f"{command[0]}: no such command. "

@@ -1,4 +1,4 @@
-"""`align compare-runs RUN_A RUN_B`: completions side by side, figures and differences, who follows whose rules.
+"""`align compare-runs RUN_A RUN_B`: completions side by side, differences, and who follows whose rules.
 
     align compare-runs runs/quickstart/style-asking-0a1b2c3d runs/quickstart/style-telling-4e5f6a7b \\
         --null runs/quickstart/style-asking-paraphrased-8c9d0e1f --html comparison.html
@@ -9,25 +9,25 @@ from pathlib import Path
 
 from rich.console import Console
 
+from align.cli.output import show_sheets
 from align.evaluation.report import number_text, share_difference_text, share_text
-from align.figures.tables import Sheet, conversation_text, page, print_sheet, print_written
+from align.figures.tables import Sheet, conversation_text
 from align.records import Conversation
 from align.results.run_comparison import (
-    Compared,
-    Cross,
+    ComparedFigure,
+    CrossedRules,
     Run,
     against_null,
     compared_figures,
-    cross_table,
+    crossed_rules,
+    differing_settings,
     load_run,
     paired,
     shared_policies,
-    unlike_settings,
 )
-from align.run.artefacts import write_asked
 
 
-def main(
+def print_comparison(
     run_a: Path,
     run_b: Path,
     limit: int = 5,
@@ -35,32 +35,27 @@ def main(
     null: Path | None = None,
     console: Console | None = None,
 ) -> None:
-    """Print the comparison of two evaluated runs, and write it as a page where `html` says.
+    """Print the comparison of two evaluated runs, and write it as an HTML page if `html` names a file.
 
     Args:
-        limit: prompts whose completions are shown.
-        null: a run that should not differ from `run_a` (its constitution in other words, or another seed): its
-            differences are shown beside those of `run_b`.
+        limit: number of prompts whose completions are shown.
+        null: a control that should not differ from `run_a` (a paraphrased constitution, or another seed). Its
+            differences are shown next to those of `run_b`.
 
     Raises:
-        InputError: a run has not been evaluated, they have nothing in common, or the page cannot be written.
+        InputError: a run has not been evaluated, the runs share no policy and prompt, or the page cannot be written.
     """
     a, b = load_run(run_a), load_run(run_b)
-    sheets = list(comparison_sheets(a, b, load_run(null) if null else None, limit))
-    console = console or Console()
-    for sheet in sheets:
-        print_sheet(sheet, console)
-    if html:
-        write_asked(html, page(f"{a.report.run} beside {b.report.run}", sheets), "--html")
-        print_written(html, console)
+    sheets = comparison_sheets(a, b, load_run(null) if null else None, limit)
+    show_sheets(sheets, console or Console(), html, f"{a.report.run} and {b.report.run}")
 
 
 def comparison_sheets(a: Run, b: Run, null: Run | None, limit: int) -> Iterator[Sheet]:
-    """The parts of a comparison, in the order they are shown."""
+    """The tables of a comparison, in the order they are shown."""
     yield _runs_sheet(a, b, null)
     yield from _completion_sheets(a, b, limit)
     yield _figures_sheet(a, b)
-    yield _cross_sheet(a, b)
+    yield _crossed_rules_sheet(a, b)
     if null:
         yield _null_sheet(a, b, null)
 
@@ -68,9 +63,9 @@ def comparison_sheets(a: Run, b: Run, null: Run | None, limit: int) -> Iterator[
 def _runs_sheet(a: Run, b: Run, null: Run | None) -> Sheet:
     named = [("A", a), ("B", b), *([("C, the null run", null)] if null else [])]
     remarks = [
-        f"{name} differs from A in {', '.join(unlike)} besides the constitution: differences may come from there."
+        f"{name} differs from A in {', '.join(differing)} besides the constitution, which may explain differences."
         for name, run in named[1:]
-        if (unlike := unlike_settings(a, run))
+        if (differing := differing_settings(a, run))
     ]
     rows = tuple((name, str(run.directory), run.constitution_key, str(run.report.prompts)) for name, run in named)
     return Sheet("runs", ("", "folder", "constitution", "prompts"), rows, tuple(remarks), labels=4)
@@ -90,13 +85,13 @@ def _completion_sheets(a: Run, b: Run, limit: int) -> Iterator[Sheet]:
 def _figures_sheet(a: Run, b: Run) -> Sheet:
     rows = tuple(_figure_cells(each) for each in compared_figures(a, b))
     remarks = (
-        "Intervals are 95%; B - A is paired by prompt.",
-        "Each run's own judge and reward model gave its win rate and reward, so these have no difference.",
+        "Intervals are 95%. B - A is paired by prompt.",
+        "Win rate and reward come from each run's own judge and reward model, so no difference is shown.",
     )
     return Sheet("figures", ("policy", "figure", "A", "B", "B - A"), rows, remarks, labels=2)
 
 
-def _figure_cells(each: Compared) -> tuple[str, ...]:
+def _figure_cells(each: ComparedFigure) -> tuple[str, ...]:
     if each.is_share:
         texts = share_text(each.a), share_text(each.b), share_difference_text(each.difference)
     else:
@@ -104,48 +99,43 @@ def _figure_cells(each: Compared) -> tuple[str, ...]:
     return each.policy, each.figure, *texts
 
 
-def _cross_sheet(a: Run, b: Run) -> Sheet:
-    title = "policies under both constitutions' rules: mean share of the rules that a completion follows"
+def _crossed_rules_sheet(a: Run, b: Run) -> Sheet:
+    title = "each policy under the rules of both constitutions: mean share of rules that a completion follows"
     columns = ("policy", f"A's rules ({a.constitution_key})", f"B's rules ({b.constitution_key})")
-    crosses = cross_table(a, b)
-    if not crosses:
-        return Sheet(title, columns, (), ("No table of policies × constitutions: " + _why_no_cross(a, b),))
+    table = crossed_rules(a, b)
+    if not table:
+        return Sheet(title, columns, (), ("No table of policies by constitutions: " + _why_no_table(a, b),))
     rows = tuple(
-        (f"{cross.policy} of {name}", *(share_text(cell) for cell in cells))
-        for cross in crosses
-        for name, cells in zip("AB", cross.cells, strict=True)
+        (f"{crossed.policy} of {name}", *(share_text(cell) for cell in cells))
+        for crossed in table
+        for name, cells in zip("AB", crossed.cells, strict=True)
     )
-    return Sheet(title, columns, rows, tuple(map(_cross_statement, crosses)))
+    return Sheet(title, columns, rows, tuple(map(_diagonal_remark, table)))
 
 
-def _why_no_cross(a: Run, b: Run) -> str:
+def _why_no_table(a: Run, b: Run) -> str:
     without = [f"{run.report.run} ({run.constitution_key})" for run in (a, b) if not run.checked]
     if without:
-        return f"no principle with a rule in {' and '.join(without)}."
-    return "no trained policy in both runs whose prompts the rules apply to."
+        return f"no principle has a rule in {' and '.join(without)}."
+    return "the rules apply to no prompt of a trained policy that both runs have."
 
 
-def _cross_statement(cross: Cross) -> str:
-    under_a, under_b = (share_difference_text(gain).replace("\n", " ") for gain in cross.gains)
-    verdict = "wins beyond its intervals" if cross.diagonal_wins else "does not win beyond its intervals"
-    return f"{cross.policy}: the diagonal {verdict} (A's policy on A's rules {under_a}, B's policy on B's {under_b})."
+def _diagonal_remark(crossed: CrossedRules) -> str:
+    under_a, under_b = (share_difference_text(gain).replace("\n", " ") for gain in crossed.gains)
+    verdict = "follows" if crossed.diagonal_wins else "is not shown to follow"
+    return (
+        f"{crossed.policy}: each run's policy {verdict} its own rules better than the other's policy does "
+        f"(on A's rules by {under_a}, on B's rules by {under_b})."
+    )
 
 
 def _null_sheet(a: Run, b: Run, null: Run) -> Sheet:
     moves = against_null(a, b, null)
-    rows = tuple(
-        (
-            each.policy,
-            each.principle,
-            share_text(each.a),
-            share_difference_text(each.to_b),
-            share_difference_text(each.to_c),
-            "yes" if each.beyond_null else "no",
-        )
-        for each in moves
-    )
+    rows: list[tuple[str, ...]] = []
+    for each in moves:
+        shares = (share_text(each.a), share_difference_text(each.to_b), share_difference_text(each.to_c))
+        rows.append((each.policy, each.principle, *shares, "yes" if each.beyond_null else "no"))
     beyond = sum(each.beyond_null for each in moves)
-    remark = f"{beyond} of {len(moves)} shares moved further to B, by their whole interval, than C's interval reaches."
-    return Sheet(
-        "beside the null run C", ("policy", "rule", "A", "B - A", "C - A", "B moved further"), rows, (remark,), labels=2
-    )
+    remark = f"For {beyond} of {len(moves)} shares, the whole interval of B - A is further from 0 than that of C - A."
+    columns = ("policy", "rule", "A", "B - A", "C - A", "B moved further")
+    return Sheet("compared with null run C", columns, tuple(rows), (remark,), labels=2)

@@ -1,39 +1,43 @@
-"""What a constitution says, for a terminal; and whether files are constitutions at all."""
+"""`align constitution check` and `show`: checks constitution files, and prints a constitution in the terminal."""
 
 from collections.abc import Sequence
 
 from rich.console import Console
 from rich.markup import escape
 
-from align.constitution.constitution import Constitution, Principle, load_constitution
+from align.constitution.constitution import Constitution
+from align.constitution.loading import load_constitution
+from align.constitution.principles import Principle
 from align.errors import InputError
 from align.figures.tables import printable
 
 
-def check_constitutions(paths: Sequence[str], console: Console) -> None:
-    """Say of each file what it holds.
+def check_constitutions(paths: Sequence[str], console: Console | None = None) -> None:
+    """Print a summary of each valid file.
 
     Raises:
-        InputError: every fault of every file.
+        InputError: some files are invalid; it lists every error in them.
     """
-    faults = []
+    console = console or Console()
+    errors = []
     for path in paths:
         try:
             constitution = load_constitution(path)
         except InputError as error:
-            faults.append(str(error))
+            errors.append(str(error))
             continue
         console.print(f"{path}: {_summary(constitution)}", markup=False, highlight=False, soft_wrap=True)
-    if faults:
-        raise InputError("\n".join(faults))
+    if errors:
+        raise InputError("\n".join(errors))
 
 
-def show_constitution(path: str, console: Console) -> None:
-    """Print a constitution as it stands after `extends`, in the order of its tiers.
+def show_constitution(path: str, console: Console | None = None) -> None:
+    """Print a constitution with everything it inherits through `extends`, in the order of its tiers.
 
     Raises:
-        InputError: its faults.
+        InputError: it is invalid.
     """
+    console = console or Console()
     constitution = load_constitution(path)
     console.print(f"[bold]{_safe(constitution.title)}[/]  {_safe(_summary(constitution))}", highlight=False)
     if origin := _origin(constitution):
@@ -46,10 +50,9 @@ def show_constitution(path: str, console: Console) -> None:
             console.print(f"\n[bold]tier: {_safe(tier or 'none')}[/]", highlight=False)
         for principle in of_tier:
             _show_principle(constitution, principle, console)
-    for example in constitution.examples:
-        console.print(f"\n[bold]example[/]  {_safe(_first_words(example.prompt[-1].content))}", highlight=False)
-    for comparison in constitution.comparisons:
-        console.print(f"\n[bold]choice[/]  {_safe(_first_words(comparison.prompt[-1].content))}", highlight=False)
+    for kind, items in (("example", constitution.examples), ("choice", constitution.comparisons)):
+        for item in items:
+            console.print(f"\n[bold]{kind}[/]  {_safe(_first_words(item.prompt[-1].content))}", highlight=False)
 
 
 def _show_principle(constitution: Constitution, principle: Principle, console: Console) -> None:
@@ -72,12 +75,12 @@ def _show_principle(constitution: Constitution, principle: Principle, console: C
 
 
 def _safe(text: str) -> str:
-    """A text of the file's, which neither marks anything up nor moves the cursor."""
+    """Text from the file, with Rich markup escaped and without terminal control characters."""
     return escape(printable(text))
 
 
 def _origin(constitution: Constitution) -> str:
-    """What the file says of itself."""
+    """Version, licence and source of the file, if it names them."""
     parts = {"version": constitution.version, "licence": constitution.licence, "source": constitution.source}
     return "; ".join(f"{name} {text}" for name, text in parts.items() if text)
 
@@ -109,8 +112,8 @@ def _traits(constitution: Constitution, principle: Principle) -> str:
         *([principle.framing] if principle.framing != "neutral" else []),
         *([f"tags {', '.join(principle.tags)}"] if principle.tags else []),
         *([f"in {principle.language}"] if principle.language not in (None, constitution.language) else []),
-        *([f"by the documents in {', '.join(sources)}"] if (sources := constitution.sources_of(principle)) else []),
-        *([f"only for {', '.join(principle.applies)}"] if principle.applies else []),
+        *([f"uses the documents in {', '.join(sources)}"] if (sources := constitution.sources_of(principle)) else []),
+        *([f"applies to {', '.join(principle.applies)}"] if principle.applies else []),
         *([f"rule: {principle.rule}"] if principle.rule else []),
     ]
     return "; ".join(traits)

@@ -8,11 +8,13 @@ from pathlib import Path
 
 from rich.console import Console
 
-from align.constitution.constitution import Constitution, load_constitution
+from align.cli.output import show_sheets
+from align.constitution.constitution import Constitution
+from align.constitution.loading import load_constitution
 from align.engines.provenance import CONSTITUTION, read_constitution
 from align.errors import InputError
 from align.feedback.agreement import Agreement, Label, Shares
-from align.figures.tables import Sheet, print_sheet
+from align.figures.tables import Sheet
 from align.results.constitution_diff import labels_of, open_settings_judge
 from align.results.constitution_stats import (
     PrincipleStats,
@@ -23,14 +25,13 @@ from align.results.constitution_stats import (
     read_run,
     run_agreement,
 )
-from align.results.judged_pairs import COMPARE, CONSTITUTIONS, drawn_pairs, judge_of_run, preferred_pairs
-from align.results.label_changes import Pair
+from align.results.judged_pairs import COMPARE, CONSTITUTIONS, Pair, drawn_pairs, judge_of_run, preference_pairs
 from align.run.artefacts import stage_folder
 
 NONE = "–"
 
 
-def main(
+def print_stats(
     run: Path,
     constitution: Path | None = None,
     human: Path | None = None,
@@ -40,43 +41,41 @@ def main(
     """Print a run's figures by principle.
 
     Args:
-        constitution: the run's constitution, for its weights and tiers; the one that the run was made with is found by
-            itself, shipped or as the run's stages keep it. Only to judge by documents must its file be named.
-        human: preferences in TRL's format, judged by the run's judge.
-        limit: at most so many of them, drawn by their content.
+        constitution: the run's constitution, for its weights and tiers. By default it is the shipped file or the copy
+            that the run's stages keep. It must be named only to judge human pairs by documents.
+        human: preferences in TRL's format, for the run's judge to label.
+        limit: the most human pairs to judge, drawn by a hash of their id.
 
     Raises:
-        InputError: the run has no rows, the constitution is another one, or the pairs cannot be read or judged.
+        InputError: the run has no rows, the constitution is not the run's, or the pairs cannot be read or judged.
     """
     rows = read_run(run)
     known = _constitution_of(run, constitution)
-    people = _judged(run, known, drawn_pairs(preferred_pairs(human), limit)) if human else []
-    console = console or Console()
-    for sheet in stats_sheets(rows, known, people):
-        print_sheet(sheet, console)
+    labelled = _judged(run, known, drawn_pairs(preference_pairs(human), limit)) if human else []
+    show_sheets(stats_sheets(rows, known, labelled), console or Console())
 
 
 def stats_sheets(
     rows: RunRows, constitution: Constitution | None, human: Sequence[tuple[Pair, Label]]
 ) -> Iterator[Sheet]:
-    """The parts of the figures, in the order they are shown."""
+    """The tables, in the order they are shown."""
     yield _principles_sheet(rows, constitution, human)
     agreement = run_agreement(rows, constitution)
     if len(agreement.principles) > 1:
-        yield _matrix(
-            "agreement: share of pairs that both decide on which they prefer the same", agreement, "agreement"
-        )
-        conflict = _matrix("conflict: share of pairs on which both are clear and opposed", agreement, "conflict")
-        yield Sheet(conflict.title, conflict.columns, conflict.rows, _tier_remarks(agreement, constitution))
+        yield _matrix("agreement: how often two principles agree, where both decide", agreement, "agreement")
+        remarks = _tier_remarks(agreement, constitution)
+        yield _matrix("conflict: how often two principles are clear and disagree", agreement, "conflict", remarks)
 
 
 def _principles_sheet(rows: RunRows, constitution: Constitution | None, human: Sequence[tuple[Pair, Label]]) -> Sheet:
     columns = ("principle", "drawn", "found fault", "accepted", "win rate", "with the rest", "with people")
     cells = tuple(_cells(each) for each in principle_stats(rows, constitution, human))
-    remarks = ["Found fault: of critiques with words. Accepted: of revisions. Win rate: of those that the judge saw."]
-    remarks += [f"`{name}` is not done in this run: its figures are {NONE}." for name in rows.missing]
+    remarks = [
+        "Found fault: of non-empty critiques. Accepted: of revisions. Win rate: of revisions that the judge saw."
+    ]
+    remarks += [f"`{name}` is not done in this run, so its figures are {NONE}." for name in rows.missing]
     if not human:
-        remarks.append("With people: name preferences with --human FILE, and the run's judge labels them.")
+        remarks.append("For agreement with people, name preferences with --human FILE; the run's judge labels them.")
     if constitution is None:
         remarks.append("Every weight counts as 1: name the run's constitution with --constitution FILE.")
     return Sheet("principles", columns, cells, tuple(remarks))
@@ -91,14 +90,14 @@ def _share_text(share: Share) -> str:
     return NONE if share.value is None else f"{share.value:.0%}\n{share.hits:g} of {share.n}"
 
 
-def _matrix(title: str, agreement: Agreement, name: str) -> Sheet:
+def _matrix(title: str, agreement: Agreement, name: str, remarks: tuple[str, ...] = ()) -> Sheet:
     shares: Shares = getattr(agreement, name)
-    of = agreement.decided if name == "agreement" else agreement.judged
+    totals = agreement.decided if name == "agreement" else agreement.judged
     rows = tuple(
         (principle, *(NONE if share is None else f"{share:.0%}\nof {n}" for share, n in zip(row, counts, strict=True)))
-        for principle, row, counts in zip(agreement.principles, shares, of, strict=True)
+        for principle, row, counts in zip(agreement.principles, shares, totals, strict=True)
     )
-    return Sheet(title, ("", *agreement.principles), rows)
+    return Sheet(title, ("", *agreement.principles), rows, remarks)
 
 
 def _tier_remarks(agreement: Agreement, constitution: Constitution | None) -> tuple[str, ...]:
@@ -109,28 +108,28 @@ def _tier_remarks(agreement: Agreement, constitution: Constitution | None) -> tu
 
 
 def _constitution_of(run: Path, named: Path | None) -> Constitution | None:
-    """The run's constitution: the file named, a shipped one whose key is the folder's name, or the kept copy."""
+    """The run's constitution: the named file, the shipped file whose key is the folder's name, or the run's copy."""
     folder = run.resolve().name
     if named:
         found = load_constitution(named)
         if found.key != folder:
-            raise InputError(f"{named}: constitution {found.key}, and the run {run} is of another; name the run's own")
+            raise InputError(f"{named}: constitution {found.key}, but the run {run} used another; name the run's own")
         return found
     path = CONSTITUTIONS / f"{folder.rpartition('-')[0]}.yaml"
-    found_beside = load_constitution(path) if path.is_file() else None
-    if found_beside and found_beside.key == folder:
-        return found_beside
+    shipped = load_constitution(path) if path.is_file() else None
+    if shipped and shipped.key == folder:
+        return shipped
     kept = (stage_folder(run, stage) / CONSTITUTION for stage in (COMPARE, "revise"))
     return next((read_constitution(path) for path in kept if path.is_file()), None)
 
 
 def _lacks_documents(constitution: Constitution) -> bool:
-    """Whether it is a kept copy, which has the digests of its documents in the place of their folders."""
+    """Whether this is a run's copy, which names its documents by their digests instead of their folders."""
     return any(folder == digest for folder, digest in constitution.documents.items())
 
 
 def _judged(run: Path, constitution: Constitution | None, pairs: Sequence[Pair]) -> list[tuple[Pair, Label]]:
     if constitution is None or _lacks_documents(constitution):
-        raise InputError(f"{run}: judging human pairs needs the run's constitution; name it with --constitution FILE")
+        raise InputError(f"{run}: judging human pairs needs its constitution file; name it with --constitution FILE")
     judge = open_settings_judge(constitution, judge_of_run(run))
     return list(zip(pairs, labels_of(judge, pairs), strict=True))

@@ -1,4 +1,4 @@
-"""`align engine check`: what the engines of a recipe, or one named by itself, can do, as tables."""
+"""`align engine check`: tables of what the engines of a recipe, or a single engine, can do."""
 
 import sys
 from collections.abc import Iterator
@@ -17,20 +17,20 @@ MARKS = {True: "[green]yes[/green]", False: "[red]no[/red]", None: ""}
 
 
 def print_engine_checks(engines: dict[str, EngineBlock], model: ModelBlock, console: Console) -> int:
-    """Try each different engine once, under the names of those that use it.
+    """Try each distinct engine once; its table is titled with all the keys that configure it.
 
     Returns:
-        The exit code: that of the first engine that cannot be opened or reached, or completes nothing; else 0.
+        0, or the exit code of the first engine that cannot be loaded or reached, or returns no completion.
     """
     hide_loading_bars()
-    different: list[EngineBlock] = []
+    distinct: list[EngineBlock] = []
     for engine in engines.values():
-        if engine not in different:
-            different.append(engine)
+        if engine not in distinct:
+            distinct.append(engine)
     codes = []
-    for engine in different:
+    for engine in distinct:
         users = ", ".join(name for name, each in engines.items() if each == engine)
-        title = f"{users}: {_named(engine, model)}"
+        title = f"{users}: {_engine_title(engine, model)}"
         try:
             console.print(_table(title, check_engine(engine, model)))
         except AlignError as error:
@@ -43,14 +43,14 @@ def engines_of(recipe: Recipe) -> dict[str, EngineBlock]:
     """The recipe's engines by key.
 
     Raises:
-        InputError: no stage of the recipe asks one.
+        InputError: no stage of the recipe uses an engine.
     """
     blocks = {**recipe.settings, "judge": recipe.shared["judge"]}
     found = {key: engine for name, block in blocks.items() for key, engine in _engines(name, block)}
     if recipe.shared["judge"].kind == "rule":
         found.pop("judge.engine")
     if not found or recipe.shared["model"] is None:
-        raise InputError(f"{recipe.path}: no stage of this recipe asks an engine; name one with --base-url or --model")
+        raise InputError(f"{recipe.path}: no stage of this recipe uses an engine; name one with --base-url or --model")
     return found
 
 
@@ -61,15 +61,15 @@ def _engines(name: str, block: object) -> Iterator[tuple[str, EngineBlock]]:
             yield f"{name}.{key}", engine
 
 
-def _named(engine: EngineBlock, model: ModelBlock) -> str:
+def _engine_title(engine: EngineBlock, model: ModelBlock) -> str:
     name = engine.model or model.path
-    return f"{name} at {engine.base_url or 'https://api.openai.com'}" if engine.kind == "openai" else f"{name}, here"
+    return f"{name} at {engine.base_url or 'https://api.openai.com'}" if engine.kind == "openai" else f"{name}, local"
 
 
 def _table(title: str, findings: list[Finding]) -> Table:
     table = Table(title=escape(title), title_justify="left", show_lines=False)
-    for column in ("tried", "can", "seen"):
+    for column in ("capability", "supported", "observed"):
         table.add_column(column)
     for finding in findings:
-        table.add_row(finding.what, MARKS[finding.can], escape(finding.seen))
+        table.add_row(finding.capability, MARKS[finding.supported], escape(finding.observed))
     return table

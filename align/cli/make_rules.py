@@ -1,7 +1,8 @@
-"""The part of the Makefile that follows from a recipe: which file each stage makes, from which files, by which command.
+"""`align make-rules`: writes the make rules of a recipe's stages, for the Makefile to include.
 
-A stage's target is its manifest. It depends on the manifests of what it reads, and on its slice of the recipe, a file
-written only when it changes: so make brings up to date just what a change concerns.
+A stage's target is its manifest. It depends on the manifests of the stages that it reads, and on its slice of the
+recipe. The slice is a file that is only written when its content changes, so make reruns only the stages that a change
+affects.
 """
 
 import os
@@ -18,14 +19,14 @@ from align.stages import all_stages
 
 HEADER = "# Written by `align make-rules` each time make runs."
 SECOND = 10**9
-"""In nanoseconds: what the coarsest file systems tell apart."""
+"""In nanoseconds. The coarsest file systems store times to the second."""
 
 
 def write_rules(recipe: Recipe, target: Path) -> None:
-    """Write the slices and the rules, leaving alone whichever says the same already.
+    """Write the slices and the rules; a file whose content would not change is left alone.
 
     Raises:
-        InputError: the output cannot be written.
+        InputError: a file cannot be written.
     """
     plan = make_plan(recipe)
     text = "\n".join([HEADER, *_rules(recipe, plan)]) + "\n"
@@ -43,10 +44,10 @@ def write_rules(recipe: Recipe, target: Path) -> None:
 
 
 def _write_slice(step: Step) -> None:
-    """Write a slice if it changed, and give it a time that tells make what the plan knows.
+    """Write a slice if it changed, and set its time so that make reaches the same conclusion as the plan.
 
-    It is older than a result that is up to date, which `align run` may have made without any slice, and newer than one
-    that is stale for a reason that times don't show.
+    The slice is made older than a result that is up to date, which `align run` may have made without writing slices.
+    It is made newer than a result that is stale for a reason that file times do not show.
     """
     path = _slice_path(step)
     changed = write_json_if_changed(path, step.slice)
@@ -73,14 +74,14 @@ def _stage_rules(recipe: Recipe, plan: Plan, step: Step) -> Iterator[str]:
     manifest = _escaped(step.directory / MANIFEST)
     inputs = [_escaped(plan[name].directory / MANIFEST) for name in recipe.inputs(step.stage)]
     yield f"{step.stage}: {manifest}"
-    # An interrupted make removes the target it was at, unless it is precious.
+    # An interrupted make deletes its current target unless it is marked precious.
     yield f".PRECIOUS: {manifest}"
     yield f"{manifest}: {' '.join([_escaped(_slice_path(step)), *inputs])}"
     yield f"\t@$(ALIGN) run {step.stage} {_options(recipe)} $(LAUNCH_OPTIONS)"
 
 
 def _absent_rules(recipe: Recipe, stage: str) -> Iterator[str]:
-    """A stage that the recipe lacks: `align` says so."""
+    """The rule of a stage that the recipe does not have: `align run` reports that."""
     yield f"{stage}:"
     yield f"\t@$(ALIGN) run {stage} {_options(recipe)}"
 
@@ -91,5 +92,5 @@ def _options(recipe: Recipe) -> str:
 
 
 def _escaped(path: Path) -> str:
-    """A path as make reads it in a list of targets."""
+    """A path escaped for a list of targets in a makefile."""
     return re.sub(r"([ #:])", r"\\\1", str(path)).replace("$", "$$")

@@ -1,4 +1,4 @@
-"""`align plan RECIPE`: a table of what is done, what is stale and why, and what comes next."""
+"""`align plan RECIPE`: a table of which stages are done, which are stale and why, and which comes next."""
 
 import shlex
 
@@ -15,7 +15,7 @@ STYLES = {"done": "green", "stale": "yellow", "interrupted": "yellow", "missing"
 def print_plan(recipe: Recipe, console: Console) -> None:
     """Print the state of every stage, and the command that runs the next one."""
     plan = make_plan(recipe)
-    following = next((step for step in plan.values() if step.is_next), None)
+    following = next((step for step in plan.values() if step.is_runnable), None)
     table = Table(box=None, pad_edge=False)
     for heading in ("stage", "state", "run", "why"):
         table.add_column(heading, overflow="fold")

@@ -2,13 +2,14 @@
 
 | file | becomes |
 |---|---|
-| CritiqueRevisionInstructions.json | principles with critique and revision |
-| RLMadisonInstructions.json | principles with a question to compare by |
+| CritiqueRevisionInstructions.json | principles with `critique` and `revision` |
+| RLMadisonInstructions.json | principles with `compare` |
 | CritiqueRevisionFewShotPrompts.json | worked examples |
-| RLMadisonFewShotPrompts.json | probes and worked choices, one to a comparing principle in turn |
+| RLMadisonFewShotPrompts.json | probes and worked choices, dealt out in turn to the principles with `compare` |
 | RLMadisonPrecogFewShotPrompts.json | worked choices with a chain of thought |
 
-The paper's lists for revising and for comparing are two lists, and stay so. `render_*` undo the parsing byte for byte.
+The paper revises by one list of principles and compares by another; they stay separate here. `framed` undoes
+`unframed` byte for byte.
 """
 
 import json
@@ -30,9 +31,9 @@ _FRAMES = {
     "revision": ("\n\nRevisionRequest: ", "\n\nRevision:"),
     "compare": ("\n", " Options:"),
 }
-_TURN = re.compile(r"\n\n(Human|Assistant|CritiqueRequest|Critique|RevisionRequest|Revision):")
+SPEAKER = re.compile(r"\n\n(Human|Assistant|CritiqueRequest|Critique|RevisionRequest|Revision):")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
-_SHORT_TURN = re.compile(r"\n\n(H|A):")
+_SHORT_SPEAKER = re.compile(r"\n\n(H|A):")
 _CHOICE = re.compile(
     r"\s*\(A\) \[\[\[(?P<A>.*)\]\]\]\s*\(B\) \[\[\[(?P<B>.*)\]\]\]"
     r"\s*Assistant: Let's think step by step:(?P<reasoning>.*)Human:\s*So the answer is: \((?P<answer>[AB])\)\s*",
@@ -40,32 +41,19 @@ _CHOICE = re.compile(
 )
 
 
-def render_critique_request(critique: str) -> str:
-    """The request as the paper's file frames it."""
-    return _framed("critique", critique)
-
-
-def render_revision_request(revision: str) -> str:
-    """The request as the paper's file frames it."""
-    return _framed("revision", revision)
-
-
-def render_question(compare: str) -> str:
-    """The question as the paper's file frames it."""
-    return _framed("compare", compare)
-
-
 def paper_content(path: Path) -> dict[str, Any]:
     """The content of a constitution from the paper's folder, or from one of its two files of principles.
 
     Raises:
-        InputError: no such file, not the paper's JSON, or no principles in it.
+        InputError: there is no such file, it is not the paper's JSON, or it contains no principles.
     """
     files = {file.name: file for file in path.iterdir()} if path.is_dir() else {_kind(path): path}
     read = {name: _parsed(files[name], parse) for name, parse in _PARSERS.items() if name in files}
     principles = [*read.get(CRITIQUES, ()), *_with_probes(read.get(QUESTIONS, []), read.get(PROBES, []))]
     if not principles:
-        raise InputError(f"{path}: no principles in it; give a YAML file, or a folder with {CRITIQUES} or {QUESTIONS}")
+        raise InputError(
+            f"{path}: contains no principles; give a YAML file or a folder with {CRITIQUES} or {QUESTIONS}"
+        )
     return {
         "title": "Principles of the Constitutional AI paper",
         "version": "2212.08073",
@@ -77,7 +65,7 @@ def paper_content(path: Path) -> dict[str, Any]:
 
 
 def _kind(path: Path) -> str:
-    """Which of the paper's files a single file is: by its name, or else by what stands in it."""
+    """The name of the paper's file that this file corresponds to, judged by its own name or else by its content."""
     if path.name in _PARSERS:
         return path.name
     return CRITIQUES if isinstance(_json(path), dict) else QUESTIONS
@@ -97,20 +85,22 @@ def _parsed(path: Path, parse: Callable[[Any], list[dict[str, Any]]]) -> list[di
         return parse(_json(path))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(
-            f"{path}: not as the Constitutional AI paper published it ({error!r}); write principles of your own as YAML"
+            f"{path}: not in the form that the Constitutional AI paper published ({error!r}); "
+            "write your own principles as YAML"
         ) from None
 
 
-def _framed(kind: str, text: str) -> str:
+def framed(kind: str, text: str) -> str:
+    """A `critique`, `revision` or `compare` in the frame that it has in the paper's file."""
     before, after = _FRAMES[kind]
     return f"{before}{text}{after}"
 
 
 def unframed(kind: str, text: str) -> str:
-    """What stands between the two parts of a frame: of `critique`, `revision` or `compare`.
+    """The text inside the frame.
 
     Raises:
-        ValueError: the text is not framed so.
+        ValueError: the text does not have this frame.
     """
     before, after = _FRAMES[kind]
     if not (text.startswith(before) and text.endswith(after)):
@@ -138,8 +128,8 @@ def _examples(content: list[str]) -> list[dict[str, Any]]:
 
 
 def _example(text: str) -> dict[str, Any]:
-    """A conversation, whose last answer is criticised and revised; a dangling `Human:` after it is dropped."""
-    _, *parts = _TURN.split(text)
+    """A conversation whose last answer is criticised and revised. A `Human:` left open at the end is dropped."""
+    _, *parts = SPEAKER.split(text)
     turns = [(speaker, words.strip()) for speaker, words in zip(parts[::2], parts[1::2], strict=True)]
     conversation = [{"role": _ROLES[who], "content": words} for who, words in turns if who in _ROLES and words]
     later = dict(turns[len(conversation) :])
@@ -169,13 +159,13 @@ def _reasoned(content: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _reasoned_choice(text: str) -> dict[str, Any]:
-    """A conversation, the place of the principle (a literal `{}`), two completions, the reasoning and the answer."""
+    """A conversation, the place for the principle (a literal `{}`), two completions, the reasoning and the answer."""
     before, _, after = text.partition("{}")
-    _, *parts = _SHORT_TURN.split(before)
+    _, *parts = _SHORT_SPEAKER.split(before)
     turns = zip(parts[::2], parts[1::2], strict=True)
     found = _CHOICE.fullmatch(after)
     if found is None:
-        raise ValueError(f"expected (A) [[[…]]] (B) [[[…]]], a reasoning and an answer, found {after[:40]!r}")
+        raise ValueError(f"expected (A) [[[…]]] (B) [[[…]]], reasoning and an answer, found {after[:40]!r}")
     answer = found["answer"]
     return {
         "prompt": [{"role": "user" if who == "H" else "assistant", "content": words.strip()} for who, words in turns],
@@ -187,7 +177,7 @@ def _reasoned_choice(text: str) -> dict[str, Any]:
 
 
 def _with_probes(principles: list[dict[str, Any]], probes: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each principle with its share of the probes, which are worked choices as well."""
+    """The principles, each with its share of the probes, which also serve as worked choices."""
     shares = [probes[number :: len(principles)] for number in range(len(principles))]
     return [{**each, "probes": own, "comparisons": own} for each, own in zip(principles, shares, strict=True)]
 

@@ -1,6 +1,6 @@
-"""The six published files of the Constitutional AI paper, taken apart without loss: `render` gives the bytes back.
+"""The six published files of the Constitutional AI paper, parsed without loss: rendering gives back the same bytes.
 
-What a constitution needs of them is in `align.constitution.paper`; here is how the paper put its prompts together.
+This module shows how the paper put its prompts together. What a constitution needs is in `align.constitution.paper`.
 """
 
 import json
@@ -14,73 +14,71 @@ from align.constitution.paper import (
     EXAMPLES,
     PROBES,
     QUESTIONS,
-    render_critique_request,
-    render_question,
-    render_revision_request,
+    REASONED,
+    SPEAKER,
+    framed,
     unframed,
 )
 from align.errors import InputError
 from align.records import Conversation
 
-THOUGHTS = "RLMadisonPrecogFewShotPrompts.json"
 COMPARISONS = "hhh_comparisons.jsonl"
 
 Transcript = tuple[tuple[str, str], ...]
-"""Speakers and what they say; a speaker who says nothing ends a text that is to be gone on with."""
-_SPEAKER = re.compile(r"\n\n(Human|Assistant|CritiqueRequest|Critique|RevisionRequest|Revision):")
+"""Pairs of a speaker and a text. An empty last text is an open turn, which a model is to continue."""
 _CHOICE = re.compile(
     r"\n\nConsider the following conversation between a human and an assistant:(?P<talk>.*)"
     r"\n\n(?P<question>\n[^\n]*? Options:)\n \(A\) \[\[\[(?P<a>.*)\]\]\]\n \(B\) \[\[\[(?P<b>.*)\]\]\]"
     r"\n\nThe answer is:",
     re.DOTALL,
 )
-_PLACE = "{}"
+_PLACEHOLDER = "{}"
 
 
-class Thought(NamedTuple):
-    """A worked choice with its reasoning, up to and from where the principle is put."""
+class ReasonedChoice(NamedTuple):
+    """A worked choice with its reasoning: the text before and after the place of the principle."""
 
     before: str
     after: str
 
-    def about(self, question: str) -> str:
-        """The text with the principle in its place. Braces elsewhere stay as they are."""
+    def with_question(self, question: str) -> str:
+        """The text with a principle's question in its place. Braces elsewhere stay as they are."""
         return f"{self.before}{question}{self.after}"
 
 
 class Choice(NamedTuple):
-    """One row of the comparisons: a transcript, a question and two options, and the keys beside the prompt."""
+    """One row of the comparisons: a transcript, a question, two options, and the row's keys other than the prompt."""
 
-    talk: Transcript
+    transcript: Transcript
     question: str
     a: str
     b: str
-    others: dict[str, Any]
+    other_keys: dict[str, Any]
 
 
 class WorkedChoice(NamedTuple):
-    """A transcript that ends where the assistant speaks, with right and wrong answers."""
+    """A transcript that ends with the assistant's open turn, with right and wrong answers."""
 
-    talk: Transcript
+    transcript: Transcript
     corrects: tuple[str, ...]
     incorrects: tuple[str, ...]
 
 
 def parse_transcript(text: str) -> Transcript:
-    """The turns of a text.
+    """Parse a text into turns.
 
     Raises:
-        ValueError: it does not start with a turn, or not each speaker's words stand after a space.
+        ValueError: the text does not start with a turn, or a turn's text does not follow a single space.
     """
-    first, *parts = _SPEAKER.split(text)
+    first, *parts = SPEAKER.split(text)
     turns = tuple((who, words.removeprefix(" ")) for who, words in zip(parts[::2], parts[1::2], strict=True))
     if first or render_transcript(turns) != text:
-        raise ValueError(f"no transcript of the paper's form: {text[:40]!r}")
+        raise ValueError(f"not a transcript in the paper's form: {text[:40]!r}")
     return turns
 
 
 def render_transcript(turns: Transcript) -> str:
-    """The text of turns, as the paper writes it."""
+    """The turns as a text in the paper's form."""
     return "".join(f"\n\n{who}:{f' {words}' if words else ''}" for who, words in turns)
 
 
@@ -90,47 +88,47 @@ def render_example(
     critique: tuple[str, str],
     revision: tuple[str, str],
     *,
-    goes_on: bool = False,
+    open_turn: bool = False,
 ) -> str:
-    """A worked example of critique and revision as the paper's text.
+    """A worked example of critique and revision as a text in the paper's form.
 
     Args:
-        critique, revision: each the request and what answers it.
-        goes_on: the next turn of the human is opened, as four of the five published texts do.
+        critique, revision: pairs of a request and its answer.
+        open_turn: end with the human's next turn, open, as four of the five published texts do.
     """
     names = {"user": "Human", "assistant": "Assistant"}
     talk = [(names[turn.role], turn.content) for turn in conversation]
     steps = [("CritiqueRequest", critique[0]), ("Critique", critique[1])]
     steps += [("RevisionRequest", revision[0]), ("Revision", revision[1])]
-    return render_transcript((*talk, ("Assistant", completion), *steps, *([("Human", "")] if goes_on else [])))
+    return render_transcript((*talk, ("Assistant", completion), *steps, *([("Human", "")] if open_turn else [])))
 
 
 def render_choice(talk: Transcript, question: str, a: str, b: str) -> str:
-    """A choice as the paper puts it to a model that answers with a letter."""
+    """A choice in the paper's form, to be answered with a letter."""
     return (
         f"\n\nConsider the following conversation between a human and an assistant:{render_transcript(talk)}"
-        f"\n\n{render_question(question)}\n (A) [[[{a}]]]\n (B) [[[{b}]]]\n\nThe answer is:"
+        f"\n\n{framed('compare', question)}\n (A) [[[{a}]]]\n (B) [[[{b}]]]\n\nThe answer is:"
     )
 
 
 def parse_published(path: Path) -> Any:
-    """A published file, by its name, taken apart.
+    """Parse a published file, which its name identifies.
 
     Raises:
-        InputError: it is none of the six, or not as it was published.
+        InputError: it is not one of the six, or it does not have the published form.
     """
     if path.name not in _FILES:
-        raise InputError(f"{path}: none of the paper's files; there are {', '.join(_FILES)}")
+        raise InputError(f"{path}: not one of the paper's files, which are {', '.join(_FILES)}")
     text = path.read_text(encoding="utf-8")
     try:
         lines = text.splitlines() if path.suffix == ".jsonl" else None
         return _FILES[path.name][0]([json.loads(line) for line in lines] if lines is not None else json.loads(text))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path}: not as the Constitutional AI paper published it ({error!r})") from None
+        raise InputError(f"{path}: not in the form that the Constitutional AI paper published ({error!r})") from None
 
 
 def render_published(name: str, content: Any) -> bytes:
-    """The bytes of a published file from what `parse_published` made of it."""
+    """The bytes of a published file from the result of `parse_published`."""
     value = _FILES[name][1](content)
     if name == COMPARISONS:
         return "".join(json.dumps(row) + "\n" for row in value).encode()
@@ -150,8 +148,8 @@ def _parse_requests(content: Mapping[str, Any]) -> dict[str, tuple[tuple[str, ..
 def _render_requests(content: Mapping[str, tuple[tuple[str, ...], str]]) -> Any:
     return {
         name: {
-            "prompt": [render_critique_request(critique) for critique in critiques],
-            "edit_request": render_revision_request(revision),
+            "prompt": [framed("critique", critique) for critique in critiques],
+            "edit_request": framed("revision", revision),
         }
         for name, (critiques, revision) in content.items()
     }
@@ -162,26 +160,26 @@ def _parse_worked_choice(entry: Mapping[str, Any]) -> WorkedChoice:
 
 
 def _render_worked_choice(choice: WorkedChoice) -> Any:
-    prompt = render_transcript(choice.talk)
+    prompt = render_transcript(choice.transcript)
     return {"prompt": prompt, "corrects": list(choice.corrects), "incorrects": list(choice.incorrects)}
 
 
-def _parse_thought(entry: Mapping[str, str]) -> Thought:
-    before, after = entry["prompt"].split(_PLACE)
-    return Thought(before, after)
+def _parse_reasoned_choice(entry: Mapping[str, str]) -> ReasonedChoice:
+    before, after = entry["prompt"].split(_PLACEHOLDER)
+    return ReasonedChoice(before, after)
 
 
 def _parse_choice(entry: Mapping[str, Any]) -> Choice:
     found = _CHOICE.fullmatch(entry["prompt"])
     if found is None:
-        raise ValueError(f"no choice of the paper's form: {entry['prompt'][:40]!r}")
-    others = {key: value for key, value in entry.items() if key != "prompt"}
+        raise ValueError(f"not a choice in the paper's form: {entry['prompt'][:40]!r}")
+    other_keys = {key: value for key, value in entry.items() if key != "prompt"}
     question = unframed("compare", found["question"])
-    return Choice(parse_transcript(found["talk"]), question, found["a"], found["b"], others)
+    return Choice(parse_transcript(found["talk"]), question, found["a"], found["b"], other_keys)
 
 
 def _render_choice(choice: Choice) -> Any:
-    return {"prompt": render_choice(*choice[:4]), **choice.others}
+    return {"prompt": render_choice(*choice[:4]), **choice.other_keys}
 
 
 Converter = Callable[[Any], Any]
@@ -194,8 +192,11 @@ def _each(convert: Converter) -> Converter:
 _FILES: dict[str, tuple[Converter, Converter]] = {
     CRITIQUES: (_parse_requests, _render_requests),
     EXAMPLES: (_each(parse_transcript), _each(render_transcript)),
-    QUESTIONS: (_each(lambda text: unframed("compare", text)), _each(render_question)),
+    QUESTIONS: (_each(lambda text: unframed("compare", text)), _each(lambda text: framed("compare", text))),
     PROBES: (_each(_parse_worked_choice), _each(_render_worked_choice)),
-    THOUGHTS: (_each(_parse_thought), _each(lambda thought: {"prompt": thought.about(_PLACE)})),
+    REASONED: (
+        _each(_parse_reasoned_choice),
+        _each(lambda choice: {"prompt": choice.with_question(_PLACEHOLDER)}),
+    ),
     COMPARISONS: (_each(_parse_choice), _each(_render_choice)),
 }

@@ -1,6 +1,6 @@
-"""Principles, with the worked examples and probes that belong to them."""
+"""The principles of a constitution, with their worked examples and probes, and how one is drawn."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
@@ -8,17 +8,17 @@ from pydantic_core import PydanticCustomError
 
 from align.constitution.rules import Rule
 from align.records import Conversation, Message
+from align.run.reproducibility import derive_seed
 from align.settings.blocks import AboveZero, Block
 
 
-def _with_words(text: str) -> str:
-    """Spaces alone say nothing."""
+def _not_blank(text: str) -> str:
     if not text.strip():
         raise PydanticCustomError("string_too_short", "must not be empty")
     return text
 
 
-Text = Annotated[str, Field(min_length=1), AfterValidator(_with_words)]
+Text = Annotated[str, Field(min_length=1), AfterValidator(_not_blank)]
 Id = Annotated[str, Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")]
 Language = Annotated[str, Field(pattern=r"^[A-Za-z]{2,3}(-[A-Za-z0-9]+)*$")]
 T = TypeVar("T")
@@ -27,8 +27,8 @@ T = TypeVar("T")
 class Turn(Block):
     """One message of a worked example's conversation."""
 
-    role: Literal["user", "assistant"] = Field(description="who speaks")
-    content: Text = Field(description="what is said")
+    role: Literal["user", "assistant"] = Field(description="the speaker")
+    content: Text = Field(description="the message's text")
 
 
 def _one_turn(value: Any) -> Any:
@@ -40,10 +40,10 @@ def _one_text(value: Any) -> Any:
 
 
 Texts = Annotated[tuple[Text, ...], BeforeValidator(_one_text, json_schema_input_type=Text | tuple[Text, ...])]
-"""A list of texts, or one text alone."""
+"""A list of texts. A single text may be written without the list."""
 _Turns = Annotated[tuple[Turn, ...], Field(min_length=1)]
 Turns = Annotated[_Turns, BeforeValidator(_one_turn, json_schema_input_type=Text | _Turns)]
-"""A conversation up to the assistant's turn, or its one message alone."""
+"""A conversation up to the assistant's turn. A single user message may be written as a plain text."""
 
 
 def conversation_of(turns: tuple[Turn, ...]) -> Conversation:
@@ -51,22 +51,22 @@ def conversation_of(turns: tuple[Turn, ...]) -> Conversation:
 
 
 class Probe(Block):
-    """Two completions of a prompt of which one plainly follows the principle better: does a judge see it?"""
+    """A test of a judge: two completions of a prompt, one of which clearly follows the principle better."""
 
-    prompt: Text = Field(description="what the user says")
+    prompt: Text = Field(description="the user's message")
     better: Text = Field(description="a completion that follows the principle")
-    worse: Text = Field(description="one that does not")
+    worse: Text = Field(description="a completion that does not follow the principle")
 
 
 class OwnExample(Block):
-    """A worked example of critique and revision; without requests of its own it takes those of its principle."""
+    """A worked example of critique and revision. It uses its principle's requests unless it sets its own."""
 
     prompt: Turns = Field(description="a text, or the conversation's turns")
-    completion: Text = Field(description="the answer that is criticised")
-    critique: Text = Field(description="what is wrong with it")
-    revision: Text = Field(description="the answer, rewritten")
-    critique_request: Text | None = Field(None, description="instead of the principle's `critique`")
-    revision_request: Text | None = Field(None, description="instead of the principle's `revision`")
+    completion: Text = Field(description="the answer to be criticised")
+    critique: Text = Field(description="the critique of the answer")
+    revision: Text = Field(description="the revised answer")
+    critique_request: Text | None = Field(None, description="replaces the principle's `critique`")
+    revision_request: Text | None = Field(None, description="replaces the principle's `revision`")
 
     @property
     def conversation(self) -> Conversation:
@@ -74,24 +74,24 @@ class OwnExample(Block):
 
 
 class Example(OwnExample):
-    """A worked example that stands outside its principle."""
+    """A worked example at the top level of a constitution."""
 
-    principle: str | None = Field(None, description="id of the principle that it shows; none is any")
+    principle: str | None = Field(None, description="id of the principle that it illustrates; null is any")
 
 
 class OwnComparison(Block):
     """A worked example of a choice between two completions."""
 
     prompt: Turns = Field(description="a text, or the conversation's turns")
-    better: Text = Field(description="the completion to choose")
-    worse: Text = Field(description="the other")
-    reasoning: Text | None = Field(None, description="what is thought before the choice; names `answer`")
-    answer: Literal["A", "B"] | None = Field(None, description="where the better one stands; in turn if null")
+    better: Text = Field(description="the better completion")
+    worse: Text = Field(description="the other completion")
+    reasoning: Text | None = Field(None, description="the reasoning before the choice; it must lead to `answer`")
+    answer: Literal["A", "B"] | None = Field(None, description="the better completion; null takes A and B in turn")
 
     @model_validator(mode="after")
-    def _reasons_for_an_answer(self) -> Self:
+    def _reasoning_has_answer(self) -> Self:
         if self.reasoning and self.answer is None:
-            raise ValueError("a reasoning names its `answer`: set it to A or B, where the better one stands")
+            raise ValueError("a `reasoning` needs its `answer`: set it to A or B, the letter of the better completion")
         return self
 
     @property
@@ -100,49 +100,49 @@ class OwnComparison(Block):
 
 
 class WorkedComparison(OwnComparison):
-    """A worked choice that stands outside its principle."""
+    """A worked choice at the top level of a constitution."""
 
-    principle: str | None = Field(None, description="id of the principle that it shows; one is drawn if null")
+    principle: str | None = Field(None, description="id of the principle that it illustrates; null draws one")
 
 
-_SAYS_SOMETHING: list[JsonValue] = [
+_HAS_INSTRUCTION: list[JsonValue] = [
     {"required": [key], "properties": {key: {"type": "string", "minLength": 1}}}
     for key in ("text", "critique", "compare")
 ]
 
 
 class Principle(Block):
-    """One principle: what it asks, how completions are revised towards it, and how judges are asked about it."""
+    """One principle: its instruction, the requests that revise a completion by it, and the question put to judges."""
 
     model_config = ConfigDict(
         json_schema_extra={
-            "anyOf": _SAYS_SOMETHING,
+            "anyOf": _HAS_INSTRUCTION,
             "dependentRequired": {"critique": ["revision"], "revision": ["critique"]},
         }
     )
 
-    id: Id = Field(description="its name: lower-case words with hyphens")
+    id: Id = Field(description="unique name: lower-case words joined by hyphens")
     text: str = Field("", description="the principle as an instruction to the assistant")
-    opposite: Text | None = Field(None, description="the opposite instruction, for the contrast judge")
-    critique: Text | None = Field(None, description="the request for a critique")
-    revision: Text | None = Field(None, description="the request for a revision")
-    compare: Text | None = Field(None, description="the question put to a choosing judge")
-    rule: Rule | None = Field(None, description="a check by program")
-    tags: tuple[Text, ...] = Field((), description="what a child's `include` and `exclude` choose by")
-    language: Language | None = Field(None, description="of its texts, such as ja; the constitution's by default")
-    tier: str | None = Field(None, description="one of `tiers`; an earlier tier decides a conflict")
-    framing: Literal["negative", "positive", "neutral"] = Field("neutral", description="for the reader")
-    hard: bool = Field(False, description="decides before every tier, and its rule's violation rejects")
-    weight: AboveZero = Field(1.0, description="how much it counts within its tier, and how often it is drawn")
-    applies: tuple[Text, ...] = Field((), description="categories of prompts; empty is all")
-    sources: Texts | None = Field(None, description="folders of documents, instead of the constitution's; [] is none")
-    rationale: str | None = Field(None, description="why; for the reader")
-    probes: tuple[Probe, ...] = Field((), description="what a judge is tested on before it labels")
-    examples: tuple[OwnExample, ...] = Field((), description="worked critiques and revisions by this principle")
-    comparisons: tuple[OwnComparison, ...] = Field((), description="worked choices by this principle")
+    opposite: Text | None = Field(None, description="the opposite instruction, which the `contrast` judge needs")
+    critique: Text | None = Field(None, description="the request that asks for a critique")
+    revision: Text | None = Field(None, description="the request that asks for a revision")
+    compare: Text | None = Field(None, description="the question that the `choice` judge is asked")
+    rule: Rule | None = Field(None, description="a check on completions that a program makes")
+    tags: tuple[Text, ...] = Field((), description="labels by which the `include` and `exclude` of a child select")
+    language: Language | None = Field(None, description="language of its texts, such as ja; null is the constitution's")
+    tier: str | None = Field(None, description="one of `tiers`; in a conflict the earlier tier decides")
+    framing: Literal["negative", "positive", "neutral"] = Field("neutral", description="a note for readers")
+    hard: bool = Field(False, description="decides before every tier; a completion that breaks its rule is rejected")
+    weight: AboveZero = Field(1.0, description="its weight in judging within its tier, and in drawing a principle")
+    applies: tuple[Text, ...] = Field((), description="the prompt categories it applies to; empty is all")
+    sources: Texts | None = Field(None, description="folders of documents that replace the constitution's; [] is none")
+    rationale: str | None = Field(None, description="the reason for the principle; a note for readers")
+    probes: tuple[Probe, ...] = Field((), description="tests that a judge takes before it labels")
+    examples: tuple[OwnExample, ...] = Field((), description="worked examples of critique and revision")
+    comparisons: tuple[OwnComparison, ...] = Field((), description="worked examples of a choice")
 
     @model_validator(mode="after")
-    def _says_something(self) -> Self:
+    def _has_instruction(self) -> Self:
         if (self.critique is None) != (self.revision is None):
             raise ValueError("critique and revision go together; give both or none")
         if not (self.text.strip() or self.critique or self.compare):
@@ -153,30 +153,31 @@ class Principle(Block):
         return not self.applies or category in self.applies
 
     def keeps_rule(self, text: str) -> bool:
-        """Whether the text keeps the principle's rule; True where it has none."""
+        """Whether the text keeps the principle's rule; True for a principle without a rule."""
         return self.rule is None or self.rule.holds(text)
 
     @property
     def requests(self) -> tuple[str, str] | None:
-        """What asks for a critique and for a revision; None for a principle that is only for comparing."""
+        """The requests for a critique and for a revision; None for a principle that only compares."""
         if self.critique and self.revision:
             return self.critique, self.revision
         if not self.text:
             return None
-        words = in_language(WORDS, self.language)
-        return words["critique"].replace(PLACE, self.text), words["revision"].replace(PLACE, self.text)
+        templates = in_language(TEMPLATES, self.language)
+        critique, revision = (templates[key].replace(PLACEHOLDER, self.text) for key in ("critique", "revision"))
+        return critique, revision
 
     @property
     def question(self) -> str | None:
-        """What a choosing judge is asked; None for a principle that is only for revising."""
+        """What the `choice` judge is asked; None for a principle that only revises."""
         if self.compare or not self.text:
             return self.compare
-        return in_language(WORDS, self.language)["compare"].replace(PLACE, self.text)
+        return in_language(TEMPLATES, self.language)["compare"].replace(PLACEHOLDER, self.text)
 
 
-PLACE = "{principle}"
-"""Replaced as it stands, and never by `format`: a principle's text may hold braces of its own."""
-WORDS: dict[str, dict[str, str]] = {
+PLACEHOLDER = "{principle}"
+"""Filled with `str.replace`, never with `format`, because a principle's text may contain braces."""
+TEMPLATES: dict[str, dict[str, str]] = {
     "en": {
         "critique": "Point out where the assistant's last answer does not follow this principle: {principle}",
         "revision": "Rewrite the assistant's last answer so that it follows this principle: {principle} "
@@ -190,9 +191,25 @@ WORDS: dict[str, dict[str, str]] = {
         "compare": "次の原則によりよく従っている回答を選んでください。原則：{principle}",
     },
 }
-"""What is asked about a principle that says only its `text`."""
+"""The requests and the question, by language, for a principle that gives only its `text`."""
 
 
 def in_language(table: Mapping[str, T], language: str | None) -> T:
-    """The entry of a language (`ja` and `ja-JP` are one), or the English one where the table lacks it."""
+    """The table's entry for a language (`ja-JP` counts as `ja`), or the English one if there is none."""
     return table.get((language or "en").partition("-")[0].lower(), table["en"])
+
+
+def draw_principle(
+    principles: Sequence[Principle], seed: int, *names: str | int, category: str = ""
+) -> Principle | None:
+    """Draw one of the principles that apply to the category, in proportion to their weights; None if none applies.
+
+    The draw depends on `seed` and `names` alone; different names give independent draws.
+    """
+    applying = [principle for principle in principles if principle.applies_to(category)]
+    point = derive_seed(seed, *names) / 2**63 * sum(principle.weight for principle in applying)
+    for principle in applying:
+        point -= principle.weight
+        if point < 0:
+            return principle
+    return applying[-1] if applying else None

@@ -1,6 +1,6 @@
-"""Principles that a program can check.
+"""Rules: checks on a completion that a program can make without asking a model.
 
-Texts are compared without regard to case, and full-width characters count as their narrow twins.
+Comparisons ignore case, and full-width characters count as their ordinary forms.
 """
 
 import re
@@ -27,20 +27,20 @@ Pattern = Annotated[str, Field(min_length=1), AfterValidator(_compiles)]
 
 
 class Rule(Block):
-    """Exactly one check. Patterns are Python's, searched anywhere in the text, with `^` and `$` at each line's ends."""
+    """Exactly one check. Patterns are Python's and may match anywhere; `^` and `$` match at the ends of every line."""
 
     model_config = ConfigDict(json_schema_extra={"minProperties": 1, "maxProperties": 1})
 
-    ends_with: Text | None = Field(None, description="how the text ends")
-    not_ends_with: Text | None = Field(None, description="how it does not end")
-    contains: Text | None = Field(None, description="what is in it")
-    excludes: Text | None = Field(None, description="what is not in it")
-    max_sentences: Positive | None = Field(None, description="sentences at most")
-    min_sentences: Positive | None = Field(None, description="sentences at least")
-    max_words: Positive | None = Field(None, description="words at most")
-    min_words: Positive | None = Field(None, description="words at least")
-    matches: Pattern | None = Field(None, description="a regular expression found in it")
-    excludes_regex: Pattern | None = Field(None, description="a regular expression not found in it")
+    ends_with: Text | None = Field(None, description="the text must end with this")
+    not_ends_with: Text | None = Field(None, description="the text must not end with this")
+    contains: Text | None = Field(None, description="the text must contain this")
+    excludes: Text | None = Field(None, description="the text must not contain this")
+    max_sentences: Positive | None = Field(None, description="the largest number of sentences")
+    min_sentences: Positive | None = Field(None, description="the smallest number of sentences")
+    max_words: Positive | None = Field(None, description="the largest number of words")
+    min_words: Positive | None = Field(None, description="the smallest number of words")
+    matches: Pattern | None = Field(None, description="a regular expression that must match somewhere in the text")
+    excludes_regex: Pattern | None = Field(None, description="a regular expression that must match nowhere in the text")
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Self:
@@ -56,18 +56,18 @@ class Rule(Block):
         return next((name, value) for name, value in self if value is not None)
 
     def holds(self, text: str) -> bool:
-        """Whether the text keeps the rule."""
+        """Whether the text passes the check."""
         name, value = self.check
         return CHECKS[name](text, value)
 
     def __str__(self) -> str:
         name, value = self.check
-        # A pattern's backslashes are shown as they stand in it; what cannot be printed stays escaped.
+        # `repr` escapes unprintable characters, but it also doubles the backslashes of a pattern.
         return f"{name} {value!r}".replace("\\\\", "\\")
 
 
 def ends_with(text: str, ending: str) -> bool:
-    """Whether the text ends so, not counting white space, and closing quotes, brackets and emphasis after it."""
+    """Whether the text ends with `ending`, ignoring white space and closing quotes, brackets and emphasis after it."""
     stripped = fold(text).rstrip()
     return stripped.endswith(fold(ending)) or stripped.rstrip(CLOSERS + " \t\n").endswith(fold(ending))
 

@@ -1,4 +1,4 @@
-"""What differs between the texts of two constitutions, principle by principle."""
+"""The differences between two constitutions' content, principle by principle."""
 
 import difflib
 import re
@@ -10,14 +10,15 @@ from typing import Any
 from align.constitution.constitution import Constitution
 
 _PARTS = re.compile(r"\s+|\w+|[^\w\s]")
-_LISTS = ("probes", "examples", "comparisons")
+_COUNTED = ("probes", "examples", "comparisons")
+"""Lists whose changes are counted instead of shown."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """One key that differs. `change` is 'added', 'removed', 'renamed' or 'changed'; `text` shows it as a word diff.
+    """One key that differs. `change` is 'added', 'removed', 'renamed' or 'changed'; `text` is a word diff.
 
-    `principle` is empty for a key of the constitution itself.
+    `principle` is the id, or empty for a key of the constitution itself.
     """
 
     change: str
@@ -27,24 +28,24 @@ class Change:
 
 
 def text_changes(a: Constitution, b: Constitution) -> list[Change]:
-    """Everything that differs from A to B after `extends`; principles are matched by id, then by content."""
-    ours, theirs = _dumped(a), _dumped(b)
-    one, other = _principles(ours), _principles(theirs)
-    renamed = _renamed(one, other)
-    changes = list(_key_changes("", _without(ours, "principles", "id"), _without(theirs, "principles", "id")))
-    for name, principle in one.items():
+    """Everything that differs between A and B after `extends`. Principles are matched by id, then by content."""
+    old, new = _dumped(a), _dumped(b)
+    before, after = _principles(old), _principles(new)
+    renamed = _renamed(before, after)
+    changes = list(_key_changes("", _without(old, "principles", "id"), _without(new, "principles", "id")))
+    for name, principle in before.items():
         if name in renamed:
             changes.append(Change("renamed", renamed[name], "id", word_diff(name, renamed[name])))
-        elif name in other:
-            changes += _key_changes(name, principle, other[name])
+        elif name in after:
+            changes += _key_changes(name, principle, after[name])
         else:
             changes.append(Change("removed", name, "text", f"[-{_instruction(principle)}-]"))
-    added = (name for name in other if name not in one and name not in renamed.values())
-    return [*changes, *(Change("added", name, "text", f"{{+{_instruction(other[name])}+}}") for name in added)]
+    added = (name for name in after if name not in before and name not in renamed.values())
+    return [*changes, *(Change("added", name, "text", f"{{+{_instruction(after[name])}+}}") for name in added)]
 
 
 def word_diff(old: str, new: str) -> str:
-    """Both texts in one, words taken away as [-…-] and words added as {+…+}, as git shows them."""
+    """Both texts in one, with removed words as [-…-] and added words as {+…+}, as in git's word diff."""
     before, after = _PARTS.findall(old), _PARTS.findall(new)
     return "".join(_pieces(before, after))
 
@@ -52,26 +53,26 @@ def word_diff(old: str, new: str) -> str:
 def _pieces(before: list[str], after: list[str]) -> Iterator[str]:
     matcher = difflib.SequenceMatcher(None, before, after, autojunk=False)
     for kind, start, end, new_start, new_end in matcher.get_opcodes():
-        gone, come = "".join(before[start:end]), "".join(after[new_start:new_end])
+        removed, added = "".join(before[start:end]), "".join(after[new_start:new_end])
         if kind == "equal":
-            yield gone
+            yield removed
             continue
-        if gone:
-            yield f"[-{gone}-]"
-        if come:
-            yield f"{{+{come}+}}"
+        if removed:
+            yield f"[-{removed}-]"
+        if added:
+            yield f"{{+{added}+}}"
 
 
 def _dumped(constitution: Constitution) -> dict[str, Any]:
-    """All that it holds, its documents by their folder's name and digest: where they lie changes nothing."""
+    """The constitution's content. Documents appear by their folder's name and digest, so that paths do not matter."""
     content = _without(constitution.model_dump(mode="json"), "documents")
-    content["sources"] = _named(constitution, constitution.sources)
+    content["sources"] = _source_names(constitution, constitution.sources)
     for principle, dumped in zip(constitution.principles, content["principles"], strict=True):
-        dumped["sources"] = _named(constitution, constitution.sources_of(principle))
+        dumped["sources"] = _source_names(constitution, constitution.sources_of(principle))
     return content
 
 
-def _named(constitution: Constitution, sources: tuple[str, ...]) -> list[str]:
+def _source_names(constitution: Constitution, sources: tuple[str, ...]) -> list[str]:
     return [f"{Path(each).name} {constitution.documents.get(each, '')[:8]}".strip() for each in sources]
 
 
@@ -79,21 +80,21 @@ def _principles(dumped: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return {each["id"]: _without(each, "id") for each in dumped["principles"]}
 
 
-def _renamed(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, str]:
-    """Ids that only A has, each with the id that only B has and whose principle is the same."""
-    found: dict[str, str] = {}
-    for name in (name for name in one if name not in other):
-        twins = [twin for twin in other if twin not in one and twin not in found.values() and other[twin] == one[name]]
-        if twins:
-            found[name] = twins[0]
-    return found
+def _renamed(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, str]:
+    """Ids that only A has, each mapped to an id that only B has for the same principle."""
+    renamed: dict[str, str] = {}
+    for old in (name for name in before if name not in after):
+        free = (name for name in after if name not in before and name not in renamed.values())
+        if new := next((name for name in free if after[name] == before[old]), None):
+            renamed[old] = new
+    return renamed
 
 
 def _key_changes(principle: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[Change]:
     for key in dict.fromkeys((*old, *new)):
         before, after = old.get(key), new.get(key)
         if before != after:
-            counted = key in _LISTS
+            counted = key in _COUNTED
             text = _count_change(before, after) if counted else word_diff(_as_text(before), _as_text(after))
             yield Change("changed", principle, key, text)
 

@@ -1,7 +1,7 @@
-"""Conversations as token ids, by the tokenizer's own chat template.
+"""Conversations as token ids, rendered with the tokenizer's own chat template.
 
-A conversation's ids fall in three: the prompt (up to where the assistant's words begin), the completion (its words and
-the token that ends its turn), and what the template writes after a turn's end (`closing_ids`; a newline in ChatML).
+A conversation's ids have three parts: the prompt (up to the start of the assistant's answer), the completion (the
+answer and the token that ends the turn), and what the template writes after that (`closing_ids`; a newline in ChatML).
 """
 
 from typing import Any, Protocol
@@ -23,7 +23,7 @@ class ChatTokenizer(Protocol):
 
 
 def with_system_prompt(conversation: Conversation, system_prompt: str | None) -> Conversation:
-    """The conversation with a system message put first, unless it has one or there is none to put."""
+    """The conversation with the system prompt as its first message, unless it has one or the prompt is empty."""
     if not system_prompt or (conversation and conversation[0].role == "system"):
         return conversation
     return (Message("system", system_prompt), *conversation)
@@ -32,10 +32,10 @@ def with_system_prompt(conversation: Conversation, system_prompt: str | None) ->
 def prompt_ids(
     tokenizer: ChatTokenizer, conversation: Conversation, system_prompt: str | None = None, prefill: str = ""
 ) -> list[int]:
-    """Ids of the conversation and of the opening of the assistant's turn, which starts with `prefill`.
+    """Ids of the conversation and of the start of the assistant's turn, including `prefill`.
 
     Raises:
-        InputError: the template refuses the conversation (roles in an order it does not know, mostly).
+        InputError: the template refuses the conversation, usually because of the order of its roles.
     """
     return token_ids(tokenizer, prompt_text(tokenizer, conversation, system_prompt, prefill))
 
@@ -43,40 +43,39 @@ def prompt_ids(
 def prompt_text(
     tokenizer: ChatTokenizer, conversation: Conversation, system_prompt: str | None = None, prefill: str = ""
 ) -> str:
-    """The text whose ids `prompt_ids` gives."""
+    """The text whose ids `prompt_ids` returns."""
     return _render(tokenizer, with_system_prompt(conversation, system_prompt), add_generation_prompt=True) + prefill
 
 
 def completion_ids(tokenizer: ChatTokenizer, text: str) -> list[int]:
-    """Ids of the assistant's words and of the token that ends its turn."""
+    """Ids of the assistant's answer and of the token that ends its turn."""
     return token_ids(tokenizer, text) + list(end_of_turn_ids(tokenizer))
 
 
 def conversation_ids(
     tokenizer: ChatTokenizer, prompt: Conversation, completion: str, system_prompt: str | None = None
 ) -> tuple[list[int], list[int]]:
-    """(prompt ids, completion ids), which joined and followed by `closing_ids` are the template's whole conversation.
+    """(prompt ids, completion ids). Followed by `closing_ids` they are what the template renders.
 
     Raises:
-        InputError: the template writes the conversation otherwise once the answer is there, so that what a model is
-            trained on would not be what it is asked.
+        InputError: the template renders the prompt differently once the answer follows, so that a model would be
+            trained on other prompts than those it is given in generation.
     """
     messages = with_system_prompt(prompt, system_prompt)
     opening = _render(tokenizer, messages, add_generation_prompt=True)
     whole = _render(tokenizer, (*messages, Message("assistant", completion)))
     if not whole.startswith(opening):
         raise InputError(
-            "chat template: the conversation with the answer does not start with the prompt that asks for it "
+            "chat template: the conversation with the answer does not start with the prompt alone "
             f"({_first_difference(opening, whole)}); use a template whose generation prompt is what it writes "
             "before an assistant's message"
         )
-    ending = _turn_ending(tokenizer)
-    words = whole[len(opening) :].removesuffix(ending)
-    return token_ids(tokenizer, opening), completion_ids(tokenizer, words)
+    answer = whole[len(opening) :].removesuffix(_turn_ending(tokenizer))
+    return token_ids(tokenizer, opening), completion_ids(tokenizer, answer)
 
 
 def end_of_turn_ids(tokenizer: ChatTokenizer) -> tuple[int, ...]:
-    """What the template writes from the assistant's last word to the token that ends its turn, that one included.
+    """What the template writes after the assistant's answer, up to and including the token that ends the turn.
 
     Raises:
         InputError: no special token ends the turn, so a model could not learn to stop.
@@ -106,7 +105,7 @@ def _turn_ending(tokenizer: ChatTokenizer) -> str:
     whole = _render(tokenizer, _PROBE)
     words = _PROBE[-1].content
     if words not in whole:
-        raise InputError("chat template: leaves out what the assistant says; use a template that writes it")
+        raise InputError("chat template: leaves out the assistant's message; use a template that writes it")
     return whole[whole.rindex(words) + len(words) :]
 
 
@@ -123,8 +122,7 @@ def _render(tokenizer: ChatTokenizer, conversation: Conversation, *, add_generat
 
 
 def token_ids(tokenizer: ChatTokenizer, text: str) -> list[int]:
-    """Ids of a piece of text as it stands, nothing added."""
-    # The template writes its own special tokens; the tokenizer must not add them a second time.
+    """Ids of a text, without special tokens added: the chat template has written them already."""
     return list(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
 
 

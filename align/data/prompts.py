@@ -1,15 +1,13 @@
-"""Prompts from wherever they are, each in one of four disjoint splits.
+"""Reads the prompts of all sources and assigns each to one of four disjoint splits.
 
-The prompt is found in the first of these columns that a row has, or in the one that the source names:
+A row's prompt is read from the column that its source names, or else from the first of these that the row has:
 
-| column | holds |
+| column | content |
 |---|---|
 | prompt | a text, or messages |
-| messages | a conversation; the prompt is what comes before its last answer |
-| question, instruction (with `input`, where there is one) | a text |
-| chosen | a conversation as messages or in hh-rlhf's text form; the prompt is what comes before its last answer |
-
-Conversations stay whole: every turn before the last answer is part of the prompt.
+| messages | a conversation; the prompt is all that precedes its last answer |
+| question, instruction (followed by the text in `input`, if any) | a text |
+| chosen | a conversation as messages or in hh-rlhf's text form; the prompt is all that precedes its last answer |
 """
 
 import hashlib
@@ -17,16 +15,8 @@ import heapq
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate
-from typing import Any
 
-from align.data.sources import (
-    Row,
-    is_transcript,
-    merge_neighbours,
-    parse_messages,
-    parse_transcript,
-    source_rows,
-)
+from align.data.sources import Row, is_transcript, merge_turns, parse_conversation, source_rows
 from align.errors import InputError
 from align.records import SPLITS, Conversation, Message, Prompt, Split, as_dicts, digest
 from align.run.reproducibility import derive_seed
@@ -37,19 +27,19 @@ COLUMNS = ("prompt", "messages", "question", "instruction", "chosen")
 
 
 def read_prompts(block: PromptsBlock) -> list[Prompt]:
-    """All of `stream_prompts` at once."""
+    """The prompts of `stream_prompts` as a list."""
     return list(stream_prompts(block))
 
 
 def stream_prompts(block: PromptsBlock, counts: Counter[str] | None = None) -> Iterator[Prompt]:
-    """Every prompt of the sources, each content once, in their order; the first source's category and split hold.
+    """The distinct prompts of the sources, in order. A repeated prompt keeps its first category and split.
 
     Args:
-        counts: gets, under `prompts_repeated`, how many rows repeat an earlier prompt.
+        counts: `prompts_repeated` counts the rows that repeat an earlier prompt.
 
     Raises:
-        InputError: no such file or dataset, a malformed line, a row without a prompt, an unknown split, or shares that
-            don't add up to 1.
+        InputError: a file or dataset is missing, a line is malformed, a row has no prompt or an unknown split, or the
+            shares of the splits do not add up to 1.
     """
     if problems := split_problems(block.split):
         raise InputError("\n".join(problems))
@@ -72,9 +62,9 @@ def split_problems(split: SplitBlock) -> list[str]:
 
 
 def split_of(prompt_id: str, shares: SplitBlock) -> Split:
-    """The split that a prompt falls into by the hash of its id, in proportion to the shares.
+    """The split of a prompt, by the hash of its id and in proportion to the shares.
 
-    With other shares a prompt moves only where a boundary between two splits has passed over it.
+    When the shares change, a prompt changes its split only if a boundary between two splits moves past its hash.
     """
     point = int.from_bytes(hashlib.sha256(f"split {prompt_id}".encode()).digest()[:8], "big") / 2**64
     bounds = accumulate(getattr(shares, name) for name in SPLITS)
@@ -83,24 +73,24 @@ def split_of(prompt_id: str, shares: SplitBlock) -> Split:
 
 
 def with_split(prompts: Iterable[Prompt], splits: Iterable[Split]) -> Iterator[Prompt]:
-    """The prompts of these splits, in order."""
+    """The prompts of the given splits, in order."""
     wanted = set(splits)
     return (prompt for prompt in prompts if prompt.split in wanted)
 
 
-def drawn_prompts(prompts: Sequence[Prompt], limit: int | None, purpose: str) -> list[Prompt]:
-    """As many prompts as the limit allows: those whose ids hash lowest, whatever their order; all of them without one.
+def draw_prompts(prompts: Sequence[Prompt], limit: int | None, purpose: str) -> list[Prompt]:
+    """The `limit` prompts whose ids hash lowest, in their original order; all of them without a limit.
 
     Args:
-        purpose: another one draws others.
+        purpose: part of the hash, so that draws for different purposes are independent.
     """
     lowest = sorted(prompts, key=lambda prompt: derive_seed(0, purpose, prompt.id))[:limit]
     chosen = {prompt.id for prompt in lowest}
     return [prompt for prompt in prompts if prompt.id in chosen]
 
 
-def stream_drawn(read: Callable[[], Iterable[Prompt]], limit: int | None, purpose: str) -> Iterator[Prompt]:
-    """`drawn_prompts` of prompts that can be read twice, of which it holds none."""
+def stream_drawn_prompts(read: Callable[[], Iterable[Prompt]], limit: int | None, purpose: str) -> Iterator[Prompt]:
+    """`draw_prompts` without keeping the prompts in memory: with a limit, `read` is called twice."""
     if limit is None:
         yield from read()
         return
@@ -115,7 +105,7 @@ def _prompt(row: Row, place: str, source: PromptSource, shares: SplitBlock) -> P
         raise InputError(f"{place}: the prompt is empty; remove the row or give it a text")
     if conversation[-1].role != "user":
         raise InputError(
-            f"{place}: the prompt ends with a turn of {conversation[-1].role}; it must end with the user's"
+            f"{place}: the prompt ends with a turn of role {conversation[-1].role}; it must end with one of role user"
         )
     prompt_id = digest(as_dicts(conversation))
     return Prompt(
@@ -131,37 +121,26 @@ def _column(row: Row, place: str, named: str | None) -> str:
     column = named or next((name for name in COLUMNS if row.get(name) is not None), None)
     if column is None or row.get(column) is None:
         expected = f"`{named}`" if named else "one of " + ", ".join(f"`{name}`" for name in COLUMNS)
-        there = ", ".join(row) or "none"
         raise InputError(
-            f"{place}: no column with a prompt (expected {expected}); the columns there are {there}. "
-            "Name the right one with the source's `column`"
+            f"{place}: no column with a prompt (expected {expected}); the row's columns are "
+            f"{', '.join(row) or 'none'}; name the right one in the source's `column`"
         )
     return column
 
 
 def _conversation(row: Row, column: str, place: str) -> Conversation:
     value = row[column]
-    if isinstance(value, str):
-        if is_transcript(value):
-            return _before_last_answer(parse_transcript(value, place))
-        if column == "chosen":
-            raise InputError(
-                f"{place}: `chosen` is an answer without its prompt (a whole conversation starts with '\\n\\nHuman:'); "
-                "give the prompt in a column of its own"
-            )
-        return (Message("user", _with_input(row, column, value)),)
-    return _before_last_answer(parse_messages(value, column, place))
-
-
-def _with_input(row: Row, column: str, text: str) -> str:
-    """The text, with what an instruction is about where that stands in a column of its own."""
-    about: Any = row.get("input") if column == "instruction" else None
-    return f"{text}\n\n{about}" if about else text
-
-
-def _before_last_answer(conversation: Conversation) -> Conversation:
-    merged = merge_neighbours(conversation)
-    return merged[:-1] if merged[-1].role == "assistant" else merged
+    if not isinstance(value, str) or is_transcript(value):
+        merged = merge_turns(parse_conversation(value, column, place))
+        return merged[:-1] if merged[-1].role == "assistant" else merged
+    if column == "chosen":
+        raise InputError(
+            f"{place}: `chosen` is an answer without its prompt (a whole conversation starts with '\\n\\nHuman:'); "
+            "give the prompt in a separate column"
+        )
+    # Alpaca's format keeps the text that an instruction refers to in a separate column.
+    text = row.get("input") if column == "instruction" else None
+    return (Message("user", f"{value}\n\n{text}" if text else value),)
 
 
 def _own_split(row: Row, place: str) -> Split | None:

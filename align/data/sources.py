@@ -1,4 +1,4 @@
-"""Rows of data that people bring: JSONL(.gz) and parquet files, and hub datasets; and hh-rlhf's text form."""
+"""Rows of the user's data, from JSONL(.gz) or parquet files or the hub, and the conversations in their columns."""
 
 import gzip
 import heapq
@@ -35,52 +35,52 @@ class Source(Protocol):
     def hub_folder(self) -> str | None: ...
 
 
-def is_file(path: str) -> bool:
-    """Whether a source's path means a local file (which may be missing) and not a hub dataset."""
+def is_local_path(path: str) -> bool:
+    """Whether a source's path names a local file, existing or not, rather than a hub dataset."""
     looks_local = path.startswith((".", "/", "~")) or path.endswith(FILE_SUFFIXES) or not _HUB_ID.fullmatch(path)
     return looks_local or Path(path).exists()
 
 
 def file_fault(path: str) -> str | None:
-    """What is wrong with a local file of rows, as far as it shows without reading it; None where nothing does."""
+    """What is wrong with a local file of rows, as far as can be told without reading it; None if nothing is."""
     local = Path(path).expanduser()
     if not local.exists():
         return f"no such file (looked in {Path.cwd()}); check the path"
     if local.is_dir():
-        return f"is a folder; give a file in it, one of {', '.join(FILE_SUFFIXES)}"
+        return f"is a folder; name a file in it that ends in one of {', '.join(FILE_SUFFIXES)}"
     if not local.is_file():
-        return "is a pipe or a device, which cannot be read twice; write the rows to a file"
+        return "is a pipe or a device, which cannot be read twice; write the rows to a regular file"
     if not local.name.endswith(FILE_SUFFIXES):
-        return f"cannot read this kind of file; give one of {', '.join(FILE_SUFFIXES)}"
+        return f"cannot read this kind of file; convert it to one of {', '.join(FILE_SUFFIXES)}"
     return None
 
 
 def source_rows(source: Source) -> Iterator[tuple[str, Row]]:
-    """(place for error messages, row) of a source, as many as its limit allows (see `drawn_rows`).
+    """The rows of a source as (place for error messages, row); with a limit, those that `draw_rows` draws.
 
     Raises:
-        InputError: no such file or dataset, a malformed line, or no rows.
+        InputError: the file or dataset is missing or empty, or a line is malformed.
     """
-    local = is_file(source.path)
+    local = is_local_path(source.path)
     numbered: Iterable[tuple[int, Row]] = (
         _file_rows(Path(source.path).expanduser()) if local else enumerate(_hub_rows(source), start=1)
     )
-    counted = "line" if local and not source.path.endswith(".parquet") else "row"
+    unit = "line" if local and not source.path.endswith(".parquet") else "row"
     if source.limit is not None:
-        numbered = drawn_rows(numbered, source.limit)
+        numbered = draw_rows(numbered, source.limit)
     empty = True
     for number, row in numbered:
         empty = False
-        yield f"{source.path}, {counted} {number}", row
+        yield f"{source.path}, {unit} {number}", row
     if empty:
-        raise InputError(f"{source.path}: no rows in it; give a file with at least one")
+        raise InputError(f"{source.path}: no rows in it; give a source with at least one")
 
 
-def drawn_rows(rows: Iterable[tuple[int, Row]], limit: int) -> list[tuple[int, Row]]:
-    """As many numbered rows as the limit allows: those whose content hashes lowest, in the order they came in.
+def draw_rows(rows: Iterable[tuple[int, Row]], limit: int) -> list[tuple[int, Row]]:
+    """The `limit` numbered rows whose content hashes are lowest, in their original order.
 
-    The first rows of a file are often all of one kind. What is drawn depends on neither a seed nor the rows' order,
-    and a larger limit keeps what a smaller one took. All rows are read, one by one, and `limit` of them held.
+    The first rows of a file would often be all of one kind. The draw depends on neither a seed nor the order of the
+    rows, and a larger limit extends a smaller one's draw. All rows are read, and at most `limit` are kept in memory.
     """
     lowest = heapq.nsmallest(limit, rows, key=lambda numbered: (_content_digest(numbered[1]), numbered[0]))
     return sorted(lowest, key=lambda numbered: numbered[0])
@@ -91,12 +91,12 @@ def _content_digest(row: Row) -> str:
 
 
 def is_transcript(value: object) -> bool:
-    """Whether a column holds hh-rlhf's text form of a conversation, or of a turn of one."""
+    """Whether a value is a conversation, or one of its turns, in hh-rlhf's text form."""
     return isinstance(value, str) and value.startswith(("\n\nHuman:", "\n\nAssistant:"))
 
 
 def parse_transcript(text: str, place: str) -> Conversation:
-    """hh-rlhf's text form of a conversation.
+    """The conversation of a transcript, hh-rlhf's text form.
 
     Raises:
         InputError: the text does not start with a turn.
@@ -109,10 +109,10 @@ def parse_transcript(text: str, place: str) -> Conversation:
 
 
 def parse_messages(value: Any, column: str, place: str) -> Conversation:
-    """A column that holds a list of messages.
+    """The conversation of a column that holds a list of messages.
 
     Raises:
-        InputError: it holds something else, or nothing.
+        InputError: the value is something else, an empty list, or has a message with an unknown role.
     """
     try:
         messages = as_conversation(value)
@@ -121,12 +121,21 @@ def parse_messages(value: Any, column: str, place: str) -> Conversation:
     if not messages or not all(isinstance(message.content, str) for message in messages):
         raise InputError(f"{place}: `{column}` must be a text or a list of {{role, content}} messages")
     if unknown := [message.role for message in messages if message.role not in ROLES]:
-        raise InputError(f"{place}: `{column}` has a turn of {unknown[0]!r}; a role is one of {', '.join(ROLES)}")
+        raise InputError(f"{place}: `{column}` has the role {unknown[0]!r}; use one of {', '.join(ROLES)}")
     return messages
 
 
-def merge_neighbours(conversation: Iterable[Message]) -> Conversation:
-    """The conversation with neighbouring turns of one speaker made one, as chat templates ask for."""
+def parse_conversation(value: Any, column: str, place: str) -> Conversation:
+    """The conversation of a column that holds a transcript or a list of messages.
+
+    Raises:
+        InputError: as for `parse_messages`.
+    """
+    return parse_transcript(value, place) if is_transcript(value) else parse_messages(value, column, place)
+
+
+def merge_turns(conversation: Iterable[Message]) -> Conversation:
+    """The conversation with consecutive turns of the same role merged, as chat templates require."""
     merged: list[Message] = []
     for message in conversation:
         if merged and merged[-1].role == message.role:
@@ -136,7 +145,7 @@ def merge_neighbours(conversation: Iterable[Message]) -> Conversation:
 
 
 def _file_rows(path: Path) -> Iterator[tuple[int, Row]]:
-    """Rows with their numbers: of a text file those of the lines, so that an editor finds them."""
+    """Numbered rows. In a text file the numbers are line numbers, so that the user finds them in an editor."""
     if fault := file_fault(str(path)):
         raise InputError(f"{path}: {fault}")
     if path.name.endswith(".parquet"):
@@ -151,7 +160,7 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[int, Row]]:
         with opener(path, "rt", encoding="utf-8-sig") as lines:
             yield from numbered_jsonl(lines, str(path))
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise InputError(f"{path}: not whole ({error}); fetch it again") from None
+        raise InputError(f"{path}: damaged or incomplete ({error}); download it again") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text ({error.reason}); save it as UTF-8") from None
     except PermissionError as error:
@@ -168,7 +177,7 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
     except PermissionError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); make it readable for this user") from None
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not a parquet file that is whole ({error}); fetch it again") from None
+        raise InputError(f"{path}: not a complete parquet file ({error}); download it again") from None
 
 
 def _hub_rows(source: Source) -> Iterator[Row]:
@@ -184,6 +193,6 @@ def _hub_rows(source: Source) -> Iterator[Row]:
             else "check the name, `hub_split`, `hub_folder` and the network, or give a local file"
         )
         raise InputError(
-            f"{source.path}: not a local file, and as a hub dataset it cannot be loaded "
+            f"{source.path}: not a local file, and loading it as a hub dataset failed "
             f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}); {remedy}"
         ) from error

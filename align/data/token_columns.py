@@ -1,8 +1,8 @@
 """Records as the token columns that TRL's trainers take.
 
-Rows are tokenized here and not in TRL, so that a training row is token for token what generation makes: the prompt, the
-completion, and the token that ends the turn, which is also where a reward model's score is read. A row longer than the
-limit is left out and named, never cut: a cut completion teaches a model not to stop.
+Rows are tokenized here and not by TRL, so that a training row is token for token what generation produces: the prompt,
+the completion, and the token that ends the turn, where a reward model's score is read. A row longer than the limit is
+left out and reported, never truncated: a truncated completion would teach a model not to stop.
 """
 
 from collections.abc import Callable, Iterable
@@ -12,17 +12,17 @@ from typing import Any, TypeVar
 from align.data.chat import ChatTokenizer, conversation_ids
 from align.records import Demonstration, PreferencePair
 
-IGNORED = -100
-"""The label of a token that no loss counts."""
+IGNORE_INDEX = -100
+"""The label of tokens that are excluded from the loss."""
 
 T = TypeVar("T", Demonstration, PreferencePair)
 
 
 @dataclass(frozen=True)
-class BatchCache:
+class TokenColumns:
     """Rows as dictionaries of token ids, and the ids of the records that were too long.
 
-    Each row has its `length` in tokens as well (of a pair, the longer side's), by which TRL can batch like with like.
+    Each row also has its `length` in tokens (for a pair, the longer side's), by which TRL can group batches.
     """
 
     rows: tuple[dict[str, Any], ...]
@@ -34,21 +34,21 @@ class BatchCache:
 
 def demonstration_columns(
     tokenizer: ChatTokenizer, demonstrations: Iterable[Demonstration], max_length: int, system_prompt: str | None = None
-) -> BatchCache:
-    """`input_ids` and `labels` of each demonstration; the prompt's labels are `IGNORED`."""
+) -> TokenColumns:
+    """`input_ids` and `labels` of each demonstration; the prompt's labels are `IGNORE_INDEX`."""
 
     def row(demonstration: Demonstration) -> tuple[dict[str, Any], int]:
         prompt, completion = conversation_ids(tokenizer, demonstration.prompt, demonstration.completion, system_prompt)
         ids = prompt + completion
-        return {"input_ids": ids, "labels": [IGNORED] * len(prompt) + completion}, len(ids)
+        return {"input_ids": ids, "labels": [IGNORE_INDEX] * len(prompt) + completion}, len(ids)
 
     return _columns(demonstrations, row, max_length)
 
 
 def pair_columns(
     tokenizer: ChatTokenizer, pairs: Iterable[PreferencePair], max_length: int, system_prompt: str | None = None
-) -> BatchCache:
-    """`prompt_ids`, `chosen_ids`, `rejected_ids` (the completions alone) and `probability` of each pair."""
+) -> TokenColumns:
+    """`prompt_ids`, `chosen_ids`, `rejected_ids` (without the prompt) and `probability` of each pair."""
 
     def row(pair: PreferencePair) -> tuple[dict[str, Any], int]:
         prompt, chosen = conversation_ids(tokenizer, pair.prompt, pair.chosen[-1].content, system_prompt)
@@ -59,8 +59,8 @@ def pair_columns(
     return _columns(pairs, row, max_length)
 
 
-def whole_conversations(columns: BatchCache) -> BatchCache:
-    """Pair columns as a reward model takes them: `chosen_ids` and `rejected_ids` with the prompt before each."""
+def whole_conversations(columns: TokenColumns) -> TokenColumns:
+    """Pair columns for a reward model: `chosen_ids` and `rejected_ids` include the prompt."""
     rows = (
         {
             "chosen_ids": row["prompt_ids"] + row["chosen_ids"],
@@ -70,11 +70,11 @@ def whole_conversations(columns: BatchCache) -> BatchCache:
         }
         for row in columns.rows
     )
-    return BatchCache(tuple(rows), columns.too_long)
+    return TokenColumns(tuple(rows), columns.too_long)
 
 
-def _columns(records: Iterable[T], row: Callable[[T], tuple[dict[str, Any], int]], max_length: int) -> BatchCache:
-    """The rows that `row` makes, with their lengths, of the records that are short enough."""
+def _columns(records: Iterable[T], row: Callable[[T], tuple[dict[str, Any], int]], max_length: int) -> TokenColumns:
+    """The rows that `row` makes of the records, without those longer than `max_length`."""
     rows: list[dict[str, Any]] = []
     too_long: list[str] = []
     for record in records:
@@ -83,4 +83,4 @@ def _columns(records: Iterable[T], row: Callable[[T], tuple[dict[str, Any], int]
             too_long.append(record.id)
         else:
             rows.append({**columns, "length": length})
-    return BatchCache(tuple(rows), tuple(too_long))
+    return TokenColumns(tuple(rows), tuple(too_long))

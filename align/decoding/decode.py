@@ -1,92 +1,40 @@
-"""Completions drawn token by token from a causal language model, many rows at once.
+"""Batched decoding: completions of prompts, one token at a time for the whole batch.
 
-Each row's randomness comes from its own seed alone: one uniform number a token, turned into a token by the inverse of
-the cumulative distribution. So a row's draw never depends on which other rows share its batch.
-
-Shapes: B rows that are still being written, S cached positions, V vocabulary.
+Shapes: B rows still in the batch, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from torch import Tensor
 
-from align.decoding.shared_prefixes import (
-    PrefixBatch,
-    SharedPrefixes,
-    can_share,
-    find_shared_prefixes,
-    left_padded,
-    positions,
-    prefix_batch,
-)
-from align.errors import NotFinite
-from align.models.wrappers import inner_model, without_ddp
+from align.decoding.cache import reserved_cache
+from align.decoding.sampling import sample, uniform_numbers
+from align.decoding.shared_prefixes import SharedPrefixes, can_share_prefixes, find_shared_prefixes, prefix_batch
+from align.models.padding import left_padded, position_ids
+from align.models.wrappers import eval_mode, inner_model, without_ddp
 from align.records import FinishReason
 
-NUCLEUS_CANDIDATES = 256
-"""How many of the likeliest tokens are looked at before the whole vocabulary is sorted for `top_p`."""
-
 DROP_SHARE = 0.25
-"""Rows that have ended leave the batch once they are this share of it: each time costs a copy of the cache."""
+"""Finished rows leave the batch once they make up this share of it. Each removal copies the cache."""
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """One entry a prompt, in the prompts' order.
+    """Completions, in the order of their prompts.
 
-    `tokens` include the stop token; `finish_reasons` say whether one was drawn ('stop') or the limit reached
-    ('length'); `logprobs` are the drawn tokens' in nats, under the temperature but before `top_p`, when kept; `values`
-    are the value before each drawn token, of a model that gives them.
+    `tokens` include the stop token. `finish_reasons` are 'stop' where one was sampled, and 'length' where the limit was
+    reached. `logprobs` are the sampled tokens' log-probabilities in nats, under the temperature but before `top_p`.
+    `values` are the model's values of the states before each sampled token. Both are None unless asked for.
     """
 
     tokens: list[list[int]]
     finish_reasons: list[FinishReason]
     logprobs: list[list[float]] | None
     values: list[list[float]] | None = None
-
-
-class ReservedLayer(DynamicLayer):
-    """Keys and values of one layer in buffers reserved for the final length, so that a new token copies no old ones."""
-
-    def __init__(self, capacity: int) -> None:
-        super().__init__()
-        self.is_initialized: bool = False
-        self.capacity = capacity
-        self.length = 0
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write (B, heads, new, D) states behind those there, and return views of all of them."""
-        if not self.is_initialized:
-            self.dtype, self.device = key_states.dtype, key_states.device
-            self.keys, self.values = self._reserve(key_states), self._reserve(value_states)
-            self.is_initialized = True
-        end = self.length + key_states.shape[-2]
-        self.keys[:, :, self.length : end] = key_states
-        self.values[:, :, self.length : end] = value_states
-        self.length = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
-
-    def _reserve(self, states: Tensor) -> Tensor:
-        batch, heads, _, size = states.shape
-        return states.new_empty(batch, heads, self.capacity, size)
-
-    def get_seq_length(self) -> int:
-        return self.length
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these rows alone; they must be in ascending order."""
-        for name in ("keys", "values"):
-            old = getattr(self, name)
-            new = old.new_empty(len(indices), *old.shape[1:])
-            torch.index_select(old[:, :, : self.length], 0, indices, out=new[:, :, : self.length])
-            setattr(self, name, new)
 
 
 def decode(
@@ -107,143 +55,94 @@ def decode(
     """Complete each prompt until a stop token or `max_new_tokens`.
 
     Args:
-        model: a causal LM, which may be wrapped by PEFT, DDP or FSDP; it is called through its forward only. Anything
-            else that is called like one, and has a `config` and a `device`, does too.
-        prompts: token ids, none empty.
-        seeds: one a prompt.
-        temperature: 0 takes the likeliest token each time (log-probabilities are then at temperature 1).
-        top_p: keep the smallest set of likeliest tokens that has this much probability (Holtzman et al. 2020).
-        keep_values: the model's output has `values` (B, 1) beside its logits, which are to be kept.
-        synced: every process calls the model equally often, as weights that are sharded need. Then every process must
-            call this function together, if need be with no prompts.
-        progress: told after each token what share of the work is done at most, in (0, 1], rows that ended early being
-            done wholly.
+        model: a causal LM, perhaps wrapped by PEFT, DDP or FSDP, or a callable like one with `config` and `device`.
+        prompts: token ids, at least one per prompt; `seeds` has one seed per prompt.
+        temperature, top_p: as for `sample`.
+        keep_values: also return values. The model's output must have `values` (B, 1).
+        synced: make every process call the model equally often, as sharded weights need. Every process must then call
+            this function, with no prompts if it has none.
+        progress: called after each token with the share of work done, in (0, 1], as if unfinished rows had the limit.
 
     Raises:
-        ValueError: an empty prompt, or numbers of prompts and seeds that differ.
-        NotFinite: the model's logits are NaN.
+        ValueError: a prompt is empty, or the numbers of prompts and seeds differ.
+        NotFinite: the model's logits contain NaN or plus infinity.
     """
     if len(prompts) != len(seeds) or not all(prompts):
-        raise ValueError("decode takes one seed a prompt, and no empty prompt")
+        raise ValueError("decode needs one seed per prompt, and no empty prompt")
+    completions = _Completions(len(prompts), stop_ids)
     if not prompts and not synced:
-        return Decoded([], [], [] if keep_logprobs else None, [] if keep_values else None)
-    stops = frozenset(stop_ids)
-    tokens: list[list[int]] = [[] for _ in prompts]
-    logprobs: list[list[float]] = [[] for _ in prompts]
-    values: list[list[float]] = [[] for _ in prompts]
-    unfinished = set(range(len(prompts)))
-    with torch.no_grad(), evaluating(model):
-        openings = SharedPrefixes.none(len(prompts)) if synced else find_shared_prefixes(prompts)
-        batch = _Batch(model, list(prompts) or [[pad_id]], openings, max_new_tokens, pad_id)
-        uniforms = np.stack([np.random.default_rng(seed).random(max_new_tokens) for seed in seeds or [0]])
+        return completions.decoded(keep_logprobs, keep_values)
+    with torch.no_grad(), eval_mode(model):
+        batch = _Batch(model, prompts or [[pad_id]], max_new_tokens, pad_id, share=not synced)
+        uniforms = np.stack([uniform_numbers(seed, max_new_tokens) for seed in seeds or [0]])
         for step in range(max_new_tokens):
-            given = batch.next()
-            drawn, drawn_logprobs = draw(given.logits[:, -1], uniforms[batch.rows, step], temperature, top_p)
-            drawn_values = given.values[:, -1] if keep_values else torch.zeros_like(drawn_logprobs)
-            each = zip(drawn.tolist(), drawn_logprobs.tolist(), drawn_values.tolist(), strict=True)
-            for row, (token, logprob, value) in zip(batch.rows, each, strict=True):
-                if row in unfinished:
-                    tokens[row].append(token)
-                    logprobs[row].append(logprob)
-                    values[row].append(value)
-                    if token in stops:
-                        unfinished.remove(row)
+            output = batch.forward()
+            tokens, logprobs = sample(output.logits[:, -1], uniforms[batch.rows, step], temperature, top_p)
+            values = output.values[:, -1] if keep_values else torch.zeros_like(logprobs)
+            completions.append(batch.rows, tokens, logprobs, values)
             if progress:
-                progress(1 - len(unfinished) * (1 - (step + 1) / max_new_tokens) / max(len(prompts), 1))
-            if not _anywhere(bool(unfinished), synced, drawn.device):
+                progress(1 - len(completions.unfinished) * (1 - (step + 1) / max_new_tokens) / max(len(prompts), 1))
+            if not _in_any_process(bool(completions.unfinished), synced, tokens.device):
                 break
-            batch.extend(drawn)
-            batch.drop_ended(unfinished)
-    reasons: list[FinishReason] = ["stop" if row[-1] in stops else "length" for row in tokens]
-    return Decoded(tokens, reasons, logprobs if keep_logprobs else None, values if keep_values else None)
+            batch.extend(tokens)
+            batch.drop_finished(completions.unfinished)
+    return completions.decoded(keep_logprobs, keep_values)
 
 
-def draw(logits: Tensor, uniforms: np.ndarray, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
-    """One token a row, and its log-probability under the temperature.
+class _Completions:
+    """The completions so far. `unfinished` has the rows without a stop token."""
 
-    Args:
-        logits: (B, V), of any float dtype.
-        uniforms: (B,) numbers in [0, 1), one a row.
+    def __init__(self, rows: int, stop_ids: Sequence[int]) -> None:
+        self._stops = frozenset(stop_ids)
+        self._sampled: list[list[tuple[int, float, float]]] = [[] for _ in range(rows)]
+        self.unfinished = set(range(rows))
 
-    Returns:
-        (B,) tokens and (B,) float32 log-probabilities in nats.
+    def append(self, rows: Sequence[int], tokens: Tensor, logprobs: Tensor, values: Tensor) -> None:
+        """Append a token, its log-probability and its value to each of these rows, unless it is finished."""
+        for row, *sampled in zip(rows, tokens.tolist(), logprobs.tolist(), values.tolist(), strict=True):
+            if row in self.unfinished:
+                self._sampled[row].append(tuple(sampled))
+                if sampled[0] in self._stops:
+                    self.unfinished.remove(row)
 
-    Raises:
-        NotFinite: a row's logits hold NaN or plus infinity.
-    """
-    scores = logits.float()
-    if temperature not in (0.0, 1.0):
-        scores = scores / temperature
-    peak = scores.amax(-1, keepdim=True)  # (B, 1)
-    weights = (scores - peak).exp_()  # (B, V)
-    total = weights.sum(-1)  # (B,)
-    if not total.isfinite().all():
-        raise NotFinite("sampling: the model's logits are not finite (NaN or infinity); its weights are broken")
-    if temperature == 0:
-        tokens = scores.argmax(-1)
-    elif top_p < 1:
-        kept, ids = _nucleus(weights, top_p * total)
-        tokens = ids.gather(-1, _inverse_cdf(kept, uniforms)[:, None])[:, 0]
-    else:
-        tokens = _inverse_cdf(weights, uniforms)
-    return tokens, (scores.gather(-1, tokens[:, None]) - peak)[:, 0] - total.log()
-
-
-def _inverse_cdf(weights: Tensor, uniforms: np.ndarray) -> Tensor:
-    """(B,) the first index at which the running sum of (B, N) weights passes the uniform's share of their sum."""
-    cumulative = weights.cumsum(-1)
-    total = cumulative[:, -1]
-    target = (total.double() * torch.from_numpy(uniforms).to(total.device)).float()
-    # Rounding must not take the target up to the sum itself, past the last index that has any weight.
-    target = target.minimum(total.nextafter(torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, target[:, None], right=True)[:, 0]
-
-
-def _nucleus(weights: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights in descending order, those after the first ones that sum to (B,) `mass` set to 0; and their indices."""
-    top, ids = weights.topk(min(NUCLEUS_CANDIDATES, weights.shape[-1]))
-    if (top.sum(-1) < mass).any():
-        top, ids = weights.sort(descending=True, stable=True)
-    before = top.cumsum(-1) - top
-    return top.where(before < mass[:, None], 0.0), ids
+    def decoded(self, keep_logprobs: bool, keep_values: bool) -> Decoded:
+        tokens = [[token for token, _, _ in row] for row in self._sampled]
+        reasons: list[FinishReason] = ["length" if row in self.unfinished else "stop" for row in range(len(tokens))]
+        logprobs = [[logprob for _, logprob, _ in row] for row in self._sampled] if keep_logprobs else None
+        values = [[value for _, _, value in row] for row in self._sampled] if keep_values else None
+        return Decoded(tokens, reasons, logprobs, values)
 
 
 class _Batch:
-    """The rows in the model's batch, their cache, and what goes in next.
+    """The rows in the batch, their cache, and the next input to the model.
 
-    A row's positions are [padding, its opening, padding, the rest of its prompt, what is drawn]; each opening goes
-    through the model once, however many rows have it.
+    A row's positions are [padding, shared prefix, padding, rest of the prompt, sampled tokens]. Each shared prefix runs
+    through the model once, however many rows begin with it.
     """
 
     def __init__(
-        self, model: Any, prompts: Sequence[Sequence[int]], openings: SharedPrefixes, max_new_tokens: int, pad_id: int
+        self, model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, pad_id: int, *, share: bool
     ) -> None:
         self.model = without_ddp(model)
         self.rows = list(range(len(prompts)))
         inner = inner_model(model)
-        self.device = inner.device
-        if not can_share(inner.config):
-            openings = SharedPrefixes.none(len(prompts))
-        opened = prefix_batch(openings, pad_id, self.device)
-        rests = [prompt[len(openings.ids[group]) :] for prompt, group in zip(prompts, openings.of_row, strict=True)]
-        self.ids, mask = left_padded(rests, pad_id, self.device)
-        drawn = torch.ones(len(prompts), max_new_tokens, dtype=torch.long, device=self.device)
-        self.mask = opened.before(torch.cat([mask, drawn], dim=1))
+        share = share and can_share_prefixes(inner.config)
+        shared = find_shared_prefixes(prompts) if share else SharedPrefixes.none(len(prompts))
+        prefixes = prefix_batch(shared, pad_id, inner.device)
+        rests = [prompt[len(shared.ids[group]) :] for prompt, group in zip(prompts, shared.of_row, strict=True)]
+        self.ids, mask = left_padded(rests, pad_id, inner.device)
+        sampled = torch.ones(len(prompts), max_new_tokens, dtype=torch.long, device=inner.device)
+        self.mask = prefixes.full_mask(torch.cat([mask, sampled], dim=1))
         self.length = self.mask.shape[1] - max_new_tokens
-        self.positions = positions(self.mask[:, : self.length])[:, opened.width :]
+        self.positions = position_ids(self.mask[:, : self.length])[:, prefixes.width :]
         self.cache = reserved_cache(inner.config, self.mask.shape[1])
-        if opened.width:
-            self._open(opened, reserved_cache(inner.config, opened.width))
+        if prefixes.width:
+            encoded = prefixes.encode(self.model, reserved_cache(inner.config, prefixes.width), logits_to_keep=1)
+            for layer, source in zip(self.cache.layers, encoded.layers, strict=True):
+                layer.update(*(states.index_select(0, prefixes.of_row) for states in (source.keys, source.values)))
 
-    def _open(self, openings: PrefixBatch, opened: Cache) -> None:
-        """Put the openings through the model, and each row's into its part of the cache."""
-        openings.run(self.model, opened, logits_to_keep=1)
-        for layer, source in zip(self.cache.layers, opened.layers, strict=True):
-            each = (states.index_select(0, openings.of_row) for states in (source.keys, source.values))
-            layer.update(*each)
-
-    def next(self) -> Any:
-        """What the model gives for each row's next token: (B, 1, V) logits, perhaps more."""
+    def forward(self) -> Any:
+        """The model's output, whose logits (B, 1, V) are those of each row's next token."""
         return self.model(
             input_ids=self.ids,
             attention_mask=self.mask[:, : self.length],
@@ -254,13 +153,13 @@ class _Batch:
         )
 
     def extend(self, tokens: Tensor) -> None:
-        """Give each row its next token, (B,)."""
+        """Append (B,) sampled tokens, one per row: they are the next input."""
         self.ids = tokens[:, None]
         self.positions = self.positions[:, -1:] + 1
         self.length += 1
 
-    def drop_ended(self, unfinished: set[int]) -> None:
-        """Take ended rows out once they are many; one row stays, for a process that only keeps step with others."""
+    def drop_finished(self, unfinished: set[int]) -> None:
+        """Remove finished rows once they are many. One row always stays, as other processes may go on."""
         kept = [slot for slot, row in enumerate(self.rows) if row in unfinished] or [0]
         if len(self.rows) - len(kept) < max(1, DROP_SHARE * len(self.rows)):
             return
@@ -270,28 +169,8 @@ class _Batch:
         self.cache.batch_select_indices(indices)
 
 
-def reserved_cache(config: PreTrainedConfig, capacity: int) -> Cache:
-    """A cache for `capacity` positions: reserved buffers for full attention, the library's own layers elsewhere."""
-    cache = DynamicCache(config=config)
-    cache.layers = [ReservedLayer(capacity) if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    return cache
-
-
-@contextmanager
-def evaluating(model: Any) -> Iterator[None]:
-    """Eval mode, which gradient checkpointing needs for a cache to be used; every module's mode is put back after."""
-    modes = [(module, module.training) for module in model.modules()] if isinstance(model, nn.Module) else []
-    for module, _ in modes:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-def _anywhere(flag: bool, synced: bool, device: torch.device) -> bool:
-    """Whether the flag is set here or, when synced, in any process."""
+def _in_any_process(flag: bool, synced: bool, device: torch.device) -> bool:
+    """Whether the flag is set in this process or, when synced, in any process."""
     if not synced or not torch.distributed.is_initialized():
         return flag
     flags = torch.tensor(int(flag), device=device)

@@ -1,6 +1,6 @@
-"""Keys and values of token prefixes that prompts may go on from: openings that many share, and conversations so far.
+"""Keys and values of token prefixes that later prompts may begin with: shared prefixes and earlier conversations.
 
-Shapes: K key-value heads, D features a head.
+Shapes: K key-value heads, D features per head.
 """
 
 from bisect import bisect_left, insort
@@ -17,7 +17,7 @@ States = list[tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class CachedPrefix:
-    """Tokens and the states of those from `offset` on; the states of the tokens before are the `parent`'s first."""
+    """Tokens with their states. The first `offset` tokens' states are the `parent`'s; `states` holds those after."""
 
     tokens: Tokens
     states: States
@@ -25,7 +25,7 @@ class CachedPrefix:
     offset: int = 0
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
-        """Write a layer's first states into (K, length, D) views; they say how many."""
+        """Copy a layer's states of the first `length` tokens into (K, length, D) tensors."""
         length = keys.shape[1]
         inherited = min(self.offset, length)
         if self.parent and inherited:
@@ -37,43 +37,43 @@ class CachedPrefix:
 
 
 class PrefixCache:
-    """Prefixes, at most `capacity` tokens of their own states; the oldest go first.
+    """Prefixes whose own states cover at most `capacity` tokens. The oldest prefixes are evicted first.
 
-    What a prefix's parent holds lives as long as the prefix does.
+    A parent's states are not counted again, and stay alive as long as a prefix refers to them.
     """
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
-        self._held = 0
+        self._used = 0
         self._by_tokens: OrderedDict[Tokens, CachedPrefix] = OrderedDict()
         self._sorted: list[Tokens] = []
 
     def add(self, prefix: CachedPrefix) -> None:
-        """Keep a prefix, unless it is larger than all that may be kept."""
+        """Cache a prefix, unless it is larger than the whole capacity."""
         size = len(prefix.tokens) - prefix.offset
         if prefix.tokens in self._by_tokens or size > self._capacity:
             return
-        while self._held + size > self._capacity:
+        while self._used + size > self._capacity:
             tokens, oldest = self._by_tokens.popitem(last=False)
-            self._held -= len(tokens) - oldest.offset
+            self._used -= len(tokens) - oldest.offset
             self._sorted.pop(bisect_left(self._sorted, tokens))
         self._by_tokens[prefix.tokens] = prefix
         insort(self._sorted, prefix.tokens)
-        self._held += size
+        self._used += size
 
     def longest(self, prompt: Sequence[int]) -> tuple[CachedPrefix | None, int]:
-        """The prefix that has most tokens in common with the prompt's beginning, and how many; never the whole prompt.
+        """The prefix with the most leading tokens in common with the prompt, and how many. Never the whole prompt.
 
-        In sorted order it stands beside the place where the prompt itself would.
+        In sorted order, that prefix is next to the place where the prompt would be inserted.
         """
         place = bisect_left(self._sorted, tuple(prompt))
-        beside = self._sorted[max(place - 1, 0) : place + 1]
-        length, tokens = max(((common(tokens, prompt), tokens) for tokens in beside), default=(0, ()))
+        neighbours = self._sorted[max(place - 1, 0) : place + 1]
+        length, tokens = max(((common_prefix_length(tokens, prompt), tokens) for tokens in neighbours), default=(0, ()))
         length = min(length, len(prompt) - 1)
         return (self._by_tokens[tokens], length) if length else (None, 0)
 
 
-def common(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many tokens two rows have in common at their beginnings."""
+def common_prefix_length(first: Sequence[int], second: Sequence[int]) -> int:
+    """The number of leading tokens that two rows have in common."""
     pairs = enumerate(zip(first, second, strict=False))
     return next((position for position, (a, b) in pairs if a != b), min(len(first), len(second)))

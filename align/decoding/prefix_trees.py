@@ -1,11 +1,11 @@
-"""Log-probabilities of continuations of shared beginnings, every beginning read once, by one row that holds a tree.
+"""Log-probabilities of continuations that share prefixes, with every shared prefix run through the model once.
 
-Rows of tokens that begin alike are paths of one tree. Its nodes go through the model as a single row in which each
-sees its ancestors alone, at the position that its depth says: for every path that is what reading it alone gives. Any
-number of beginnings within beginnings is shared (a conversation by several questions, a question by its answers), and
-nothing is padded.
+Rows of tokens that begin alike are paths of one tree. The tree runs through the model as a single row, in which each
+node attends only to its ancestors and itself, at the position given by its depth. So each path gets the same results as
+when it runs alone. Prefixes may be shared at any number of levels (a conversation by several questions, a question by
+its answers), and nothing is padded.
 
-Shapes: N nodes of a tree, K of them whose next token is asked for, V vocabulary.
+Shapes: N nodes of a tree, K nodes whose next token is scored, V vocabulary.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,76 +16,76 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from align.decoding.prefix_cache import common
-from align.decoding.shared_prefixes import can_share
-from align.models import cpu_attention as attention
+from align.decoding.prefix_cache import common_prefix_length
+from align.decoding.shared_prefixes import can_share_prefixes
+from align.models.cpu_attention import SHORT_ROWS_ATTENTION
 from align.models.logprobs import CHUNK
 from align.models.wrappers import inner_model
 
-MASKABLE = ("sdpa", "eager", attention.NAME)
-"""Attention that takes a mask of its own for every query."""
+MASKABLE = ("sdpa", "eager", SHORT_ROWS_ATTENTION)
+"""The attention implementations that take any mask."""
 
 
 @dataclass(frozen=True)
 class Continuation:
-    """Token ids to score, and those before them, of which there is at least one."""
+    """Token ids to score after a prefix of at least one token."""
 
-    before: Sequence[int]
+    prefix: Sequence[int]
     ids: Sequence[int]
 
     @property
     def tokens(self) -> tuple[int, ...]:
-        return (*self.before, *self.ids)
+        return (*self.prefix, *self.ids)
 
 
 @dataclass(frozen=True)
 class Tree:
-    """Continuations in sorted order, each with the nodes of its path; and each node's token and depth."""
+    """A prefix tree: the nodes of each row's path, and each node's token and depth."""
 
     paths: list[list[int]]
     tokens: list[int]
     depths: list[int]
 
-    def sees(self) -> Tensor:
-        """(N, N) whether a node sees another: itself and its ancestors."""
+    def attention_mask(self) -> Tensor:
+        """(N, N) whether a node attends to another: to itself and its ancestors."""
         size = len(self.tokens)
-        seen = torch.zeros(size, size, dtype=torch.bool)
+        mask = torch.zeros(size, size, dtype=torch.bool)
         for path in self.paths:
             nodes = torch.tensor(path)
-            seen[nodes[:, None], nodes] = torch.ones(len(path), len(path), dtype=torch.bool).tril()
-        return seen
+            mask[nodes[:, None], nodes] = torch.ones(len(path), len(path), dtype=torch.bool).tril()
+        return mask
 
 
-def tree_of(rows: Sequence[Sequence[int]]) -> Tree:
-    """The tree of rows in sorted order, where a row has most in common with the one before it."""
+def build_tree(rows: Sequence[Sequence[int]]) -> Tree:
+    """The tree of rows in sorted order, in which no earlier row shares more with a row than the one before it."""
     paths: list[list[int]] = []
     tokens: list[int] = []
     depths: list[int] = []
-    before: Sequence[int] = ()
+    previous: Sequence[int] = ()
     for row in rows:
-        shared = common(before, row)
+        shared = common_prefix_length(previous, row)
         inherited = paths[-1][:shared] if paths else []
         paths.append([*inherited, *range(len(tokens), len(tokens) + len(row) - shared)])
         tokens += row[shared:]
         depths += range(shared, len(row))
-        before = row
+        previous = row
     return Tree(paths, tokens, depths)
 
 
 def can_score_trees(model: Any) -> bool:
-    """Whether all of a model's layers see everything before a token, through attention that takes any mask."""
+    """Whether all layers attend to every earlier token, with an attention implementation that takes any mask."""
     config = inner_model(model).config
-    return can_share(config) and config._attn_implementation in MASKABLE
+    return can_share_prefixes(config) and config._attn_implementation in MASKABLE
 
 
-def tree_batches(continuations: Sequence[Continuation], most: int) -> Iterator[list[int]]:
-    """Indices of continuations that make a tree of at most so many nodes together, or have more alone."""
+def tree_batches(continuations: Sequence[Continuation], max_nodes: int) -> Iterator[list[int]]:
+    """Batches of indices whose continuations form a tree of at most `max_nodes`. A longer one gets its own batch."""
     rows = [each.tokens for each in continuations]
     order = sorted(range(len(rows)), key=rows.__getitem__)
     batch, size = order[:1], len(rows[order[0]]) if order else 0
     for previous, index in pairwise(order):
-        added = len(rows[index]) - common(rows[previous], rows[index])
-        if size + added > most:
+        added = len(rows[index]) - common_prefix_length(rows[previous], rows[index])
+        if size + added > max_nodes:
             yield batch
             batch, size, added = [], 0, len(rows[index])
         batch.append(index)
@@ -95,34 +95,34 @@ def tree_batches(continuations: Sequence[Continuation], most: int) -> Iterator[l
 
 
 def tree_logprobs(model: Any, continuations: Sequence[Continuation]) -> list[float]:
-    """The sum of each continuation's token log-probabilities in nats, all of them in one pass.
+    """The sum of each continuation's token log-probabilities in nats, from one pass over all of them.
 
     Args:
-        model: a causal LM, perhaps wrapped, that `can_score_trees`.
-        continuations: in the order of their tokens, as `tree_batches` gives them.
+        model: a causal LM, perhaps wrapped, for which `can_score_trees` is true.
+        continuations: sorted by their tokens, as `tree_batches` orders them.
     """
-    tree = tree_of([each.tokens for each in continuations])
-    steps = [(path[len(each.before) - 1 : -1], each.ids) for each, path in zip(continuations, tree.paths, strict=True)]
-    asked = sorted({node for nodes, ids in steps for node in nodes[: len(ids)]})
-    place = {node: number for number, node in enumerate(asked)}
+    tree = build_tree([each.tokens for each in continuations])
+    steps = [(path[len(each.prefix) - 1 : -1], each.ids) for each, path in zip(continuations, tree.paths, strict=True)]
+    scored = sorted({node for nodes, ids in steps for node in nodes[: len(ids)]})
+    place = {node: number for number, node in enumerate(scored)}
     which = torch.tensor([place[node] for nodes, ids in steps for node in nodes[: len(ids)]])
     targets = torch.tensor([token for _, ids in steps for token in ids])
-    logprobs = _next_logprobs(model, tree, asked, which, targets)
+    logprobs = _next_logprobs(model, tree, scored, which, targets)
     return [part.sum().item() for part in logprobs.double().split([len(ids) for _, ids in steps])]
 
 
-def _next_logprobs(model: Any, tree: Tree, asked: Sequence[int], which: Tensor, targets: Tensor) -> Tensor:
-    """Log-probabilities of targets, each after the asked node that `which` says."""
+def _next_logprobs(model: Any, tree: Tree, scored: Sequence[int], which: Tensor, targets: Tensor) -> Tensor:
+    """Log-probabilities of targets: each follows the node whose index in `scored` is in `which`."""
     device, dtype = inner_model(model).device, inner_model(model).dtype
-    unseen = torch.zeros(len(tree.tokens), len(tree.tokens), dtype=dtype)
-    unseen.masked_fill_(~tree.sees(), torch.finfo(dtype).min)
+    bias = torch.zeros(len(tree.tokens), len(tree.tokens), dtype=dtype)
+    bias.masked_fill_(~tree.attention_mask(), torch.finfo(dtype).min)
     with torch.no_grad():
         logits = model(
             input_ids=torch.tensor([tree.tokens], device=device),
-            attention_mask=unseen[None, None].to(device),
+            attention_mask=bias[None, None].to(device),
             position_ids=torch.tensor([tree.depths], device=device),
             use_cache=False,
-            logits_to_keep=torch.tensor(asked, device=device),
+            logits_to_keep=torch.tensor(scored, device=device),
         ).logits[0]  # (K, V)
     parts = []
     for nodes, tokens in zip(which.split(CHUNK), targets.split(CHUNK), strict=True):

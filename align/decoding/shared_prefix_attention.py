@@ -1,60 +1,53 @@
-"""One new token a row, after an opening that rows share: its keys and values are read once for all of them.
+"""Attention for decoding after a prefix that rows share, whose keys and values are read once for all rows.
 
-Attention over two sets of positions is their two results, weighted by the softmax mass of each: with log-sum-exps a and
-b of the scores, out = out_a sigmoid(a - b) + out_b sigmoid(b - a) (Juravsky et al. 2024, Hydragen, eq. 4-5). Generation
-on a CPU waits for keys and values more than for anything else, and the queries of all rows together make one product.
+Attention over two sets of positions is the sum of the two results, weighted by the softmax mass of each. With the
+scores' log-sum-exps a and b, out = out_a sigmoid(a - b) + out_b sigmoid(b - a) (Juravsky et al. 2024, Hydragen, eq.
+4-5). Decoding on a CPU is bound by reading keys and values, and the prefix's part of all rows is one matrix product.
 
-Shapes: B rows, H heads, K key-value heads, G = H / K heads that share one, S positions of a row's own, P of the
-opening, D features a head.
+Shapes: B rows, H heads, K key-value heads, G = H / K heads that share one, S positions of a row's own states, P of the
+prefix, D features per head.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from align.decoding.prefix_cache import CachedPrefix
-from align.models import cpu_attention as attention
+from align.models.cpu_attention import SHORT_ROWS_ATTENTION, register_attention
 from align.models.wrappers import inner_model
 
-NAME = "shared_opening"
-LEAST = 32
-"""Tokens of an opening from which on reading it once is worth the second product."""
+SHARED_PREFIX_ATTENTION = "shared_prefix"
+"""The name by which transformers knows this attention."""
+
+MIN_PREFIX_TOKENS = 32
+"""The length from which reading a prefix once saves more time than the second matrix product costs."""
 
 
-@dataclass(frozen=True)
-class _Shared:
-    opening: CachedPrefix
-    has_opening: Tensor
-    """(B,) the rows that it comes before."""
+_SHARED: ContextVar[tuple[CachedPrefix, Tensor]] = ContextVar("shared prefix")
+"""The prefix, and (B,) whether each row begins with it."""
 
 
-_SHARED: ContextVar[_Shared] = ContextVar("shared opening")
+def can_attend_to_prefix(model: Any, prefix: CachedPrefix) -> bool:
+    """Whether the model runs PyTorch's attention on a CPU, whose kernel also returns log-sum-exps.
 
-
-def can_attend_to_prefix(model: Any, opening: CachedPrefix) -> bool:
-    """Whether the model runs PyTorch's attention on a CPU, whose kernel also gives log-sum-exps.
-
-    Its positions must be turned into queries and keys, as a bias of its own for every distance is not known here.
+    Positions must be encoded in queries and keys (RoPE). Models that add a bias for each distance are not supported.
     """
     inner = inner_model(model)
-    runs_kernel = inner.device.type == "cpu" and inner.config._attn_implementation in ("sdpa", attention.NAME)
+    runs_kernel = inner.device.type == "cpu" and inner.config._attn_implementation in ("sdpa", SHORT_ROWS_ATTENTION)
     is_rotary = bool(getattr(inner.config, "rope_parameters", None))
-    return runs_kernel and is_rotary and all(keys.shape == values.shape for keys, values in opening.states)
+    return runs_kernel and is_rotary and all(keys.shape == values.shape for keys, values in prefix.states)
 
 
 @contextmanager
-def after_shared_prefix(config: Any, opening: CachedPrefix, has_opening: Tensor) -> Iterator[None]:
-    """Within it, rows of one token attend to the opening before what their cache holds."""
+def attending_to_prefix(config: Any, prefix: CachedPrefix, has_prefix: Tensor) -> Iterator[None]:
+    """Inside the context, queries of (B,) rows with the prefix attend to it as well as to the row's own states."""
     usual = config._attn_implementation
-    token = _SHARED.set(_Shared(opening, has_opening))
-    config._attn_implementation = NAME
+    token = _SHARED.set((prefix, has_prefix))
+    config._attn_implementation = SHARED_PREFIX_ATTENTION
     try:
         yield
     finally:
@@ -63,44 +56,38 @@ def after_shared_prefix(config: Any, opening: CachedPrefix, has_opening: Tensor)
 
 
 def shared_prefix_attention(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    **options: Any,
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
-    """Attention of (B, H, 1, D) queries to (B, K, S, D) states of their own and to the opening's."""
-    shared = _SHARED.get()
-    keys, values = shared.opening.states[int(module.layer_idx)]  # type: ignore[arg-type]
+    """Attention of (B, H, 1, D) queries to the rows' own (B, K, S, D) states and to the prefix's."""
+    (prefix, has_prefix), scaling = _SHARED.get(), options.get("scaling")
+    keys, values = prefix.states[module.layer_idx]
     (batch, heads, _, size), groups = query.shape, key.shape[1]
-    scale = scaling if scaling is not None else size**-0.5
     queries = query.reshape(batch, groups, -1, size)  # (B, K, G, D)
-    own, own_mass = _attend(queries, key, value, _added(attention_mask, query.dtype), scale)
-    together = queries.transpose(0, 1).reshape(1, groups, -1, size)  # (1, K, BG, D)
-    first, first_mass = _attend(together, keys[None], values[None], None, scale)
+    own, own_mass = _attend(queries, key, value, _as_bias(attention_mask, query.dtype), scaling)
+    of_all_rows = queries.transpose(0, 1).reshape(1, groups, -1, size)  # (1, K, BG, D)
+    first, first_mass = _attend(of_all_rows, keys[None], values[None], None, scaling)
     first = first.view(groups, batch, -1, size).transpose(0, 1)  # (B, K, G, D)
     first_mass = first_mass.view(groups, batch, -1).transpose(0, 1)  # (B, K, G)
-    weight = torch.sigmoid(first_mass - own_mass) * shared.has_opening[:, None, None]
+    weight = torch.sigmoid(first_mass - own_mass) * has_prefix[:, None, None]
     merged = torch.lerp(own.float(), first.float(), weight[..., None]).to(query.dtype)
     return merged.reshape(batch, 1, heads, size), None
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    """The result, and (B, K, queries) float32 log-sum-exps of the scores."""
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scaling: float | None
+) -> tuple[Tensor, Tensor]:
+    """Attention with scores scaled by 1/√D by default, and (B, K, queries) float32 log-sum-exps of the scores."""
     result, mass = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query, key, value, 0.0, False, attn_mask=mask, scale=scale
+        query, key, value, 0.0, False, attn_mask=bias, scale=scaling
     )
     return result, mass
 
 
-def _added(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """A mask as what is added to the scores."""
+def _as_bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A boolean mask as a bias to add to the scores."""
     if mask is None or mask.dtype != torch.bool:
         return mask
     return torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
 
 
-AttentionInterface.register(NAME, shared_prefix_attention)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+register_attention(SHARED_PREFIX_ATTENTION, shared_prefix_attention)

@@ -1,4 +1,4 @@
-"""What an engine can do, found out by trying: for a person who sets one up, before a run of hours depends on it."""
+"""Tries out what an engine can do, before a run of hours depends on it."""
 
 import math
 import statistics
@@ -16,50 +16,51 @@ from align.settings.blocks import EngineBlock, ModelBlock
 
 SHORT = (Message("user", "What is the capital of France? Answer with one word."),)
 LONG = (Message("user", "Tell me a long story about a cat and a dog in a garden."),)
-BEGUN = "The capital of France is Par"
+PREFILL = "The capital of France is Par"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was tried: whether the engine can do it (None where that is no question), and what was seen."""
+    """A tested capability: whether the engine has it (None for a line without a verdict), and what was observed."""
 
-    what: str
-    can: bool | None
-    seen: str
+    capability: str
+    supported: bool | None
+    observed: str
 
 
 def check_engine(block: EngineBlock, model: ModelBlock) -> list[Finding]:
-    """Try an engine.
+    """Test an engine.
 
     Raises:
-        AlignError: it cannot be opened or reached, or completes nothing.
+        AlignError: the engine cannot be opened or reached, or fails to complete a request.
     """
-    # A person waits for the answer, and one that takes many tries is worth knowing of.
+    # The user is waiting, and should learn of an engine that needs many retries.
     engine = open_engine(block.model_copy(update={"max_retries": min(block.max_retries, 2)}), model)
     completions = _completions(engine)
-    scores = [_tried("choices of a word", _letters, engine), _tried("log-probabilities of a text", _text, engine)]
+    scores = [_tested("scores one-word choices", _words, engine), _tested("scores whole texts", _text, engine)]
     return [
-        *([_tried("lists the model", _listed, engine)] if isinstance(engine, OpenAIEngine) else []),
+        *([_tested("lists the model", _listed, engine)] if isinstance(engine, OpenAIEngine) else []),
         *completions,
-        _tried("draws follow the seed", _seeds, engine),
-        _tried("goes on with an unfinished answer", _unfinished, engine),
+        _tested("samples follow the seed", _seeds, engine),
+        _tested("continues a prefilled answer", _prefill, engine),
         *scores,
-        _tried("requests together", _together, engine, block.concurrency),
+        _tested("concurrent requests", _concurrency, engine, block.concurrency),
         Finding("kinds of judge", None, ", ".join(judge_kinds(*scores))),
     ]
 
 
-def judge_kinds(letters: Finding, text: Finding) -> list[str]:
-    """The kinds of judge that the engine can serve; `rule` asks none."""
-    return [kind for kind, can in (("choice", letters.can), ("contrast", text.can), ("rule", True)) if can]
+def judge_kinds(words: Finding, text: Finding) -> list[str]:
+    """The kinds of judge that the engine can serve; `rule` needs no engine."""
+    supported = {"choice": words.supported, "contrast": text.supported, "rule": True}
+    return [kind for kind in supported if supported[kind]]
 
 
-def _tried(what: str, look: "Callable[..., tuple[bool, str]]", *given: object) -> Finding:
-    """A finding, where a failure is one too."""
+def _tested(capability: str, test: "Callable[..., tuple[bool, str]]", *arguments: object) -> Finding:
+    """The finding of a test. An error counts as lacking the capability."""
     try:
-        return Finding(what, *look(*given))
+        return Finding(capability, *test(*arguments))
     except AlignError as error:
-        return Finding(what, False, str(error))
+        return Finding(capability, False, str(error))
 
 
 def _listed(engine: OpenAIEngine) -> tuple[bool, str]:
@@ -76,8 +77,8 @@ def _completions(engine: Engine) -> list[Finding]:
     text = short.text.strip()
     return [
         Finding("completes", bool(text), f"{text[:60]!r}, {short.tokens} tokens in {seconds:.2f} s"),
-        Finding("ends its turn by itself", short.finish_reason == "stop", f"finish reason {short.finish_reason}"),
-        Finding("says when it is cut", cut.finish_reason == "length", f"finish reason {cut.finish_reason} at 4 tokens"),
+        Finding("ends its turn", short.finish_reason == "stop", f"finish reason {short.finish_reason}"),
+        Finding("reports truncation", cut.finish_reason == "length", f"finish reason {cut.finish_reason} at 4 tokens"),
     ]
 
 
@@ -86,47 +87,48 @@ def _seeds(engine: Engine) -> tuple[bool, str]:
         _completed(engine, name, LONG, 16, seed, 1.0).text for name, seed in (("1", 1), ("again", 1), ("2", 2))
     )
     greedy = {_completed(engine, name, LONG, 16).text for name in ("greedy", "again")}
-    seen = "same seed, same text" if first == again else "same seed, other text"
-    seen += "; other seed, " + ("same text" if first == other else "other text")
-    seen += "; greedy, " + ("the same twice" if len(greedy) == 1 else "not the same twice")
-    return first == again != other, seen
+    observed = "same seed: " + ("same text" if first == again else "different texts")
+    observed += "; other seed: " + ("same text" if first == other else "different text")
+    observed += "; greedy: " + ("same text" if len(greedy) == 1 else "different texts")
+    return first == again != other, observed
 
 
-def _unfinished(engine: Engine) -> tuple[bool, str]:
-    text = _completed(engine, "unfinished", SHORT, 8, prefill=BEGUN).text
-    return text.startswith("is"), f"after {BEGUN!r} came {text[:40]!r}"
+def _prefill(engine: Engine) -> tuple[bool, str]:
+    text = _completed(engine, "unfinished", SHORT, 8, prefill=PREFILL).text
+    return text.startswith("is"), f"continues {PREFILL!r} with {text[:40]!r}"
 
 
-def _letters(engine: Engine) -> tuple[bool, str]:
+def _words(engine: Engine) -> tuple[bool, str]:
     [scores] = engine.choice_logprobs([ChoiceRequest("letters", LETTERS_QUESTION, ("A", "B"))])
     count = engine.alternatives if isinstance(engine, OpenAIEngine) else 0
-    shown = f", {count} alternatives" if count else ""
+    method = f"by {engine.choice_method}" + (f", {count} alternatives" if count else "")
     if not any(map(math.isfinite, scores.logprobs)):
-        # A judge would abstain from everything, and the run end without a pair.
-        return False, f"by {engine.choice_method}{shown}: neither A nor B was among them, and a judge would abstain"
+        # A judge would abstain from every comparison, and the run would end without a pair.
+        return False, f"{method}: neither A nor B was among them, so a judge would abstain"
     values = ", ".join(f"{letter} {value:.2f}" for letter, value in zip("AB", scores.logprobs, strict=True))
-    return True, f"by {engine.choice_method}{shown}: {values} nats"
+    return True, f"{method}: {values} nats"
 
 
 def _text(engine: Engine) -> tuple[bool, str]:
-    words = "The capital of France is Paris."
-    [scores] = engine.choice_logprobs([ChoiceRequest("text", SHORT, (words,))])
-    return True, f"{scores.logprobs[0]:.2f} nats for the {scores.tokens[0]} tokens of {words!r}"
+    text = "The capital of France is Paris."
+    [scores] = engine.choice_logprobs([ChoiceRequest("text", SHORT, (text,))])
+    return True, f"{scores.logprobs[0]:.2f} nats for the {scores.tokens[0]} tokens of {text!r}"
 
 
-def _together(engine: Engine, count: int) -> tuple[bool, str]:
-    """One request after another, then `count` together: how much sooner they are done."""
-    alone = []
+def _concurrency(engine: Engine, count: int) -> tuple[bool, str]:
+    """The speed-up of `count` concurrent requests over the same requests one at a time."""
+    single = []
     for number in range(3):
         start = time.monotonic()
         _completed(engine, f"alone {number}", LONG, 16, seed=number)
-        alone.append(time.monotonic() - start)
+        single.append(time.monotonic() - start)
     requests = [Request(f"together {number}", LONG, number, 16, 0.0) for number in range(count)]
     start = time.monotonic()
     done = len(list(engine.complete(requests)))
     seconds = time.monotonic() - start
-    one = statistics.median(alone)
-    return done == count, f"one took {one:.2f} s, {count} took {seconds:.2f} s ({count * one / seconds:.1f} at a time)"
+    one = statistics.median(single)
+    speed_up = f"{count * one / seconds:.1f} times as fast as one after another"
+    return done == count, f"one took {one:.2f} s, {count} together took {seconds:.2f} s: {speed_up}"
 
 
 def _completed(

@@ -1,10 +1,10 @@
-"""Answer many requests so that a kill costs one chunk, and neither kills nor the number of processes change a result.
+"""Answers many requests so that a killed run loses at most one chunk, and resumes with the same results.
 
-Requests are put into a fixed order and cut into fixed chunks. A chunk is the unit of determinism, since a row's last
-bits may depend on the rows it shared a batch with: a chunk with any row missing from the journal is run whole again. A
-chunk is several batches long where there is enough to do, as the engine fills places that come free within it alone.
-An engine whose rows do not depend on each other, a server, gets all the missing rows in one call, and bounds by itself
-how many are under way.
+Requests are sorted into a fixed order and split into fixed chunks, which the processes share. A row's last bits may
+depend on the rest of its batch, so the chunk is the unit of determinism: if the journal lacks any row of a chunk, the
+whole chunk is run again. The engine refills freed batch slots only from the same chunk, so a chunk is several batches
+long where there are enough requests. An engine whose rows are independent (a server) gets all missing requests in one
+call and limits its concurrency itself.
 """
 
 import dataclasses
@@ -20,44 +20,45 @@ from align.run import processes
 from align.run.artefacts import Journal
 from align.run.progress import RowBar
 
-Asked = TypeVar("Asked", Request, ChoiceRequest)
+Rows = dict[str, dict[str, Any]]
+RequestT = TypeVar("RequestT", Request, ChoiceRequest)
 
-MOST_BATCHES = 8
-"""Batches of a chunk: what a kill may cost."""
+MAX_BATCHES_PER_CHUNK = 8
+"""Bounds the work that a kill can lose."""
 
-LEAST_CHUNKS = 4
-"""Chunks of work that is a few batches long, so that processes can share it."""
+MIN_CHUNKS = 4
+"""Work that is at least this many batches long is split into at least this many chunks, for the processes to share."""
 
 
 def complete_all(
     engine: Engine, requests: Sequence[Request], batch_size: int, journal_path: Path | None, description: str
 ) -> dict[str, Completed]:
-    """Every request's completion, and its follow-up's, by id, in every process.
+    """The completions of all requests and their follow-ups, by id, in every process.
 
     Args:
-        batch_size: requests that an engine in this process answers at a time; servers have a bound of their own.
-        journal_path: finished rows are kept in `journal_path.<rank>`, and those found there are not made again. None
-            keeps nothing, and each process answers all by itself.
-        description: what the progress bar says.
+        batch_size: requests that a local engine works on together; servers have their own limit.
+        journal_path: finished rows are kept in `journal_path.<rank>` and reused from there. With None nothing is kept,
+            and each process answers all requests itself.
+        description: the label of the progress bar.
 
     Raises:
         AlignError: the engine left a request unanswered.
     """
     answer = partial(engine.complete, at_once=batch_size)
     work = _Work(answer, engine.depends_on_batch, batch_size, description, _completed)
-    rows: dict[str, dict[str, Any]] = {}
-    asked = list(requests)
-    while asked:
-        rows |= _answer_all(work, asked, journal_path)
-        next_turns = [request.follow_up(rows[request.id]["text"]) for request in asked if request.follow_up]
-        asked = [request for request in next_turns if request.id not in rows]
+    rows: Rows = {}
+    pending = list(requests)
+    while pending:
+        rows |= _answer_all(work, pending, journal_path)
+        next_turns = [request.follow_up(rows[request.id]["text"]) for request in pending if request.follow_up]
+        pending = [request for request in next_turns if request.id not in rows]
     return {row_id: _completed(row) for row_id, row in rows.items()}
 
 
 def score_all(
     engine: Engine, requests: Sequence[ChoiceRequest], batch_size: int, journal_path: Path | None, description: str
 ) -> dict[str, ChoiceScores]:
-    """`complete_all` for the log-probabilities of choices."""
+    """Like `complete_all`, for the log-probabilities of choices."""
     work = _Work(engine.choice_logprobs, engine.depends_on_batch, batch_size, description, _scores)
     rows = _answer_all(work, requests, journal_path)
     return {row_id: _scores(row) for row_id, row in rows.items()}
@@ -72,34 +73,34 @@ def _scores(row: Mapping[str, Any]) -> ChoiceScores:
 
 
 @dataclass(frozen=True)
-class _Work(Generic[Asked]):
-    """How requests are answered, in what chunks, and how a kept answer is read."""
+class _Work(Generic[RequestT]):
+    """How requests are answered and chunked, and how an answer is read back from the journal."""
 
-    answer: Callable[[Sequence[Asked], Progress], Iterable[Completed | ChoiceScores]]
+    answer: Callable[[Sequence[RequestT], Progress], Iterable[Completed | ChoiceScores]]
     depends_on_batch: bool
     batch_size: int
     description: str
     read: Callable[[Mapping[str, Any]], object]
 
-    def answers(self, chunk: Sequence[Asked]) -> int:
+    def answers(self, chunk: Sequence[RequestT]) -> int:
         """How many answers a chunk is expected to give."""
-        following = sum(isinstance(request, Request) and request.follow_up is not None for request in chunk)
-        return len(chunk) + (following if self.depends_on_batch else 0)
+        follow_ups = sum(isinstance(request, Request) and request.follow_up is not None for request in chunk)
+        return len(chunk) + (follow_ups if self.depends_on_batch else 0)
 
 
-def _answer_all(work: _Work[Asked], requests: Sequence[Asked], journal_path: Path | None) -> dict[str, dict[str, Any]]:
+def _answer_all(work: _Work[RequestT], requests: Sequence[RequestT], journal_path: Path | None) -> Rows:
     if len({request.id for request in requests}) < len(requests):
         raise ValueError(f"{work.description}: two requests have the same id")
-    ordered = sorted(requests, key=_place)
+    ordered = sorted(requests, key=_sort_key)
     batches = -(-len(ordered) // work.batch_size)
-    size = work.batch_size * max(1, min(MOST_BATCHES, batches // LEAST_CHUNKS))
+    size = work.batch_size * max(1, min(MAX_BATCHES_PER_CHUNK, batches // MIN_CHUNKS))
     chunks = [ordered[start : start + size] for start in range(0, len(ordered), size)]
-    rows: dict[str, dict[str, Any]] = {}
+    rows: Rows = {}
     if journal_path is None:
         _answer_chunks(work, chunks, rows.get, lambda row: rows.update({row["id"]: row}))
     else:
         with Journal(journal_path, processes.rank(), work.read) as journal:
-            _answer_chunks(work, processes.share(chunks), journal.rows.get, journal.append)
+            _answer_chunks(work, processes.shard(chunks), journal.rows.get, journal.append)
             rows = journal.rows
         processes.barrier()
         if processes.world_size() > 1:
@@ -117,7 +118,7 @@ def _answer_all(work: _Work[Asked], requests: Sequence[Asked], journal_path: Pat
 def _turns(
     request: Request | ChoiceRequest, answer_to: Callable[[str], dict[str, Any] | None]
 ) -> Iterator[Request | ChoiceRequest]:
-    """The request, and its follow-ups as far as answers to those before are there."""
+    """The request and those of its follow-ups whose preceding turn is answered."""
     yield request
     answered = answer_to(request.id)
     if isinstance(request, Request) and request.follow_up and answered is not None:
@@ -125,13 +126,13 @@ def _turns(
 
 
 def _answer_chunks(
-    work: _Work[Asked],
-    chunks: Sequence[Sequence[Asked]],
+    work: _Work[RequestT],
+    chunks: Sequence[Sequence[RequestT]],
     answer_to: Callable[[str], dict[str, Any] | None],
     keep: Callable[[dict[str, Any]], None],
 ) -> None:
-    def is_answered(request: Asked) -> bool:
-        # An engine whose rows depend on each other makes a chunk's follow-ups with it, so they are part of the chunk.
+    def is_answered(request: RequestT) -> bool:
+        # Where rows depend on their batch, a chunk's follow-ups are answered with it, so they belong to the chunk.
         turns = _turns(request, answer_to) if work.depends_on_batch else [request]
         return all(answer_to(turn.id) is not None for turn in turns)
 
@@ -141,10 +142,10 @@ def _answer_chunks(
         for chunk, unanswered in zip(chunks, missing, strict=True)
         if unanswered
     ]
-    total, left = (sum(map(work.answers, some)) for some in (chunks, todo))
+    total, remaining = (sum(map(work.answers, some)) for some in (chunks, todo))
     if todo and not work.depends_on_batch:
         todo = [[request for chunk in todo for request in chunk]]
-    with RowBar(total, total - left, work.description) as bar:
+    with RowBar(total, total - remaining, work.description) as bar:
         for chunk in todo:
             bar.begin(work.answers(chunk))
             for answered in work.answer(chunk, bar.part):
@@ -152,8 +153,8 @@ def _answer_chunks(
                 bar.row()
 
 
-def _place(request: Request | ChoiceRequest) -> tuple[Any, ...]:
-    """Longest first: little padding, and what does not fit in memory shows at once. Choices that begin alike together:
-    what they have in common is read once."""
+def _sort_key(request: Request | ChoiceRequest) -> tuple[Any, ...]:
+    """Completions longest first: there is little padding, and running out of memory shows at once. Choices by their
+    text: requests with a common prefix come together, so that the prefix is prefilled once."""
     texts = [message.content for message in request.messages]
     return (texts if isinstance(request, ChoiceRequest) else -sum(map(len, texts)), request.id)

@@ -1,4 +1,4 @@
-"""What an engine does: complete conversations, and give the log-probability of continuations."""
+"""What an engine does: it completes conversations and gives the log-probabilities of continuations."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,11 +9,12 @@ from align.records import Conversation, FinishReason
 
 @dataclass(frozen=True)
 class Request:
-    """One completion to make. `prefill` is text put at the start of the assistant's turn and not returned.
+    """One completion to generate.
 
-    The same request in the same batch gives the same completion: its randomness comes from `seed` alone. `follow_up`
-    makes the conversation's next request from the text of this one; an engine may answer it in the same call, where it
-    still has the conversation at hand, and whoever asks puts it again where the engine did not.
+    `prefill` is text that opens the assistant's turn; the completion does not repeat it. All randomness comes from
+    `seed`, so the same request in the same batch gives the same completion. `follow_up` takes this request's completion
+    and returns the conversation's next request. An engine that still has the conversation in its cache may answer the
+    follow-up in the same call; the caller submits it again if the engine did not.
     """
 
     id: str
@@ -28,7 +29,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Completed:
-    """A finished request: the text without special tokens, why it ended, how many tokens it took (stop included)."""
+    """A completed request. `text` has no special tokens; `tokens` counts the stop token too."""
 
     id: str
     text: str
@@ -38,7 +39,7 @@ class Completed:
 
 @dataclass(frozen=True)
 class ChoiceRequest:
-    """Continuations of the assistant's turn to score. `prefill` comes before each choice."""
+    """Alternative continuations of the assistant's turn to score. `prefill` precedes each choice."""
 
     id: str
     messages: Conversation
@@ -48,10 +49,10 @@ class ChoiceRequest:
 
 @dataclass(frozen=True)
 class ChoiceScores:
-    """For each choice, the sum of its tokens' log-probabilities in nats, and how many tokens that was.
+    """For each choice, the sum of its tokens' log-probabilities in nats, and the number of those tokens.
 
-    A server that shows only the first token's alternatives gives -inf for a choice that is not among them; one that
-    shows none is asked for samples, and the log-probabilities are those of the votes.
+    A server that shows only the most likely first tokens gives -inf to every choice if none of them is shown. A server
+    that shows no log-probabilities is sampled instead, and the log-probabilities are estimated from those votes.
     """
 
     id: str
@@ -63,8 +64,8 @@ class ChoiceScores:
 class EngineIdentity:
     """Which model answers.
 
-    `digest` is that of the weights, read here; empty where there are none to read. `said` is what a server says of its
-    model, which nobody can check from outside. Neither holds an address or a key.
+    `digest` is the digest of the weights, computed on this machine; it is empty if the weights are not here. `said` is
+    what a server reports about its model, which cannot be verified. Neither contains an address or a key.
     """
 
     kind: Literal["local", "server", "rule", "scripted", "recorded"]
@@ -76,41 +77,41 @@ class EngineIdentity:
 
 
 Progress = Callable[[float], object]
-"""Told now and then, by an engine that works on many rows at once, what share in [0, 1] of a call's work is done."""
+"""Called by an engine that batches rows, with the share of the call's work in [0, 1] that is done."""
 
 
-def unheard(share: float) -> None:
-    """Progress that nobody follows."""
+def no_progress(share: float) -> None:
+    """A `Progress` that does nothing."""
 
 
 class Engine(Protocol):
     """An engine. Results come in any order, as they finish."""
 
     name: str
-    """Names model and engine in the rows it makes; never holds a secret."""
+    """Identifies the model and the engine in the rows that it makes; never contains a secret."""
     depends_on_batch: bool
-    """Whether the last bits of a row depend on which rows were asked for with it."""
+    """Whether the last bits of a row depend on the other requests of the call."""
 
     @property
     def choice_method(self) -> str:
-        """How choices of one word are scored, in words: by log-probabilities, or by a vote of samples."""
+        """How one-word choices are scored, in words: by log-probabilities, or by a vote of samples."""
 
     def identity(self) -> EngineIdentity:
-        """Which model answers; weights are read, or a server asked, when this is called."""
+        """Which model answers. This call may hash the weights or query the server."""
 
     def complete(
-        self, requests: Sequence[Request], progress: Progress = unheard, at_once: int | None = None
+        self, requests: Sequence[Request], progress: Progress = no_progress, at_once: int | None = None
     ) -> Iterator[Completed]:
-        """Complete each request once, and perhaps its follow-up.
+        """Complete each request once. The engine may complete its follow-up too.
 
-        An engine that holds rows in memory has at most `at_once` of them under way; None leaves that to the engine.
+        An engine that keeps rows in memory works on at most `at_once` of them together; None leaves that to the engine.
         """
 
     def choice_logprobs(
-        self, requests: Sequence[ChoiceRequest], progress: Progress = unheard
+        self, requests: Sequence[ChoiceRequest], progress: Progress = no_progress
     ) -> Iterator[ChoiceScores]:
         """Score each request's choices once.
 
         Raises:
-            InputError: the engine cannot give log-probabilities; the text says what to use instead.
+            InputError: the engine cannot give log-probabilities; the message says what to use instead.
         """

@@ -13,44 +13,44 @@ from align.data.chat import prompt_ids, token_ids
 from align.decoding.continuous_batching import ContinuousBatcher, Task
 from align.decoding.decode import decode
 from align.decoding.prefix_trees import Continuation, can_score_trees, tree_batches, tree_logprobs
-from align.decoding.shared_prefixes import can_share
-from align.engines.engine import ChoiceRequest, ChoiceScores, Completed, EngineIdentity, Progress, Request, unheard
+from align.decoding.shared_prefixes import can_share_prefixes
+from align.engines.engine import ChoiceRequest, ChoiceScores, Completed, EngineIdentity, Progress, Request, no_progress
 from align.models.loading import stop_token_ids
 from align.models.logprobs import completion_logprobs
 from align.models.weights import Weights, hub_revision
 from align.models.wrappers import inner_model
 from align.records import FinishReason
 
-RUNNING_ROWS = 64
-"""Completions that are written at a time, where as many are asked for and the caller sets no bound."""
+DEFAULT_BATCH_SIZE = 64
+"""Completions that are generated together where the caller sets no limit."""
 
-KEPT_TOKENS = 2**15
-"""Tokens of openings and ended conversations whose keys and values are kept during a call."""
+CACHED_TOKENS = 2**15
+"""Tokens of shared prefixes and finished conversations whose keys and values stay cached during a call."""
 
 SCORED_TOKENS = 1024
-"""Positions, padding included, of one scoring pass."""
+"""Token positions of one scoring pass, padding included."""
 
 
 @dataclass(frozen=True)
 class _Choice:
-    """One choice of a request: which, and the ids before it and of it."""
+    """One choice: the index of its request, its index within the request, and the token ids of prompt and choice."""
 
     request: int
-    number: int
-    prompt: list[int]
-    choice: list[int]
+    index: int
+    prompt_ids: list[int]
+    choice_ids: list[int]
 
     @property
     def lengths(self) -> tuple[int, int]:
-        return len(self.prompt), len(self.choice)
+        return len(self.prompt_ids), len(self.choice_ids)
 
 
 class LocalEngine:
-    """Completions and choices by a causal LM in this process.
+    """Completes requests and scores choices with a causal LM in this process.
 
-    Requests of one call that share their sampling settings run together, as many at a time as the caller allows; one
-    that ends is replaced by one that waits. Nothing is remembered from call to call, so that a call's results are a
-    function of its requests alone. `read` counts the prompt tokens that completions took through the model.
+    Requests of one call that share their sampling settings run in one continuous batch of up to `at_once` rows. Nothing
+    is cached between calls, so a call's results depend on its requests alone. `prefilled_tokens` counts the prompt
+    tokens that `complete` ran through the model.
     """
 
     depends_on_batch = True
@@ -61,14 +61,14 @@ class LocalEngine:
     ) -> None:
         self.name = name
         self.weights = weights
-        self.read = 0
+        self.prefilled_tokens = 0
         self._model = model
         self._tokenizer = tokenizer
         self._system_prompt = system_prompt
         self._stop_ids = stop_token_ids(model, tokenizer)
 
     def identity(self) -> EngineIdentity:
-        """The model's name without this machine's folders, and its weights' digest where the files are known."""
+        """The model's name without this machine's folders, and the digest of its weights where the files are known."""
         return self._identity
 
     @cached_property
@@ -82,25 +82,27 @@ class LocalEngine:
         )
 
     def complete(
-        self, requests: Sequence[Request], progress: Progress = unheard, at_once: int | None = None
+        self, requests: Sequence[Request], progress: Progress = no_progress, at_once: int | None = None
     ) -> Iterator[Completed]:
-        """Complete each request and its follow-ups, longest first; progress counts follow-ups as they come up."""
+        """Complete each request and its follow-ups, longest prompt first."""
         done = 0
-        for settings, group in groupby(sorted(requests, key=_settings), key=_settings):
+        for settings, group in groupby(sorted(requests, key=_sampling), key=_sampling):
             batch = list(group)
-            answers = self._continuous if can_share(inner_model(self._model).config) else self._together
-            share = _within(progress, done, len(batch), len(requests))
-            yield from answers(batch, settings, share, at_once or RUNNING_ROWS)
+            run = (
+                self._run_continuously if can_share_prefixes(inner_model(self._model).config) else self._run_in_batches
+            )
+            part = _part_of(progress, done, len(batch), len(requests))
+            yield from run(batch, settings, part, at_once or DEFAULT_BATCH_SIZE)
             done += len(batch)
 
-    def _continuous(
+    def _run_continuously(
         self, requests: Sequence[Request], settings: tuple[int, float, float], progress: Progress, at_once: int
     ) -> Iterator[Completed]:
-        """Requests of the same settings, and their follow-ups, through a running batch."""
-        running = ContinuousBatcher(
+        """Complete requests with equal sampling settings, and their follow-ups, in a continuous batch."""
+        batcher = ContinuousBatcher(
             self._model,
             rows=at_once,
-            kept_tokens=KEPT_TOKENS,
+            kept_tokens=CACHED_TOKENS,
             stop_ids=self._stop_ids,
             pad_id=self._tokenizer.pad_token_id,
             **_as_options(settings),
@@ -108,20 +110,20 @@ class LocalEngine:
         tasks = [Task(request, self._prompt(request), request.seed) for request in requests]
         waiting = deque(sorted(tasks, key=lambda task: -len(task.prompt)))
         turns = sum(2 if request.follow_up else 1 for request in requests)
-        for answered, (task, tokens, reason) in enumerate(running.run(waiting), start=1):
+        for answered, (task, tokens, reason) in enumerate(batcher.run(waiting), start=1):
             completed = self._completed(task.key, tokens, reason)
             if task.key.follow_up:
                 request = task.key.follow_up(completed.text)
-                if _settings(request) == settings:
+                if _sampling(request) == settings:
                     waiting.appendleft(Task(request, self._prompt(request), request.seed))
             progress(min(answered / turns, 1.0))
             yield completed
-        self.read += running.read
+        self.prefilled_tokens += batcher.prefilled
 
-    def _together(
+    def _run_in_batches(
         self, requests: Sequence[Request], settings: tuple[int, float, float], progress: Progress, at_once: int
     ) -> Iterator[Completed]:
-        """Requests of the same settings as whole batches, for models whose cache rows cannot be picked from."""
+        """Complete them in static batches, for models from whose KV cache single rows cannot be selected."""
         for start in range(0, len(requests), at_once):
             batch = requests[start : start + at_once]
             decoded = decode(
@@ -130,59 +132,59 @@ class LocalEngine:
                 seeds=[request.seed for request in batch],
                 stop_ids=self._stop_ids,
                 pad_id=self._tokenizer.pad_token_id,
-                progress=_within(progress, start, len(batch), len(requests)),
+                progress=_part_of(progress, start, len(batch), len(requests)),
                 **_as_options(settings),
             )
             for request, tokens, reason in zip(batch, decoded.tokens, decoded.finish_reasons, strict=True):
                 yield self._completed(request, tokens, reason)
 
     def _completed(self, request: Request, tokens: list[int], reason: FinishReason) -> Completed:
-        words = tokens[:-1] if reason == "stop" else tokens
-        return Completed(request.id, self._tokenizer.decode(words, skip_special_tokens=True), reason, len(tokens))
+        text_ids = tokens[:-1] if reason == "stop" else tokens
+        return Completed(request.id, self._tokenizer.decode(text_ids, skip_special_tokens=True), reason, len(tokens))
 
     def choice_logprobs(
-        self, requests: Sequence[ChoiceRequest], progress: Progress = unheard
+        self, requests: Sequence[ChoiceRequest], progress: Progress = no_progress
     ) -> Iterator[ChoiceScores]:
-        """Score each request's choices once: the choice's tokens alone, not the end of the turn."""
+        """Score the tokens of each request's choices, without the end of the turn."""
         choices = [
-            _Choice(index, number, prompt, token_ids(self._tokenizer, text))
-            for index, request in enumerate(requests)
+            _Choice(number, index, prompt, token_ids(self._tokenizer, text))
+            for number, request in enumerate(requests)
             for prompt in [self._prompt(request)]
-            for number, text in enumerate(request.choices)
+            for index, text in enumerate(request.choices)
         ]
-        sums = {(choice.request, choice.number): 0.0 for choice in choices}
-        scored = self._score_trees if can_score_trees(self._model) else self._score_rows
+        sums = {(choice.request, choice.index): 0.0 for choice in choices}
+        score = self._score_trees if can_score_trees(self._model) else self._score_rows
         done = 0
-        for batch, logprobs in scored([choice for choice in choices if choice.choice]):
+        for batch, logprobs in score([choice for choice in choices if choice.choice_ids]):
             for choice, logprob in zip(batch, logprobs, strict=True):
-                sums[choice.request, choice.number] = logprob
+                sums[choice.request, choice.index] = logprob
             done += len(batch)
             progress(done / len(choices))
-        lengths = {(choice.request, choice.number): len(choice.choice) for choice in choices}
-        for index, request in enumerate(requests):
-            keys = [(index, number) for number in range(len(request.choices))]
+        lengths = {(choice.request, choice.index): len(choice.choice_ids) for choice in choices}
+        for number, request in enumerate(requests):
+            keys = [(number, index) for index in range(len(request.choices))]
             yield ChoiceScores(request.id, tuple(sums[key] for key in keys), tuple(lengths[key] for key in keys))
 
     def _score_trees(self, choices: Sequence[_Choice]) -> Iterator[tuple[list[_Choice], list[float]]]:
-        """Batches and their scores; what choices have before them in common is read once a batch."""
-        continuations = [Continuation(choice.prompt, choice.choice) for choice in choices]
+        """Batches and their scores; prefixes that choices share are prefilled once per batch."""
+        continuations = [Continuation(choice.prompt_ids, choice.choice_ids) for choice in choices]
         for batch in tree_batches(continuations, SCORED_TOKENS):
             logprobs = tree_logprobs(self._model, [continuations[index] for index in batch])
             yield [choices[index] for index in batch], logprobs
 
     def _score_rows(self, choices: Sequence[_Choice]) -> Iterator[tuple[list[_Choice], list[float]]]:
-        """The same by a row for each choice, for models that take no tree."""
+        """The same with one row per choice, for models that do not support prefix trees."""
         for batch in _batches(choices):
-            yield batch, self._score(batch)
+            yield batch, self._score_batch(batch)
 
-    def _score(self, batch: Sequence[_Choice]) -> list[float]:
-        """Sum of each choice's token log-probabilities."""
+    def _score_batch(self, batch: Sequence[_Choice]) -> list[float]:
+        """The sum of each choice's token log-probabilities."""
         before, after = (max(lengths) for lengths in zip(*(choice.lengths for choice in batch), strict=True))
         ids = torch.full((len(batch), before + after), self._tokenizer.pad_token_id)
         mask = torch.zeros_like(ids)
         for row, choice in enumerate(batch):
-            start, end = before - len(choice.prompt), before + len(choice.choice)
-            ids[row, start:end] = torch.tensor(choice.prompt + choice.choice)
+            start, end = before - len(choice.prompt_ids), before + len(choice.choice_ids)
+            ids[row, start:end] = torch.tensor(choice.prompt_ids + choice.choice_ids)
             mask[row, start:end] = 1
         device = self._model.device
         with torch.no_grad():
@@ -193,21 +195,21 @@ class LocalEngine:
         return prompt_ids(self._tokenizer, request.messages, self._system_prompt, request.prefill)
 
 
-def _within(progress: Progress, before: int, rows: int, of: int) -> Progress:
-    """Progress of some rows of many, told as that of all."""
-    return lambda share: progress((before + share * rows) / of)
+def _part_of(progress: Progress, done: int, rows: int, total: int) -> Progress:
+    """A `Progress` for `rows` of `total` rows, of which `done` are finished."""
+    return lambda share: progress((done + share * rows) / total)
 
 
 def _as_options(settings: tuple[int, float, float]) -> dict[str, Any]:
     return dict(zip(("max_new_tokens", "temperature", "top_p"), settings, strict=True))
 
 
-def _settings(request: Request) -> tuple[int, float, float]:
+def _sampling(request: Request) -> tuple[int, float, float]:
     return request.max_new_tokens, request.temperature, request.top_p
 
 
 def _batches(choices: Sequence[_Choice]) -> Iterator[list[_Choice]]:
-    """Choices of like lengths together, `SCORED_TOKENS` positions at a time."""
+    """Batches of choices of similar lengths, of at most `SCORED_TOKENS` positions each."""
     batch: list[_Choice] = []
     for choice in sorted(choices, key=lambda choice: choice.lengths):
         wider = [*batch, choice]

@@ -1,4 +1,4 @@
-"""Opens the engine that a recipe names."""
+"""Opens the engine that an `engine:` block of a recipe describes."""
 
 from pathlib import Path
 
@@ -10,9 +10,9 @@ def open_engine(block: EngineBlock, model: ModelBlock, *, path: str | None = Non
     """The engine of an `engine:` block.
 
     Args:
-        model: the recipe's model; its system prompt goes before conversations that have none, whatever the engine.
-        path: the model that a local engine runs, where it is one that the pipeline made; else the engine's own
-            `model`, else the recipe's.
+        model: the recipe's model. Every engine puts its system prompt before conversations that have none.
+        path: a model made by the pipeline, for a local engine to run. Without it, that is the block's `model`, or else
+            the recipe's.
 
     Raises:
         InputError: the model cannot be loaded, or a server's settings are incomplete.
@@ -41,10 +41,10 @@ def open_engine(block: EngineBlock, model: ModelBlock, *, path: str | None = Non
 
 
 def _name(path: str, parts: int) -> str:
-    """What rows call a model: a local one by its path's last parts, so that rows do not depend on where it lies.
+    """The name of a model in the rows: the last `parts` of a local path, so that rows do not depend on its location.
 
-    Of a model of one's own that is one part: the folder above it may have its owner's name, and would look like a hub
-    id. The pipeline's own are in their stages' folders, which say more.
+    One part for a user's model: its parent folder may be the user's name, and the two would look like a hub id. Two
+    for a model made by the pipeline, whose parent folder is named after its stage.
     """
     local = Path(path).expanduser()
     return "local:" + ("/".join(local.resolve().parts[-parts:]) if local.exists() else path)

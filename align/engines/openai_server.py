@@ -1,45 +1,46 @@
-"""The engine that asks an OpenAI-compatible server: OpenAI's own, or vLLM, SGLang, TGI, llama.cpp and others."""
+"""The engine that queries an OpenAI-compatible server: OpenAI's own, vLLM, SGLang, TGI, llama.cpp and others."""
 
 import asyncio
 import os
 import queue
 import threading
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from typing import Any, TypeVar
 
 import openai
 
 from align.data.chat import with_system_prompt
 from align.engines import server_scores
-from align.engines.engine import ChoiceRequest, ChoiceScores, Completed, EngineIdentity, Progress, Request, unheard
-from align.engines.server_faults import MalformedReply, explained, try_until_answered
+from align.engines.engine import ChoiceRequest, ChoiceScores, Completed, EngineIdentity, Progress, Request, no_progress
+from align.engines.server_faults import MalformedReply, as_align_error, with_retries
 from align.engines.server_replies import ChatReply, ListedModel, ModelList, Reply, TextReply, read_reply
 from align.errors import AlignError, InputError
 from align.records import as_dicts
 from align.run import processes
 from align.settings.blocks import EngineBlock
 
-LONGEST_WORD = 12
-"""Characters of a choice that the alternatives for one token may hold."""
+MAX_WORD_LENGTH = 12
+"""Characters. Longer choices are scored as texts, since the alternatives for one token cannot hold them."""
 
-Asked = TypeVar("Asked", Request, ChoiceRequest)
-Answered = TypeVar("Answered")
+RequestT = TypeVar("RequestT", Request, ChoiceRequest)
+Answer = TypeVar("Answer")
 Shape = TypeVar("Shape", bound=Reply)
 
 
 class OpenAIEngine:
     """Completions and log-probabilities from a server, at most `concurrency` requests at a time.
 
-    A request that meets a rate limit, a fault of the server, a timeout or a broken reply is tried again with growing
-    pauses, `max_retries` times, and keeps its place meanwhile: a server in trouble is asked less. Once one has failed
-    for good no other is begun, and those under way are still handed over. Several processes share the bound.
+    After a rate limit, a server error, a timeout or a broken reply, a request is retried with growing delays up to
+    `max_retries` times. Meanwhile it keeps its slot, so that an overloaded server gets fewer requests. Once a request
+    has failed for good, no other is started; answers to those in flight are still yielded. The processes of a stage
+    share the `concurrency`.
     """
 
     depends_on_batch = False
 
     def __init__(self, block: EngineBlock, *, system_prompt: str | None = None) -> None:
         if not block.model:
-            raise InputError("engine.model: a server needs the name of the model it serves")
+            raise InputError("engine.model: not set; name the model that the server serves")
         self.name = f"openai:{block.model}"
         self.block = block
         self.system_prompt = system_prompt
@@ -47,39 +48,39 @@ class OpenAIEngine:
         if not self._key and block.base_url is None:
             raise InputError(
                 f"engine.api_key_env: the environment variable {block.api_key_env} is not set; export the key in it, "
-                "or name a server of your own in block.base_url"
+                "or give your own server's address in engine.base_url"
             )
         self._client = openai.AsyncOpenAI(
             api_key=self._key or "none",
             base_url=block.base_url,
             timeout=block.timeout_seconds,
             max_retries=0,
-            # On a connection that is used again, a reply that a server or proxy sent twice is taken for the answer to
-            # the next request. A new connection is nothing beside a completion.
+            # On a reused connection, a reply that a server or proxy sent twice would be read as the answer to the next
+            # request. A new connection costs little compared with a completion.
             default_headers={"Connection": "close"},
         )
-        self._places = asyncio.Semaphore(_share_of_bound(block.concurrency))
+        self._slots = asyncio.Semaphore(_share_of_concurrency(block.concurrency))
         self._loop: asyncio.AbstractEventLoop | None = None
         self._alternatives: int | None = None
-        self._has_scored = False
+        self._can_score_texts = False
         self._tokenizer: Any = None
 
     @property
     def alternatives(self) -> int:
-        """How many alternatives for the next token the server shows; 0 where choices are put to the vote.
+        """How many alternatives for the next token the server shows; 0 if choices are scored by vote.
 
-        It is asked once, by a request of its own.
+        The first access sends the server a test request.
 
         Raises:
             AlignError: the server does not answer, or refuses.
         """
         if self._alternatives is None:
-            self._alternatives = self.ask(server_scores.most_alternatives(self))
+            self._alternatives = self._run(server_scores.count_alternatives(self))
         return self._alternatives
 
     @property
     def tokenizer(self) -> Any:
-        """The tokenizer of `engine.tokenizer`, loaded at first use."""
+        """The tokenizer that `engine.tokenizer` names, loaded at first use."""
         if self._tokenizer is None:
             from align.models.loading import load_tokenizer
 
@@ -88,63 +89,56 @@ class OpenAIEngine:
 
     @property
     def choice_method(self) -> str:
-        """How choices of one word are scored, in words."""
+        """How one-word choices are scored, in words."""
         return "log-probabilities" if self.alternatives else f"vote of {self.block.votes} samples"
 
     def identity(self) -> EngineIdentity:
-        """The name that the recipe asks for, and what the server says of it; nothing where it lists no models."""
-        listed = self.ask(self._listed_if_any())
+        """The model's name in the recipe and the server's description of it, which is empty if it lists no models."""
+        listed = self._run(self._list_models_if_possible())
         own = [each for each in listed if each.id == self.block.model] or listed
-        return EngineIdentity("server", str(self.block.model), said=_said(own[0]) if len(own) == 1 else {})
+        return EngineIdentity("server", str(self.block.model), said=_description(own[0]) if len(own) == 1 else {})
 
     def complete(
-        self, requests: Sequence[Request], progress: Progress = unheard, at_once: int | None = None
+        self, requests: Sequence[Request], progress: Progress = no_progress, at_once: int | None = None
     ) -> Iterator[Completed]:
-        """Complete each request once; results come as they finish."""
-        return self._each(self._complete, requests)
+        """Complete each request once. Results come as they finish, and `progress` and `at_once` are not used."""
+        return self._answers(self._complete, requests)
 
     def choice_logprobs(
-        self, requests: Sequence[ChoiceRequest], progress: Progress = unheard
+        self, requests: Sequence[ChoiceRequest], progress: Progress = no_progress
     ) -> Iterator[ChoiceScores]:
-        """Score choices: words by the alternatives for one token or by a vote, whole texts where the server can.
+        """Score words by the alternatives for one token or by vote, and longer texts by their own log-probabilities.
 
         Raises:
-            InputError: the server gives no log-probabilities of a given text, or wrong ones.
+            InputError: the server shows no log-probabilities of a given text, or wrong ones.
         """
         alternatives = self.alternatives
         if all(_is_word(choice) for request in requests for choice in request.choices):
-            score = server_scores.by_alternatives if alternatives else server_scores.by_vote
-            return self._each(lambda request: score(self, request), requests)
-        if not self._has_scored:
-            self.ask(server_scores.check_scoring(self))
-            self._has_scored = True
-        return self._each(lambda request: server_scores.of_texts(self, request), requests)
+            score = server_scores.score_by_alternatives if alternatives else server_scores.score_by_vote
+            return self._answers(lambda request: score(self, request), requests)
+        if not self._can_score_texts:
+            self._run(server_scores.check_text_scoring(self))
+            self._can_score_texts = True
+        return self._answers(lambda request: server_scores.score_texts(self, request), requests)
 
     def models(self) -> list[str]:
-        """The models that the server lists."""
-        return [model.id for model in self.ask(self._listed())]
+        """The ids of the models that the server lists."""
+        return [model.id for model in self._run(self._list_models())]
 
-    async def _listed(self) -> tuple[ListedModel, ...]:
-        listed = self._client.models.with_raw_response.list
-        return (await self._reply(ModelList, listed)).data
+    async def _list_models(self) -> tuple[ListedModel, ...]:
+        return (await self._reply(ModelList, self._client.models.with_raw_response.list)).data
 
-    async def _listed_if_any(self) -> tuple[ListedModel, ...]:
-        """The same; none where the server does not know the question, refuses it or answers something else."""
+    async def _list_models_if_possible(self) -> tuple[ListedModel, ...]:
         try:
-            return await self._listed()
+            return await self._list_models()
         except (openai.APIStatusError, MalformedReply):
             return ()
 
-    def ask(self, question: Awaitable[Answered]) -> Answered:
-        """What comes of a coroutine on this engine's loop."""
-
-        async def awaited() -> Answered:
-            return await question
-
+    def _run(self, coroutine: Coroutine[Any, Any, Answer]) -> Answer:
         try:
-            return asyncio.run_coroutine_threadsafe(awaited(), self._running_loop()).result()
+            return asyncio.run_coroutine_threadsafe(coroutine, self._running_loop()).result()
         except Exception as error:
-            raise self.told(error) from None
+            raise self._as_align_error(error) from None
 
     async def chat(
         self,
@@ -153,14 +147,14 @@ class OpenAIEngine:
         shape: type[ChatReply] = ChatReply,
         **options: Any,
     ) -> ChatReply:
-        """The reply to a conversation, checked; tried again as the engine's settings say."""
+        """The checked reply to a conversation, retried as the engine's settings say."""
         messages = as_dicts(with_system_prompt(request.messages, self.system_prompt))
         extra = {**self.block.extra, **options.pop("extra_body", {})}
         if request.prefill:
             messages.append({"role": "assistant", "content": request.prefill})
-            # Understood by vLLM and SGLang; llama.cpp's own server goes on with a last assistant's message by itself.
+            # Understood by vLLM and SGLang; llama.cpp's own server continues a last assistant message by default.
             extra |= {"continue_final_message": True, "add_generation_prompt": False}
-        # OpenAI's newer models refuse the old name of the limit, which is the one that other servers know.
+        # OpenAI's newer models refuse `max_tokens`; many other servers know only that name.
         options["max_completion_tokens" if self.block.base_url is None else "max_tokens"] = max_new_tokens
         create: Any = self._client.chat.completions.with_raw_response.create
         return await self._reply(
@@ -168,16 +162,13 @@ class OpenAIEngine:
         )
 
     async def echo(self, prompt: str) -> TextReply:
-        """The reply to a text that the server is asked to repeat with the log-probability of each token."""
+        """The reply to a prompt that the server echoes with the log-probability of each token."""
         create: Any = self._client.completions.with_raw_response.create
         options = {"max_tokens": 1, "temperature": 0.0, "echo": True, "logprobs": 1}
         return await self._reply(TextReply, lambda: create(model=self.block.model, prompt=prompt, **options))
 
-    def told(self, error: Exception) -> Exception:
-        """A fault as the person is told it; those of this program are left as they are."""
-        if isinstance(error, AlignError):
-            return error
-        return explained(error, self.block, self._key)
+    def _as_align_error(self, error: Exception) -> AlignError:
+        return error if isinstance(error, AlignError) else as_align_error(error, self.block, self._key)
 
     async def _complete(self, request: Request) -> Completed:
         reply = await self.chat(
@@ -192,48 +183,45 @@ class OpenAIEngine:
         return Completed(request.id, text, reply.finish_reason, tokens)
 
     async def _reply(self, shape: type[Shape], send: Callable[[], Awaitable[Any]]) -> Shape:
-        async def once() -> Shape:
+        async def send_once() -> Shape:
             return read_reply(shape, (await send()).http_response.content)
 
-        return await self._tried(once)
+        return await with_retries(send_once, retries=self.block.max_retries, timeout=self.block.timeout_seconds)
 
-    async def _tried(self, once: Callable[[], Awaitable[Answered]]) -> Answered:
-        return await try_until_answered(once, retries=self.block.max_retries, seconds=self.block.timeout_seconds)
-
-    def _each(self, answer: Callable[[Asked], Awaitable[Answered]], requests: Sequence[Asked]) -> Iterator[Answered]:
+    def _answers(self, ask: Callable[[RequestT], Awaitable[Answer]], requests: Sequence[RequestT]) -> Iterator[Answer]:
         results: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        work = asyncio.run_coroutine_threadsafe(self._answer_all(answer, requests, results), self._running_loop())
+        work = asyncio.run_coroutine_threadsafe(self._answer_all(ask, requests, results), self._running_loop())
         try:
             while (result := results.get()) is not _END:
                 if isinstance(result, Exception):
-                    raise self.told(result) from None
+                    raise self._as_align_error(result) from None
                 yield result
         finally:
             work.cancel()
 
     async def _answer_all(
         self,
-        answer: Callable[[Asked], Awaitable[Answered]],
-        requests: Sequence[Asked],
+        ask: Callable[[RequestT], Awaitable[Answer]],
+        requests: Sequence[RequestT],
         results: "queue.SimpleQueue[Any]",
     ) -> None:
-        """Put each answer into the queue as it comes, then the first fault or the end."""
-        faults: list[Exception] = []
+        """Put each answer into the queue as it comes, and finally the first error or `_END`."""
+        errors: list[Exception] = []
 
-        async def answered(request: Asked) -> None:
-            async with self._places:
-                if faults:
+        async def answer_one(request: RequestT) -> None:
+            async with self._slots:
+                if errors:
                     return
                 try:
-                    results.put(await answer(request))
+                    results.put(await ask(request))
                 except Exception as error:
-                    faults.append(error)
+                    errors.append(error)
 
-        await asyncio.gather(*(answered(request) for request in requests))
-        results.put(faults[0] if faults else _END)
+        await asyncio.gather(*(answer_one(request) for request in requests))
+        results.put(errors[0] if errors else _END)
 
     def _running_loop(self) -> asyncio.AbstractEventLoop:
-        """A loop in a thread of its own, so that replies are read and timed while the caller does other things."""
+        """An event loop in a separate thread, so that replies are read and timed while the caller is busy."""
         if self._loop is None:
             self._loop = asyncio.new_event_loop()
             threading.Thread(target=self._loop.run_forever, name=self.name, daemon=True).start()
@@ -243,26 +231,26 @@ class OpenAIEngine:
 _END = object()
 
 
-def _said(listed: ListedModel) -> dict[str, str]:
-    """What tells models apart of an entry in a server's list; a path on the server's disk by its last part alone."""
-    found = listed.model_dump()
-    return {key: value.rpartition("/")[2] if value.startswith("/") else value for key, value in found.items() if value}
+def _description(listed: ListedModel) -> dict[str, str]:
+    """A listed model's fields that identify it. Of a path on the server's disk only the last part is kept."""
+    fields = listed.model_dump()
+    return {key: value.rpartition("/")[2] if value.startswith("/") else value for key, value in fields.items() if value}
 
 
 def _is_word(choice: str) -> bool:
-    return len(choice.split()) == 1 and len(choice) <= LONGEST_WORD
+    return len(choice.split()) == 1 and len(choice) <= MAX_WORD_LENGTH
 
 
-def _share_of_bound(concurrency: int) -> int:
-    """This process's part of the requests that all may have under way together.
+def _share_of_concurrency(concurrency: int) -> int:
+    """How many of the `concurrency` requests in flight belong to this process.
 
     Raises:
         InputError: there are more processes than requests allowed.
     """
-    parts, number = processes.world_size(), processes.rank()
-    if parts > concurrency:
+    world_size, rank = processes.world_size(), processes.rank()
+    if world_size > concurrency:
         raise InputError(
-            f"engine.concurrency: {concurrency} requests at a time cannot be shared out among {parts} processes; "
-            "raise it, or start fewer"
+            f"engine.concurrency: {concurrency} concurrent requests cannot be divided among {world_size} processes; "
+            "raise engine.concurrency, or start fewer processes"
         )
-    return concurrency // parts + (number < concurrency % parts)
+    return concurrency // world_size + (rank < concurrency % world_size)

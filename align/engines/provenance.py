@@ -1,8 +1,8 @@
-"""Where each row of the critique loop comes from: `provenance.jsonl` beside a stage's rows, which name its entries.
+"""Records how each text and label was made, in a `provenance.jsonl` beside a stage's rows.
 
-What many rows have in common (engine, weights, sampling, constitution) is one entry, named by a digest of itself; what
-is a row's own (principles, seeds) stands in the row. A stage's file has the entries of earlier stages that its rows
-name as well, so that a folder tells all by itself.
+What many rows have in common (engine, weights, sampling settings, constitution) is one entry, whose id is a digest of
+its content and stands in each of those rows; what differs between them (principles, seeds) is in the row. The entries
+of earlier stages that a stage's rows refer to are copied into its file, so that its folder is complete.
 """
 
 import dataclasses
@@ -27,20 +27,20 @@ PROVENANCE = "provenance.jsonl"
 CONSTITUTION = "constitution.json"
 Step = Literal["completion", "critique", "revision", "label"]
 RULE = EngineIdentity("rule", "")
-"""The identity of a judge that asks no model: a program checks the principles' rules."""
+"""The identity of a judge without a model: a program checks the principles' rules."""
 
-NOT_OF_THE_JUDGE = {"engine", "batch_size", "allow_chance"}
-"""Keys of a judge that change no label, or that the entry tells elsewhere."""
+OMITTED_JUDGE_KEYS = {"engine", "batch_size", "allow_chance"}
+"""Keys of a judge that do not change its labels, or that other fields of the entry describe."""
 
 
 @dataclass(frozen=True)
 class Provenance(Row):
     """How some texts or labels were made.
 
-    `engine` is 'local' (a model in this process), 'server', 'rule' or 'scripted'; `model_digest` the SHA-256 of the
-    weights, and empty where nobody here has read them: `verified` is false then, and `server_says` what a server says
-    of its model. `settings` are those of sampling, of a judge, of the loop. `seed` is the recipe's, from which those of
-    the rows follow.
+    `engine` is 'local' (a model in this process), 'server', 'rule' or 'scripted'. `model_digest` is the SHA-256 of the
+    weights. If they were not read on this machine, it is empty and `verified` false; `server_says` is then a server's
+    description of its model. `settings` are those of the sampling, the judge or the loop. `seed` is the recipe's, from
+    which the seeds of the rows are derived.
     """
 
     id: str
@@ -68,7 +68,7 @@ class Provenance(Row):
         seed: int,
         constitution: Constitution | None = None,
     ) -> Self:
-        """An entry, named by what it says."""
+        """An entry whose id is the digest of its content."""
         content: dict[str, Any] = {
             "stage": stage,
             "step": step,
@@ -87,17 +87,17 @@ class Provenance(Row):
         return cls(id=_entry_id(content), **content)
 
     def with_label(self, block: JudgeBlock, constitution: Constitution, **how: Any) -> Self:
-        """The entry of labels that are made of the same engine's answers by other settings or another constitution."""
-        now: dict[str, Any] = {
-            "settings": {**self.settings, **_of_labels(block), **how},
+        """The entry of labels made from the same engine's answers with other settings or another constitution."""
+        changes: dict[str, Any] = {
+            "settings": {**self.settings, **_label_settings(block), **how},
             "constitution": constitution.id,
             "constitution_digest": constitution.digest,
         }
-        return dataclasses.replace(self, id=_entry_id(self.to_json() | now), **now)
+        return dataclasses.replace(self, id=_entry_id(self.to_json() | changes), **changes)
 
 
 def _entry_id(content: Mapping[str, Any]) -> str:
-    """A digest of what an entry says. A constitution is known by its own digest, whatever its file is called."""
+    """The digest of an entry's content. Its constitution counts by its digest, whatever the name of its file."""
     return digest({key: value for key, value in content.items() if key not in ("id", "constitution")}, 12)
 
 
@@ -111,19 +111,19 @@ def text_provenance(
     writer: str = "",
     **how: Any,
 ) -> Provenance:
-    """The entry of texts that an engine writes in a stage, by the sampling settings of its block.
+    """The entry of texts that an engine generates in a stage.
 
     Args:
-        writer: which of a stage's engines it is, where several take the same step.
-        how: what else decides how the texts come out.
+        writer: tells a stage's engines apart where several take the same step.
+        how: further settings that change the texts.
     """
-    settings = {**sampling_settings(context), **_named(block.extra), **how}
-    identity = settled_identity(engine, context.output, writer or step)
+    settings = {**sampling_settings(context), **_public_extra(block.extra), **how}
+    identity = pin_identity(engine, context.output, writer or step)
     return Provenance.of(context.stage, step, identity, settings, context.seed, constitution)
 
 
 def sampling_settings(context: Context) -> dict[str, Any]:
-    """How a stage samples: its sampling block, and the system prompt where the model has one."""
+    """A stage's sampling settings: its `sampling` block, and the model's system prompt if it has one."""
     model: ModelBlock = context.shared["model"]
     system = {"system_prompt": model.system_prompt} if model.system_prompt else {}
     return {**context.settings.sampling.model_dump(mode="json"), **system}
@@ -132,133 +132,132 @@ def sampling_settings(context: Context) -> dict[str, Any]:
 def label_provenance(
     context: Context, engine: Engine | None, block: JudgeBlock, constitution: Constitution, **how: Any
 ) -> Provenance:
-    """The entry of a judge's labels; without a `engine` it asks no model."""
-    settings = {**_of_labels(block), **_named(block.engine.extra), **how}
-    identity = settled_identity(engine, context.output, "label") if engine else RULE
+    """The entry of a judge's labels. A judge by rules has no engine."""
+    settings = {**_label_settings(block), **_public_extra(block.engine.extra), **how}
+    identity = pin_identity(engine, context.output, "label") if engine else RULE
     return Provenance.of(context.stage, "label", identity, settings, context.seed, constitution)
 
 
-def settle_judge(engine: Engine | None, output: Path) -> None:
-    """Settle who judges, and how its choices are scored, before the probes are asked; of nobody without a `engine`.
+def pin_judge(engine: Engine | None, output: Path) -> None:
+    """Pin the judge's model and the way it scores choices, before the probes are judged. No-op for a judge by rules.
 
     Raises:
-        InputError: the engine has another model, or scores choices in another way, than when the stage began.
+        InputError: the engine's model or its way of scoring has changed since the stage began.
     """
     if engine is not None:
-        settled_identity(engine, output, "label")
-        processes.decided_by_first(lambda: _settle_method(engine, output / "method-of-label.json"))
+        pin_identity(engine, output, "label")
+        processes.decide_on_first_rank(lambda: _pin_method(engine, output / "method-of-label.json"))
 
 
-def _settle_method(engine: Engine, kept: Path) -> None:
-    """A stage whose journal held both votes and log-probabilities would call all of them by one name."""
-    if not kept.exists():
-        write_json(kept, {"scored_by": engine.choice_method})
+def _pin_method(engine: Engine, pinned: Path) -> None:
+    """A journal with both votes and log-probabilities would be reported as if it had only one of them."""
+    if not pinned.exists():
+        write_json(pinned, {"scored_by": engine.choice_method})
         return
-    before = json.loads(kept.read_text(encoding="utf-8"))["scored_by"]
+    before = json.loads(pinned.read_text(encoding="utf-8"))["scored_by"]
     try:
         now = engine.choice_method
     except AlignError:
-        return  # what is not asked for any more needs no server
+        return  # if every answer is in the journal, the server is not needed
     if now != before:
         raise InputError(
             f"engine {engine.name}: scores choices by {now} now, and by {before} when this stage began; serve the "
-            f"model as before, or remove {kept.parent} to begin anew"
+            f"model as before, or remove {pinned.parent} to start over"
         )
 
 
-def _of_labels(block: JudgeBlock) -> dict[str, Any]:
-    return block.model_dump(mode="json", exclude=NOT_OF_THE_JUDGE)
+def _label_settings(block: JudgeBlock) -> dict[str, Any]:
+    return block.model_dump(mode="json", exclude=OMITTED_JUDGE_KEYS)
 
 
-def _named(extra: Mapping[str, Any]) -> dict[str, Any]:
-    """A server's further keys. Texts and lists among them may be secrets: the manifest alone has those."""
+def _public_extra(extra: Mapping[str, Any]) -> dict[str, Any]:
+    """The `extra` keys of an engine. Texts and lists may be secrets, so only the manifest has their values."""
     shown = {key: value if isinstance(value, bool | int | float) else "in the manifest" for key, value in extra.items()}
     return {"extra": shown} if shown else {}
 
 
-def settled_identity(engine: Engine, output: Path, step: str) -> EngineIdentity:
-    """Which model an engine has, in every process. It is settled before the engine is asked anything, and again when a
-    stage goes on.
+def pin_identity(engine: Engine, output: Path, step: str) -> EngineIdentity:
+    """Which model an engine has, in every process. It is pinned before the first request and checked on resume.
 
     Args:
+        output: the stage's folder, where the identity is stored.
         step: what the engine does in the stage.
-        output: the stage's folder, which keeps what was found first.
 
     Raises:
-        InputError: the engine has another model than when the stage began.
+        InputError: the engine's model has changed since the stage began.
     """
-    return processes.decided_by_first(lambda: _settled(engine, output / f"engine-of-{step}.json"))
+    return processes.decide_on_first_rank(lambda: _pinned_identity(engine, output / f"engine-of-{step}.json"))
 
 
-def _settled(engine: Engine, kept: Path) -> EngineIdentity:
-    """The digests of weights are kept too: files that have not changed are not read again."""
+def _pinned_identity(engine: Engine, pinned: Path) -> EngineIdentity:
+    """The digests of weight files are stored too, so that unchanged files are not hashed again."""
     weights = getattr(engine, "weights", None)
-    if not kept.exists():
+    if not pinned.exists():
         identity = engine.identity()
-        found = {"identity": dataclasses.asdict(identity), "weights": weights.digests if weights else {}}
-        write_json(kept, found)
+        write_json(pinned, {"identity": dataclasses.asdict(identity), "weights": weights.digests if weights else {}})
         return identity
-    found = json.loads(kept.read_text(encoding="utf-8"))
-    before = EngineIdentity(**found["identity"])
+    stored = json.loads(pinned.read_text(encoding="utf-8"))
+    before = EngineIdentity(**stored["identity"])
     if weights:
-        weights.digests.update(found["weights"])
+        weights.digests.update(stored["weights"])
     try:
         now = engine.identity()
     except AlignError:
-        return before  # what is not asked for any more needs no server
-    is_silent = now.kind == "server" and not (now.said and before.said)
-    if now != before and not is_silent:
-        raise InputError(_exchanged(engine.name, before, now, kept.parent))
+        return before  # if every answer is in the journal, the server is not needed
+    is_unknown = now.kind == "server" and not (now.said and before.said)
+    if now != before and not is_unknown:
+        raise InputError(_model_changed(engine.name, before, now, pinned.parent))
     return before
 
 
-def _exchanged(engine: str, before: EngineIdentity, now: EngineIdentity, folder: Path) -> str:
+def _model_changed(engine: str, before: EngineIdentity, now: EngineIdentity, folder: Path) -> str:
     if now.kind == "server":
         return (
-            f"engine {engine}: the server says that it has {dict(now.said)} now, and when this stage began it said "
-            f"{dict(before.said)}; serve that model again, or remove {folder} to begin anew"
+            f"engine {engine}: the server reports the model {dict(now.said)} now, and reported "
+            f"{dict(before.said)} when this stage began; serve that model again, or remove {folder} to start over"
         )
     old, new = dataclasses.asdict(before), dataclasses.asdict(now)
     changed = ", ".join(
         f"{key} {old[key] or 'unknown'} before, {new[key] or 'unknown'} now" for key in old if old[key] != new[key]
     )
     return (
-        f"engine {engine}: not the model that this stage began with ({changed}); put that one back, or remove "
-        f"{folder} to begin anew"
+        f"engine {engine}: not the model that this stage began with ({changed}); restore that model, or remove "
+        f"{folder} to start over"
     )
 
 
 def write_constitution(output: Path, constitution: Constitution) -> None:
-    """Keep the principles beside the rows that name them, the folders of documents by their digests alone."""
+    """Write the principles beside the rows that name them. Document folders are reduced to their digests."""
     if processes.is_first():
         write_json(output / CONSTITUTION, constitution.without_folders().model_dump(mode="json"))
 
 
 def read_constitution(path: Path) -> Constitution:
-    """The constitution that `write_constitution` kept: its digest is the same, and documents cannot be read of it.
+    """The constitution that `write_constitution` wrote, with the same digest, but without its documents.
 
     Raises:
-        InputError: the file is damaged, or of another version.
+        InputError: the file is damaged, or from another version of align.
     """
     try:
         return Constitution.model_validate_json(path.read_bytes())
     except ValidationError as error:
         raise InputError(
-            f"{path}: damaged, or of another version ({error.error_count()} faults); remove {path.parent} and run again"
+            f"{path}: damaged, or from another version of align ({error.error_count()} errors); remove {path.parent} "
+            "and run again"
         ) from None
 
 
 def read_provenance(folder: Path) -> dict[str, Provenance]:
-    """A published stage's entries by id; none of a stage that an earlier version made."""
+    """A published stage's entries by id; empty if the stage was made by a version of align without provenance."""
     path = folder / PROVENANCE
     return {entry.id: entry for entry in read_rows(path, Provenance)} if path.is_file() else {}
 
 
 def write_provenance(output: Path, made: Iterable[Provenance], upstream: Iterable[Path] = ()) -> None:
-    """Write a stage's own entries, and those of the stages that its rows quote. The first process writes.
+    """Write a stage's entries and those of the stages that its rows refer to. Only the first process writes.
 
     Args:
-        upstream: the folders of those stages.
+        upstream: the folders of the stages referred to.
     """
     if not processes.is_first():
         return

@@ -1,12 +1,12 @@
-"""The engine that is asked nothing: it stands for one whose answers were kept."""
+"""The engine that stands for one whose answers were recorded; it is never asked anything."""
 
 from collections.abc import Iterator, Sequence
 
-from align.engines.engine import ChoiceRequest, ChoiceScores, Completed, EngineIdentity, Progress, Request, unheard
+from align.engines.engine import ChoiceRequest, ChoiceScores, Completed, EngineIdentity, Progress, Request, no_progress
 
 
 class RecordedEngine:
-    """Has the name of the engine that gave the answers, and no answer of its own."""
+    """Has the name of the engine that gave the recorded answers, and gives none itself."""
 
     depends_on_batch = False
     choice_method = "repeated from opinions.jsonl"
@@ -18,11 +18,11 @@ class RecordedEngine:
         return EngineIdentity("recorded", self.name)
 
     def complete(
-        self, requests: Sequence[Request], progress: Progress = unheard, at_once: int | None = None
+        self, requests: Sequence[Request], progress: Progress = no_progress, at_once: int | None = None
     ) -> Iterator[Completed]:
-        raise NotImplementedError("answers that were kept are read, not asked for")
+        raise NotImplementedError("recorded answers are read from their file, not requested")
 
     def choice_logprobs(
-        self, requests: Sequence[ChoiceRequest], progress: Progress = unheard
+        self, requests: Sequence[ChoiceRequest], progress: Progress = no_progress
     ) -> Iterator[ChoiceScores]:
-        raise NotImplementedError("answers that were kept are read, not asked for")
+        raise NotImplementedError("recorded answers are read from their file, not requested")

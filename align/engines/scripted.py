@@ -1,16 +1,16 @@
-"""An engine whose answers are functions of the request: for tests, and for anyone who wants to try a stage by hand."""
+"""An engine that computes its answers from the request: for tests, and for trying out a stage by hand."""
 
 from collections.abc import Callable, Iterator, Sequence
 
-from align.engines.engine import ChoiceRequest, ChoiceScores, Completed, EngineIdentity, Progress, Request, unheard
+from align.engines.engine import ChoiceRequest, ChoiceScores, Completed, EngineIdentity, Progress, Request, no_progress
 from align.errors import InputError
 
 
 class ScriptedEngine:
-    """Answers by `text`, and scores by `logprob`, one choice at a time.
+    """Completes requests with `text` and scores each choice with `logprob`.
 
-    A text counts one token a word, and a choice too; a text longer than the request's `max_new_tokens` is cut there,
-    with finish reason 'length'. `completed` and `scored` count the requests answered.
+    One word counts as one token. A text longer than the request's `max_new_tokens` is truncated, with the finish reason
+    'length'. `completed` and `scored` count the requests answered.
     """
 
     depends_on_batch = False
@@ -32,7 +32,7 @@ class ScriptedEngine:
         return EngineIdentity("scripted", self.name)
 
     def complete(
-        self, requests: Sequence[Request], progress: Progress = unheard, at_once: int | None = None
+        self, requests: Sequence[Request], progress: Progress = no_progress, at_once: int | None = None
     ) -> Iterator[Completed]:
         for request in requests:
             self.completed += 1
@@ -45,7 +45,7 @@ class ScriptedEngine:
                 yield Completed(request.id, " ".join(kept), "length", len(kept))
 
     def choice_logprobs(
-        self, requests: Sequence[ChoiceRequest], progress: Progress = unheard
+        self, requests: Sequence[ChoiceRequest], progress: Progress = no_progress
     ) -> Iterator[ChoiceScores]:
         if self._logprob is None:
             raise InputError(f"engine {self.name}: gives no log-probabilities; use another engine for this judge")

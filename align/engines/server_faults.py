@@ -1,4 +1,4 @@
-"""Which faults of a server pass by themselves, how long to wait for that, and what to tell of those that do not."""
+"""Which server errors are transient, when they are retried, and how the others are reported to the user."""
 
 import asyncio
 import email.utils
@@ -13,61 +13,61 @@ import openai
 from align.errors import AlignError, InputError
 from align.settings.blocks import EngineBlock
 
-FIRST_PAUSE = 0.5
-LONGEST_PAUSE = 30.0
-"""Seconds between tries: they double from the first to the longest, each cut by up to a half at random, so that many
-requests that failed together do not come back together."""
+INITIAL_DELAY = 0.5
+MAX_DELAY = 30.0
+"""Seconds between tries: exponential back-off between these bounds. Each delay is shortened by up to a half at random,
+so that requests that failed together are not retried together."""
 
-LONGEST_ASKED_FOR = 300.0
-"""A server that asks for a longer pause than this means a quota, which no retry outlasts."""
+MAX_REQUESTED_DELAY = 300.0
+"""Seconds. A server that asks for a longer delay enforces a quota, and retrying does not help."""
 
-_PASSING_STATUS = {408, 409, 425, 429}
-_LASTING_WORDS = ("insufficient_quota", "not supported", "not implemented")
+_TRANSIENT_STATUS = {408, 409, 425, 429}
+_PERMANENT_MESSAGES = ("insufficient_quota", "not supported", "not implemented")
 
 Answer = TypeVar("Answer")
 
 
 class MalformedReply(Exception):
-    """A reply that is not what the protocol promises: cut short, garbled, empty, or of another shape."""
+    """A reply that violates the protocol: truncated, garbled, empty, or without a required field."""
 
 
-async def try_until_answered(ask: Callable[[], Awaitable[Answer]], *, retries: int, seconds: float) -> Answer:
-    """What `ask` returns, at the first try or at one of the retries. Each try may take so many seconds in all.
+async def with_retries(send: Callable[[], Awaitable[Answer]], *, retries: int, timeout: float) -> Answer:
+    """What `send` returns, retried after transient errors. Each try may take `timeout` seconds in total.
 
     Raises:
-        TimeoutError | openai.OpenAIError | MalformedReply: the fault of the last try, or one that does not pass.
+        TimeoutError | openai.OpenAIError | MalformedReply: a permanent error, or the error of the last try.
     """
-    for tried in itertools.count():
+    for retry in itertools.count():
         try:
-            async with asyncio.timeout(seconds):
-                return await ask()
+            async with asyncio.timeout(timeout):
+                return await send()
         except (TimeoutError, openai.OpenAIError, MalformedReply) as error:
-            if tried >= retries or not passes(error):
+            if retry >= retries or not is_transient(error):
                 raise
-            wait = pause(tried, error)
-        await asyncio.sleep(wait)
+            delay = retry_delay(retry, error)
+        await asyncio.sleep(delay)
     raise AssertionError("unreachable")
 
 
-def passes(error: Exception) -> bool:
-    """Whether the same request may succeed later: a rate limit, a server's fault, a broken connection or reply."""
+def is_transient(error: Exception) -> bool:
+    """Whether the same request may succeed later: after a rate limit, a server error, a broken connection or reply."""
     if not isinstance(error, openai.APIStatusError):
         return isinstance(error, TimeoutError | openai.APIConnectionError | MalformedReply)
-    if error.status_code not in _PASSING_STATUS and (error.status_code < 500 or error.status_code == 501):
+    if error.status_code not in _TRANSIENT_STATUS and (error.status_code < 500 or error.status_code == 501):
         return False
-    lasting = any(words in str(error).lower() for words in _LASTING_WORDS)
-    return not lasting and (asked_pause(error) or 0.0) <= LONGEST_ASKED_FOR
+    is_permanent = any(words in str(error).lower() for words in _PERMANENT_MESSAGES)
+    return not is_permanent and (requested_delay(error) or 0.0) <= MAX_REQUESTED_DELAY
 
 
-def pause(tried: int, error: Exception) -> float:
-    """Seconds to wait after this many retries: what the server asked for, if anything; or a back-off with jitter."""
-    asked_for = asked_pause(error)
-    backoff = min(FIRST_PAUSE * 2.0 ** min(tried, 30), LONGEST_PAUSE) * random.uniform(0.5, 1.0)
-    return asked_for or backoff
+def retry_delay(retry: int, error: Exception) -> float:
+    """Seconds before the retry with this number (from 0): what the server asked for, or else a back-off with jitter."""
+    requested = requested_delay(error)
+    backoff = min(INITIAL_DELAY * 2.0 ** min(retry, 30), MAX_DELAY) * random.uniform(0.5, 1.0)
+    return requested or backoff
 
 
-def asked_pause(error: Exception) -> float | None:
-    """Seconds of the reply's `Retry-After` (a number or a date, RFC 9110) or `retry-after-ms`; None without one."""
+def requested_delay(error: Exception) -> float | None:
+    """Seconds of the reply's `retry-after-ms` or `Retry-After` (a number or a date, RFC 9110); None without either."""
     if not isinstance(error, openai.APIStatusError):
         return None
     headers = error.response.headers
@@ -80,30 +80,30 @@ def asked_pause(error: Exception) -> float | None:
     return None if date is None else max(0.0, email.utils.mktime_tz(date) - time.time())
 
 
-def explained(error: Exception, engine: EngineBlock, key: str) -> AlignError:
-    """The fault, where it is and the remedy; never what might hold the key."""
+def as_align_error(error: Exception, engine: EngineBlock, key: str) -> AlignError:
+    """The error with the server's address and a remedy, and without the key."""
     server = engine.base_url or "https://api.openai.com"
     if isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError):
-        return InputError(f"engine {server}: refused the key; check the variable {engine.api_key_env}")
+        return InputError(f"engine {server}: refused the key; check the environment variable {engine.api_key_env}")
     if isinstance(error, openai.NotFoundError):
         return InputError(
-            f"engine {server}: has no model {engine.model!r}, or is not such a server; "
-            "check engine.model and engine.base_url (which mostly ends in /v1)"
+            f"engine {server}: has no model {engine.model!r}, or does not speak OpenAI's protocol; "
+            "check engine.model and engine.base_url (which usually ends in /v1)"
         )
-    kept = "what was finished is kept: run the same command again"
-    tried = f"after {engine.max_retries} retries; {kept}"
+    resume = "finished answers are kept; to resume, run the same command again"
+    gave_up = f"after {engine.max_retries} retries; {resume}"
     if isinstance(error, TimeoutError | openai.APITimeoutError):
         return AlignError(
-            f"engine {server}: no answer in {engine.timeout_seconds:g} seconds, {tried}, with a longer "
-            "engine.timeout_seconds or a lower engine.concurrency where the server is only slow"
+            f"engine {server}: no answer in {engine.timeout_seconds:g} seconds, {gave_up}; if the server is only slow, "
+            "raise engine.timeout_seconds or lower engine.concurrency"
         )
     if isinstance(error, openai.APIConnectionError):
-        return InputError(f"engine {server}: cannot be reached, {tried} once it runs, or change engine.base_url")
+        return InputError(f"engine {server}: cannot be reached, {gave_up} once it runs, or change engine.base_url")
     said = (str(error).replace(key, "***") if key else str(error))[:300]
     if isinstance(error, MalformedReply):
-        return AlignError(f"engine {server}: {said} ({tried}; `align engine check` shows what the server can do)")
+        return AlignError(f"engine {server}: {said} ({gave_up}; `align engine check` shows what the server can do)")
     if isinstance(error, openai.RateLimitError | openai.InternalServerError):
-        waits = asked_pause(error)
-        asks = f"asks to wait {waits:.0f} seconds" if waits and waits > LONGEST_ASKED_FOR else ""
-        return AlignError(f"engine {server}: {said} ({f'{asks}; {kept} after that' if asks else tried})")
+        delay = requested_delay(error) or 0.0
+        quota = f"the server asks to wait {delay:.0f} seconds; {resume} after that"
+        return AlignError(f"engine {server}: {said} ({quota if delay > MAX_REQUESTED_DELAY else gave_up})")
     return InputError(f"engine {server}: refused the request: {said}")

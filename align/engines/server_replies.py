@@ -1,4 +1,4 @@
-"""What a server's replies must hold, checked before anything is made of them."""
+"""The replies of a server as checked data: what is missing or malformed is found before it is used."""
 
 from typing import Annotated, Any, TypeVar
 
@@ -8,13 +8,15 @@ from align.engines.server_faults import MalformedReply
 from align.records import FinishReason
 
 Logprob = Annotated[float, Field(le=0.01, allow_inf_nan=False)]
-"""In nats; rounding takes a certain token's a little above 0."""
+"""In nats. Rounding may put that of a certain token a little above 0."""
 
-ENDED = {"stop", "eos_token", "stop_sequence", "end_turn"}
-"""Finish reasons of a whole text. Any other (a limit, a content filter) left one that is not whole."""
+COMPLETE_REASONS = {"stop", "eos_token", "stop_sequence", "end_turn"}
+"""Finish reasons of a complete text. After any other (a limit, a content filter) the text is truncated."""
 
 SPACES = " \t\n\r\u0120\u2581"
-"""What tokens may have around their word: spaces, also as byte-level and SentencePiece vocabularies write them."""
+"""White space around the word of a token, also as byte-level and SentencePiece vocabularies write it."""
+
+INCOMPLETE_LOGPROBS = "no log-probability for some token after the first"
 
 Shape = TypeVar("Shape", bound="Reply")
 
@@ -25,7 +27,7 @@ class _Usage(BaseModel):
 
 
 class Reply(BaseModel):
-    """What every reply has. Fields that nobody here reads are left alone."""
+    """What all replies have in common. Unknown fields are ignored."""
 
     usage: _Usage | None = None
 
@@ -58,21 +60,25 @@ class _ChatChoice(BaseModel):
     logprobs: _Tokens | None = None
 
 
-class _GivenToken(BaseModel):
+class _PromptToken(BaseModel):
     logprob: Logprob
 
 
 class ChatReply(Reply):
-    """The reply to a chat request. `prompt_logprobs` is vLLM's: a token's alternatives by id, its own first."""
+    """The reply to a chat request.
+
+    `prompt_logprobs` is vLLM's extension: for each prompt token its log-probability and its alternatives', by token id,
+    the prompt token first.
+    """
 
     choices: Annotated[tuple[_ChatChoice, ...], Field(min_length=1)]
-    prompt_logprobs: tuple[dict[str, _GivenToken] | None, ...] | None = None
+    prompt_logprobs: tuple[dict[str, _PromptToken] | None, ...] | None = None
 
     @field_validator("prompt_logprobs")
     @classmethod
-    def _each_has_one(cls, given: tuple[dict[str, _GivenToken] | None, ...] | None) -> Any:
+    def _all_but_first(cls, given: tuple[dict[str, _PromptToken] | None, ...] | None) -> Any:
         if given and not all(given[1:]):
-            raise ValueError("not a log-probability for each token but the first")
+            raise ValueError(INCOMPLETE_LOGPROBS)
         return given
 
     @property
@@ -81,37 +87,37 @@ class ChatReply(Reply):
 
     @property
     def finish_reason(self) -> FinishReason:
-        return "stop" if self.choices[0].finish_reason in ENDED else "length"
+        return "stop" if self.choices[0].finish_reason in COMPLETE_REASONS else "length"
 
     @property
     def tokens(self) -> tuple[_Token, ...]:
-        """The tokens with their log-probabilities; none where the server gave none."""
-        shown = self.choices[0].logprobs
-        return (shown.content or ()) if shown else ()
+        """The completion's tokens with their log-probabilities; empty where the server gave none."""
+        logprobs = self.choices[0].logprobs
+        return (logprobs.content or ()) if logprobs else ()
 
     @property
     def alternatives(self) -> list[tuple[str, float]]:
-        """The words that the first token might have been, with their log-probabilities."""
+        """The alternatives for the first token as (word, log-probability)."""
         if not self.tokens:
             return []
         first = self.tokens[0]
         return [(each.token.strip(SPACES), each.logprob) for each in first.top_logprobs or (first,)]
 
     @property
-    def given_logprobs(self) -> list[float] | None:
-        """The log-probability of each token of the prompt (0 for the first); None where the server gave none."""
+    def prompt_token_logprobs(self) -> list[float] | None:
+        """The log-probability of each prompt token (0 for the first); None where the server gave none."""
         if self.prompt_logprobs is None:
             return None
         return [next(iter(each.values())).logprob if each else 0.0 for each in self.prompt_logprobs]
 
 
 class ScoredReply(ChatReply):
-    """The reply of a server that shows log-probabilities: one without them is a faulty one."""
+    """A chat reply that must have log-probabilities, from a server that has shown some before."""
 
     @model_validator(mode="after")
     def _is_scored(self) -> "ScoredReply":
         if not self.tokens:
-            raise ValueError("no log-probabilities, though it had given some before")
+            raise ValueError("no log-probabilities, though earlier replies had some")
         return self
 
 
@@ -120,9 +126,9 @@ class _TextLogprobs(BaseModel):
     token_logprobs: tuple[Logprob | None, ...]
 
     @model_validator(mode="after")
-    def _each_has_one(self) -> "_TextLogprobs":
+    def _all_but_first(self) -> "_TextLogprobs":
         if len(self.tokens) != len(self.token_logprobs) or None in self.token_logprobs[1:]:
-            raise ValueError("not a log-probability for each token but the first")
+            raise ValueError(INCOMPLETE_LOGPROBS)
         return self
 
 
@@ -145,7 +151,7 @@ class ListedModel(BaseModel):
 
 
 class ModelList(Reply):
-    """The reply to the question which models there are."""
+    """The reply to the request for the list of models."""
 
     data: tuple[ListedModel, ...]
 
@@ -154,7 +160,7 @@ def read_reply(shape: type[Shape], content: bytes) -> Shape:
     """The reply as checked data.
 
     Raises:
-        MalformedReply: it is no JSON, or lacks what such a reply must hold.
+        MalformedReply: the content is not JSON, or not a reply of this shape.
     """
     try:
         return shape.model_validate_json(content)
@@ -162,5 +168,5 @@ def read_reply(shape: type[Shape], content: bytes) -> Shape:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(str(part) for part in first["loc"])
         raise MalformedReply(
-            f"gave a reply that is not of the protocol ({f'{where}: ' if where else ''}{first['msg']})"
+            f"the reply does not follow the protocol ({f'{where}: ' if where else ''}{first['msg']})"
         ) from None

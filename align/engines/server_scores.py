@@ -1,51 +1,67 @@
-"""How choices are scored by a server: by the alternatives for a token, by a vote, or as given texts.
+"""How choices are scored by a server: by the alternatives for one token, by a vote of samples, or as given texts.
 
-Servers differ in what they show, and some show it wrongly: what they can do is found out by asking them.
+Servers differ in which log-probabilities they show, and some show wrong ones. What a server can do is found out by
+sending it test requests.
 """
 
 import math
 import re
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import openai
 
 from align.data.chat import prompt_text, token_ids
 from align.engines.engine import ChoiceRequest, ChoiceScores, Request
-from align.engines.server_faults import MalformedReply, passes
-from align.engines.server_replies import ChatReply, ScoredReply
+from align.engines.server_faults import MalformedReply, is_transient
+from align.engines.server_replies import ChatReply, ScoredReply, TextReply
 from align.errors import InputError
 from align.records import Message
 from align.run.reproducibility import derive_seed
-
-if TYPE_CHECKING:
-    from align.engines.openai_server import OpenAIEngine
+from align.settings.blocks import EngineBlock
 
 ALTERNATIVES = (20, 5)
-"""How many are asked for: the most that the protocol allows, then what stricter servers give."""
+"""Numbers of alternatives to ask for: the protocol's maximum, then that of stricter servers."""
 
 VOTE_TOKENS = 5
-"""A vote is its first word, which may stand behind a bracket or a quotation mark."""
+"""Tokens of a sampled vote. The vote is its first word, which may follow a bracket or a quotation mark."""
 
-MOST_DIFFERENCE = 0.25
-"""Nats a token by which a server may differ from itself on the same text, written and given."""
+MAX_DIFFERENCE = 0.25
+"""Nats per token by which a server's scores of a text that it generated and of the same text as input may differ."""
 
 LETTERS_QUESTION = (Message("user", "Which letter comes first in the alphabet? Answer with one letter, A or B."),)
 TEXT_QUESTION = (Message("user", "Name three animals."),)
 
 
-async def most_alternatives(engine: "OpenAIEngine") -> int:
-    """How many alternatives for the next token the server shows; 0 where it shows no log-probabilities."""
+class Server(Protocol):
+    """What scoring needs of a server engine."""
+
+    name: str
+    block: EngineBlock
+    system_prompt: str | None
+
+    @property
+    def alternatives(self) -> int: ...
+    @property
+    def tokenizer(self) -> Any: ...
+    async def chat(
+        self, request: Request | ChoiceRequest, max_new_tokens: int, shape: type[ChatReply] = ..., **options: Any
+    ) -> ChatReply: ...
+    async def echo(self, prompt: str) -> TextReply: ...
+
+
+async def count_alternatives(server: Server) -> int:
+    """How many alternatives for the next token the server shows; 0 if it shows no log-probabilities."""
     question = ChoiceRequest("alternatives", LETTERS_QUESTION, ("A", "B"))
     for count in ALTERNATIVES:
         try:
-            reply = await _next_token(engine, question, count)
+            reply = await _next_token(server, question, count)
         except MalformedReply:
             continue
         except openai.APIStatusError as error:
-            # A missing model or a bad key is no answer to the question.
-            if passes(error) or error.status_code in (401, 403, 404):
+            # A missing model or a rejected key says nothing about log-probabilities.
+            if is_transient(error) or error.status_code in (401, 403, 404):
                 raise
             continue
         if len(reply.alternatives) > 1:
@@ -53,47 +69,49 @@ async def most_alternatives(engine: "OpenAIEngine") -> int:
     return 0
 
 
-async def by_alternatives(engine: "OpenAIEngine", request: ChoiceRequest) -> ChoiceScores:
-    """Each choice's log-probability as the next token, over the ways in which spaces may stand around it.
+async def score_by_alternatives(server: Server, request: ChoiceRequest) -> ChoiceScores:
+    """Each choice's log-probability as the next token, summed over its variants with white space around it.
 
-    A choice that is not among the alternatives, where another is, gets the most that it can have: the least that is
-    shown, and no more than its part of what is left. To take it for impossible would make its rival certain.
+    A choice that is not among the alternatives, while another one is, gets the upper bound of its probability: that of
+    the least likely alternative, and at most an equal share of the mass that the alternatives leave. With -inf the
+    other choice would become certain.
 
     Raises:
-        MalformedReply: the server gave none, though it had given some before.
+        MalformedReply: the reply has no log-probabilities, though the server has shown some before.
     """
-    alternatives = (await _next_token(engine, request, engine.alternatives, ScoredReply)).alternatives
+    alternatives = (await _next_token(server, request, server.alternatives, ScoredReply)).alternatives
     logprobs = tuple(
         _log_sum_exp([logprob for word, logprob in alternatives if word == choice.strip()])
         for choice in request.choices
     )
     hidden = logprobs.count(-math.inf)
     if 0 < hidden < len(logprobs):
-        most = _most_of_hidden([logprob for _, logprob in alternatives], hidden)
-        logprobs = tuple(max(logprob, most) for logprob in logprobs)
+        bound = _bound_of_hidden([logprob for _, logprob in alternatives], hidden)
+        logprobs = tuple(max(logprob, bound) for logprob in logprobs)
     return ChoiceScores(request.id, logprobs, (1,) * len(request.choices))
 
 
-def _most_of_hidden(shown: Sequence[float], hidden: int) -> float:
-    left = max(0.0, 1 - sum(map(math.exp, shown))) / hidden
-    return min(*shown, math.log(left) if left else -math.inf)
+def _bound_of_hidden(shown: Sequence[float], hidden: int) -> float:
+    share = max(0.0, 1 - sum(map(math.exp, shown))) / hidden
+    return min(*shown, math.log(share) if share else -math.inf)
 
 
-async def by_vote(engine: "OpenAIEngine", request: ChoiceRequest) -> ChoiceScores:
-    """The choices' log-probabilities as estimated from samples at temperature 1, each with a seed of its own."""
+async def score_by_vote(server: Server, request: ChoiceRequest) -> ChoiceScores:
+    """The choices' log-probabilities, estimated from samples at temperature 1 with different seeds."""
     votes = []
-    for number in range(engine.block.votes):
+    for number in range(server.block.votes):
         seed = derive_seed(0, "vote", request.id, number) % 2**31
-        reply = await engine.chat(request, VOTE_TOKENS, temperature=1.0, top_p=1.0, seed=seed)
+        reply = await server.chat(request, VOTE_TOKENS, temperature=1.0, top_p=1.0, seed=seed)
         votes.append(_first_word(reply.text.removeprefix(request.prefill)))
-    return ChoiceScores(request.id, counted(votes, request.choices), (1,) * len(request.choices))
+    return ChoiceScores(request.id, vote_logprobs(votes, request.choices), (1,) * len(request.choices))
 
 
-def counted(votes: Sequence[str], choices: Sequence[str]) -> tuple[float, ...]:
-    """Log-probabilities of the choices from the votes for them.
+def vote_logprobs(votes: Sequence[str], choices: Sequence[str]) -> tuple[float, ...]:
+    """Log-probabilities of the choices, from the votes for them.
 
-    The share of votes that name a choice at all is divided by the posterior mean under Jeffreys' prior, (n_i + 1/2) /
-    (n + m/2) for m choices: a handful of samples never makes a choice certain. Votes for nothing leave -inf.
+    The share of votes that name any choice is divided among the choices by the posterior mean under Jeffreys' prior:
+    (n_i + 1/2) / (n + m/2) for m choices. So a few samples never make a choice certain. Without a vote for any choice,
+    each gets -inf.
     """
     names = Counter(votes)
     counts = [names[choice.strip()] for choice in choices]
@@ -104,95 +122,90 @@ def counted(votes: Sequence[str], choices: Sequence[str]) -> tuple[float, ...]:
     return tuple(math.log(share * (count + 0.5) / (valid + 0.5 * len(choices))) for count in counts)
 
 
-async def of_texts(engine: "OpenAIEngine", request: ChoiceRequest) -> ChoiceScores:
-    """The log-probability of each choice as the assistant's words.
+async def score_texts(server: Server, request: ChoiceRequest) -> ChoiceScores:
+    """The log-probability of each choice as the assistant's answer.
 
     Raises:
         InputError: the server does not show the log-probabilities of a given text.
     """
-    by_token = [await _logprobs_of_text(engine, request, choice) for choice in request.choices]
+    by_token = [await _text_logprobs(server, request, choice) for choice in request.choices]
     return ChoiceScores(request.id, tuple(map(sum, by_token)), tuple(map(len, by_token)))
 
 
-async def check_scoring(engine: "OpenAIEngine") -> None:
-    """Compare what the server says of a text that it has written itself with what it said while writing it.
+async def check_text_scoring(server: Server) -> None:
+    """Compare the log-probabilities that the server shows while generating a text with those of the same text as input.
 
-    Some servers echo a text with the log-probabilities moved by a token; a wrong `engine.tokenizer` shows here too.
+    This detects servers that echo a text with its log-probabilities shifted by a token, and a wrong `engine.tokenizer`.
 
     Raises:
-        InputError: it gives no log-probabilities of a given text, or others than it gave before.
+        InputError: the server shows no log-probabilities of a given text, or different ones.
     """
-    written = await engine.chat(Request("written", TEXT_QUESTION, 0, 8), 8, temperature=0.0, **_shown(engine))
+    options: dict[str, Any] = {"logprobs": True, "top_logprobs": server.alternatives} if server.alternatives else {}
+    written = await server.chat(Request("written", TEXT_QUESTION, 0, 8), 8, temperature=0.0, **options)
     words = "".join(token.token for token in written.tokens)
     text = written.text if words.startswith(written.text) else ""
-    given = await _logprobs_of_text(engine, ChoiceRequest("given", TEXT_QUESTION, ()), text or "A cat.")
-    before = [token.logprob for token in written.tokens][: len(given)]
-    if not text or len(before) != len(given):
+    given = await _text_logprobs(server, ChoiceRequest("given", TEXT_QUESTION, ()), text or "A cat.")
+    generated = [token.logprob for token in written.tokens][: len(given)]
+    if not text or len(generated) != len(given):
         return
-    difference = sum(abs(a - b) for a, b in zip(before, given, strict=True)) / max(len(given), 1)
-    if difference > MOST_DIFFERENCE:
+    difference = sum(abs(a - b) for a, b in zip(generated, given, strict=True)) / max(len(given), 1)
+    if difference > MAX_DIFFERENCE:
         raise InputError(
-            f"engine {engine.name}: the log-probabilities that the server gives of a given text differ from those "
-            f"that it gave when it wrote it by {difference:.2f} nats a token; check that engine.tokenizer is the "
+            f"engine {server.name}: the server's log-probabilities of a text as input differ from those that it showed "
+            f"while generating the same text, by {difference:.2f} nats per token; check that engine.tokenizer is the "
             "served model's, or use `judge.kind: choice`, or `engine.kind: local`"
         )
 
 
-def _shown(engine: "OpenAIEngine") -> dict[str, Any]:
-    return {"logprobs": True, "top_logprobs": engine.alternatives} if engine.alternatives else {}
-
-
 async def _next_token(
-    engine: "OpenAIEngine", request: ChoiceRequest, count: int, shape: type[ChatReply] = ChatReply
+    server: Server, request: ChoiceRequest, count: int, shape: type[ChatReply] = ChatReply
 ) -> ChatReply:
-    return await engine.chat(request, 1, shape, temperature=1.0, logprobs=True, top_logprobs=count)
+    return await server.chat(request, 1, shape, temperature=1.0, logprobs=True, top_logprobs=count)
 
 
-async def _logprobs_of_text(engine: "OpenAIEngine", request: ChoiceRequest, text: str) -> list[float]:
-    if engine.block.tokenizer:
-        return await _by_echo(engine, request, text)
-    return await _by_prompt_logprobs(engine, request, text)
+async def _text_logprobs(server: Server, request: ChoiceRequest, text: str) -> list[float]:
+    return await (_by_echo if server.block.tokenizer else _by_prompt_logprobs)(server, request, text)
 
 
-async def _by_prompt_logprobs(engine: "OpenAIEngine", request: ChoiceRequest, text: str) -> list[float]:
-    """By vLLM's `prompt_logprobs`: those of the conversation with the text, less those of the one without."""
+async def _by_prompt_logprobs(server: Server, request: ChoiceRequest, text: str) -> list[float]:
+    """By vLLM's `prompt_logprobs` of the conversation with the text, cut at the length of the one without it."""
     with_text = ChoiceRequest(request.id, request.messages, (), prefill=request.prefill + text)
     try:
-        whole = await engine.chat(with_text, 1, temperature=0.0, extra_body={"prompt_logprobs": 0})
+        whole = await server.chat(with_text, 1, temperature=0.0, extra_body={"prompt_logprobs": 0})
     except (openai.BadRequestError, openai.UnprocessableEntityError):
-        raise _cannot_score(engine) from None
-    logprobs = whole.given_logprobs
+        raise _cannot_score(server) from None
+    logprobs = whole.prompt_token_logprobs
     if logprobs is None:
-        raise _cannot_score(engine)
+        raise _cannot_score(server)
     without = ChoiceRequest(request.id, request.messages, (), prefill=request.prefill)
-    before = (await engine.chat(without, 1, temperature=0.0)).usage
-    if before is None or not before.prompt_tokens < len(logprobs):
-        raise MalformedReply("counts the tokens of a prompt otherwise than it shows them")
-    return logprobs[before.prompt_tokens :]
+    usage = (await server.chat(without, 1, temperature=0.0)).usage
+    if usage is None or not usage.prompt_tokens < len(logprobs):
+        raise MalformedReply("the reported number of prompt tokens does not fit the prompt's log-probabilities")
+    return logprobs[usage.prompt_tokens :]
 
 
-async def _by_echo(engine: "OpenAIEngine", request: ChoiceRequest, text: str) -> list[float]:
-    """By a completion that echoes the prompt, which `engine.tokenizer` has put into the chat's form."""
-    tokenizer = engine.tokenizer
-    prompt = prompt_text(tokenizer, request.messages, engine.system_prompt, request.prefill)
-    reply = await engine.echo(prompt + text)
-    shown = reply.choices[0].logprobs
-    if shown is None:
-        raise _cannot_score(engine)
-    made = reply.usage.completion_tokens if reply.usage else 1
-    end = len(shown.tokens) - made
+async def _by_echo(server: Server, request: ChoiceRequest, text: str) -> list[float]:
+    """By a completion that echoes the prompt, which `engine.tokenizer` renders with its chat template."""
+    tokenizer = server.tokenizer
+    prompt = prompt_text(tokenizer, request.messages, server.system_prompt, request.prefill)
+    reply = await server.echo(prompt + text)
+    echoed = reply.choices[0].logprobs
+    if echoed is None:
+        raise _cannot_score(server)
+    generated = reply.usage.completion_tokens if reply.usage else 1
+    end = len(echoed.tokens) - generated
     start = end - len(token_ids(tokenizer, text))
-    if start < 0 or _ascii("".join(shown.tokens[start:end])) != _ascii(text):
+    if start < 0 or _ascii("".join(echoed.tokens[start:end])) != _ascii(text):
         raise InputError(
-            f"engine {engine.name}: the server cuts a text into other tokens than engine.tokenizer "
-            f"{engine.block.tokenizer!r}; name the served model's, or use `judge.kind: choice`"
+            f"engine {server.name}: the server splits a text into other tokens than engine.tokenizer "
+            f"{server.block.tokenizer!r}; name the served model's tokenizer, or use `judge.kind: choice`"
         )
-    return [logprob or 0.0 for logprob in shown.token_logprobs[start:end]]
+    return [logprob or 0.0 for logprob in echoed.token_logprobs[start:end]]
 
 
-def _cannot_score(engine: "OpenAIEngine") -> InputError:
+def _cannot_score(server: Server) -> InputError:
     return InputError(
-        f"engine {engine.name}: the server does not show the log-probabilities of a given text; use "
+        f"engine {server.name}: the server does not show the log-probabilities of a given text; use "
         "`judge.kind: choice`, `engine.kind: local`, vLLM, or, where the server can echo completions "
         "(llama-cpp-python), name the served model's tokenizer in engine.tokenizer"
     )
@@ -204,7 +217,7 @@ def _first_word(text: str) -> str:
 
 
 def _ascii(text: str) -> str:
-    """What no cut between the bytes of a character has changed."""
+    """The visible ASCII characters: a token boundary inside a multi-byte character does not garble these."""
     return re.sub(r"[^\x21-\x7e]", "", text)
 
 

@@ -1,4 +1,4 @@
-"""Best-of-n: of n completions of a policy the one that a reward model scores highest, what any training must beat."""
+"""Best-of-n: the one of a policy's n completions that a reward model scores highest. Training has to beat it."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,12 +9,12 @@ from align.run.reproducibility import derive_seed
 
 
 def best_of_name(n: int) -> str:
-    """What best-of-n is called among the policies."""
+    """The name of best-of-n among the policies."""
     return f"best-of-{n}"
 
 
 def candidate_requests(requests: Sequence[Request], n: int, seed: int) -> list[Request]:
-    """n requests of each, with ids and seeds of their own that do not depend on n."""
+    """n requests for each request. Their ids and seeds do not depend on n."""
     return [
         replace(request, id=candidate_id(request.id, number), seed=derive_seed(seed, "best of n", request.id, number))
         for request in requests
@@ -23,12 +23,12 @@ def candidate_requests(requests: Sequence[Request], n: int, seed: int) -> list[R
 
 
 def candidate_id(request_id: str, number: int) -> str:
-    """The id of a request's candidate."""
+    """The id of one of a request's n candidates."""
     return f"{request_id}/{number}"
 
 
 def best_of_each(candidates: Sequence[EvaluatedSample], policy: str) -> list[EvaluatedSample]:
-    """Each prompt's candidate of the highest score, the first of equal ones, as a completion of `policy`."""
+    """Each prompt's candidate with the highest score (the first among equals), as a completion of `policy`."""
     best: dict[str, EvaluatedSample] = {}
     for candidate in candidates:
         score, highest = candidate.score, best.get(candidate.prompt_id, candidate).score

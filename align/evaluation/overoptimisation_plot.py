@@ -1,4 +1,4 @@
-"""The picture of an over-optimisation study: a panel for each way to optimise, points and the laws fitted to them."""
+"""The plot of an over-optimisation study: a panel for each way to optimise, with its points and the fitted laws."""
 
 from pathlib import Path
 from typing import Any
@@ -14,19 +14,19 @@ MARKERS = {"proxy": "o", "gold": "s"}
 
 
 def require_matplotlib() -> None:
-    """Say what to install where matplotlib is missing.
+    """Check that matplotlib is installed.
 
     Raises:
-        InputError: it is.
+        InputError: it is missing; the message names what to install.
     """
     plots.require_matplotlib("it out with --no-plot")
 
 
 def draw(study: Study, path: Path) -> None:
-    """Write the picture, in the format that the path's suffix names.
+    """Write the plot in the format that the path's suffix names.
 
     Raises:
-        InputError: matplotlib is missing, knows no such format, or the file cannot be written.
+        InputError: matplotlib is missing or does not know the format, or the file cannot be written.
     """
     require_matplotlib()
     import matplotlib

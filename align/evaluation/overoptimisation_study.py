@@ -1,8 +1,8 @@
-"""A finished run's proxy and gold reward by their distance from the SFT policy: of best-of-n, and along PPO.
+"""The proxy and gold reward of a finished run against the distance from the SFT policy, for best-of-n and for PPO.
 
-The proxy is the reward stage's model, which PPO is trained against and best-of-n chooses by; the gold reward is a
-source that the recipe marks as gold. PPO's points are its rollouts; those of best-of-n come from the completions that
-evaluate keeps.
+The proxy is the reward stage's model, by which best-of-n chooses and against which PPO is trained. The gold reward is a
+source that the recipe marks as gold. PPO's points come from its rollouts, those of best-of-n from the candidates that
+the evaluate stage keeps.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,11 +20,11 @@ from align.evaluation.overoptimisation import (
     Fit,
     Law,
     Points,
-    Tally,
-    best_of_tally,
+    PromptSums,
+    best_of_sums,
     doubling_sizes,
     fit_curve,
-    rollout_tally,
+    rollout_sums,
 )
 from align.evaluation.report import EvaluatedSample, read_candidates
 from align.records import read_jsonl
@@ -32,15 +32,15 @@ from align.run.artefacts import Manifest, read_manifest, require_run, stage_fold
 from align.run.reproducibility import derive_seed
 from align.settings.blocks import ModelBlock, RewardSourceBlock
 
-LEAST_CANDIDATES = 3
-"""Completions a prompt, below which best-of-n has less than two points away from the SFT policy."""
-SAMPLING = ("temperature", "top_p", "max_new_tokens")
+MIN_CANDIDATES = 3
+"""Completions per prompt: with fewer, best-of-n has less than two points away from the SFT policy."""
+COMPARED_SETTINGS = ("temperature", "top_p", "max_new_tokens")
 Candidates = Sequence[Sequence[EvaluatedSample]]
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One way to optimise: its points, what each is numbered by (`step`: n, or the iteration), and its law's fits."""
+    """One way to optimise: its points and the law fitted to them. `step` names what `steps` count: n or iterations."""
 
     name: str
     step: str
@@ -60,7 +60,7 @@ class Moments:
 
 @dataclass(frozen=True)
 class Study:
-    """What a run tells of over-optimisation. `unlike` names settings by which PPO and evaluate sample differently."""
+    """A run's over-optimisation. `sampled_differently` names the sampling settings in which PPO and evaluate differ."""
 
     run: str
     proxy: str
@@ -69,39 +69,41 @@ class Study:
     candidates: int
     sft: Mapping[str, Moments]
     curves: tuple[Curve, ...]
-    unlike: tuple[str, ...]
+    sampled_differently: tuple[str, ...]
 
 
 def load_study(run: Path, gold: str | None = None, resamples: int = 2000) -> Study:
     """The curves of a run and the laws fitted to them.
 
     Args:
-        run: such as `runs/overoptimisation/style-asking-0a1b2c3d`.
-        gold: the gold source's name, where the recipe has several.
-        resamples: of the prompts, behind each interval.
+        run: the run's folder, such as `runs/overoptimisation/style-asking-0a1b2c3d`.
+        gold: the name of the gold source, needed if the recipe has several.
+        resamples: how often the prompts are resampled for the intervals.
 
     Raises:
-        InputError: the run has no gold source, no candidates, another proxy than the reward stage, or too few points.
+        InputError: the run has no gold source, no candidates, a proxy other than the reward stage, or too few points.
     """
     require_run(run)
     ppo, evaluate = (stage_folder(run, name) for name in ("ppo", "evaluate"))
     trained, evaluated = _manifest(ppo), _manifest(evaluate)
     _check_same_inputs(trained, evaluated, run)
-    proxy, gold_source = chosen_sources(trained, gold)
+    proxy, gold_source = proxy_and_gold(trained, gold)
     candidates = _by_prompt(read_candidates(evaluate), evaluate)
     tables = {"proxy": _proxy_scores(candidates), "gold": _gold_scores(candidates, gold_source, trained)}
     sft = {name: Moments(float(table.mean()), float(table.std())) for name, table in tables.items()}
     if alike := [name for name, moments in sft.items() if moments.std == 0]:
-        raise InputError(f"{run}: the {alike[0]} reward scores all completions of the SFT policy alike; use another")
+        raise InputError(
+            f"{run}: the {alike[0]} reward gives every completion of the SFT policy the same score; use another"
+        )
     deviations = {name: moments.std for name, moments in sft.items()}
     seed = derive_seed(trained.settings["seed"], "overoptimisation")
 
-    def curve(name: str, step: str, steps: Sequence[int], tally: Tally, law: Law) -> Curve:
+    def curve(name: str, step: str, steps: Sequence[int], sums: PromptSums, law: Law) -> Curve:
         try:
-            fits = fit_curve(law, tally, deviations, seed, resamples)
+            fits = fit_curve(law, sums, deviations, seed, resamples)
         except ValueError as error:
             raise InputError(f"{run}: {name}: {error}; evaluate more prompts, or train for longer") from None
-        return Curve(name, step, tuple(steps), tally.all_points(deviations), law, fits)
+        return Curve(name, step, tuple(steps), sums.all_points(deviations), law, fits)
 
     sizes = doubling_sizes(len(candidates[0]))
     iterations, rollouts = _rollouts(ppo, proxy.key, gold_source.key)
@@ -113,18 +115,18 @@ def load_study(run: Path, gold: str | None = None, resamples: int = 2000) -> Stu
         candidates=len(candidates[0]),
         sft=sft,
         curves=(
-            curve("best-of-n", "n", sizes, best_of_tally(tables["proxy"], tables["gold"], sizes), BEST_OF_N_LAW),
+            curve("best-of-n", "n", sizes, best_of_sums(tables["proxy"], tables["gold"], sizes), BEST_OF_N_LAW),
             curve("ppo", "iteration", iterations, rollouts, RL_LAW),
         ),
-        unlike=tuple(_unlike_sampling(trained, evaluated)),
+        sampled_differently=tuple(_sampling_differences(trained, evaluated)),
     )
 
 
-def chosen_sources(trained: Manifest, gold: str | None) -> tuple[RewardSourceBlock, RewardSourceBlock]:
-    """(proxy, gold) among the sources that PPO had.
+def proxy_and_gold(trained: Manifest, gold: str | None) -> tuple[RewardSourceBlock, RewardSourceBlock]:
+    """(proxy, gold) among PPO's reward sources.
 
     Raises:
-        InputError: the proxy is not the reward stage alone, or there is no such gold source, or no single one.
+        InputError: the proxy is not the reward stage alone, or `gold` does not settle which gold source is meant.
     """
     written: Sequence[Mapping[str, Any]] = trained.settings["settings"]["rewards"]
     given = [{key: value for key, value in source.items() if value is not None} for source in written]
@@ -132,8 +134,8 @@ def chosen_sources(trained: Manifest, gold: str | None) -> tuple[RewardSourceBlo
     proxies = [source for source in sources if not source.gold]
     if len(proxies) != 1 or proxies[0].stage is None:
         raise InputError(
-            f"ppo.rewards: trained against {', '.join(source.key for source in proxies)}, while best-of-n chooses by "
-            "the reward stage's model; to set them side by side, train against `stage: reward` alone"
+            f"ppo.rewards: trained against {', '.join(source.key for source in proxies)}, but best-of-n chooses by "
+            "the reward stage's model; to compare the two, train against `stage: reward` alone"
         )
     golds = {source.key: source for source in sources if source.gold}
     if not golds:
@@ -144,23 +146,24 @@ def chosen_sources(trained: Manifest, gold: str | None) -> tuple[RewardSourceBlo
 
 
 def _by_prompt(candidates: Sequence[EvaluatedSample], folder: Path) -> Candidates:
-    """The candidates of each prompt, as many of one as of another."""
-    found: dict[str, list[EvaluatedSample]] = {}
+    """The candidates of each prompt. Every prompt has the same number."""
+    by_prompt: dict[str, list[EvaluatedSample]] = {}
     for candidate in candidates:
-        found.setdefault(candidate.prompt_id, []).append(candidate)
-    rows = list(found.values())
-    if len(rows[0]) < LEAST_CANDIDATES:
-        raise InputError(f"{folder}: {len(rows[0])} completions a prompt make no curve; raise `evaluate.best_of`")
+        by_prompt.setdefault(candidate.prompt_id, []).append(candidate)
+    rows = list(by_prompt.values())
+    if len(rows[0]) < MIN_CANDIDATES:
+        fault = f"{len(rows[0])} completions per prompt are too few for a curve"
+        raise InputError(f"{folder}: {fault}; set `evaluate.best_of` to {MIN_CANDIDATES} or more")
     return rows
 
 
 def _proxy_scores(candidates: Candidates) -> Array:
-    """(P, N) by the reward stage's model."""
+    """(P, N) scores by the reward stage's model."""
     return np.array([[sample.score for sample in row] for row in candidates], dtype=np.float64)
 
 
 def _gold_scores(candidates: Candidates, source: RewardSourceBlock, trained: Manifest) -> Array:
-    """(P, N) by the gold source."""
+    """(P, N) scores by the gold source."""
     from align.models.loading import compute_dtype, default_device
     from align.rl.reward_sources import open_reward
 
@@ -173,29 +176,29 @@ def _gold_scores(candidates: Candidates, source: RewardSourceBlock, trained: Man
     return np.asarray(scores.double().numpy().reshape(len(candidates), -1))
 
 
-def _rollouts(ppo: Path, proxy: str, gold: str) -> tuple[list[int], Tally]:
-    """The iterations, and what each prompt's completions add to them."""
+def _rollouts(ppo: Path, proxy: str, gold: str) -> tuple[list[int], PromptSums]:
+    """The iterations in ascending order, and each prompt's part of them."""
     rows = list(read_jsonl(ppo / "rollouts.jsonl"))
     iterations = [row["iteration"] for row in rows]
     kl = np.array([row["kl_to_reference_k1"] for row in rows])
     scores = (np.array([row["scores"][name] for row in rows]) for name in (proxy, gold))
-    return sorted(set(iterations)), rollout_tally([row["prompt_id"] for row in rows], iterations, kl, *scores)
+    return sorted(set(iterations)), rollout_sums([row["prompt_id"] for row in rows], iterations, kl, *scores)
 
 
 def _manifest(folder: Path) -> Manifest:
     manifest = read_manifest(folder)
     if manifest is None:
-        raise InputError(f"{folder}: not finished; run that run's recipe with `align run` first")
+        raise InputError(f"{folder}: not finished; run its recipe with `align run` first")
     return manifest
 
 
 def _check_same_inputs(trained: Manifest, evaluated: Manifest, run: Path) -> None:
-    """Both must have had the same SFT policy and the same reward model."""
+    """Check that both stages used the same SFT policy and the same reward model."""
     for name in ("sft", "reward"):
         if trained.inputs.get(name) != evaluated.inputs.get(name):
-            raise InputError(f"{run}: ppo and evaluate had different results of `{name}`; run its recipe again")
+            raise InputError(f"{run}: ppo and evaluate used different outputs of `{name}`; run the recipe again")
 
 
-def _unlike_sampling(trained: Manifest, evaluated: Manifest) -> list[str]:
-    one, other = (manifest.settings["settings"]["sampling"] for manifest in (trained, evaluated))
-    return [name for name in SAMPLING if one[name] != other[name]]
+def _sampling_differences(trained: Manifest, evaluated: Manifest) -> list[str]:
+    ppo, evaluate = (manifest.settings["settings"]["sampling"] for manifest in (trained, evaluated))
+    return [name for name in COMPARED_SETTINGS if ppo[name] != evaluate[name]]

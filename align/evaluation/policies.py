@@ -1,7 +1,7 @@
-"""What policies write, and what models say of it: log-probabilities under a policy, and a reward model's scores.
+"""The policies' completions, and what models measure on them: log-probabilities and a reward model's scores.
 
-Both happen in fixed chunks, each row on disk as soon as it is finished, so that a kill costs one chunk and neither
-kills nor the number of processes change a result. A model that measures is loaded only where something is left to do.
+Both work in fixed chunks and write each row to disk as soon as it is finished. A kill costs one chunk at most; neither
+kills nor the number of processes change a result. Models are loaded only if something is left to measure.
 """
 
 import gc
@@ -34,13 +34,12 @@ def policy_completions(
     description: str,
     entry_of: Callable[[Engine], Provenance],
 ) -> tuple[dict[str, Completed], Provenance]:
-    """A policy's completion of every request, by id, in every process, and what made them; the policy is gone
-    afterwards.
+    """A policy's completions of all requests, by id, in every process, and their provenance. The policy is then freed.
 
     Args:
-        folder: where the policy is; None takes the recipe's base model.
-        entry_of: makes the entry, before the policy is asked anything.
-        journal_path: completions are kept in `journal_path.<rank>`, and those found there are not made again.
+        folder: the policy's folder; None is the recipe's base model.
+        entry_of: makes the provenance entry, before anything is generated.
+        journal_path: completions are kept in `journal_path.<rank>`; those found there are not generated again.
     """
     from align.engines.complete_all import complete_all
     from align.engines.open import open_engine
@@ -60,16 +59,16 @@ def measure_all(
     journal_path: Path,
     description: str,
 ) -> dict[str, Any]:
-    """What the loaded measure says of every sample, by id, in every process; the model is gone afterwards.
+    """The measured values of all samples, by id, in every process. The model is then freed.
 
     Args:
-        load: loads the model, and gives a function from samples to one JSON-able value each.
-        journal_path: values are kept in `journal_path.<rank>`, and those found there are not measured again.
+        load: loads the model and returns a function from samples to one JSON-serialisable value each.
+        journal_path: values are kept in `journal_path.<rank>`; those found there are not measured again.
     """
-    ordered = sorted(samples, key=lambda sample: (-_characters(sample), sample.id))
+    ordered = sorted(samples, key=lambda sample: (-_length_in_characters(sample), sample.id))
     chunks = [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
-    with Journal(journal_path, processes.rank(), _check_kept) as journal:
-        own = processes.share(chunks)
+    with Journal(journal_path, processes.rank(), _check_journal_row) as journal:
+        own = processes.shard(chunks)
         todo = [chunk for chunk in own if any(sample.id not in journal for sample in chunk)]
         if todo:
             measure = load()
@@ -79,18 +78,18 @@ def measure_all(
             del measure
     release_memory()
     processes.barrier()
-    with Journal(journal_path, processes.rank(), _check_kept) as journal:
+    with Journal(journal_path, processes.rank(), _check_journal_row) as journal:
         return {sample.id: journal.rows[sample.id]["value"] for sample in samples}
 
 
 def policy_logprobs(path: str, block: ModelBlock, temperature: float, revision: str | None = None) -> Measure:
-    """Log-probabilities of a completion's tokens under a policy, in nats, as a list for each sample.
+    """Measures the log-probabilities of a completion's tokens under a policy, in nats, as a list for each sample.
 
-    The tokens are those of the completion's text, and the end of the turn where the policy wrote it. They stand for the
-    ones sampled, which a tokenizer may cut otherwise; every policy is asked about the same ones.
+    The completion's text is tokenized again, with the end of the turn if the policy generated it. The tokens may differ
+    from the sampled ones, but they are the same for every policy.
 
     Args:
-        temperature: logits are divided by it; 0 (greedy) counts as 1.
+        temperature: divides the logits; 0 (greedy) counts as 1.
     """
     from align.models.loading import compute_dtype, default_device, load_causal_lm, load_tokenizer
     from align.models.logprobs import completion_logprobs
@@ -104,7 +103,7 @@ def policy_logprobs(path: str, block: ModelBlock, temperature: float, revision: 
         import torch
 
         rows = [sample_ids(tokenizer, sample, block.system_prompt) for sample in samples]
-        input_ids, attention_mask, length = padded(rows, tokenizer.pad_token_id, device)
+        input_ids, attention_mask, length = pad_batch(rows, tokenizer.pad_token_id, device)
         with torch.no_grad():
             found = completion_logprobs(model, input_ids, attention_mask, length, temperature or 1.0)
         return [row[: len(completion)] for row, (_, completion) in zip(found.logprobs.tolist(), rows, strict=True)]
@@ -113,7 +112,7 @@ def policy_logprobs(path: str, block: ModelBlock, temperature: float, revision: 
 
 
 def reward_scores(path: Path, block: ModelBlock, batch_size: int) -> Measure:
-    """A reward model's score of each sample's whole conversation."""
+    """Measures a reward model's score of each sample's whole conversation."""
     from align.models.loading import compute_dtype, default_device, load_tokenizer
     from align.rl.loading import classifier_scores, load_classifier
     from align.rl.rewards import RewardModel
@@ -133,7 +132,7 @@ def reward_scores(path: Path, block: ModelBlock, batch_size: int) -> Measure:
 
 
 def kl_sums(logprobs: Sequence[float], ref_logprobs: Sequence[float]) -> tuple[float, float]:
-    """(k1, k3) of KL(policy || reference), in nats, summed over the tokens of a completion that the policy sampled."""
+    """(k1, k3) estimates of KL(policy || reference), in nats, summed over the tokens of a completion by the policy."""
     import torch
 
     from align.rl.advantages import kl_terms
@@ -144,7 +143,7 @@ def kl_sums(logprobs: Sequence[float], ref_logprobs: Sequence[float]) -> tuple[f
 
 
 def sample_ids(tokenizer: Any, sample: EvaluatedSample, system_prompt: str | None) -> tuple[list[int], list[int]]:
-    """(prompt ids, completion ids) of a sample; a completion that the limit cut has no end of turn."""
+    """(prompt ids, completion ids) of a sample. A completion cut off by the token limit has no end of turn."""
     from align.data.chat import completion_ids, end_of_turn_ids, prompt_ids
 
     completion = completion_ids(tokenizer, sample.completion)
@@ -153,25 +152,25 @@ def sample_ids(tokenizer: Any, sample: EvaluatedSample, system_prompt: str | Non
     return prompt_ids(tokenizer, sample.prompt, system_prompt), completion
 
 
-def padded(
+def pad_batch(
     rows: Sequence[tuple[list[int], list[int]]], pad_id: int, device: "torch.device"
 ) -> tuple["torch.Tensor", "torch.Tensor", int]:
-    """Input ids and attention mask, (B, L) each, prompts padded on the left, completions on the right; and T."""
+    """(ids, mask, T): ids and mask are (B, L), prompts padded on the left, completions on the right to T tokens."""
     import torch
 
-    before = max(len(prompt) for prompt, _ in rows)
-    after = max(1, *(len(completion) for _, completion in rows))
-    input_ids = torch.full((len(rows), before + after), pad_id)
+    prompt_length = max(len(prompt) for prompt, _ in rows)
+    completion_length = max(1, *(len(completion) for _, completion in rows))
+    input_ids = torch.full((len(rows), prompt_length + completion_length), pad_id)
     attention_mask = torch.zeros_like(input_ids)
     for row, (prompt, completion) in enumerate(rows):
-        place = slice(before - len(prompt), before + len(completion))
-        input_ids[row, place] = torch.tensor(prompt + completion)
-        attention_mask[row, place] = 1
-    return input_ids.to(device), attention_mask.to(device), after
+        columns = slice(prompt_length - len(prompt), prompt_length + len(completion))
+        input_ids[row, columns] = torch.tensor(prompt + completion)
+        attention_mask[row, columns] = 1
+    return input_ids.to(device), attention_mask.to(device), completion_length
 
 
 def release_memory() -> None:
-    """Give back what models that nobody refers to any more still hold."""
+    """Free the memory of models that are no longer referenced."""
     import torch
 
     gc.collect()
@@ -185,25 +184,25 @@ def _measure_chunks(
     for chunk in chunks:
         bar.begin(len(chunk))
         for sample, value in zip(chunk, measure(chunk), strict=True):
-            check_finite(value, sample)
+            _check_finite(value, sample)
             journal.append({"id": sample.id, "value": value})
             bar.row()
 
 
-def check_finite(value: Any, sample: EvaluatedSample) -> None:
-    """A measured number, or list of numbers, that is not finite must not be kept.
+def _check_finite(value: Any, sample: EvaluatedSample) -> None:
+    """Check a measured number, or list of numbers, before it is kept.
 
     Raises:
-        NotFinite: it is so; the policy and the prompt are named.
+        NotFinite: a number is NaN or infinite; the message names the policy and the prompt.
     """
     if not _is_finite(value):
         raise NotFinite(
-            f"evaluate: what is measured of {sample.policy}'s answer to prompt '{sample.prompt_id}' is not finite (NaN "
-            "or infinity); the model that measures it is broken: train it again, or set model.precision fp32"
+            f"evaluate: a value measured on {sample.policy}'s answer to prompt '{sample.prompt_id}' is not finite (NaN "
+            "or infinity); the model that measures it is broken: train it again, or set `model.precision: fp32`"
         )
 
 
-def _check_kept(row: Mapping[str, Any]) -> None:
+def _check_journal_row(row: Mapping[str, Any]) -> None:
     if not _is_finite(row["value"]):
         raise ValueError("a number in it is not finite")
 
@@ -213,5 +212,5 @@ def _is_finite(value: Any) -> bool:
     return all(math.isfinite(number) for number in numbers if isinstance(number, float))
 
 
-def _characters(sample: EvaluatedSample) -> int:
+def _length_in_characters(sample: EvaluatedSample) -> int:
     return len(sample.completion) + sum(len(message.content) for message in sample.prompt)

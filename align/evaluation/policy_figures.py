@@ -1,4 +1,4 @@
-"""A policy's measured completions put into figures with their intervals. No model is asked any more."""
+"""A policy's figures, with intervals, from what was measured on its completions. No model runs here."""
 
 from collections.abc import Sequence
 
@@ -18,7 +18,7 @@ from align.figures.text_metrics import text_figures
 
 
 def constitution_used(constitution: Constitution) -> ConstitutionUsed:
-    """What a report keeps of a constitution."""
+    """The part of a constitution that a report keeps."""
     checked = tuple(
         CheckedPrinciple(id=principle.id, rule=principle.rule, applies=principle.applies)
         for principle in constitution.principles
@@ -35,18 +35,18 @@ def policy_report(
     resamples: int,
     kl_bound: float | None = None,
 ) -> PolicyReport:
-    """One policy's figures over its samples; `kl_bound` of its KL to the reference, where that is not estimated."""
+    """One policy's figures over its samples. `kl_bound` bounds its KL to the reference where that is not estimated."""
     outcomes = [rule_outcomes(checked, sample) for sample in samples]
-    of_rule = {each.id: [found[each.id] for found in outcomes if each.id in found] for each in checked}
-    of_all = [sum(found.values()) / len(found) for found in outcomes if found]
+    by_rule = {each.id: [found[each.id] for found in outcomes if each.id in found] for each in checked}
+    over_rules = [sum(found.values()) / len(found) for found in outcomes if found]
 
     def mean(name: str) -> Estimate | None:
         values = [value for sample in samples if (value := getattr(sample, name)) is not None]
         return mean_estimate(values, seed, resamples) if values else None
 
     return PolicyReport(
-        rules={name: share_estimate(values, seed, resamples) for name, values in of_rule.items() if values},
-        all_rules=share_estimate(of_all, seed, resamples) if of_all else None,
+        rules={name: share_estimate(values, seed, resamples) for name, values in by_rule.items() if values},
+        all_rules=share_estimate(over_rules, seed, resamples) if over_rules else None,
         win_rate=_win_rate(samples, seed, resamples) if judged and samples[0].policy != BASE else None,
         reward=mean("score"),
         kl_to_reference_k1=mean("kl_to_reference_k1"),

@@ -1,4 +1,4 @@
-"""What `evaluate` found, as `report.json` and `samples.jsonl` hold it, and as a table for a terminal."""
+"""The results of `evaluate`: the contents of `report.json` and `samples.jsonl`, and the table for a terminal."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,10 +20,10 @@ from align.settings.blocks import Block
 REPORT = "report.json"
 SAMPLES = "samples.jsonl"
 CANDIDATES = "best_of.jsonl"
-"""Every completion that best-of-n chose from, with its score."""
+"""The file of all candidates of best-of-n, with their scores."""
 BASE = "base"
 TIED = 0.5
-"""Probability of being better that counts as a tie."""
+"""The probability of being better that counts as a tie."""
 _TEXT_ROWS = (
     ("length (tokens)", "mean_tokens", "{:.0f}"),
     ("distinct-1", "distinct_1", "{:.2f}"),
@@ -36,11 +36,11 @@ _TEXT_ROWS = (
 
 @dataclass(frozen=True)
 class EvaluatedSample(Row):
-    """One policy's completion of one held-out prompt, and what was measured on it (None where it was not).
+    """One policy's completion of one held-out prompt, and what was measured on it (None if not measured).
 
-    `tokens` counts the stop token; `score` is the reward model's; `p_better` the judge's probability that it is better
-    than the base model's; `kl_to_reference_k1` and `_k3` are sums over its tokens, in nats. `seed` and `provenance`
-    are the completion's, `judged_by` has the principles that decided.
+    `tokens` includes the stop token. `score` is the reward model's. `p_better` is the judge's probability that the
+    completion is better than the base model's. `kl_to_reference_k1` and `_k3` are sums over its tokens, in nats. `seed`
+    and `provenance` are those of the completion. `judged_by` lists the principles that decided the verdict.
     """
 
     id: str
@@ -62,13 +62,13 @@ class EvaluatedSample(Row):
 
 
 class Part(Block):
-    """A part of a report. Figures that are not finite never get into one."""
+    """A part of a report. It rejects figures that are not finite."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class CheckedPrinciple(Part):
-    """A principle that a program can check; `applies` lists prompt categories, none meaning all."""
+    """A principle with a rule. `applies` lists the prompt categories it applies to; empty is all."""
 
     id: str
     rule: Rule
@@ -79,7 +79,7 @@ class CheckedPrinciple(Part):
 
 
 class ConstitutionUsed(Part):
-    """Which constitution steered the run, and its principles that carry a rule."""
+    """The constitution that steered the run, with those of its principles that have a rule."""
 
     id: str
     title: str
@@ -88,9 +88,9 @@ class ConstitutionUsed(Part):
 
 
 class WinRate(Part):
-    """Against the base model's completion of the same prompt; a tie counts half and an abstention not at all.
+    """Wins against the base model's completions of the same prompts. Ties count half; abstentions are left out.
 
-    `share` is None where the judge abstained from all.
+    `share` is None if the judge abstained on every prompt.
     """
 
     share: Estimate | None = None
@@ -101,9 +101,9 @@ class WinRate(Part):
 
 
 class PolicyReport(Part):
-    """One policy's figures. `rules` has a principle only where it applied to some prompt.
+    """One policy's figures. `rules` has the principles that applied to at least one prompt.
 
-    Best-of-n has a bound of its KL to the reference instead of the estimates, which take a policy's log-probs.
+    For best-of-n, an upper bound of the KL to the reference replaces the estimates, which need log-probabilities.
     """
 
     rules: dict[str, Estimate] = Field(default_factory=dict)
@@ -117,9 +117,9 @@ class PolicyReport(Part):
 
 
 class Report(Part):
-    """Everything `evaluate` found. `skipped` says why a figure is missing, by its name in the table.
+    """All results of `evaluate`. `skipped` gives the reason for each missing figure, by its name in the table.
 
-    `judge_probes` is the share of the constitution's probes that the judge got right.
+    `judge_probes` is the share of the constitution's probes that the judge answered correctly.
     """
 
     run: str
@@ -136,47 +136,47 @@ class Report(Part):
 
 
 def read_report(directory: Path) -> Report:
-    """The report in a folder that `evaluate` published.
+    """The report in a published folder of `evaluate`.
 
     Raises:
-        InputError: there is none, or it was written by another version.
+        InputError: there is no report, or another version of align wrote it.
     """
     path = directory / REPORT
     try:
         return _in_recipe_order(Report.model_validate_json(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file; run `align run evaluate` with that run's recipe first") from None
+        raise InputError(f"{path}: no such file; run `align run evaluate` with the run's recipe first") from None
     except ValidationError as error:
         faults = [Problem(".".join(map(str, each["loc"])), each["msg"]) for each in error.errors()]
         raise FileProblems(str(path), faults) from None
 
 
 def read_samples(directory: Path) -> list[EvaluatedSample]:
-    """The completions that a published report is about."""
-    return _evaluated(directory / SAMPLES)
+    """The completions behind a published report."""
+    return _read_evaluated(directory / SAMPLES)
 
 
 def read_candidates(directory: Path) -> list[EvaluatedSample]:
-    """The scored completions that best-of-n chose from.
+    """The scored candidates of best-of-n.
 
     Raises:
-        InputError: there are none, as the recipe sets no `evaluate.best_of`.
+        InputError: there are none, because the recipe does not set `evaluate.best_of`.
     """
     path = directory / CANDIDATES
     if not path.exists():
-        raise InputError(f"{path}: no such file; set `evaluate.best_of` in that run's recipe and run it again")
-    return _evaluated(path)
+        raise InputError(f"{path}: no such file; set `evaluate.best_of` in the run's recipe and run it again")
+    return _read_evaluated(path)
 
 
-def _evaluated(path: Path) -> list[EvaluatedSample]:
+def _read_evaluated(path: Path) -> list[EvaluatedSample]:
     try:
         return list(read_rows(path, EvaluatedSample))
     except TypeError as error:
-        raise InputError(f"{path}: rows of another version ({error}); evaluate that run again") from None
+        raise InputError(f"{path}: written by another version of align ({error}); evaluate the run again") from None
 
 
 def rule_outcomes(checked: Iterable[CheckedPrinciple], sample: EvaluatedSample) -> dict[str, float]:
-    """1.0 or 0.0 for each principle that applies to the sample's prompt: whether the completion follows its rule."""
+    """For each principle that applies to the sample's prompt, 1.0 if the completion keeps its rule, else 0.0."""
     return {
         principle.id: float(principle.rule.holds(sample.completion))
         for principle in checked
@@ -185,14 +185,14 @@ def rule_outcomes(checked: Iterable[CheckedPrinciple], sample: EvaluatedSample) 
 
 
 def _in_recipe_order(report: Report) -> Report:
-    """The report with its policies as the recipe lists them; the file keeps them by name."""
-    asked = [name for name in report.settings.get("policies", ()) if name in report.policies]
-    names = [*asked, *(name for name in report.policies if name not in asked)]
+    """The report with its policies in the recipe's order; in the file they are sorted by name."""
+    listed = [name for name in report.settings.get("policies", ()) if name in report.policies]
+    names = [*listed, *(name for name in report.policies if name not in listed)]
     return report.model_copy(update={"policies": {name: report.policies[name] for name in names}})
 
 
 def print_published_report(directory: Path, console: Console | None = None) -> None:
-    """Show the report in a folder that `evaluate` published, such as `runs/quickstart/style-asking-0a1b2c3d/evaluate`.
+    """Print the report in a published folder, such as `runs/quickstart/style-asking-0a1b2c3d/evaluate`.
 
     Raises:
         InputError: as for `read_report`.
@@ -202,7 +202,7 @@ def print_published_report(directory: Path, console: Console | None = None) -> N
 
 
 def print_report(report: Report, paths: Mapping[str, str], console: Console | None = None) -> None:
-    """Show the figures, what is missing and why, and where each policy's model is."""
+    """Print the figures, the reasons for missing ones, and the path of each policy's model."""
     console = console or Console()
     print_sheet(report_sheet(report), console)
     for name, path in paths.items():
@@ -210,7 +210,7 @@ def print_report(report: Report, paths: Mapping[str, str], console: Console | No
 
 
 def report_sheet(report: Report) -> Sheet:
-    """One column a policy, one row a figure, each over its 95% interval where it has one."""
+    """A column for each policy and a row for each figure, with the 95% interval under the figure if it has one."""
     policies = report.policies.values()
     principles = [each.id for each in report.constitution.checked] if report.constitution else []
     rows = [
@@ -230,9 +230,9 @@ def report_sheet(report: Report) -> Sheet:
 
 
 def model_paths(report: Report, run: Path) -> dict[str, str]:
-    """Where each policy's model is: the base by its name, the others in the run's folder or in what runs share.
+    """The path of each policy's model: the base model's name, or a path in the run's folder or in the shared one.
 
-    Best-of-n has none.
+    Best-of-n has no model.
     """
     paths = {}
     for name in (name for name, policy in report.policies.items() if policy.kl_to_reference_bound is None):
@@ -243,21 +243,21 @@ def model_paths(report: Report, run: Path) -> dict[str, str]:
 
 
 def share_text(estimate: Estimate | None) -> str:
-    """A share in percent over its interval."""
+    """A share in percent, with its interval on the next line."""
     if estimate is None:
         return "-"
     return f"{estimate.mean:.0%}\n{_interval(100 * estimate.low, 100 * estimate.high, '.0f')}"
 
 
 def share_difference_text(estimate: Estimate | None) -> str:
-    """A difference of shares in percentage points over its interval."""
+    """A difference of shares in percentage points, with its interval on the next line."""
     if estimate is None:
         return "-"
     return f"{100 * estimate.mean:+.0f} pts\n{_interval(100 * estimate.low, 100 * estimate.high, '+.0f')}"
 
 
 def number_text(estimate: Estimate | None, style: str = ".2f") -> str:
-    """A figure over its interval."""
+    """A figure, with its interval on the next line."""
     if estimate is None:
         return "-"
     return f"{estimate.mean:{style}}\n{_interval(estimate.low, estimate.high, style)}"
@@ -275,7 +275,7 @@ def _remarks(report: Report) -> Iterator[str]:
     for name, policy in report.policies.items():
         if policy.kl_to_reference_bound is not None:
             n = report.settings["best_of"]
-            yield f"{name}: the completion of the highest reward among {n} of {report.reference}"
+            yield f"{name}: the completion with the highest reward among {n} by {report.reference}"
     yield from (f"no {name}: {reason}" for name, reason in report.skipped.items())
 
 

@@ -1,8 +1,8 @@
-"""How far a judge's soft labels are those of people: accuracy, calibration, and what place and length alone would do.
+"""Compares a judge's soft labels with people's: accuracy, calibration, and baselines that use only position or length.
 
-Each pair is taken from the side that the judge prefers: `confidence` is the probability that it gives that side, in
-(0.5, 1], and what happened is whether people prefer it too. That is the top-label calibration of Guo et al. 2017 (arXiv
-1706.04599) for two classes, and it does not depend on which completion is called A.
+A pair's `confidence` is the probability, in (0.5, 1], that the judge gives to the completion it prefers; the outcome is
+whether people prefer that completion too. This is the top-label calibration of Guo et al. 2017 (arXiv 1706.04599) for
+two classes. It does not depend on which completion is called A.
 """
 
 from collections import Counter
@@ -26,21 +26,21 @@ from align.figures.tables import Sheet, print_sheet
 from align.records import Row
 from align.run.artefacts import read_manifest
 
-SHOWN_BINS = 5
-CERTAIN = 1e-6
-"""Probabilities are kept so far from 0 and 1 where a logarithm is taken of them."""
+RELIABILITY_BINS = 5
+EPSILON = 1e-6
+"""Probabilities are clipped to this distance from 0 and 1 before a logarithm is taken."""
 NORMAL_95 = 1.959964
-STEEPEST = 1024.0
-"""Slopes are looked for up to here; labels that are always right have none."""
+MAX_SLOPE = 1024.0
+"""Slopes are searched for up to this value. Labels that are always right have no finite slope."""
 SIMULATIONS = 200
 
 
 @dataclass(frozen=True)
 class JudgedPair(Row):
-    """What the judge says of a pair that people labelled; lengths in characters.
+    """The judge's verdict on a pair that people labelled. Lengths are in characters.
 
-    `label` is people's probability that `chosen` is better, `p_chosen` the judge's, None where it decided nothing and
-    `reason` says why; `chosen_first` tells which of the two was its A.
+    `label` is people's probability that `chosen` is better. `p_chosen` is the judge's, None where it decided nothing;
+    `reason` then says why. `chosen_first` says whether the judge saw `chosen` as A.
     """
 
     id: str
@@ -59,10 +59,10 @@ class JudgedPair(Row):
 
 
 def calibration_figures(judged: Sequence[JudgedPair], margin: float = 0.0) -> dict[str, Any]:
-    """Everything that is reported of a judge, JSON-able. Calibration is that of the pairs it decided: its labels.
+    """All figures of a judge, as JSON values. Calibration is measured on the pairs it decided, since these get labels.
 
     Args:
-        margin: a principle's probability as near to one half as this counts as undecided.
+        margin: a principle's probability counts as undecided if it is this close to one half.
     """
     decided = [pair for pair in judged if pair.p_chosen is not None]
     return {
@@ -70,17 +70,16 @@ def calibration_figures(judged: Sequence[JudgedPair], margin: float = 0.0) -> di
         "prompts": len({pair.prompt_id for pair in judged}),
         "decided": len(decided),
         "undecided": dict(sorted(Counter(pair.reason for pair in judged if pair.p_chosen is None).items())),
-        "accuracy": _share(decided, [_half(pair.p_chosen, 0.5) for pair in decided]),
-        "accuracy_undecided_half": _share(judged, [_half(pair.p_chosen, 0.5) for pair in judged]),
+        "accuracy": _accuracy(decided),
+        "accuracy_undecided_half": _accuracy(judged),
         "accuracy_by_source": {
-            source: _share(own, [_half(pair.p_chosen, 0.5) for pair in own])
+            source: _accuracy([pair for pair in decided if pair.source == source])
             for source in sorted({pair.source for pair in decided})
-            for own in [[pair for pair in decided if pair.source == source]]
         },
         "baselines": {
             "first": _share(judged, [float(pair.chosen_first) for pair in judged]),
-            "shorter": _share(judged, [_half(pair.rejected_characters, pair.chosen_characters) for pair in judged]),
-            "longer": _share(judged, [_half(pair.chosen_characters, pair.rejected_characters) for pair in judged]),
+            "shorter": _share(judged, [_win(pair.rejected_characters, pair.chosen_characters) for pair in judged]),
+            "longer": _share(judged, [_win(pair.chosen_characters, pair.rejected_characters) for pair in judged]),
         },
         **_position_figures(judged),
         **(_label_figures(decided) if decided else {}),
@@ -89,38 +88,37 @@ def calibration_figures(judged: Sequence[JudgedPair], margin: float = 0.0) -> di
 
 
 def calibration_slope(confidences: ArrayLike, agreed: ArrayLike) -> Estimate | None:
-    """What the log-odds must be multiplied by to fit best (Cox 1958).
+    """The factor for the log-odds at which the labels fit the outcomes best (Cox 1958), with its Wald interval.
 
-    1 for calibrated labels, below it for overconfident ones, 0 for labels that tell nothing. Its inverse is the
-    temperature of Guo et al. 2017, section 4. The maximum of the likelihood of a logistic model without a constant,
-    found by bisection, with its Wald interval. None where there is none: no log-odds, or labels that are always right
-    or always wrong.
+    1 for calibrated labels, less for overconfident ones, 0 for uninformative ones. Its inverse is the temperature of
+    Guo et al. 2017, section 4. It is the maximum-likelihood slope of a logistic model without an intercept, found by
+    bisection. None if there is no maximum: all log-odds are 0, or the labels are always right or always wrong.
 
     Args:
         confidences: (N,) in [0, 1].
-        agreed: (N,) what happened, in [0, 1].
+        agreed: (N,) outcomes, in [0, 1].
     """
-    p = np.clip(np.asarray(confidences, dtype=np.float64), CERTAIN, 1 - CERTAIN)
-    odds, happened = np.log(p / (1 - p)), np.asarray(agreed, dtype=np.float64)
+    p = np.clip(np.asarray(confidences, dtype=np.float64), EPSILON, 1 - EPSILON)
+    log_odds, outcomes = np.log(p / (1 - p)), np.asarray(agreed, dtype=np.float64)
 
-    def descent(slope: float) -> float:
-        return float(odds @ (happened - _sigmoid(slope * odds)))
+    def gradient(slope: float) -> float:
+        return float(log_odds @ (outcomes - _sigmoid(slope * log_odds)))
 
-    low, high = -STEEPEST, STEEPEST
-    if not descent(low) > 0 > descent(high):
+    low, high = -MAX_SLOPE, MAX_SLOPE
+    if not gradient(low) > 0 > gradient(high):
         return None
     for _ in range(80):
         middle = (low + high) / 2
-        low, high = (middle, high) if descent(middle) > 0 else (low, middle)
-    fitted = _sigmoid(low * odds)
-    error = float(odds**2 @ (fitted * (1 - fitted))) ** -0.5
-    return Estimate(low, low - NORMAL_95 * error, low + NORMAL_95 * error, len(odds))
+        low, high = (middle, high) if gradient(middle) > 0 else (low, middle)
+    fitted = _sigmoid(low * log_odds)
+    error = float(log_odds**2 @ (fitted * (1 - fitted))) ** -0.5
+    return Estimate(low, low - NORMAL_95 * error, low + NORMAL_95 * error, len(log_odds))
 
 
 def error_if_calibrated(confidences: ArrayLike) -> float:
-    """The calibration error that labels of these confidences show on average when they are calibrated perfectly.
+    """The mean calibration error that perfectly calibrated labels of these confidences would show.
 
-    The error of a finite sample is never 0 (Widmann et al. 2019): one no larger than this is no sign of a fault.
+    In a finite sample the error is never 0 (Widmann et al. 2019). One no larger than this is no sign of miscalibration.
     """
     p = np.asarray(confidences, dtype=np.float64)
     generator = np.random.default_rng(0)
@@ -129,23 +127,23 @@ def error_if_calibrated(confidences: ArrayLike) -> float:
 
 
 def equal_mass_edges(confidences: ArrayLike, bins: int) -> list[float]:
-    """Edges between which equally many values lie (Nixon et al. 2019); fewer where values are alike."""
+    """Edges of bins that hold equally many values each (Nixon et al. 2019); fewer bins if values repeat."""
     edges = np.unique(np.quantile(np.asarray(confidences, dtype=np.float64), np.linspace(0, 1, bins + 1)))
     return [float(edge) for edge in edges] if len(edges) > 1 else [0.0, 1.0]
 
 
 def _label_figures(decided: Sequence[JudgedPair]) -> dict[str, Any]:
-    """How good the probabilities are, of the side that the judge prefers."""
+    """How well the judge's confidences match the outcomes."""
     p = np.array([pair.p_chosen for pair in decided], dtype=np.float64)
     labels = np.array([pair.label for pair in decided])
     confidences, agreed = np.maximum(p, 1 - p), np.where(p > 0.5, labels, 1 - labels)
-    kept = np.clip(confidences, CERTAIN, 1 - CERTAIN)
-    edges = equal_mass_edges(confidences, SHOWN_BINS)
+    clipped = np.clip(confidences, EPSILON, 1 - EPSILON)
+    edges = equal_mass_edges(confidences, RELIABILITY_BINS)
     slope = calibration_slope(confidences, agreed)
     return {
         "mean_confidence": float(confidences.mean()),
         "brier": float(((confidences - agreed) ** 2).mean()),
-        "log_loss": float(-(agreed * np.log(kept) + (1 - agreed) * np.log(1 - kept)).mean()),
+        "log_loss": float(-(agreed * np.log(clipped) + (1 - agreed) * np.log(1 - clipped)).mean()),
         "expected_calibration_error": expected_calibration_error(confidences, agreed),
         "expected_calibration_error_equal_mass": expected_calibration_error(confidences, agreed, edges),
         "expected_calibration_error_if_calibrated": error_if_calibrated(confidences),
@@ -158,41 +156,41 @@ def _label_figures(decided: Sequence[JudgedPair]) -> dict[str, Any]:
 
 
 def _position_figures(judged: Sequence[JudgedPair]) -> dict[str, float]:
-    """How much the place counts, over the pairs that the judge had any opinion on.
+    """How much position matters, over the pairs on which the judge gave any opinion.
 
-    `same_place` is the share for which the first place, or the second, is preferred in both orders: where the place
-    makes more than the completions do, by the principles' mean.
+    `same_place` is the share of pairs for which the same position is preferred in both orders: in the mean over the
+    principles, position weighs more there than the completions do.
     """
     seen = [pair for pair in judged if pair.p_by_principle]
-    if not seen:
-        return {"position_bias": 0.0, "same_place": 0.0}
-    return {
-        "position_bias": float(np.mean([pair.position_bias for pair in seen])),
-        "same_place": float(np.mean([pair.same_place for pair in seen])),
-    }
+    names = ("position_bias", "same_place")
+    return {name: float(np.mean([getattr(pair, name) for pair in seen])) if seen else 0.0 for name in names}
 
 
 def _by_principle(judged: Sequence[JudgedPair], margin: float) -> dict[str, Any]:
-    """Each principle's own accuracy, by itself, on the pairs that it tells apart."""
+    """The accuracy of each principle by itself, on the pairs that it decides."""
     names = sorted({name for pair in judged for name in pair.p_by_principle})
     found = {}
     for name in names:
-        told = [pair for pair in judged if abs(pair.p_by_principle.get(name, 0.5) - 0.5) > margin]
+        decided = [pair for pair in judged if abs(pair.p_by_principle.get(name, 0.5) - 0.5) > margin]
         asked = sum(name in pair.p_by_principle for pair in judged)
-        found[name] = {"asked": asked, **_share(told, [_half(pair.p_by_principle[name], 0.5) for pair in told])}
+        found[name] = {"asked": asked, **_share(decided, [_win(pair.p_by_principle[name], 0.5) for pair in decided])}
     return found
 
 
+def _accuracy(pairs: Sequence[JudgedPair]) -> dict[str, Any]:
+    return _share(pairs, [_win(pair.p_chosen, 0.5) for pair in pairs])
+
+
 def _share(pairs: Sequence[JudgedPair], right: Sequence[float]) -> dict[str, Any]:
-    """Share with its interval over prompts; one half, and anything possible, where there is no pair."""
+    """The share with its interval, clustered by prompt; one half with the interval [0, 1] if there are no pairs."""
     estimate = Estimate(0.5, 0.0, 1.0, 0)
     if pairs:
         estimate = clustered_wilson_estimate(right, [pair.prompt_id for pair in pairs])
     return asdict(estimate)
 
 
-def _half(first: float | None, second: float) -> float:
-    """1 where the first is more than the second, 0 where it is less, else one half."""
+def _win(first: float | None, second: float) -> float:
+    """1 if the first is larger, 0 if the second is, one half if they are equal or the first is unknown."""
     return 0.5 if first is None or first == second else float(first > second)
 
 
@@ -201,7 +199,7 @@ def _sigmoid(x: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def calibration_sheets(figures: Mapping[str, Any], title: str) -> list[Sheet]:
-    """The figures as tables: accuracy beside the baselines, reliability by bin, and each principle by itself."""
+    """The figures as tables: accuracy with the baselines, reliability by bin, and the accuracy of each principle."""
     sheets = [_accuracy_sheet(figures, title)]
     if figures["decided"]:
         sheets.append(_reliability_sheet(figures))
@@ -211,32 +209,32 @@ def calibration_sheets(figures: Mapping[str, Any], title: str) -> list[Sheet]:
 
 
 def print_calibration(figures: Mapping[str, Any], title: str, console: Console | None = None) -> None:
-    """Show the figures of a judge."""
+    """Print the figures of a judge."""
     for sheet in calibration_sheets(figures, title):
         print_sheet(sheet, console or Console())
 
 
 def print_published_calibration(directory: Path, console: Console | None = None) -> None:
-    """Show the figures in a folder that `compare` published; nothing where there are none."""
+    """Print the calibration figures in a folder that `compare` published, if there are any."""
     manifest = read_manifest(directory)
     if manifest is not None and "calibration" in manifest.figures:
-        title = f"{directory.parent.parent.name}/{directory.parent.name}, the judge of compare"
+        title = f"{directory.parent.parent.name}/{directory.parent.name}, judge of compare"
         print_calibration(manifest.figures["calibration"], title, console)
 
 
 def _accuracy_sheet(figures: Mapping[str, Any], title: str) -> Sheet:
     by_source, baselines = figures["accuracy_by_source"], figures["baselines"]
     rows = [
-        ("the judge, where it decides", figures["accuracy"]),
+        ("the judge, on pairs it decides", figures["accuracy"]),
         *((f"  on {source} pairs", found) for source, found in by_source.items() if len(by_source) > 1),
-        ("the judge, undecided for a half", figures["accuracy_undecided_half"]),
+        ("the judge, undecided counted as half", figures["accuracy_undecided_half"]),
         ("always A", baselines["first"]),
-        ("the shorter answer", baselines["shorter"]),
-        ("the longer answer", baselines["longer"]),
+        ("always the shorter answer", baselines["shorter"]),
+        ("always the longer answer", baselines["longer"]),
     ]
     return Sheet(
         f"{title}: {figures['pairs']} pairs of {figures['prompts']} prompts",
-        ("prefers what people prefer", "pairs", "share", "95% interval"),
+        ("agrees with people", "pairs", "share", "95% interval"),
         tuple((name, str(found["n"]), *_cells(found)) for name, found in rows),
         tuple(_accuracy_remarks(figures)),
     )
@@ -247,8 +245,8 @@ def _accuracy_remarks(figures: Mapping[str, Any]) -> list[str]:
     remarks = [f"undecided: {undecided}"] if undecided else []
     if figures["position_bias"]:
         remarks.append(
-            f"Place: the first has {0.5 + figures['position_bias']:.0%} of the probability; the same place is "
-            f"preferred in both orders for {figures['same_place']:.0%} of the pairs."
+            f"Position: the completion shown first gets {0.5 + figures['position_bias']:.0%} of the probability; the "
+            f"same position is preferred in both orders for {figures['same_place']:.0%} of the pairs."
         )
     return remarks
 
@@ -264,14 +262,14 @@ def _reliability_sheet(figures: Mapping[str, Any]) -> Sheet:
         for each in figures["reliability"]
     )
     return Sheet(
-        "how sure the judge is, and how often people agree (bins of equally many pairs)",
+        "how sure the judge is, and how often people agree (bins with equally many pairs)",
         ("judge's probability", "pairs", "mean", "people agree", "95% interval"),
         rows,
         (
             f"Calibration error {figures['expected_calibration_error']:.3f} in ten bins of equal width (Guo et al. "
-            f"2017), {figures['expected_calibration_error_equal_mass']:.3f} in these; labels that are calibrated would "
-            f"show {figures['expected_calibration_error_if_calibrated']:.3f} with as many pairs.",
-            f"Brier score {figures['brier']:.3f} (a coin has 0.25), log loss {figures['log_loss']:.3f} (0.693).",
+            f"2017), {figures['expected_calibration_error_equal_mass']:.3f} in the bins above; calibrated labels would "
+            f"show {figures['expected_calibration_error_if_calibrated']:.3f} on as many pairs.",
+            f"Brier score {figures['brier']:.3f} (coin flips: 0.25), log loss {figures['log_loss']:.3f} (0.693).",
             _slope_text(figures["slope"]),
         ),
     )
@@ -279,9 +277,9 @@ def _reliability_sheet(figures: Mapping[str, Any]) -> Sheet:
 
 def _slope_text(slope: Mapping[str, float] | None) -> str:
     if slope is None:
-        return "Slope: none fits; the labels are always right, or always wrong."
+        return "Slope of the log-odds: none, since the labels are always right or always wrong."
     interval = f"{slope['mean']:.2f} [{slope['low']:.2f}, {slope['high']:.2f}]"
-    return f"Slope of the log-odds {interval} (1: calibrated; below: overconfident; 0: knows nothing)."
+    return f"Slope of the log-odds {interval} (1: calibrated; less: overconfident; 0: uninformative)."
 
 
 def _principle_sheet(by_principle: Mapping[str, Mapping[str, Any]]) -> Sheet:
@@ -290,9 +288,9 @@ def _principle_sheet(by_principle: Mapping[str, Mapping[str, Any]]) -> Sheet:
     chance = len(rows) / 20
     return Sheet(
         "each principle by itself",
-        ("principle", "asked", "told apart", "people agree", "95% interval"),
+        ("principle", "asked", "decided", "people agree", "95% interval"),
         rows,
-        (f"Of {len(rows)} such intervals about {chance:.1f} exclude 50% by chance alone.",),
+        (f"Of {len(rows)} such intervals, about {chance:.1f} exclude 50% by chance alone.",),
     )
 
 

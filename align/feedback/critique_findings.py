@@ -1,8 +1,8 @@
-"""Whether a critique found a fault, read from its words.
+"""Tells from a critique's wording whether it found a fault.
 
-A critique finds no fault where every sentence that says something of the answer clears it. So 'No changes are needed,
-but it could be kinder' finds one. A critique without words says nothing either way. English only: in another language
-a critique counts as one that found a fault unless it is silent.
+A critique finds no fault if each of its sentences clears the answer or merely praises it. 'No changes are needed, but
+it could be kinder' finds one. An empty critique says nothing either way. English only: a critique in another language
+counts as having found a fault unless it is empty.
 """
 
 import re
@@ -45,7 +45,7 @@ _PRAISE = re.compile(r"\b(?:well done|good job|great|excellent|helpful|polite|re
 
 
 def finds_fault(critique: str) -> bool | None:
-    """Whether the critique names a fault; None where it has no words."""
+    """Whether the critique found a fault; None if it is empty."""
     said = [fold(sentence).replace("’", "'") for sentence in sentences(critique)]
     if not said:
         return None

@@ -1,35 +1,40 @@
-"""Scores that a judge gives a single completion: direct RLAIF (Lee et al. 2023, arXiv 2309.00267, section 2.3.2).
+"""Scores single completions with a judge: direct RLAIF (Lee et al. 2023, arXiv 2309.00267, section 2.3.2).
 
-- choice: a mark from 1 to 9 by the digits' normalised probabilities, its expected value scaled to [-1, 1]. Lee et al.
-  ask for 1 to 10; many tokenizers split 10 into digits, and an engine that shows the next token alone would take the
-  best mark for the worst.
-- contrast: the completion's mean token log-probability under the principle less that under its opposite, in nats.
-- rule: the share of the rules kept.
+- choice: asks for a mark from 1 to 9. The score is the expected mark under the digits' normalised probabilities, scaled
+  to [-1, 1]. Lee et al. ask for 1 to 10, but many tokenizers split 10 into digits, and an engine that returns only the
+  next token would take the best mark for the worst.
+- contrast: the completion's mean token log-probability under the principle minus that under its opposite, in nats.
+- rule: 1 if the rule is kept, else 0.
 
-Principles are averaged by weight. A broken hard rule costs everything: -1, or the score if that is lower.
+The scores of the principles are averaged by weight. A broken hard rule makes the score -1, unless it is lower already.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 
-from align.constitution.constitution import Principle, draw_principle
-from align.engines.engine import ChoiceRequest, ChoiceScores, Engine
-from align.feedback.judge import Judge, JudgeReport, broken_rule, probe_report
-from align.feedback.opinions import ByChoice, ByContrast, after, choice_request, nats, option_mass
+from align.constitution.principles import Principle
+from align.engines.engine import ChoiceRequest, ChoiceScores
+from align.feedback.choice_judge import ChoiceJudge
+from align.feedback.contrast_judge import ContrastJudge
+from align.feedback.evidence import join_paragraphs
+from align.feedback.judge import Judge, broken_hard_rule, principles_for
+from align.feedback.opinions import EngineJudge, choice_request, mean_token_logprob, option_mass
+from align.feedback.probes import ProbeReport, probe_report
 from align.records import Conversation, Message, as_dicts, digest
 
 MARKS = tuple("123456789")
 LOWEST = -1.0
-Scored = tuple[Conversation, str, Principle]
+Asked = tuple[Conversation, str, Principle]
+"""A prompt, its completion and the principle to score it by."""
 
 
-class DirectScores:
-    """Scores completions by a judge's constitution, each by itself. The same texts get the same score.
+class DirectScorer:
+    """Scores each completion by itself, by a judge's constitution. Equal texts get equal scores.
 
     Args:
-        judge: of any kind; its chain of thought and worked choices are for comparisons.
-        categories: of the prompts, which principles may be limited to.
-        draw_seed: with a seed, one principle is drawn for each completion; None averages over all that apply.
+        judge: of any kind. Chain of thought and worked comparisons are not used.
+        categories: the category of each prompt, to which principles may be limited.
+        draw_seed: with a seed, one applicable principle is drawn for each completion. None averages over all of them.
     """
 
     def __init__(
@@ -40,7 +45,7 @@ class DirectScores:
         self.draw_seed = draw_seed
 
     def __call__(self, prompts: Sequence[Conversation], completions: Sequence[str]) -> list[float | None]:
-        """One score a completion; None where no principle applies, or where the judge abstained from all that do."""
+        """One score per completion; None if no principle applies, or the judge abstains from all that do."""
         rows = list(zip(prompts, completions, strict=True))
         chosen = [self._principles(prompt, completion) for prompt, completion in rows]
         asked = [(*row, principle) for row, some in zip(rows, chosen, strict=True) for principle in some]
@@ -50,51 +55,46 @@ class DirectScores:
             for row, some in zip(rows, chosen, strict=True)
         ]
 
-    def scores(self, asked: Sequence[Scored]) -> list[float | None]:
-        """What one principle makes of one completion; None where the judge abstains."""
+    def scores(self, asked: Sequence[Asked]) -> list[float | None]:
+        """The score of each completion by its one principle; None where the judge abstains."""
         kind = self.judge.kind
-        if isinstance(kind, ByContrast):
+        if isinstance(kind, ContrastJudge):
             return _contrasts(kind, asked)
-        if isinstance(kind, ByChoice):
+        if isinstance(kind, ChoiceJudge):
             return _marks(kind, asked)
         return [float(principle.keeps_rule(completion)) for _, completion, principle in asked]
 
     def _principles(self, prompt: Conversation, completion: str) -> list[Principle]:
-        category = self.categories.get(prompt, "")
-        if self.draw_seed is None:
-            return [each for each in self.judge.principles if each.applies_to(category)]
         text = digest([as_dicts(prompt), completion])
-        drawn = draw_principle(self.judge.principles, self.draw_seed, "direct", text, category=category)
-        return [drawn] if drawn else []
+        return principles_for(self.judge.principles, self.categories.get(prompt, ""), self.draw_seed, "direct", text)
 
     def _score(self, row: tuple[Conversation, str], scored: Sequence[tuple[Principle, float | None]]) -> float | None:
         prompt, completion = row
         given = [(principle.weight, score) for principle, score in scored if score is not None]
         weight = sum(weight for weight, _ in given)
         score = sum(weight * score for weight, score in given) / weight if given else None
-        category = self.categories.get(prompt, "")
-        hard = [each for each in self.judge.constitution.principles if each.hard and each.applies_to(category)]
-        return min(score or 0.0, LOWEST) if broken_rule(hard, completion) else score
+        broken = broken_hard_rule(self.judge.constitution, self.categories.get(prompt, ""), completion)
+        return min(score or 0.0, LOWEST) if broken else score
 
 
-def examine_direct(scores: DirectScores) -> JudgeReport:
-    """How often the judge gives the better of a principle's probes the higher score, by that principle alone."""
+def examine_direct(scorer: DirectScorer) -> ProbeReport:
+    """How often the judge scores the better completion of a principle's probes higher, by that principle alone."""
     asked = [
         ((Message("user", probe.prompt),), completion, principle)
-        for principle in scores.judge.principles
+        for principle in scorer.judge.principles
         for probe in principle.probes
         for completion in (probe.better, probe.worse)
     ]
-    given = scores.scores(asked)
+    given = scorer.scores(asked)
     differences = [
         None if better is None or worse is None else better - worse
         for better, worse in zip(given[::2], given[1::2], strict=True)
     ]
-    return probe_report(scores.judge, [principle for _, _, principle in asked[::2]], differences)
+    return probe_report(scorer.judge, [principle for _, _, principle in asked[::2]], differences)
 
 
 def expected_mark(logprobs: Sequence[float], min_option_mass: float) -> float | None:
-    """The mean of the marks by their probabilities, scaled so that the lowest is -1 and the highest 1."""
+    """The expected mark, scaled so that the lowest is -1 and the highest 1; None if the marks have too little mass."""
     mass = option_mass(logprobs)
     if mass == 0 or mass < min_option_mass:
         return None
@@ -102,36 +102,33 @@ def expected_mark(logprobs: Sequence[float], min_option_mass: float) -> float | 
     return 2 * mean / (len(logprobs) - 1) - 1
 
 
-def _marks(kind: ByChoice, asked: Sequence[Scored]) -> list[float | None]:
-    requests = [_mark_request(kind, *each) for each in asked]
-    scores = _answered(kind.engine, requests, kind.batch_size)
-    return [expected_mark(scores[each.id].logprobs, kind.block.min_option_mass) for each in requests]
+def _marks(kind: ChoiceJudge, asked: Sequence[Asked]) -> list[float | None]:
+    requests = []
+    for prompt, completion, principle in asked:
+        text = kind.template(principle).format_mark(prompt, completion, principle.text or principle.question or "")
+        passages = kind.context.quoted_passages(principle, prompt, completion)
+        requests.append(choice_request((Message("user", join_paragraphs(passages, text)),), MARKS))
+    scores = _choice_scores(kind, requests)
+    return [expected_mark(scores[each.id].logprobs, kind.settings.min_option_mass) for each in requests]
 
 
-def _mark_request(kind: ByChoice, prompt: Conversation, completion: str, principle: Principle) -> ChoiceRequest:
-    text = kind.frame(principle).format_mark(prompt, completion, principle.text or principle.question or "")
-    before = kind.showing.before(principle, prompt, completion)
-    return choice_request((Message("user", after(before, text)),), MARKS)
-
-
-def _contrasts(kind: ByContrast, asked: Sequence[Scored]) -> list[float | None]:
-    requests = [
-        request
-        for prompt, completion, principle in asked
-        for request in kind.requests(principle, prompt, completion, kind.showing.before(principle, prompt, completion))
-    ]
-    scores = _answered(kind.engine, requests, kind.batch_size)
-    means = [nats(scores[each.id].logprobs[0]) / max(scores[each.id].tokens[0], 1) for each in requests]
+def _contrasts(kind: ContrastJudge, asked: Sequence[Asked]) -> list[float | None]:
+    requests: list[ChoiceRequest] = []
+    for prompt, completion, principle in asked:
+        passages = kind.context.quoted_passages(principle, prompt, completion)
+        requests += kind.requests(principle, prompt, completion, passages)
+    scores = _choice_scores(kind, requests)
+    means = [mean_token_logprob(scores[each.id]) for each in requests]
     values = [own - opposite for own, opposite in zip(means[::2], means[1::2], strict=True)]
     return [value if math.isfinite(value) else None for value in values]
 
 
-def _answered(engine: Engine, requests: Sequence[ChoiceRequest], batch_size: int) -> dict[str, ChoiceScores]:
-    """Every request's scores by its id, in chunks of a fixed order; without the journal and bar of a stage's work."""
-    ordered = sorted({request.id: request for request in requests}.values(), key=_length)
-    chunks = [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
-    return {scores.id: scores for chunk in chunks for scores in engine.choice_logprobs(chunk)}
-
-
-def _length(request: ChoiceRequest) -> tuple[int, str]:
-    return sum(len(message.content) for message in request.messages), request.id
+def _choice_scores(kind: EngineJudge, requests: Sequence[ChoiceRequest]) -> dict[str, ChoiceScores]:
+    """The scores by request id, in chunks of a fixed order. Keeps no journal and shows no progress bar."""
+    ordered = sorted(
+        {request.id: request for request in requests}.values(),
+        key=lambda request: (sum(len(message.content) for message in request.messages), request.id),
+    )
+    size = kind.settings.batch_size
+    chunks = [ordered[start : start + size] for start in range(0, len(ordered), size)]
+    return {scores.id: scores for chunk in chunks for scores in kind.engine.choice_logprobs(chunk)}

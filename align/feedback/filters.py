@@ -1,7 +1,7 @@
-"""What makes a revision unfit to train on, whatever a judge thinks of it. Each filter is a pure function with a name.
+"""Filters that reject revisions which are unfit to train on, whatever a judge thinks of them.
 
-A revision is rejected by the first filter that catches it, counted under that filter's name, and kept in
-`rejected.jsonl`. 'cut' and 'empty' always apply; the others can be left out by a recipe.
+Each filter is a pure function with a name. The first that catches a revision rejects it; the revision is counted under
+that filter's name and kept in `rejected.jsonl`. 'cut' and 'empty' always apply; a recipe can leave the others out.
 """
 
 import difflib
@@ -18,17 +18,18 @@ FilterName = Literal["preamble", "no_critique", "critique", "copy", "example", "
 OPTIONAL: tuple[FilterName, ...] = get_args(FilterName)
 
 MAX_REPETITION = 0.3
-"""Share of repeated 4-grams above which a text counts as going round in circles."""
+"""Share of repeated 4-grams above which a text counts as repetitive."""
 MIN_REPETITION_WORDS = 12
 SAME_TEXT = 0.8
-"""Similarity (difflib's ratio of words) from which a revision counts as a text that was shown, given once more."""
+"""Similarity (difflib's ratio over words) from which a text counts as a repetition of one that the model was shown."""
 
 
 @dataclass(frozen=True)
-class Revised:
-    """A revision with what it was made from; `criticised` says whether a critique was asked for.
+class RevisionCandidate:
+    """A revision to filter, with the texts that it was made from.
 
-    `examples` are the completions and revisions of the worked examples that were shown.
+    `examples` has the completions and revisions of the worked examples that were shown. `criticised` says whether a
+    critique was asked for.
     """
 
     original: str
@@ -39,110 +40,89 @@ class Revised:
     criticised: bool = False
 
 
-def is_cut(revised: Revised) -> bool:
-    """The length limit ended it."""
-    return revised.finish_reason == "length"
+def is_empty(candidate: RevisionCandidate) -> bool:
+    """It has no letters and no digits."""
+    return not any(character.isalnum() for character in candidate.text)
 
 
-def is_empty(revised: Revised) -> bool:
-    """It has no letter and no digit."""
-    return not any(character.isalnum() for character in revised.text)
-
-
-def has_preamble(revised: Revised) -> bool:
-    """It talks about itself before it begins, or after it has ended."""
-    text = _plain(revised.text)
+def has_preamble(candidate: RevisionCandidate) -> bool:
+    """It announces or labels the revision before it begins, or comments on it at the end."""
+    text = _plain(candidate.text)
     return bool(_PREAMBLE.match(text) or _LABEL.match(text) or _AFTERWORD.search(text))
 
 
-def lacks_critique(revised: Revised) -> bool:
-    """The critique that was asked for is empty, or is the answer that it should judge, given once more."""
-    if not revised.criticised:
+def lacks_critique(candidate: RevisionCandidate) -> bool:
+    """The critique that was asked for is empty, or repeats the answer that it should criticise."""
+    if not candidate.criticised:
         return False
-    return not any(map(str.isalnum, revised.critique)) or _is_nearly(revised.original, revised.critique)
+    return not any(map(str.isalnum, candidate.critique)) or _is_nearly(candidate.original, candidate.critique)
 
 
-def is_critique(revised: Revised) -> bool:
-    """It judges the answer instead of giving one, or repeats the critique."""
-    return bool(_ABOUT_THE_ANSWER.match(_plain(revised.text))) or _is_nearly(revised.critique, revised.text)
+def is_critique(candidate: RevisionCandidate) -> bool:
+    """It criticises the answer instead of giving one, or repeats the critique."""
+    return bool(_ABOUT_THE_ANSWER.match(_plain(candidate.text))) or _is_nearly(candidate.critique, candidate.text)
 
 
-def is_copy(revised: Revised) -> bool:
-    """It has the original's words and punctuation and nothing else."""
-    return words(fold(revised.text)) == words(fold(revised.original))
+def is_copy(candidate: RevisionCandidate) -> bool:
+    """It has the same words and punctuation as the original."""
+    return words(fold(candidate.text)) == words(fold(candidate.original))
 
 
-def is_example(revised: Revised) -> bool:
-    """It answers a worked example's prompt instead of its own, which small models do."""
-    return any(_is_nearly(example, revised.text) for example in revised.examples)
-
-
-def is_bare_refusal(revised: Revised) -> bool:
-    """It declines and says nothing else."""
-    return only_refuses(revised.text)
+def is_example(candidate: RevisionCandidate) -> bool:
+    """It repeats a worked example instead of answering its own prompt, as small models do."""
+    return any(_is_nearly(example, candidate.text) for example in candidate.examples)
 
 
 def only_refuses(text: str) -> bool:
-    """Every sentence of it declines, and nothing is explained or offered instead."""
+    """Every sentence refuses; nothing is explained or offered instead."""
     found = sentences(text)
     return bool(found) and all(_REFUSAL.search(_plain(sentence)) for sentence in found)
 
 
 def refuses(text: str) -> bool:
-    """Its first sentence declines, whatever is explained or offered after it."""
+    """The first sentence refuses, whatever is explained or offered after it."""
     found = sentences(text)
     return bool(found) and bool(_REFUSAL.search(_plain(found[0])))
 
 
 def has_emoji(text: str) -> bool:
-    """A pictograph, flag or the like is in it."""
+    """The text has an emoji: a pictograph, a flag or the like."""
     return bool(_EMOJI.search(text))
 
 
-def adds_emoji(revised: Revised) -> bool:
-    """It has emoji, and the original has none."""
-    return has_emoji(revised.text) and not has_emoji(revised.original)
-
-
-def is_repetitive(revised: Revised) -> bool:
-    """It says the same over and over."""
-    return goes_in_circles(revised.text)
-
-
-def goes_in_circles(text: str) -> bool:
-    """More of a text that is long enough to tell is repeated than `MAX_REPETITION`."""
+def repeats_itself(text: str) -> bool:
+    """The share of repeated 4-grams is above `MAX_REPETITION`. Texts too short to tell never repeat themselves."""
     return len(words(text)) >= MIN_REPETITION_WORDS and repetition(text) > MAX_REPETITION
 
 
-FILTERS: dict[str, Callable[[Revised], bool]] = {
-    "cut": is_cut,
+FILTERS: dict[str, Callable[[RevisionCandidate], bool]] = {
+    "cut": lambda candidate: candidate.finish_reason == "length",
     "empty": is_empty,
     "preamble": has_preamble,
     "no_critique": lacks_critique,
     "critique": is_critique,
     "copy": is_copy,
     "example": is_example,
-    "refusal": is_bare_refusal,
-    "repetition": is_repetitive,
-    "emoji": adds_emoji,
+    "refusal": lambda candidate: only_refuses(candidate.text),
+    "repetition": lambda candidate: repeats_itself(candidate.text),
+    "emoji": lambda candidate: has_emoji(candidate.text) and not has_emoji(candidate.original),
 }
 
 
-def caught_by(revised: Revised, optional: Collection[str] = OPTIONAL) -> str:
-    """The name of the first filter that catches the revision, or an empty text.
+def rejecting_filter(candidate: RevisionCandidate, optional: Collection[str] = OPTIONAL) -> str:
+    """The name of the first filter that catches the revision; empty if none does.
 
     Args:
-        optional: which of the filters besides 'cut' and 'empty' apply.
+        optional: the filters that apply besides 'cut' and 'empty'.
     """
     applying = (name for name in FILTERS if name in {"cut", "empty", *optional})
-    return next((name for name in applying if FILTERS[name](revised)), "")
+    return next((name for name in applying if FILTERS[name](candidate)), "")
 
 
 def without_preamble(text: str) -> str:
-    """The text without an announcement on a line of its own before it, and without quotes around the whole of it.
+    """The text without an announcement on a separate first line, and without quotation marks around all of it.
 
-    'Sure, here is the revised answer:' on a first line is no part of an answer; what follows it is. Anything less
-    clear is left for `has_preamble`.
+    Only a clear announcement such as 'Sure, here is the revised answer:' is removed. `has_preamble` catches the rest.
     """
     stripped = text.strip()
     first, _, rest = stripped.partition("\n")
@@ -157,13 +137,13 @@ def without_preamble(text: str) -> str:
 def _is_nearly(shown: str, text: str) -> bool:
     if not shown:
         return False
-    # By words: by characters it takes milliseconds, more than all else that is done to a row.
+    # Compared by words: by characters it would take milliseconds, longer than all other filters together.
     matcher = difflib.SequenceMatcher(None, words(_plain(shown)), words(_plain(text)), autojunk=False)
     return all(ratio() >= SAME_TEXT for ratio in (matcher.real_quick_ratio, matcher.quick_ratio, matcher.ratio))
 
 
 def _plain(text: str) -> str:
-    """The text in lower case, with straight apostrophes and without marks of emphasis or headings around it."""
+    """The text in lower case, with straight apostrophes and without leading Markdown emphasis or heading marks."""
     return fold(text).translate(_STRAIGHT).strip().lstrip("*_# ")
 
 

@@ -1,10 +1,12 @@
-"""Texts that nearly repeat an earlier one, found by MinHash (Broder 1997), with the index on disk.
+"""Finds texts that nearly repeat an earlier one by MinHash (Broder 1997), with the index on disk.
 
-The signature's bands only propose candidates; the words decide, by the exact Jaccard similarity of three-word shingles.
+The bands of the MinHash signature only propose candidates. The exact Jaccard similarity of three-word shingles decides.
 """
 
 import hashlib
 import zlib
+
+import numpy as np
 
 from align.figures.sentences import fold
 from align.figures.text_metrics import words
@@ -13,20 +15,18 @@ from align.run.streaming import scratch_database
 SHINGLE = 3
 MIN_WORDS = 12
 BANDS, ROWS = 16, 4
-"""Texts of similarity 0.8 share one of 16 bands of 4 in 99.98% of cases, texts of 0.3 in 12%."""
+"""Texts of similarity 0.8 share at least one of 16 bands of 4 in 99.98% of cases, texts of similarity 0.3 in 12%."""
 MODULUS = 2**31 - 1
 
 
-class NearDuplicates:
-    """Remembers texts, and tells which nearly repeat one of them.
+class NearDuplicateIndex:
+    """Remembers texts and tells which later ones nearly repeat one of them.
 
     Args:
-        similarity: Jaccard similarity of shingles from which a text is a repetition.
+        similarity: Jaccard similarity of shingles from which a text counts as a near-duplicate; None: none ever does.
     """
 
-    def __init__(self, similarity: float) -> None:
-        import numpy as np
-
+    def __init__(self, similarity: float | None) -> None:
         draw = np.random.default_rng(0)
         self._similarity = similarity
         self._factors = draw.integers(1, MODULUS, (BANDS * ROWS, 1), dtype=np.int64)
@@ -37,14 +37,14 @@ class NearDuplicates:
         )
 
     def is_repeated(self, text: str, group: str = "") -> bool:
-        """Whether an earlier text of the group is nearly this one; if not, it is remembered. Short ones never are."""
+        """Whether the text nearly repeats an earlier one of its group; if not, remembers it. Short texts never do."""
         shingles = _shingles(text)
-        if len(shingles) < MIN_WORDS - SHINGLE + 1:
+        if self._similarity is None or len(shingles) < MIN_WORDS - SHINGLE + 1:
             return False
         bands = self._bands(shingles, group)
-        marks = ",".join("?" * len(bands))
+        placeholders = ",".join("?" * len(bands))
         candidates = self._database.execute(
-            f"select distinct texts.text from bands join texts using (number) where band in ({marks})", bands
+            f"select distinct texts.text from bands join texts using (number) where band in ({placeholders})", bands
         )
         if any(_jaccard(shingles, _shingles(earlier)) >= self._similarity for (earlier,) in candidates):
             return True
@@ -53,10 +53,8 @@ class NearDuplicates:
         return False
 
     def _bands(self, shingles: set[str], group: str) -> list[str]:
-        import numpy as np
-
         hashes = np.array([zlib.crc32(each.encode()) % MODULUS for each in shingles], dtype=np.int64)
-        # Below 2^31 times below 2^31 is below 2^62: no overflow.
+        # Both factors are below 2^31, so the product is below 2^62 and does not overflow.
         lowest = ((self._factors * hashes + self._offsets) % MODULUS).min(axis=1).reshape(BANDS, ROWS)
         return [
             hashlib.blake2b(f"{group} {number} ".encode() + row.tobytes(), digest_size=8).hexdigest()

@@ -1,4 +1,4 @@
-"""The rows of the critique loop and of judges: critiques, revisions, comparisons and the scores behind a label."""
+"""The rows that the critique loop and judges write: critiques, revisions, comparisons and the scores behind a label."""
 
 from dataclasses import dataclass, field
 
@@ -9,9 +9,10 @@ from align.records import Conversation, FinishReason, Row, Split
 class Critique(Row):
     """One round of critique and revision of one completion.
 
-    `evidence` has the ids of the passages that were shown, `cited` those that the critique cites, made-up ones too.
-    `finish_reason`, `seed` and `provenance` are the revision's; the critique, which another engine may have written,
-    has its own. `critique_finish_reason` is None where no critique was asked for, and in rows of earlier versions.
+    `evidence` has the ids of the passages that were shown. `cited` has the ids that the critique cites, including
+    made-up ones. `finish_reason`, `seed` and `provenance` belong to the revision; those of the critique, which another
+    engine may have written, start with `critique_`. `critique_finish_reason` is None where no critique was asked for,
+    and in rows of earlier versions.
     """
 
     id: str
@@ -32,22 +33,19 @@ class Critique(Row):
 
 
 JUDGED_WORSE = "judged worse"
-
-
 NEAR_DUPLICATE = "near-duplicate"
-"""Said of a revision that the judge preferred, and that is set aside all the same."""
+"""Reason to reject a revision that the judge preferred."""
 
 
 @dataclass(frozen=True)
 class Revision(Row):
-    """What the loop made of a sample: the completion after the last round, and whether the judge preferred it.
+    """A sample's completion after the last round of critique and revision, and whether the judge preferred it.
 
-    `p_better` is the judge's probability that the revision is better than the original; `reason` says why a rejected
-    revision was rejected (`JUDGED_WORSE`, or the name of a filter), and is empty for an accepted one.
-    `principle_ids` has every round's principle, `revised_by` those of the rounds that led to the completion: a round
-    whose revision a filter caught did not. `seed` and `provenance` are the completion's, `judged_by` the principles
-    that decided. `original_cut` says that the length limit ended the original; `sample_id` is what the judge's scores
-    call the row.
+    `p_better` is the judge's probability that the revision is better than the original. `reason` says why a revision
+    was rejected (`JUDGED_WORSE`, or the name of a filter), and is empty for an accepted one. `principle_ids` has every
+    round's principle; `revised_by` has those of the rounds whose revision was kept, not caught by a filter. `seed` and
+    `provenance` belong to the completion. `judged_by` has the principles that decided. `original_cut` says that the
+    length limit cut the original. The judge's scores refer to the row by `sample_id`.
     """
 
     id: str
@@ -76,10 +74,10 @@ class Revision(Row):
 class Comparison(Row):
     """Two completions of a prompt and the judge's verdict.
 
-    `p_a` is the probability that A is better, both orders averaged; `p_a_by_principle` has each principle's own, and
-    `position_bias` is the mean of (probability given to the first place) minus one half, in [-0.5, 0.5]. `p_a` is None
-    where the judge abstained or nothing told the two apart; `reason` then says which. `decided_by` has the principles
-    that `p_a` follows from. `provenance` is that of both completions.
+    `p_a` is the probability that A is better, averaged over both orders; `p_a_by_principle` has each principle's own.
+    `position_bias` is the mean probability given to the completion shown first, minus one half, in [-0.5, 0.5]. `p_a`
+    is None where the judge abstained or found a tie; `reason` then says which. `decided_by` has the principles that
+    `p_a` follows from. `provenance` belongs to both completions.
     """
 
     id: str
@@ -102,14 +100,14 @@ class Comparison(Row):
 
 @dataclass(frozen=True)
 class OpinionScores(Row):
-    """What the judge's engine gave for a principle's opinion of a comparison, in one view: labels follow from these.
+    """The engine's scores for one principle's opinion on one comparison, in one view. Labels are computed from these.
 
-    `comparison_id` is of a revision, compared with its original, the sample's id; the revision is A.
-    `view` is, of a choice, the order in which the completions were shown, 'ab' or 'ba'; of a contrast, the completion
-    and what stood before it: 'a', 'a opposite', 'b' or 'b opposite'. `logprobs` are in nats, of the letters A and B or
-    the sum over the completion's `tokens`; None is minus infinity (a server that did not show the letter).
-    `option_mass` is the probability of the letters together. `request_id` is the digest of all that was asked, and
-    `reasoning` what the judge thought before, with its own.
+    For a revision, `comparison_id` is the sample's id, A the revision and B its original. For a `choice`, `view` is the
+    order in which the completions were shown, 'ab' or 'ba', and `logprobs` are those of the letters A and B. For a
+    `contrast`, `view` is the completion and the text it was conditioned on ('a', 'a opposite', 'b' or 'b opposite'),
+    and `logprobs` has the sum over the completion's `tokens`. Both are in nats; None is minus infinity (a server did
+    not return the letter). `option_mass` is the total probability of the letters. `request_id` is a digest of the
+    request. `reasoning` is the chain of thought before the letter; `reasoning_id` is the digest of its request.
     """
 
     id: str
@@ -123,3 +121,6 @@ class OpinionScores(Row):
     reasoning: str = ""
     reasoning_id: str = ""
     reasoning_end: str = ""
+
+
+Scores = tuple[OpinionScores, ...]

@@ -1,104 +1,104 @@
-"""What revise and compare count and measure of their rows, added up one row at a time."""
+"""What `revise` and `compare` count and measure about their rows, added up one row at a time."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import Any
 
 from align.feedback.agreement import AgreementTally, Label, margins_of
-from align.feedback.evidence import grounding
+from align.feedback.critique import RevisionChain
+from align.feedback.evidence import evidence_figures
 from align.feedback.records import Comparison, OpinionScores, Revision
 from align.settings.blocks import JudgeBlock
 
-if TYPE_CHECKING:
-    from align.feedback.critique import Chain
+
+@dataclass
+class _Mean:
+    """A running mean; 0 over nothing."""
+
+    total: float = 0
+    count: int = 0
+
+    def add(self, total: float, count: int = 1) -> None:
+        self.total += total
+        self.count += count
+
+    @property
+    def value(self) -> float:
+        return self.total / self.count if self.count else 0.0
 
 
 class RevisionTally:
-    """Counts and figures of revisions, with the chains that led to them."""
+    """Counts and figures of revisions and of the chains that led to them."""
 
     def __init__(self, rounds: int) -> None:
         self.samples = 0
         self.accepted = 0
-        self.preambles = 0
         self.critiques = 0
         self.critiques_cut = 0
-        self.original_characters = 0
         self.reasons: Counter[str] = Counter()
-        self._draws: Counter[str] = Counter()
-        self._filtered: Counter[str] = Counter()
-        self._accepted: Counter[str] = Counter()
+        self._preambles = 0
+        self._original_characters = _Mean()
+        self._by_principle: dict[str, Counter[str]] = defaultdict(lambda: Counter(draws=0, filtered=0, accepted=0))
         self._evidence: Counter[str] = Counter()
-        self._rounds = [_Round() for _ in range(rounds)]
+        self._rounds = [_RoundTally() for _ in range(rounds)]
 
-    def add(self, chain: "Chain", row: Revision) -> None:
-        """A chain and the row that it became."""
+    def add(self, chain: RevisionChain, row: Revision) -> None:
+        """Add a chain and the row that it became."""
         self.samples += 1
         self.accepted += row.accepted
-        self.preambles += chain.preambles
-        self.original_characters += len(chain.sample.completion)
+        self._preambles += chain.preambles
+        self._original_characters.add(len(chain.sample.completion))
         if not row.accepted:
             self.reasons[row.reason] += 1
-        for made, fault, of_round in zip(chain.rounds, chain.faults, self._rounds, strict=False):
-            self._draws[made.principle_id] += 1
-            self._filtered[made.principle_id] += bool(fault)
-            self._accepted[made.principle_id] += row.accepted
+        for made, fault, tally in zip(chain.rounds, chain.faults, self._rounds, strict=False):
+            self._by_principle[made.principle_id].update(draws=1, filtered=bool(fault), accepted=row.accepted)
             self.critiques += made.critique_finish_reason is not None
             self.critiques_cut += made.critique_finish_reason == "length"
-            self._evidence.update(grounding([made]).get("evidence", {}))
-            of_round.add(len(made.revision), bool(fault))
+            self._evidence.update(evidence_figures([made]).get("evidence", {}))
+            tally.characters.add(len(made.revision))
+            tally.filtered.add(bool(fault))
         last = max((number for number, fault in enumerate(chain.faults) if not fault), default=None)
         if last is not None:
-            self._rounds[last].end(row.accepted)
+            self._rounds[last].last_accepted.add(row.accepted)
 
     def counts(self) -> dict[str, int]:
-        """How many were accepted, and how many rejected for each reason; how many preambles were removed; and, where
-        critiques were asked for, how many of them the length limit cut."""
-        cut = {"critiques_cut": self.critiques_cut} if self.critiques else {}
+        """How many revisions were accepted, how many were rejected for each reason and how many preambles were removed;
+        if critiques were asked for, also how many of them the length limit cut."""
         return {
             "samples": self.samples,
             "accepted": self.accepted,
             "rejected": self.samples - self.accepted,
             **{f"rejected: {reason}": count for reason, count in sorted(self.reasons.items())},
-            "preambles_removed": self.preambles,
-            **cut,
+            "preambles_removed": self._preambles,
+            **({"critiques_cut": self.critiques_cut} if self.critiques else {}),
         }
 
     def figures(self) -> dict[str, Any]:
-        """By principle: draws, filtered revisions, accepted chains. By round: see `_Round`. And use of evidence."""
+        """By principle: draws, filtered revisions and accepted chains. By round: see `_RoundTally`. Use of evidence."""
         return {
-            "by_principle": {
-                name: {"draws": draws, "filtered": self._filtered[name], "accepted": self._accepted[name]}
-                for name, draws in sorted(self._draws.items())
-            },
+            "by_principle": {name: dict(counts) for name, counts in sorted(self._by_principle.items())},
             "by_round": [each.figures() for each in self._rounds],
             **({"evidence": dict(self._evidence)} if self._evidence else {}),
-            "original_characters": _share(self.original_characters, self.samples),
+            "original_characters": self._original_characters.value,
         }
 
 
-class _Round:
-    """Mean length in characters, share that a filter caught, and of the chains that end with this round's revision how
-    many there are and what share was accepted."""
+@dataclass
+class _RoundTally:
+    """The revisions of one round: their mean length in characters, and the share that a filter caught. Of the chains
+    whose completion is this round's revision: how many there are, and the share that was accepted."""
 
-    def __init__(self) -> None:
-        self._reached = self._characters = self._filtered = self._last = self._last_accepted = 0
-
-    def add(self, characters: int, filtered: bool) -> None:
-        self._reached += 1
-        self._characters += characters
-        self._filtered += filtered
-
-    def end(self, accepted: bool) -> None:
-        """A chain ends with this round's revision."""
-        self._last += 1
-        self._last_accepted += accepted
+    characters: _Mean = field(default_factory=_Mean)
+    filtered: _Mean = field(default_factory=_Mean)
+    last_accepted: _Mean = field(default_factory=_Mean)
 
     def figures(self) -> dict[str, float]:
         return {
-            "characters": _share(self._characters, self._reached),
-            "filtered": _share(self._filtered, self._reached),
-            "last": self._last,
-            "last_accepted": _share(self._last_accepted, self._last),
+            "characters": self.characters.value,
+            "filtered": self.filtered.value,
+            "last": self.last_accepted.count,
+            "last_accepted": self.last_accepted.value,
         }
 
 
@@ -112,78 +112,68 @@ class ComparisonTally:
         self.reasons: Counter[str] = Counter()
         self._opinions = 0
         self._abstained = 0
-        self._option_masses = 0
-        self._option_mass = 0.0
-        self._a_wins = 0
-        self._longer_wins = 0.0
-        self._judged = 0
-        self._position_bias = 0.0
         self._reasoning_cut = 0
-        self._sure = 0.0
-        self._tenths: Counter[int] = Counter()
+        self._position_bias = _Mean()
+        self._option_mass = _Mean()
+        self._a_chosen = _Mean()
+        self._longer_chosen = _Mean()
+        self._probability = _Mean()
+        self._deciles: Counter[int] = Counter()
 
     def add(self, row: Comparison, scores: Sequence[OpinionScores] = ()) -> None:
-        """A comparison, and what the judge's engine gave for it."""
+        """Add a comparison and the engine's scores for it."""
         self.comparisons += 1
         self._add_scores(row, scores)
         self.agreement.add(Label(row.p_a, row.p_a_by_principle))
-        # Of ties too: a judge that follows the place alone decides nothing once both orders are averaged.
-        self._judged += bool(row.p_a_by_principle)
-        self._position_bias += row.position_bias if row.p_a_by_principle else 0.0
+        # Ties count too: averaging both orders turns the opinions of a judge that follows only position into ties.
+        if row.p_a_by_principle:
+            self._position_bias.add(row.position_bias)
         if row.p_a is None:
             self.reasons[row.reason] += 1
             return
-        sure = max(row.p_a, 1 - row.p_a)
+        probability = max(row.p_a, 1 - row.p_a)
         self.decided += 1
-        self._a_wins += row.p_a > 0.5
-        self._longer_wins += _longer_won(row, row.p_a > 0.5)
-        self._sure += sure
-        self._tenths[min(int(10 * sure), 9)] += 1
+        self._a_chosen.add(row.p_a > 0.5)
+        self._longer_chosen.add(_longer_chosen(row, row.p_a > 0.5))
+        self._probability.add(probability)
+        self._deciles[min(int(10 * probability), 9)] += 1
 
     def _add_scores(self, row: Comparison, scores: Sequence[OpinionScores]) -> None:
         asked = {each.principle_id for each in scores}
         masses = [each.option_mass for each in scores if each.option_mass is not None]
         self._opinions += len(asked)
         self._abstained += len(asked - row.p_a_by_principle.keys())
-        self._option_masses += len(masses)
-        self._option_mass += sum(masses)
+        self._option_mass.add(sum(masses), len(masses))
         self._reasoning_cut += sum(each.reasoning_end == "length" for each in scores)
 
     def counts(self) -> dict[str, int]:
-        """How many comparisons were decided, and how many were not for each reason; and how many opinions an engine was
-        asked for, one for each comparison and principle, how many it abstained from, and how many chains of thought the
-        length limit cut."""
+        """How many comparisons were decided, and how many were not for each reason. How many opinions an engine was
+        asked for (one per comparison and principle), how many of them it abstained from, and how many chains of thought
+        the length limit cut."""
         undecided = {f"undecided: {reason}": count for reason, count in sorted(self.reasons.items())}
         opinions = {"opinions": self._opinions, "opinions_abstained": self._abstained} if self._opinions else {}
         cut = {"reasoning_cut": self._reasoning_cut} if self._reasoning_cut else {}
         return {"comparisons": self.comparisons, "decided": self.decided, **undecided, **opinions, **cut}
 
     def figures(self) -> dict[str, Any]:
-        """Shares among the decided comparisons: what a judge that only looks at place or length would show, and how
-        sure the labels are; the share of all that was left undecided; and of all that the judge saw the mean bias to
-        the place shown first and, of a judge that chooses, the mean probability of the two letters together."""
-        seen = {"position_bias": self._position_bias / self._judged} if self._judged else {}
-        if self._option_masses:
-            seen["option_mass"] = self._option_mass / self._option_masses
+        """Over everything the judge saw: its mean position bias and, for a `choice` judge, the mean probability of the
+        two letters together. Over the decided comparisons: how often A and the longer completion were chosen, and how
+        sure the labels are. And the share left undecided."""
+        means = {"position_bias": self._position_bias, "option_mass": self._option_mass}
+        seen = {name: mean.value for name, mean in means.items() if mean.count}
         if not self.decided:
             return seen
         return {
             **seen,
-            "a_chosen": self._a_wins / self.decided,
-            "longer_chosen": self._longer_wins / self.decided,
-            "mean_probability": self._sure / self.decided,
-            "probability": {
-                f"{10 * tenth}-{10 * tenth + 10}%": self._tenths[tenth] / self.decided for tenth in range(5, 10)
-            },
+            "a_chosen": self._a_chosen.value,
+            "longer_chosen": self._longer_chosen.value,
+            "mean_probability": self._probability.value,
+            "probability": {f"{10 * n}-{10 * n + 10}%": self._deciles[n] / self.decided for n in range(5, 10)},
             "undecided": 1 - self.decided / self.comparisons,
         }
 
 
-def _longer_won(row: Comparison, a_won: bool) -> float:
-    """1 where the longer completion was preferred, one half where both are as long."""
+def _longer_chosen(row: Comparison, a_chosen: bool) -> float:
+    """1 if the longer completion was preferred, one half if both are equally long, otherwise 0."""
     difference = len(row.completion_a) - len(row.completion_b)
-    return 0.5 if difference == 0 else float((difference > 0) == a_won)
-
-
-def _share(part: int, whole: int) -> float:
-    return part / whole if whole else 0.0
+    return 0.5 if difference == 0 else float((difference > 0) == a_chosen)

@@ -1,4 +1,4 @@
-"""The reliability plot of a judge: how sure it is, and how often people agree (Guo et al. 2017, figure 1)."""
+"""The reliability diagram of a judge: its confidence, and how often people agree (Guo et al. 2017, figure 1)."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,10 +13,10 @@ GREY = "#888888"
 
 
 def draw_reliability(figures: Mapping[str, Any], title: str, path: Path) -> None:
-    """Write the picture of a judge's figures, in the format that the path's suffix names.
+    """Plot a judge's figures to a file, in the format of its suffix.
 
     Raises:
-        InputError: matplotlib is missing, knows no such format, or the file cannot be written.
+        InputError: matplotlib is missing or does not know the format, or the file cannot be written.
     """
     require_matplotlib("--plot out")
     import matplotlib
@@ -40,7 +40,7 @@ def draw_reliability(figures: Mapping[str, Any], title: str, path: Path) -> None
 def _draw_bins(panel: Any, bins: list[Mapping[str, Any]]) -> None:
     means, shares = (np.array([each[key] for each in bins]) for key in ("mean_probability", "share"))
     ends = np.array([each["interval"] for each in bins])
-    # At a share of 1 the interval's end can round to just below it.
+    # At a share of 1, rounding can leave the interval's end just below it.
     errors = np.maximum(0, [shares - ends[:, 0], ends[:, 1] - shares])
     label = f"the judge, {sum(each['count'] for each in bins)} pairs"
     panel.errorbar(means, shares, errors, fmt="o", color=COLOUR, markersize=4, capsize=2, label=label)

@@ -1,4 +1,4 @@
-"""What every picture shares: its style, what to install where matplotlib is missing, and how it is written."""
+"""What all plots share: the style, the check that matplotlib is installed, and the writing of files."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 from align.errors import InputError
 
-# Text stays text, so the file is small; ids come from a fixed salt, so the same figures give the same bytes.
+# Text stays text, so that files are small. The fixed salt for ids makes the same figures give the same bytes.
 STYLE = {"svg.fonttype": "none", "svg.hashsalt": "align", "font.size": 9}
 
 
@@ -16,26 +16,26 @@ def can_plot() -> bool:
 
 
 def require_matplotlib(without: str) -> None:
-    """Say what to install where matplotlib is missing.
+    """Raise an error that says what to install if matplotlib is missing.
 
     Args:
-        without: the option that leaves the picture out.
+        without: the option that leaves the plot out.
 
     Raises:
-        InputError: it is.
+        InputError: matplotlib is not installed.
     """
     if not can_plot():
         raise InputError(
-            "the plot needs matplotlib, which the extra `plots` brings: pip install 'align-rlhf[plots]'; "
+            "the plot needs matplotlib; install it with the extra `plots`: pip install 'align-rlhf[plots]'; "
             f"or leave {without}"
         )
 
 
 def save_figure(figure: Any, path: Path) -> None:
-    """Write a picture, in the format that the path's suffix names.
+    """Write a figure to a file, in the format of its suffix.
 
     Raises:
-        InputError: matplotlib knows no such format, or the file cannot be written.
+        InputError: matplotlib does not know the format, or the file cannot be written.
     """
     try:
         figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)

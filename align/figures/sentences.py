@@ -1,8 +1,8 @@
-"""Counting sentences and words, in languages with spaces and in Japanese and Chinese."""
+"""Splitting text into sentences and counting words, in languages with spaces and in Japanese and Chinese."""
 
 import re
 
-# U+FF01 to U+FF5E are the full-width forms of ! to ~.
+# U+FF01 to U+FF5E are the full-width forms of the characters ! to ~.
 _NARROW: dict[int, str] = (
     {code: chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)}
     | {
@@ -22,14 +22,14 @@ _INITIALS = re.compile(r"(?:\w\.)+\w|[A-HJ-Z]")
 _NEXT_WORD = 80
 _WIDE_ENDS = "。！？｡"
 _END = re.compile(rf"[.!?…{_WIDE_ENDS}‼⁇⁈⁉❗❕❓❔]+[{re.escape(CLOSERS)}]*")
-# A full stop after these never ends a sentence,
+# A full stop after these never ends a sentence.
 _TITLES = re.compile(
     r"mr|mrs|ms|dr|prof|st|vs|vol|dept|approx|e\.g|i\.e|cf|sgt|capt|mt|ave"
     r"|jan|feb|mar|apr|jun|jul|aug|sep|sept|oct|nov|dec"
 )
-# after these it does where a capital follows,
+# After these it does if a capital letter follows.
 _LAST_BEFORE_CAPITAL = re.compile(r"etc|no|al|fig")
-# and after these, initials and acronyms where a capital word follows that often starts a sentence.
+# After these, and after initials and acronyms, it does if a capitalised word follows that often starts a sentence.
 _LAST_BEFORE_STARTER = re.compile(r"inc|ltd|co|corp|jr|sr|est")
 _STARTERS = re.compile(
     r"the|this|that|these|those|it|he|she|they|we|you|i|an?|and|but|or|so|if|in|on|at|as|when|while|however|then|there"
@@ -38,12 +38,12 @@ _STARTERS = re.compile(
 
 
 def fold(text: str) -> str:
-    """Lower case, with full-width ASCII, ideographic spaces and emoji punctuation as plain characters."""
+    """Lower-case the text, and make full-width ASCII, ideographic spaces and emoji punctuation plain characters."""
     return text.translate(_NARROW).casefold()
 
 
 def count_words(text: str) -> int:
-    """Words separated by anything but letters, digits, apostrophes and hyphens; each CJK character is one."""
+    """Count runs of letters, digits, apostrophes and hyphens. Each CJK character counts as one word."""
     return len(_WORD.findall(text))
 
 
@@ -54,15 +54,15 @@ def count_sentences(text: str) -> int:
 def sentences(text: str) -> list[str]:
     """The text's sentences, in order.
 
-    A sentence ends at . ! ? … 。 ！ ？, but not inside a number, an abbreviation, initials or a quotation that goes on
-    in lower case. Blank lines, list items and lines that start anew end one too. What has no letter or digit in it is
-    no sentence.
+    A sentence ends at . ! ? … 。 ！ ？, but not inside a number, an abbreviation, initials or a quotation before lower
+    case. It also ends at blank lines, list items and line breaks that are not mere wrapping. Text without any letter or
+    digit is not a sentence.
     """
     return [sentence for paragraph in _paragraphs(text) for sentence in _split_paragraph(paragraph)]
 
 
 def _paragraphs(text: str) -> list[str]:
-    """Lines, where a line that a wrap broke off is joined to the one before it."""
+    """The lines of the text, in which wrapped lines are joined."""
     paragraphs: list[str] = []
     broken = False
     for line in text.splitlines():
@@ -105,7 +105,7 @@ def _is_boundary(text: str, start: int, end: re.Match[str]) -> bool:
 
 
 def _full_stop_ends(sentence: str, following: str) -> bool:
-    """Whether a full stop after `sentence` ends it, and is no part of an abbreviation, initials or a list number."""
+    """Whether a full stop after `sentence` ends it, and is not part of an abbreviation, initials or a list number."""
     words = sentence.split()
     if not words:
         return False

@@ -1,4 +1,4 @@
-"""Intervals and calibration: what stands beside every figure that is reported. Needs numpy and nothing heavier."""
+"""Confidence intervals for reported figures, and calibration metrics. Imports nothing heavier than numpy."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -8,12 +8,12 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 _DRAWN_AT_ONCE = 4_000_000
-"""Indices held at a time while resampling, so that memory does not grow with resamples times values."""
+"""The most indices in memory while resampling, which bounds memory for any number of values and resamples."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over `n` values and its interval."""
+    """A mean of `n` values with its confidence interval."""
 
     mean: float
     low: float
@@ -23,7 +23,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class ReliabilityBin:
-    """Predictions that fell in (low, high], in the first bin also on its lower edge, and what happened."""
+    """Predictions in (low, high], in the first bin also at its lower edge, and the share that came true."""
 
     low: float
     high: float
@@ -33,14 +33,14 @@ class ReliabilityBin:
 
 
 def wilson_interval(successes: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Score interval of a share (Wilson 1927), sensible at 0 and at 1 too; (0, 1) where there is nothing to count.
+    """Score interval of a share (Wilson 1927), which is valid at 0 and 1 too; (0, 1) where n is 0.
 
     Raises:
-        ValueError: successes outside [0, n], or confidence outside (0, 1).
+        ValueError: successes are outside [0, n], or confidence is outside (0, 1).
     """
-    _check_confidence(confidence)
     if not 0 <= successes <= n:
         raise ValueError(f"successes must lie in [0, {n}], got {successes}")
+    _check_confidence(confidence)
     return _wilson(successes / n, n, confidence) if n else (0.0, 1.0)
 
 
@@ -52,28 +52,24 @@ def _wilson(share: float, n: float, confidence: float) -> tuple[float, float]:
 
 
 def clustered_wilson_estimate(values: ArrayLike, clusters: Sequence[str], confidence: float = 0.95) -> Estimate:
-    """A share with Wilson's interval, wider where values of one cluster resemble each other: pairs of one prompt, say.
+    """A share with Wilson's interval, widened where values of a cluster (such as one prompt's pairs) are correlated.
 
-    n is divided by the design effect, the variance of the share over clusters as a multiple of the binomial one (Kish
-    1965; Korn and Graubard 1998), never by less than 1. Where every cluster has one value this is Wilson's interval
-    itself; where every cluster has copies of one value, it is that of one value a cluster. Unlike resampling it does
-    not claim much of few clusters.
+    n is divided by the design effect (Kish 1965; Korn and Graubard 1998), but never by less than 1. This is the ratio
+    of the share's variance over clusters to its binomial variance. With one value per cluster, the interval is
+    Wilson's; with copies of a value in each cluster, it is Wilson's for one value per cluster. Unlike resampling, it
+    stays wide for few clusters.
 
     Args:
         values: (N,) in [0, 1].
         clusters: (N,) the name of each value's cluster.
 
     Raises:
-        ValueError: as many clusters' names as values are needed, values outside [0, 1], or none.
+        ValueError: there are no values, values outside [0, 1], or not as many cluster names as values.
     """
-    sample = _vector(values)
-    _check_within(sample, 0, 1)
-    if len(clusters) != len(sample):
-        raise ValueError(f"each value needs a cluster, got {len(sample)} values and {len(clusters)} clusters")
-    _, place = np.unique(np.asarray(clusters), return_inverse=True)
+    sample, place = _clustered(values, clusters)
     mean, n = float(sample.mean()), len(sample)
     binomial = n * mean * (1 - mean)
-    # Clusters that all agree show no variance to compare: each then counts once.
+    # Where all values are equal there is no variance to compare, and each cluster counts once.
     between = float((np.bincount(place, weights=sample - mean) ** 2).sum())
     effect = max(1.0, between / binomial) if binomial > 0 else n / (place.max() + 1)
     return Estimate(mean, *_wilson(mean, n / effect, confidence), n)
@@ -82,21 +78,19 @@ def clustered_wilson_estimate(values: ArrayLike, clusters: Sequence[str], confid
 def bootstrap_interval(
     values: ArrayLike, seed: int, resamples: int = 2000, confidence: float = 0.95
 ) -> tuple[float, float]:
-    """Percentile interval of the mean under resampling with replacement (Efron 1979). The same seed gives the same one.
+    """Percentile bootstrap interval of the mean (Efron 1979). The same seed gives the same interval.
 
     Args:
         values: (N,) finite numbers, at least one.
 
     Raises:
-        ValueError: no values, a value that is not finite, no resamples, or confidence outside (0, 1).
+        ValueError: there are no values or no resamples, a value is not finite, or confidence is outside (0, 1).
     """
-    _check_confidence(confidence)
     sample = _vector(values)
     if resamples < 1:
         raise ValueError(f"resamples must be 1 or more, got {resamples}")
     means = np.concatenate([sample[rows].mean(axis=1) for rows in _resamples(len(sample), seed, resamples)])
-    low, high = np.quantile(means, [0.5 - confidence / 2, 0.5 + confidence / 2])
-    return float(low), float(high)
+    return _percentile_interval(means, confidence)
 
 
 def mean_estimate(values: ArrayLike, seed: int, resamples: int = 2000, confidence: float = 0.95) -> Estimate:
@@ -106,10 +100,10 @@ def mean_estimate(values: ArrayLike, seed: int, resamples: int = 2000, confidenc
 
 
 def share_estimate(values: ArrayLike, seed: int, resamples: int = 2000, confidence: float = 0.95) -> Estimate:
-    """The mean of values in [0, 1] with its bootstrap interval; where all are alike, Wilson's (see `_bounded`).
+    """The mean of values in [0, 1] with its bootstrap interval or, where all are equal, Wilson's (see `_bounded`).
 
     Raises:
-        ValueError: a value outside [0, 1], or as for `bootstrap_interval`.
+        ValueError: a value is outside [0, 1], or as for `bootstrap_interval`.
     """
     return _bounded(_vector(values), 0, 1, seed, resamples, confidence)
 
@@ -117,42 +111,36 @@ def share_estimate(values: ArrayLike, seed: int, resamples: int = 2000, confiden
 def clustered_share_estimate(
     values: ArrayLike, clusters: Sequence[str], seed: int, resamples: int = 2000, confidence: float = 0.95
 ) -> Estimate:
-    """`share_estimate` of values that come in clusters whose members resemble each other: pairs of one prompt, say.
+    """`share_estimate` of values that are correlated within clusters, such as one prompt's pairs.
 
-    Whole clusters are drawn with replacement, and the mean is over the values in those drawn (Field and Welsh 2007).
-    Where every cluster has the same mean there is no spread to draw from: then Wilson's interval with one value a
-    cluster stands for it (see `_bounded`).
+    The bootstrap resamples whole clusters and takes the mean over their values (Field and Welsh 2007). Where all
+    clusters have the same mean, resampling shows no spread, and the interval is that of `_bounded` for one value per
+    cluster.
 
     Args:
         values: (N,) in [0, 1].
         clusters: (N,) the name of each value's cluster.
 
     Raises:
-        ValueError: as many clusters' names as values are needed, or as for `share_estimate`.
+        ValueError: there are not as many cluster names as values, or as for `share_estimate`.
     """
-    _check_confidence(confidence)
-    sample = _vector(values)
-    _check_within(sample, 0, 1)
-    if len(clusters) != len(sample):
-        raise ValueError(f"each value needs a cluster, got {len(sample)} values and {len(clusters)} clusters")
-    _, place = np.unique(np.asarray(clusters), return_inverse=True)
+    sample, place = _clustered(values, clusters)
     sums, sizes = np.bincount(place, weights=sample), np.bincount(place)
     means = sums / sizes
     if means.min() == means.max():
         return replace(_bounded(means, 0, 1, seed, resamples, confidence), n=len(sample))
     drawn = _resamples(len(sums), seed, resamples)
     resampled = np.concatenate([sums[rows].sum(axis=1) / sizes[rows].sum(axis=1) for rows in drawn])
-    low, high = np.quantile(resampled, [0.5 - confidence / 2, 0.5 + confidence / 2])
-    return Estimate(float(sample.mean()), float(low), float(high), len(sample))
+    return Estimate(float(sample.mean()), *_percentile_interval(resampled, confidence), len(sample))
 
 
 def paired_difference(
     first: ArrayLike, second: ArrayLike, seed: int, resamples: int = 2000, confidence: float = 0.95
 ) -> Estimate:
-    """Mean of first - second with its bootstrap interval, pairs drawn together.
+    """The mean of first - second with its bootstrap interval, which resamples pairs.
 
     Raises:
-        ValueError: lengths that differ, or as for `bootstrap_interval`.
+        ValueError: the lengths differ, or as for `bootstrap_interval`.
     """
     return mean_estimate(_differences(first, second), seed, resamples, confidence)
 
@@ -160,10 +148,10 @@ def paired_difference(
 def paired_share_difference(
     first: ArrayLike, second: ArrayLike, seed: int, resamples: int = 2000, confidence: float = 0.95
 ) -> Estimate:
-    """`paired_difference` of values in [0, 1]: one that is the same in every pair has an interval nevertheless.
+    """`paired_difference` of values in [0, 1], whose interval is never a point (see `_bounded`).
 
     Raises:
-        ValueError: a value outside [0, 1], or as for `paired_difference`.
+        ValueError: a value is outside [0, 1], or as for `paired_difference`.
     """
     for values in (first, second):
         _check_within(_vector(values), 0, 1)
@@ -173,15 +161,15 @@ def paired_share_difference(
 def reliability_bins(
     probabilities: ArrayLike, outcomes: ArrayLike, bins: int | Sequence[float] = 10
 ) -> list[ReliabilityBin]:
-    """The bins that hold any prediction (Guo et al. 2017, section 2).
+    """The non-empty bins of predictions (Guo et al. 2017, section 2).
 
     Args:
         probabilities: (N,) predicted, in [0, 1].
-        outcomes: (N,) what happened: 0 or 1, or a soft label between.
-        bins: how many of equal width, or their edges, rising; what lies outside is put into the nearest bin.
+        outcomes: (N,) what happened: 0, 1, or a soft label between.
+        bins: the number of bins of equal width, or rising edges. Values outside the edges go into the nearest bin.
 
     Raises:
-        ValueError: lengths that differ, values outside [0, 1], nothing to bin, or no bins.
+        ValueError: the lengths differ, there are no values or no bins, or values are outside [0, 1].
     """
     predicted, happened = _vector(probabilities), _vector(outcomes)
     if len(predicted) != len(happened):
@@ -190,7 +178,7 @@ def reliability_bins(
     _check_within(happened, 0, 1)
     edges = np.arange(bins + 1) / bins if isinstance(bins, int) else np.asarray(bins, dtype=np.float64)
     if len(edges) < 2 or (np.diff(edges) <= 0).any():
-        raise ValueError(f"bins must be 1 or more, or rising edges, got {bins}")
+        raise ValueError(f"bins must be 1 or more, or a list of rising edges, got {bins}")
     places = np.clip(np.searchsorted(edges, predicted, side="left") - 1, 0, len(edges) - 2)
     return [
         ReliabilityBin(
@@ -208,7 +196,7 @@ def reliability_bins(
 def expected_calibration_error(
     probabilities: ArrayLike, outcomes: ArrayLike, bins: int | Sequence[float] = 10
 ) -> float:
-    """Mean gap between predicted and observed shares, weighted by bin (Naeini et al. 2015; Guo et al. 2017, eq. 3)."""
+    """The mean gap of predicted and observed shares, weighted by bin (Naeini et al. 2015; Guo et al. 2017, eq. 3)."""
     filled = reliability_bins(probabilities, outcomes, bins)
     total = sum(each.count for each in filled)
     return sum(each.count * abs(each.share - each.mean_probability) for each in filled) / total
@@ -219,9 +207,9 @@ def _bounded(
 ) -> Estimate:
     """The mean of values in [lower, upper] with an interval that is never a point.
 
-    Resampling 30 values that are all alike shows no spread, which would claim certainty. By Wilson's interval of 0 in
-    30, a share of up to u of all values may still be unlike those seen, and they may lie at either end of the range.
-    For 30 successes in 30 this is Wilson's interval itself.
+    Resampling equal values, say 30 of them, shows no spread and would claim certainty. By Wilson's interval for 0 of
+    30, up to a share u of all values may differ from those seen, and may lie at either end of the range. For 30
+    successes of 30, the result is Wilson's interval.
     """
     _check_within(sample, lower, upper)
     if sample.min() < sample.max():
@@ -233,8 +221,17 @@ def _bounded(
 def _differences(first: ArrayLike, second: ArrayLike) -> NDArray[np.float64]:
     a, b = _vector(first), _vector(second)
     if len(a) != len(b):
-        raise ValueError(f"pairs need as many values on both sides, got {len(a)} and {len(b)}")
+        raise ValueError(f"pairs need as many first values as second values, got {len(a)} and {len(b)}")
     return a - b
+
+
+def _clustered(values: ArrayLike, clusters: Sequence[str]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """(N,) values in [0, 1], and (N,) the index of each value's cluster."""
+    sample = _vector(values)
+    _check_within(sample, 0, 1)
+    if len(clusters) != len(sample):
+        raise ValueError(f"each value needs a cluster, got {len(sample)} values and {len(clusters)} clusters")
+    return sample, np.unique(np.asarray(clusters), return_inverse=True)[1]
 
 
 def _check_within(sample: NDArray[np.float64], lower: float, upper: float) -> None:
@@ -242,8 +239,14 @@ def _check_within(sample: NDArray[np.float64], lower: float, upper: float) -> No
         raise ValueError(f"values must lie in [{lower}, {upper}], got {sample.min():g} to {sample.max():g}")
 
 
+def _percentile_interval(means: NDArray[np.float64], confidence: float) -> tuple[float, float]:
+    _check_confidence(confidence)
+    low, high = np.quantile(means, [0.5 - confidence / 2, 0.5 + confidence / 2])
+    return float(low), float(high)
+
+
 def _resamples(count: int, seed: int, resamples: int) -> Iterator[NDArray[np.int64]]:
-    """Row numbers drawn with replacement, (resamples, count) in parts that fit in memory."""
+    """Indices drawn with replacement, (resamples, count) in chunks that fit in memory."""
     generator = np.random.default_rng(seed)
     at_once = max(1, _DRAWN_AT_ONCE // count)
     for start in range(0, resamples, at_once):

@@ -1,4 +1,4 @@
-"""Tables that a terminal and a browser show alike. Cells are plain text, whoever wrote it; nothing in it is markup."""
+"""Tables for the terminal and as HTML pages. Cells are plain text from any source, and are never read as markup."""
 
 import html
 import unicodedata
@@ -28,7 +28,7 @@ td.number { font-variant-numeric: tabular-nums; text-align: right; }
 
 @dataclass(frozen=True)
 class Sheet:
-    """A titled table and remarks below it. Its first `labels` columns are words; the others are figures."""
+    """A titled table with remarks below it. The first `labels` columns contain words, the others figures."""
 
     title: str
     columns: tuple[str, ...]
@@ -38,7 +38,7 @@ class Sheet:
 
 
 def print_sheet(sheet: Sheet, console: Console) -> None:
-    """Show a sheet in the terminal, its remarks below it."""
+    """Print a sheet to the terminal."""
     table = Table(title=Text(printable(sheet.title)), title_justify="left", show_lines=True)
     for number, (column, width) in enumerate(zip(sheet.columns, _widths(sheet, console.width), strict=True)):
         justify: Literal["left", "right"] = "left" if number < sheet.labels else "right"
@@ -52,9 +52,9 @@ def print_sheet(sheet: Sheet, console: Console) -> None:
 
 
 def _widths(sheet: Sheet, whole: int) -> list[int]:
-    """Each column's width. Narrow ones take what they need and the wide ones share the rest, figures first.
+    """Each column's width. Narrow columns get what they need, and wide ones share the rest. Figures come first.
 
-    So the words wrap in a narrow terminal, and a figure with its interval does not.
+    In a narrow terminal, words wrap then, but a figure with its interval does not.
     """
     cells = list(zip(*sheet.rows, strict=True)) or [()] * len(sheet.columns)
     lines = [[line for cell in column for line in cell.splitlines()] for column in cells]
@@ -75,7 +75,7 @@ def _widths(sheet: Sheet, whole: int) -> list[int]:
 
 
 def page(title: str, sheets: Sequence[Sheet]) -> str:
-    """A whole HTML page that needs no other file, runs no script and asks no server."""
+    """A self-contained HTML page without scripts or requests to servers."""
     body = "\n".join(_section(sheet) for sheet in sheets)
     return (
         '<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n'
@@ -86,7 +86,7 @@ def page(title: str, sheets: Sequence[Sheet]) -> str:
 
 
 def printable(text: str) -> str:
-    """The text without what could move a terminal's cursor, colour it or turn its direction; line ends stay."""
+    """The text without characters that move a terminal's cursor or change colour or direction. Line breaks stay."""
     lines = text.replace("\r\n", "\n").expandtabs(4)
     return "".join(
         character if character in _KEPT or unicodedata.category(character) not in {"Cc", "Cf", "Cs"} else "\ufffd"
@@ -95,7 +95,7 @@ def printable(text: str) -> str:
 
 
 def shortened(text: str, limit: int = 80) -> str:
-    """The text in one line, cut where it is longer than `limit` characters."""
+    """The text on one line, cut off after `limit` characters."""
     line = " ".join(text.split())
     return line if len(line) <= limit else line[:limit] + "…"
 
@@ -118,12 +118,12 @@ def _escaped(text: str) -> str:
 
 
 def print_written(path: Path, console: Console) -> None:
-    """Say that a file was written, so that its path can be copied."""
+    """Report that a file was written, with its path unwrapped so that it can be copied."""
     console.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
 
 
 def conversation_text(conversation: Conversation) -> str:
-    """A conversation to be read: its one message, or every message after its role."""
+    """A conversation as readable text: its only message, or every message after its role."""
     if len(conversation) == 1:
         return conversation[0].content
     return "\n".join(f"{message.role}: {message.content}" for message in conversation)

@@ -1,4 +1,4 @@
-"""What completions look like, counted: variety, repetition, length, how they ended. No model is asked."""
+"""Metrics of completions that need no model: diversity, repetition, length, and how they ended."""
 
 import re
 from collections import Counter
@@ -14,11 +14,11 @@ _WORD = re.compile(rf"[{_KANA_OR_HAN}]|[^\W{_KANA_OR_HAN}]+|[^\w\s]")
 
 @dataclass(frozen=True)
 class TextFigures:
-    """Figures of one policy's completions.
+    """Metrics of one policy's completions.
 
-    `distinct_1` and `distinct_2` fall as there is more text, so they compare policies on the same prompts only, beside
-    their lengths; `repetition` is the mean over completions; `same_ending` is the share of the commonest last sentence;
-    `stopped` is the share that a stop token ended rather than the limit.
+    `distinct_1` and `distinct_2` decrease with the amount of text, so compare policies on the same prompts only, and
+    together with their lengths. `repetition` is the mean over completions. `same_ending` is the share of completions
+    with the most common last sentence. `stopped` is the share that ended with a stop token rather than at the limit.
     """
 
     mean_tokens: float
@@ -33,7 +33,7 @@ class TextFigures:
 def text_figures(
     completions: Sequence[str], tokens: Sequence[int], finish_reasons: Sequence[FinishReason]
 ) -> TextFigures:
-    """The figures of completions, their token counts (stop token included) and how each ended.
+    """The metrics of completions, given their token counts (stop token included) and how each ended.
 
     Raises:
         ValueError: no completions.
@@ -53,24 +53,24 @@ def text_figures(
 
 
 def words(text: str) -> list[str]:
-    """Lower-cased words and punctuation marks, one by one; kana and Han characters, unspaced, each count as a word."""
+    """The lower-cased words and punctuation marks. Each kana or Han character counts as a word."""
     return _WORD.findall(text.lower())
 
 
 def distinct_share(completions: Sequence[str], n: int) -> float:
-    """Different n-grams over all n-grams of all completions (distinct-n, Li et al. 2016); 0 where there are none."""
+    """The share of distinct n-grams among those of all completions (distinct-n, Li et al. 2016); 0 without any."""
     grams = [gram for completion in completions for gram in _ngrams(completion, n)]
     return len(set(grams)) / len(grams) if grams else 0.0
 
 
 def repetition(completion: str, n: int = 4) -> float:
-    """Share of a completion's n-grams that stood in it before (seq-rep-n, Welleck et al. 2020, section 6)."""
+    """The share of a completion's n-grams that repeat an earlier one (seq-rep-n, Welleck et al. 2020, section 6)."""
     grams = _ngrams(completion, n)
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def same_ending_share(completions: Sequence[str]) -> float:
-    """Share of completions that end with the commonest last sentence: near 1, the policy closes every answer alike."""
+    """The share of completions with the most common last sentence. Near 1, all of the policy's answers end alike."""
     endings = Counter(_last_sentence(completion) for completion in completions)
     return max(endings.values()) / len(completions) if completions else 0.0
 

@@ -1,9 +1,10 @@
-"""Attention for training on a CPU, where the backward pass of PyTorch's own is slow on short rows.
+"""Attention for training on a CPU, where the backward pass of PyTorch's own kernel is slow on short rows.
 
-Shapes: B rows, H heads, K key-value heads, G = H / K heads that share one, L query and S key positions, D features a
+Shapes: B rows, H heads, K key-value heads, G = H / K heads that share one, L query and S key positions, D features per
 head.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,13 +14,15 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-NAME = "short_rows"
-SHORT = 192
-"""Key positions up to which plain products take less time than flash attention (`benchmarks/attention.py`)."""
+SHORT_ROWS_ATTENTION = "short_rows"
+"""The name by which transformers knows this attention."""
+
+MAX_SHORT_POSITIONS = 192
+"""Key positions up to which plain products are faster than flash attention (`benchmarks/attention.py`)."""
 
 
 class _PlainAttention(torch.autograd.Function):
-    """softmax(s q kᵀ + mask) v (Vaswani et al. 2017, eq. 1), heads that share keys in one product."""
+    """softmax(s q kᵀ + mask) v (Vaswani et al. 2017, eq. 1), with one product for all heads that share keys."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float) -> Tensor:
@@ -52,22 +55,13 @@ class _PlainAttention(torch.autograd.Function):
 
 
 def short_rows_attention(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    **options: Any,
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
-    """Plain products for short rows with a gradient on a CPU in bf16, and PyTorch's attention for all others."""
+    """Attention by plain products for short rows with gradients in bf16 on a CPU, else by PyTorch's kernel."""
     if not _is_short(query, key, attention_mask):
-        return sdpa_attention_forward(  # type: ignore[no-any-return]
-            module, query, key, value, attention_mask, scaling=scaling, **options
-        )
-    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    result: Tensor = _PlainAttention.apply(query, key, value, attention_mask, scale)
-    return result.transpose(1, 2), None
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    scale = options.get("scaling") or query.shape[-1] ** -0.5
+    return _PlainAttention.apply(query, key, value, attention_mask, scale).transpose(1, 2), None
 
 
 def _is_short(query: Tensor, key: Tensor, mask: Tensor | None) -> bool:
@@ -75,15 +69,20 @@ def _is_short(query: Tensor, key: Tensor, mask: Tensor | None) -> bool:
         torch.is_grad_enabled()
         and query.device.type == "cpu"
         and query.dtype == torch.bfloat16
-        and key.shape[2] <= SHORT
+        and key.shape[2] <= MAX_SHORT_POSITIONS
         and mask is not None
         and mask.dtype == torch.bool
     )
 
 
+def register_attention(name: str, attention: Callable[..., Any]) -> None:
+    """Register an attention function with transformers. It gets the same masks as PyTorch's attention."""
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, sdpa_mask)
+
+
 def use_cpu_attention(model: PreTrainedModel) -> None:
-    """Let a model that uses PyTorch's attention train on short rows so."""
+    """Switch a model from PyTorch's attention to `short_rows_attention`. Other attention is left as it is."""
     if model.config._attn_implementation == "sdpa":
-        AttentionInterface.register(NAME, short_rows_attention)
-        AttentionMaskInterface.register(NAME, sdpa_mask)
-        model.set_attn_implementation(NAME)
+        register_attention(SHORT_ROWS_ATTENTION, short_rows_attention)
+        model.set_attn_implementation(SHORT_ROWS_ATTENTION)

@@ -1,4 +1,4 @@
-"""Single-number heads on a language model: the score of a reward model, and the value of PPO.
+"""Heads that return one number per position: the score of a reward model, and the value function of PPO.
 
 Shapes: B rows, L positions, H hidden size.
 """
@@ -7,16 +7,17 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from align.models.padding import position_ids
 from align.models.wrappers import inner_model, replaced_forward
 
 HEADS = ("score", "classifier")
-"""What transformers calls the last layer of a sequence classifier."""
+"""The names that transformers gives the last layer of a sequence classifier."""
 
 
 class ValueHead(nn.Linear):
     """V(s) from a hidden state: a linear layer in float32.
 
-    Its weights start with a standard deviation of 1/√(H+1), its bias at 0 (Stiennon et al. 2020; Huang et al. 2024).
+    Weights start with a standard deviation of 1/√(H+1) and the bias at 0 (Stiennon et al. 2020; Huang et al. 2024).
     """
 
     def __init__(self, hidden_size: int) -> None:
@@ -25,27 +26,27 @@ class ValueHead(nn.Linear):
         nn.init.zeros_(self.bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """(…, H) hidden states of any float dtype to (…) float32 values, under autocast too."""
+        """Map (..., H) hidden states of any float dtype to (...) float32 values, even under autocast."""
         return head_output(self, hidden)
 
 
 def head_output(head: nn.Linear, hidden: Tensor) -> Tensor:
-    """A head's single output for (..., H) hidden states, in float32 whatever the autocast around it."""
+    """A head's single output for (..., H) hidden states, computed in float32 even under autocast."""
     with torch.autocast(hidden.device.type, enabled=False):
         bias = head.bias.float() if head.bias is not None else None  # FSDP2 may show parameters in another dtype
         return nn.functional.linear(hidden.float(), head.weight.float(), bias).squeeze(-1)
 
 
 def pooled_scores(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """(B,) float32 scores of a one-output sequence classifier, read at each row's last attended token.
+    """(B,) float32 scores of a sequence classifier with one output, read at each row's last attended token.
 
-    The position comes from the mask, never from the ids: transformers' own pooling takes the last token that is not the
-    pad token, and so misses the end of a turn where the two are one token. Padding may be on either side.
+    The mask gives that position. Transformers' own pooling takes the last token that is not the pad token, so where the
+    end-of-turn token is also the pad token, it reads the score too early. Padding may be on either side.
 
     Args:
-        model: a sequence classifier with one output, which may be wrapped by PEFT or DDP.
+        model: a sequence classifier with one output, perhaps wrapped by PEFT or DDP.
         input_ids: (B, L).
-        attention_mask: (B, L) 1 where a token counts; every row has one.
+        attention_mask: (B, L) 1 where a token is not padding; every row has such a token.
 
     Raises:
         ValueError: the model has no classification head.
@@ -64,17 +65,17 @@ def pooled_scores(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -
         model(
             input_ids=input_ids,
             attention_mask=attention_mask,
-            position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0),
+            position_ids=position_ids(attention_mask),
             use_cache=False,
         )
-    # In float32 whatever the model's dtype: in bf16 two scores near 4 differ by 1/64 or not at all.
+    # In float32 whatever the model's dtype: in bf16, neighbouring numbers near 4 are 1/64 apart or more.
     parameters = {name: parameter.float() for name, parameter in head.named_parameters()}
     with torch.autocast(input_ids.device.type, enabled=False):
         return functional_call(head, parameters, (kept[-1].float(),)).squeeze(-1)
 
 
 def last_attended(hidden: Tensor, attention_mask: Tensor) -> Tensor:
-    """(B, H) each row's hidden state at the last position where its mask is set, of (B, L, H) states."""
+    """(B, H) each row's hidden state at its last attended position, from (B, L, H) states."""
     positions = torch.arange(attention_mask.shape[1], device=hidden.device)
     last = (attention_mask * positions).argmax(-1)
     return hidden[torch.arange(hidden.shape[0], device=hidden.device), last]

@@ -1,6 +1,7 @@
-"""Log-probabilities of given tokens, without ever holding a whole sequence's vocabulary logits in float32.
+"""Log-probabilities of given tokens, without ever holding a whole sequence's float32 logits in memory.
 
-Shapes: B rows, L positions, T completion positions (the last T of L), H hidden size, V vocabulary.
+Shapes: B rows, L positions, T completion positions (the last T of L), C positions of a chunk, H hidden size, V
+vocabulary.
 """
 
 from collections.abc import Callable
@@ -11,37 +12,34 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
+from align.models.padding import position_ids
 from align.models.wrappers import inner_model, replaced_forward
 
 CHUNK = 128
-"""Positions whose logits exist at a time."""
+"""The number of positions whose logits are in memory at a time."""
 IN_CACHE = 16
-"""Positions whose logits are in float32 at a time: 3 MB with SmolLM2's 49,152 tokens."""
+"""The number of positions whose float32 logits are in memory at a time: 3 MB with SmolLM2's 49,152 tokens."""
 
 
 class LogprobsOut(NamedTuple):
-    """Both float32, in nats, one a target token. `entropy` is for reports: no gradient flows through it."""
+    """Float32 numbers in nats, one per target token. `entropy` is for reports: no gradient flows through it."""
 
     logprobs: Tensor
     entropy: Tensor
 
 
 def gather_logprobs(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    temperature: float = 1.0,
-    *,
-    chunk_size: int = CHUNK,
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0, *, chunk_size: int = CHUNK
 ) -> LogprobsOut:
     """log softmax(hidden weightᵀ / temperature) at the targets, and the distributions' entropy.
 
-    With gradients on, logits are not kept: those of a frozen weight give the log-probs' slopes in the states at once,
-    and those of a trained one are computed again in the backward pass.
+    Logits are not kept for the backward pass. With a frozen weight, the gradient with respect to the hidden states is
+    computed in the forward pass; with a trained weight, the backward pass recomputes the logits.
 
     Args:
-        hidden: (..., H) states at the positions that predict the targets.
+        hidden: (..., H) hidden states at the positions that predict the targets.
         weight: (V, H) output embedding.
         targets: (...) token ids.
         temperature: above 0.
@@ -51,12 +49,11 @@ def gather_logprobs(
     """
     if torch.is_grad_enabled() and hidden.requires_grad and not weight.requires_grad:
         return LogprobsOut(*_FrozenHead.apply(hidden, weight, targets, temperature, chunk_size))
-    head = partial(nn.functional.linear, weight=weight)
-    return _gather(head, hidden, targets, temperature, chunk_size)
+    return _gather(partial(nn.functional.linear, weight=weight), hidden, targets, temperature, chunk_size)
 
 
 class _FrozenHead(torch.autograd.Function):
-    """Keeps d log p(target) / d state = (weight[target] - sum over v of p(v) weight[v]) / temperature, not logits."""
+    """Keeps d log p(target) / d state = (weight[target] - sum over v of p(v) weight[v]) / temperature, no logits."""
 
     @staticmethod
     def forward(
@@ -68,7 +65,7 @@ class _FrozenHead(torch.autograd.Function):
         for start in range(0, len(states), chunk_size):
             chunk = slice(start, start + chunk_size)
             logits = nn.functional.linear(states[chunk], weight)
-            logprobs[chunk], entropies[chunk] = _picked_(logits, flat_targets[chunk], temperature)
+            logprobs[chunk], entropies[chunk] = _score_in_place(logits, flat_targets[chunk], temperature)
             slopes[chunk] = (weight[flat_targets[chunk]] - logits @ weight) / temperature
         ctx.save_for_backward(slopes.reshape(hidden.shape))
         ctx.mark_non_differentiable(entropies)
@@ -81,16 +78,16 @@ class _FrozenHead(torch.autograd.Function):
         return (logprobs[..., None] * slopes).to(slopes.dtype), None, None, None, None
 
 
-def _picked_(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """(C,) log-probs of the targets and entropies of C positions; the logits (C, V) become probabilities."""
+def _score_in_place(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """(C,) log-probabilities of the targets and entropies. Overwrites the (C, V) logits with the probabilities."""
     logprobs, entropies = logits.new_empty(2, len(targets), dtype=torch.float32)
     for start in range(0, len(targets), IN_CACHE):
         rows = slice(start, start + IN_CACHE)
-        scores = _tempered(logits[rows], temperature)
+        scores = _scaled(logits[rows], temperature)
         probabilities = scores.softmax(-1)
-        largest, likeliest = probabilities.max(-1, keepdim=True)
-        # log sum exp(scores), without going over them again: log p = score - it, of the likeliest token as well.
-        normaliser = scores.gather(-1, likeliest) - largest.log()
+        largest, most_likely = probabilities.max(-1, keepdim=True)
+        # log sum exp(scores) without another pass over them: score - log p, here of the most likely token.
+        normaliser = scores.gather(-1, most_likely) - largest.log()
         logprobs[rows] = (scores.gather(-1, targets[rows, None]) - normaliser)[:, 0]
         entropies[rows] = normaliser[:, 0] - torch.linalg.vecdot(probabilities, scores)
         logits[rows] = probabilities
@@ -107,68 +104,78 @@ def completion_logprobs(
 ) -> LogprobsOut:
     """Log-probabilities and entropies (B, T) of the last T = `completion_length` tokens under a causal LM.
 
-    Prompts are padded on the left and completions on the right; at padding the values are finite and mean nothing.
+    Prompts are padded on the left and completions on the right. Values at padding are finite but meaningless.
 
     Args:
-        model: a causal LM, which may be wrapped by PEFT or DDP; it is called through its outermost forward.
+        model: a causal LM, perhaps wrapped by PEFT or DDP. Its outermost forward is called.
         input_ids: (B, L), L > T.
-        attention_mask: (B, L) 1 where a token counts.
+        attention_mask: (B, L) 1 where a token is not padding.
         temperature: above 0; logits are divided by it.
     """
     if not 0 < completion_length < input_ids.shape[1]:
         raise ValueError(f"completion_length {completion_length} must lie in [1, {input_ids.shape[1] - 1}]")
-    targets = input_ids[:, -completion_length:]
+    targets, predicting = input_ids[:, -completion_length:], slice(-completion_length - 1, -1)
+    forward = partial(
+        model,
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        position_ids=position_ids(attention_mask),
+        use_cache=False,
+        logits_to_keep=completion_length + 1,
+    )
     inner = inner_model(model)
-    head = inner.get_output_embeddings()
-    logits_of = head.forward
-    last: list[Tensor] = []
+    logits_of = inner.get_output_embeddings().forward
 
     def score(hidden: Tensor) -> Tensor:
-        states = hidden[:, -completion_length - 1 : -1]
-        last.append(torch.stack(_gather(logits_of, states, targets, temperature, chunk_size), dim=-1))  # (B, T, 2)
-        return last[-1]
+        found = _gather(logits_of, hidden[:, predicting], targets, temperature, chunk_size)
+        return torch.stack(found, dim=-1)  # (B, T, 2)
 
-    def run() -> Tensor:
-        return model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0),
-            use_cache=False,
-            logits_to_keep=completion_length + 1,
-        ).logits
-
-    untouched: list[bool] = []
-    watch = inner.register_forward_hook(lambda _, __, output: untouched.append(output.logits is last[-1]))
-    try:
-        with replaced_forward(head, score):
-            scored = run()
-    finally:
-        watch.remove()
-    if untouched[-1]:
+    scored = _run_with_head(inner, score, forward)
+    if scored is not None:
         return LogprobsOut(scored[..., 0], scored[..., 1])
-    # The architecture scales or caps what its head gives (Gemma 2, Cohere, Granite): only its own logits are right.
-    logits = run()[:, -completion_length - 1 : -1]
-    return _gather(lambda chunk: chunk, logits, targets, temperature, chunk_size)
+    return _gather(lambda chunk: chunk, forward().logits[:, predicting], targets, temperature, chunk_size)
+
+
+def _run_with_head(
+    inner: PreTrainedModel, head_forward: Callable[[Tensor], Tensor], forward: Callable[[], Any]
+) -> Tensor | None:
+    """Run a model with another forward of its output embedding, and return what the model outputs as its logits.
+
+    None where the architecture then scales or caps what its head returns (Gemma 2, Cohere, Granite), so that only its
+    own logits are right.
+    """
+    returned: list[Tensor] = []
+    unchanged: list[bool] = []
+
+    def recorded(hidden: Tensor) -> Tensor:
+        returned.append(head_forward(hidden))
+        return returned[-1]
+
+    hook = inner.register_forward_hook(lambda _, __, output: unchanged.append(output.logits is returned[-1]))
+    try:
+        with replaced_forward(inner.get_output_embeddings(), recorded):
+            logits: Tensor = forward().logits
+    finally:
+        hook.remove()
+    return logits if unchanged[-1] else None
 
 
 def _gather(
-    logits_of: Callable[[Tensor], Tensor],
-    states: Tensor,
-    targets: Tensor,
-    temperature: float,
-    chunk_size: int,
+    logits_of: Callable[[Tensor], Tensor], states: Tensor, targets: Tensor, temperature: float, chunk_size: int
 ) -> LogprobsOut:
+    """Score the targets chunk by chunk. With gradients on, each chunk's logits are recomputed in the backward pass."""
+
     def score(states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         logits = logits_of(states)
         if not logits.requires_grad:
-            return _picked_(logits.clone() if logits is states else logits, targets, temperature)
-        logprobs = nn.functional.log_softmax(_tempered(logits, temperature), dim=-1)  # (chunk, V)
+            return _score_in_place(logits.clone() if logits is states else logits, targets, temperature)
+        logprobs = nn.functional.log_softmax(_scaled(logits, temperature), dim=-1)  # (chunk, V)
         entropy = torch.special.entr(logprobs.detach().exp()).sum(-1)
         return logprobs.gather(-1, targets[:, None])[:, 0], entropy
 
     flat_states, flat_targets = states.reshape(-1, states.shape[-1]), targets.reshape(-1)
     found: list[tuple[Any, ...]] = []
-    # One empty chunk where there are no positions at all, so that the results have their shape and graph.
+    # Without any positions, one empty chunk gives the results their shape and their autograd graph.
     for start in range(0, max(len(flat_targets), 1), chunk_size):
         chunk = flat_states[start : start + chunk_size], flat_targets[start : start + chunk_size]
         if torch.is_grad_enabled():
@@ -179,7 +186,7 @@ def _gather(
     return LogprobsOut(logprobs, entropies)
 
 
-def _tempered(logits: Tensor, temperature: float) -> Tensor:
+def _scaled(logits: Tensor, temperature: float) -> Tensor:
     """logits / temperature in float32."""
     if temperature <= 0:
         raise ValueError(f"temperature must be above 0, got {temperature}")

@@ -1,4 +1,4 @@
-"""What models need whose weights are spread over processes by FSDP2 or DeepSpeed, whoever trains them."""
+"""Precision and state of models whose weights FSDP2 or DeepSpeed shards over processes."""
 
 from typing import Any
 
@@ -10,27 +10,27 @@ from align.run import processes
 
 
 def set_precision(plugin: Any, dtype: torch.dtype) -> None:
-    """Have FSDP2 gather weights in `dtype`, add up gradients in float32, and leave a model's results as they are.
+    """Make FSDP2 gather weights in `dtype`, sum gradients in float32, and leave the model's outputs unchanged.
 
-    By accelerate's own policy for bf16 it would round what the outermost module returns, and with it scores, values and
-    log-probs, which are float32 whatever they are computed in.
+    With accelerate's own policy for bf16, FSDP2 would also round the outermost module's outputs to bf16, and so the
+    scores, values and log-probabilities, which are float32 in every precision.
 
     Args:
-        plugin: accelerate's, before anything is wrapped with it.
+        plugin: accelerate's FSDP plugin, before any module is wrapped.
     """
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     plugin.mixed_precision_policy = None if dtype == torch.float32 else policy
 
 
 DEEPSPEED_SUMS = {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
-"""DeepSpeed's options by which it adds up gradients in float32."""
+"""The options that make DeepSpeed sum gradients in float32."""
 
 
 def deepspeed_state(model: nn.Module, prefix: str = "") -> dict[str, Tensor]:
-    """The whole state of the submodule whose names start so, where DeepSpeed holds the model in shards.
+    """The whole state, on the CPU, of the submodule at `prefix` of a model that DeepSpeed shards.
 
-    What is trained is float32, one parameter gathered at a time, on the CPU of the first process; in the others such
-    tensors are empty. Call it in every process.
+    Call this in every process. Parameters are gathered one at a time, those that are trained in float32. Only the first
+    process gets them; in the others, they are empty tensors.
     """
     from deepspeed.runtime.zero import GatheredParameters
     from deepspeed.utils import safe_get_full_fp32_param

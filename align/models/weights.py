@@ -1,4 +1,4 @@
-"""What identifies a model's weights: the folder they lie in, and their digest."""
+"""Identifying a model's weights: the folder they are loaded from, and their digest."""
 
 import hashlib
 import json
@@ -9,11 +9,11 @@ from align.models.sources import resolve_model
 from align.run.artefacts import MANIFEST, file_digest, read_manifest
 
 SNAPSHOTS = "snapshots"
-"""The folder of the hub's cache below which each revision has its own."""
+"""The folder in the hub's cache that contains a folder for each revision."""
 
 
 def model_folder(path: str, revision: str | None = None) -> Path | None:
-    """The folder that a model is loaded from; None for one that is neither here nor in the hub's cache."""
+    """The folder that a model is loaded from, or None where the model is neither local nor in the hub's cache."""
     from huggingface_hub import try_to_load_from_cache
 
     resolved = resolve_model(path, revision=revision)
@@ -24,17 +24,17 @@ def model_folder(path: str, revision: str | None = None) -> Path | None:
 
 
 class Weights:
-    """The weights in a model's folder. To digest them they are read whole, which is done once for each file."""
+    """The weights in a model's folder. A digest reads each file whole, but only once."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.digests: dict[str, str] = {}
-        """SHA-256 of each file, by its name, size and time of change."""
+        """SHA-256 of each file by its name, size and modification time."""
 
     def digest(self) -> str:
-        """SHA-256 of the weights: of the one file, or, of several, of what `sha256sum` prints of them in their order.
+        """SHA-256 of the single weights file or, for several, of the lines that `sha256sum` prints for them in order.
 
-        Of one file it is what the hub shows, and the manifest of the stage that made it. Empty where there is none.
+        For one file, the hub and the manifest of the stage that wrote it show the same digest. Empty without any files.
         """
         files = loaded_files(self.folder)
         digests = [self._digest(file) for file in files]
@@ -52,7 +52,7 @@ class Weights:
 
 
 def loaded_files(folder: Path) -> list[Path]:
-    """The files that `from_pretrained` loads: one, or else those that the index names, in the order of their names."""
+    """The files that `from_pretrained` loads: the single file or, without one, those in the index, sorted by name."""
     whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if whole.is_file() or not index.is_file():
         return [whole] if whole.is_file() else []
@@ -61,9 +61,9 @@ def loaded_files(folder: Path) -> list[Path]:
 
 
 def _published_digest(file: Path) -> str:
-    """What the manifest of the stage that made a model says of its file; empty where it has changed since.
+    """A file's digest in the manifest of the stage that wrote the model; empty where the file has changed since.
 
-    A file that was put in its place may bring an older time of its own along; not so the time that it was put there.
+    The ctime is checked too, because a file that replaces another may keep an older mtime.
     """
     path, status = file.parent.parent / MANIFEST, file.stat()
     if not path.is_file() or path.stat().st_mtime_ns < max(status.st_mtime_ns, status.st_ctime_ns):
@@ -73,5 +73,5 @@ def _published_digest(file: Path) -> str:
 
 
 def hub_revision(folder: Path) -> str:
-    """The commit of a folder in the hub's cache; empty for any other."""
+    """The commit of a folder in the hub's cache; empty for any other folder."""
     return folder.name if folder.parent.name == SNAPSHOTS else ""

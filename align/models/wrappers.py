@@ -1,4 +1,4 @@
-"""Reaching into a model that PEFT or DDP wraps, while still calling it through its outermost forward."""
+"""Reaching the model inside PEFT and DDP, and changing for a while how modules run."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,24 +12,24 @@ from transformers import PreTrainedModel
 
 
 def without_ddp(model: Any) -> Any:
-    """The module that DDP wraps, or the model itself."""
+    """The module inside DDP, or the model itself where DDP does not wrap it."""
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def inner_model(model: Any) -> PreTrainedModel:
-    """The transformers model inside DDP and PEFT; adapters stay injected in it. FSDP2 wraps nothing."""
+    """The transformers model inside DDP and PEFT. Adapters stay injected in it. FSDP2 does not wrap the model."""
     model = without_ddp(model)
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def is_sharded(parameter: torch.Tensor) -> bool:
-    """Whether processes hold parts of the tensor: FSDP2's DTensor, or a parameter that DeepSpeed's ZeRO-3 manages."""
+    """Whether the tensor is split over processes, as an FSDP2 DTensor or by DeepSpeed's ZeRO-3."""
     return hasattr(parameter, "full_tensor") or hasattr(parameter, "ds_id")
 
 
 @contextmanager
 def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Let `module` compute something else while the context lasts; its hooks run as ever."""
+    """Replace a module's forward inside the context. Its hooks still run."""
     before = vars(module).get("forward")
     module.forward = forward
     try:
@@ -39,3 +39,16 @@ def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator
             del module.forward
         else:
             module.forward = before
+
+
+@contextmanager
+def eval_mode(model: Any) -> Iterator[None]:
+    """Eval mode inside the context: in training mode, gradient checkpointing would turn the KV cache off."""
+    modes = [(module, module.training) for module in model.modules()] if isinstance(model, nn.Module) else []
+    for module, _ in modes:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

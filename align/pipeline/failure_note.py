@@ -1,10 +1,10 @@
-"""How a run of several processes tells its one error once, with its own exit code where that can be had.
+"""Lets a run of several processes print its error once, and end with that error's exit code where possible.
 
-Each process that fails would print its error, and launchers add pages of their own, and end with 1 whatever was wrong.
-So the first process to fail leaves a note, and the others keep quiet. `align launch` names the file of the note, and
-tells it last. Where somebody typed `accelerate launch`, the note lies beside the error files that torch's launcher
-names for its processes: the first to fail tells its error, and puts it into its error file, which ends the launcher's
-page.
+Without this, each process that fails would print its error, and launchers would add pages of their own and exit with 1
+whatever was wrong. Therefore the first process to fail leaves a note, and the others stay silent. Under `align launch`,
+which names the note's file, only `align launch` prints the error, at the end. If the user typed `accelerate launch`,
+the note lies beside the error files that torch's launcher names for its processes. The first process to fail then
+prints its error, and writes it to its error file, from which it appears as the last lines of the launcher's page.
 """
 
 import json
@@ -16,27 +16,44 @@ from typing import Any
 
 from align.errors import AlignError
 
-FAILURE = "ALIGN_FAILURE"
-LAUNCHERS = "TORCHELASTIC_ERROR_FILE"
+FAILURE_VARIABLE = "ALIGN_FAILURE"
+LAUNCHER_VARIABLE = "TORCHELASTIC_ERROR_FILE"
 
 
 def note_failure(error: AlignError) -> bool:
-    """Leave the error as this run's; returns whether it is told elsewhere, so that this process keeps quiet."""
-    path = _note()
+    """Note the error as this run's, unless another came first. Returns whether another process prints the run's error,
+    so that this one must not."""
+    path = _note_path()
     if path is None:
         return False
     try:
-        is_first = _leave(path, {"exit_code": error.exit_code, "text": str(error), "pid": os.getpid()})
+        is_first = _write_if_absent(path, {"exit_code": error.exit_code, "text": str(error), "pid": os.getpid()})
     except OSError:
         return False
-    if not is_first or os.environ.get(FAILURE):
+    if not is_first or os.environ.get(FAILURE_VARIABLE):
         return True
-    _show_launcher(error)
+    _write_launcher_error(error)
     return False
 
 
-def _leave(path: Path, note: dict[str, Any]) -> bool:
-    """Write the note whole, unless there is one; whether it is this one."""
+def another_failed_first() -> bool:
+    """Whether another process failed before this one, so that this one's failure is a consequence."""
+    path = _note_path()
+    return path is not None and path.exists() and _read(path).get("pid") != os.getpid()
+
+
+def read_failure(path: Path) -> AlignError | None:
+    """The error that a process noted for `align launch`."""
+    note = _read(path)
+    if not note:
+        return None
+    error = AlignError(note["text"])
+    error.exit_code = note["exit_code"]
+    return error
+
+
+def _write_if_absent(path: Path, note: dict[str, Any]) -> bool:
+    """Write the note atomically, unless there is one; returns whether it was written."""
     own = path.with_name(f"{path.name}.{os.getpid()}")
     try:
         own.write_text(json.dumps(note), encoding="utf-8")
@@ -48,27 +65,11 @@ def _leave(path: Path, note: dict[str, Any]) -> bool:
     return True
 
 
-def follows_from_another() -> bool:
-    """Whether another process failed first, so that what fails here follows from it."""
-    path = _note()
-    return path is not None and path.exists() and _read(path).get("pid") != os.getpid()
-
-
-def read_failure(path: Path) -> AlignError | None:
-    """The error that a process left for `align launch`."""
-    note = _read(path)
-    if not note:
-        return None
-    error = AlignError(note["text"])
-    error.exit_code = note["exit_code"]
-    return error
-
-
-def _note() -> Path | None:
-    if path := os.environ.get(FAILURE):
+def _note_path() -> Path | None:
+    if path := os.environ.get(FAILURE_VARIABLE):
         return Path(path)
-    if path := os.environ.get(LAUNCHERS):
-        # A folder for each process, in one for each attempt.
+    if path := os.environ.get(LAUNCHER_VARIABLE):
+        # The launcher makes a folder for each process, inside one for each attempt.
         return Path(path).parents[1] / "align-failure.json"
     return None
 
@@ -80,8 +81,8 @@ def _read(path: Path) -> dict[str, Any]:
         return {}
 
 
-def _show_launcher(error: AlignError) -> None:
-    """Write the file from which torch's launcher takes what it says of a failed process."""
+def _write_launcher_error(error: AlignError) -> None:
+    """Write the file from which torch's launcher takes the message of a failed process."""
     report = {"message": {"message": str(error), "extraInfo": {"timestamp": int(time.time())}}}
     with suppress(OSError):
-        Path(os.environ[LAUNCHERS]).write_text(json.dumps(report), encoding="utf-8")
+        Path(os.environ[LAUNCHER_VARIABLE]).write_text(json.dumps(report), encoding="utf-8")

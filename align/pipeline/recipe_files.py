@@ -1,4 +1,4 @@
-"""What a recipe says before it is checked: file, parent and overrides merged, each key with its place."""
+"""Reads a recipe as it is written: its file, its parent and the overrides are merged, and each key keeps its place."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,11 +15,12 @@ from align.settings.yaml_files import KeyPath, Lines, key_name, load_yaml_with_d
 
 
 @dataclass(frozen=True)
-class Written:
-    """Merged content; `files` are the recipe's own lines and its parent's, `overridden` the keys that `--set` gave.
+class RawRecipe:
+    """The merged content of a recipe, not validated yet.
 
-    `errors` are the faults met while reading; without a parent that should be there (`orphaned`) more may seem missing
-    than is.
+    `files` holds the lines of the recipe's own file, then those of its parent. `overridden` holds the keys that `--set`
+    gave, `errors` the faults found while reading. A recipe is `orphaned` if its parent could not be read; keys that
+    seem missing may then be the parent's.
     """
 
     content: dict[str, Any]
@@ -30,16 +31,16 @@ class Written:
 
     @cached_property
     def lines(self) -> Lines:
-        """The line of every key in whichever file it stands, 0 where an override gave it."""
+        """The line of every key, in whichever file it is; 0 if an override gave it."""
         owners = ((path, self._owner(path)) for path in _paths(self.content))
         return Lines(self.files[0].source, {path: owner.of(path) or 0 if owner else 0 for path, owner in owners})
 
     def problem(self, path: KeyPath, fault: str) -> Problem:
-        """A fault of one key, with its line."""
+        """A problem with one key, with its line."""
         return Problem(key_name(path), fault, self.lines.of(path) or None)
 
     def raise_all(self, problems: Sequence[Problem], others: Sequence[InputError] = ()) -> None:
-        """Raise every fault as one error, those of each file together; return where there is none."""
+        """Raise all faults as one error, grouped by file. Returns if there is none."""
         by_source: dict[str, list[Problem]] = {lines.source: [] for lines in self.files}
         others = [*others]
         for error in self.errors:
@@ -57,7 +58,7 @@ class Written:
             raise InputError("\n".join(str(error) for error in errors))
 
     def _placed(self, problem: Problem) -> tuple[str, Problem]:
-        """The file that a problem belongs to, and the problem as it is told there."""
+        """The file that a problem belongs to, and the problem as it is reported for that file."""
         path = tuple(re.findall(r"[^.\[\]]+", problem.key))
         owner = self._owner(path)
         if owner is None:
@@ -65,7 +66,7 @@ class Written:
         return owner.source, Problem(problem.key, problem.fault, problem.line or None)
 
     def _owner(self, path: Sequence[str | int]) -> Lines | None:
-        """The file in which a key, or the nearest enclosing one, stands; None where an override gave it."""
+        """The file that holds a key, or its nearest enclosing key; None if an override gave it."""
         names = [str(part) for part in path]
         if any([str(name) for name in key] == names[: len(key)] for key in self.overridden):
             return None
@@ -79,21 +80,22 @@ class Written:
         return self.files[0]
 
 
-def read_written(path: Path, overrides: Sequence[str]) -> Written:
-    """Read a recipe's file, its parent's where it has one, and the overrides.
+def read_raw_recipe(path: Path, overrides: Sequence[str]) -> RawRecipe:
+    """Read a recipe's file, its parent's file if it has one, and the overrides.
 
     Raises:
-        InputError: the file is missing or isn't YAML. Other faults are kept, to be told with those of the content.
+        InputError: the file is missing or is not YAML. Other faults are kept in `errors`, to be reported with those of
+            the content.
     """
     content, lines, duplicates = load_yaml_with_duplicates(path)
-    files, errors = [lines], [*_told(lines, duplicates)]
+    files, errors = [lines], _as_errors(lines, duplicates)
     orphaned = False
     if (parent := content.get("extends")) is not None:
         try:
-            inherited, parent_lines, twice = _read_parent(path, parent, lines)
+            inherited, parent_lines, duplicates = _read_parent(path, parent, lines)
             content = _merged(inherited, content)
             files.append(parent_lines)
-            errors += _told(parent_lines, twice)
+            errors += _as_errors(parent_lines, duplicates)
         except InputError as error:
             errors.append(error)
             orphaned = True
@@ -102,31 +104,31 @@ def read_written(path: Path, overrides: Sequence[str]) -> Written:
         try:
             overridden.append(apply_override(content, override))
         except ValueError as error:
-            errors += _told(lines, [Problem(f"--set {override}", str(error))])
-    return Written(content, tuple(files), tuple(overridden), tuple(errors), orphaned)
+            errors += _as_errors(lines, [Problem(f"--set {override}", str(error))])
+    return RawRecipe(content, tuple(files), tuple(overridden), tuple(errors), orphaned)
 
 
-def _told(lines: Lines, problems: Sequence[Problem]) -> list[InputError]:
+def _as_errors(lines: Lines, problems: Sequence[Problem]) -> list[InputError]:
     return [FileProblems(lines.source, problems)] if problems else []
 
 
 def _read_parent(path: Path, name: Any, lines: Lines) -> tuple[dict[str, Any], Lines, list[Problem]]:
-    """The parent's content without what is the parent's own: its name."""
-    place = lines.of(("extends",))
+    """The parent's content, lines and duplicate keys. The content omits its `name`, which is not inherited."""
+    line = lines.of(("extends",))
     parent = path.parent / str(name)
     if not parent.is_file():
-        fault = f"no file {parent}; the path is relative to the recipe's own folder"
-        raise FileProblems(str(path), [Problem("extends", fault, place)])
+        fault = f"no such file {parent}; the path is relative to the recipe's own folder"
+        raise FileProblems(str(path), [Problem("extends", fault, line)])
     content, parent_lines, duplicates = load_yaml_with_duplicates(parent)
     if content.get("extends") is not None:
-        fault = f"{parent} extends another recipe itself; a parent must stand alone"
-        raise FileProblems(str(path), [Problem("extends", fault, place)])
+        fault = f"{parent} itself extends another recipe; name one that extends none"
+        raise FileProblems(str(path), [Problem("extends", fault, line)])
     content.pop("name", None)
     return content, parent_lines, duplicates
 
 
 def _merged(parent: Mapping[str, Any], child: Mapping[str, Any]) -> dict[str, Any]:
-    """Blocks merged key by key; everything else is the child's where it has it."""
+    """Blocks are merged key by key; for everything else the child's value, if it has one, replaces the parent's."""
     both = {
         key: _merged(parent[key], child[key])
         for key in child
@@ -136,17 +138,17 @@ def _merged(parent: Mapping[str, Any], child: Mapping[str, Any]) -> dict[str, An
 
 
 def apply_override(content: dict[str, Any], override: str) -> KeyPath:
-    """Put an override into the content, and return its key, in which `sources[0]` and `sources.0` are the same.
+    """Apply an override to the content, and return its key. `sources[0]` and `sources.0` name the same key.
 
     Raises:
-        ValueError: what is wrong with it.
+        ValueError: the override is not valid; the message says why.
     """
     key, equals, text = override.partition("=")
     parts = re.sub(r"\[(\d+)\]", r".\1", key.strip()).split(".")
     if not equals or not all(parts):
         raise ValueError("expected key=value, such as ppo.kl_coef=0.1")
     if "[]" in key:
-        raise ValueError(f"say which entry of the list, such as {key.strip().replace('[]', '[0]')}")
+        raise ValueError(f"give the index of the list's entry, such as {key.strip().replace('[]', '[0]')}")
     try:
         value = YAML(typ="safe", pure=True).load(text)
     except YAMLError:
@@ -161,7 +163,7 @@ def apply_override(content: dict[str, Any], override: str) -> KeyPath:
 
 
 def _index(place: Any, part: str, path: Sequence[str]) -> str | int:
-    """`part` as a key of the place, where that is a block, or as an index where it is a list."""
+    """`part` as a key if `place` is a block, or as an index if it is a list."""
     if isinstance(place, dict):
         return part
     if isinstance(place, list) and part.isdigit() and int(part) < len(place):
@@ -172,7 +174,7 @@ def _index(place: Any, part: str, path: Sequence[str]) -> str | int:
 
 
 def _paths(value: Any, above: KeyPath = ()) -> Iterator[KeyPath]:
-    """The path of every key and list entry."""
+    """The paths of all keys and list entries."""
     items: Any = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, inner in items:
         yield (*above, key)

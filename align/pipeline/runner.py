@@ -1,7 +1,7 @@
-"""Runs one stage of a recipe in each of its processes, and publishes what it made.
+"""Runs one stage of a recipe in each of its processes, and publishes the result.
 
-A result that is up to date is left alone. Otherwise the stage works in a folder of its own, which a kill leaves for
-the next try, and the first process publishes it whole: outputs, and a manifest that says what they came from.
+A result that is up to date is kept. Otherwise the stage works in a partial folder, from which it resumes after a kill.
+The first rank then publishes this folder as a whole, with a manifest that says what the outputs were made from.
 """
 
 import fcntl
@@ -17,19 +17,20 @@ from pathlib import Path
 from align.errors import InputError
 from align.pipeline.plan import Plan, Step, make_plan
 from align.pipeline.recipe import Recipe
-from align.pipeline.world_size import check_loading, check_world_size
+from align.pipeline.world_size import check_fsdp, check_world_size
 from align.run import processes
 from align.run.artefacts import (
     MANIFEST,
     PARTIAL,
     Manifest,
+    create_folder,
     output_digests,
     partial_directory,
     publish,
     read_manifest,
     write_json,
 )
-from align.run.disk_faults import FULL_DISK, disk_faults_told
+from align.run.disk_faults import explained_disk_faults
 from align.run.reproducibility import environment
 from align.run.stage import Context, Outcome
 from align.run.tracking import TIMINGS
@@ -37,28 +38,28 @@ from align.stages import all_stages
 
 
 def run_stage(recipe: Recipe, stage: str) -> bool:
-    """Run a stage unless its result is up to date; returns whether it ran. Called in every process of the run.
+    """Run a stage unless its result is up to date; returns whether it ran. Every process of the run calls this.
 
     Raises:
-        InputError: the recipe lacks the stage, or the results that it reads; or the output cannot be written.
-        WorldSizeError: there are more or fewer processes than were asked for.
-        InputError: they would not all have the models' weights.
-        AlignError: whatever the stage raises.
+        InputError: the recipe lacks the stage, its inputs are not up to date, the output cannot be written, or
+            accelerate's FSDP configuration is refused.
+        WorldSizeError: there are more or fewer processes than were requested.
+        AlignError: raised by the stage.
     """
-    _settle_environment()
+    _prepare_environment()
     check_world_size()
-    check_loading()
+    check_fsdp()
     step = find_step(recipe, make_plan(recipe), stage)
     if is_up_to_date(step):
         return False
     _require_inputs(recipe, step)
     run = step.directory.parent
-    with disk_faults_told(run, run / PARTIAL), _alone(run, stage):
-        partial = _partial(run, step)
+    with explained_disk_faults(run, run / PARTIAL), _stage_lock(run, stage):
+        partial = _partial_folder(run, step)
         finished = read_manifest(partial)
         if finished is None or finished.fingerprint != step.fingerprint:
             try:
-                _work(recipe, step, partial)
+                _run_and_describe(recipe, step, partial)
             finally:
                 if processes.is_first():
                     _remove_if_empty(partial)
@@ -68,14 +69,14 @@ def run_stage(recipe: Recipe, stage: str) -> bool:
     return True
 
 
-def _settle_environment() -> None:
-    """What the libraries must find before they are imported."""
+def _prepare_environment() -> None:
+    """Set what the libraries read when they are imported."""
     if processes.world_size() == 1:
-        # A trainer alone on a machine with several GPUs would split its batches over them all.
+        # With several GPUs visible, a trainer in a single process would split its batches over all of them.
         os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
     if not processes.is_first():
         os.environ.update(HF_HUB_DISABLE_PROGRESS_BARS="1", TRANSFORMERS_VERBOSITY="error")
-    # A renamed attribute that trl and peft still read, again and again in the midst of progress bars.
+    # trl and peft still read this renamed attribute, and the warning would interrupt progress bars again and again.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 
 
@@ -92,10 +93,10 @@ def find_step(recipe: Recipe, plan: Plan, stage: str) -> Step:
 
 
 def is_up_to_date(step: Step) -> bool:
-    """Whether there is nothing to do. If so the manifest's time is renewed, so that make sees it too."""
+    """Whether there is nothing to do. If so, touches the manifest, by whose time make decides."""
     processes.barrier()
     if step.is_done and processes.is_first():
-        # Somebody else's results may be read all the same; make then asks again.
+        # Results of another user can be read but not touched; make then starts the stage again, which does nothing.
         with suppress(OSError):
             os.utime(step.directory / MANIFEST)
         print(f"{step.stage}: up to date ({step.directory})", flush=True)
@@ -108,56 +109,43 @@ def _require_inputs(recipe: Recipe, step: Step) -> None:
     missing = ", ".join(f"`{name}`" for name in step.waits_for)
     command = shlex.join(["align", "run", str(recipe.path), *recipe.override_options])
     raise InputError(
-        f"{step.stage}: reads the results of {missing}, not made yet or stale; "
-        f"run `{command}`, which makes whatever is not up to date, in order"
+        f"{step.stage}: reads the results of {missing}, which are missing or stale; "
+        f"run `{command}`, which runs every stage that is not up to date, in order"
     )
 
 
 @contextmanager
-def _alone(run: Path, stage: str) -> Iterator[None]:
-    """Hold the stage's lock in the first process, so that two runs never work in one folder. A kill releases it."""
+def _stage_lock(run: Path, stage: str) -> Iterator[None]:
+    """Hold the stage's lock on the first rank, so that two runs never share a folder. A kill releases the lock."""
     if not processes.is_first():
         yield
         return
-    _make_folder(run / PARTIAL)
+    create_folder(run / PARTIAL)
     with (run / PARTIAL / f"{stage}.lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(
-                f"{run}: {stage} is being run by another process; wait for it, or end it, and try again"
+                f"{run}: another process is running {stage}; wait for it to end, or stop it, and try again"
             ) from None
         yield
 
 
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        if error.errno in FULL_DISK:
-            raise
-        raise InputError(
-            f"{folder}: cannot be made ({error.strerror}); choose another place with `output:` in the recipe "
-            "or --set output=DIR"
-        ) from None
-
-
-def _partial(run: Path, step: Step) -> Path:
-    """The folder that the processes work in, made by the first."""
-    assert step.work is not None
+def _partial_folder(run: Path, step: Step) -> Path:
+    """The folder that all processes work in. The first rank creates it."""
+    assert step.work_fingerprint is not None
     if processes.is_first():
-        partial_directory(run, step.stage, step.work)
+        partial_directory(run, step.stage, step.work_fingerprint)
     processes.barrier()
-    return run / PARTIAL / f"{step.stage}-{step.work}"
+    return run / PARTIAL / f"{step.stage}-{step.work_fingerprint}"
 
 
-def _work(recipe: Recipe, step: Step, partial: Path) -> None:
-    """Run the stage; once every process has ended, the first writes the manifest into the partial folder."""
+def _run_and_describe(recipe: Recipe, step: Step, partial: Path) -> None:
+    """Run the stage. Once every process has finished, the first rank writes the manifest into the partial folder."""
     start = time.monotonic()
     stage = all_stages()[step.stage]
     context = _context(recipe, step, partial)
-    alone = not stage.uses_processes
-    outcome = stage.run(context) if processes.is_first() or not alone else Outcome()
+    outcome = stage.run(context) if processes.is_first() or stage.uses_processes else Outcome()
     processes.barrier()
     if processes.is_first():
         manifest = _manifest(step, outcome, partial, stage.outputs, time.monotonic() - start)
@@ -165,18 +153,17 @@ def _work(recipe: Recipe, step: Step, partial: Path) -> None:
 
 
 def _remove_if_empty(folder: Path) -> None:
-    """Leave nothing of a stage that was refused its input before it wrote anything."""
+    """Remove the partial folder of a stage that failed before it wrote anything."""
     with suppress(OSError):
         folder.rmdir()
 
 
 def _context(recipe: Recipe, step: Step, partial: Path) -> Context:
-    shared = recipe.shared_with(step.stage)
     run = step.directory.parent
     return Context(
         stage=step.stage,
         settings=recipe.settings[step.stage],
-        shared=shared,
+        shared=recipe.shared_blocks(step.stage),
         inputs={name: recipe.directory(name) for name in recipe.inputs(step.stage)},
         output=partial,
         seed=recipe.seed,
@@ -202,7 +189,7 @@ def _manifest(step: Step, outcome: Outcome, partial: Path, outputs: tuple[str, .
 
 
 def _publish(partial: Path, step: Step) -> None:
-    """Move the finished folder into place, without what only served to make it."""
+    """Move the finished folder into place, without the files that only served to resume it."""
     manifest = read_manifest(partial)
     assert manifest is not None
     kept = {MANIFEST, TIMINGS, *(name.split("/")[0] for name in manifest.outputs)}

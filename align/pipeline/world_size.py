@@ -1,7 +1,7 @@
-"""Whether the run got the number of processes that was asked for.
+"""Checks that the run has the number of processes that was requested, and an accelerate configuration it can use.
 
-`accelerate launch --cpu --num_processes 2` starts one process and says nothing; a run would then train on other batches
-than its recipe says. So the number that was asked for is looked up, and compared with the processes that met.
+`accelerate launch --cpu --num_processes 2` silently starts one process; a run would then train on other batches than
+its recipe says. Therefore the requested number is looked up and compared with the number of processes that joined.
 """
 
 import os
@@ -13,7 +13,7 @@ from align.errors import InputError, WorldSizeError, first_line
 from align.run import processes
 from align.settings.yaml_files import load_yaml
 
-ASKED = "ALIGN_PROCESSES"
+PROCESSES_VARIABLE = "ALIGN_PROCESSES"
 _LAUNCH = re.compile(r"(^|[/.-])launch(\.py)?$")
 
 
@@ -21,58 +21,59 @@ def check_world_size() -> None:
     """Join the run's processes, and count them.
 
     Raises:
-        WorldSizeError: there are more or fewer than were asked for.
+        WorldSizeError: there are more or fewer than were requested.
     """
-    asked, found = asked_processes(), processes.connect()
-    if asked is None or asked == found:
+    requested, found = requested_processes(), processes.connect()
+    if requested is None or requested == found:
         return
     raise WorldSizeError(
-        f"{asked} processes were asked for and {found} started. On CPUs `accelerate launch --cpu --num_processes "
-        f"{asked}` starts one; use `align launch STAGE --recipe FILE --nproc {asked}`, or type\n"
-        f"  ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes {asked} -m align run …"
+        f"{requested} processes were requested, but {found} started. On CPUs `accelerate launch --cpu --num_processes "
+        f"{requested}` starts only one; use `align launch STAGE --recipe FILE --nproc {requested}`, or type\n"
+        f"  ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes {requested} -m align run …"
     )
 
 
-def check_loading() -> None:
-    """Stop where accelerate's configuration would give weights to the first process alone.
+def check_fsdp() -> None:
+    """Refuse FSDP configurations that would give wrong results.
 
-    Models that no optimizer trains (references, reward models, the engine's) are used as they are loaded.
+    Models that no optimizer trains (the reference, the reward model, the engine's model) are used as they are loaded,
+    so every process must load their weights.
 
     Raises:
-        InputError: it would; that is accelerate's default for FSDP. Or it shards by FSDP's first version.
+        InputError: only the first rank would load weights, which is accelerate's default for FSDP, or FSDP's version
+            is not 2.
     """
-    if _is_on("ACCELERATE_USE_FSDP") and os.environ.get("FSDP_VERSION", "1") != "2":
+    if not processes.is_set("ACCELERATE_USE_FSDP"):
+        return
+    if os.environ.get("FSDP_VERSION", "1") != "2":
         raise InputError(
             "fsdp_config.fsdp_version: is not 2 in accelerate's configuration, and FSDP's first version rounds results "
-            "that losses need whole; write `fsdp_version: 2` there, as in recipes/accelerate/fsdp2.yaml"
+            "that losses need in full precision; write `fsdp_version: 2` there, as in recipes/accelerate/fsdp2.yaml"
         )
-    if _is_on("ACCELERATE_USE_FSDP") and _is_on("FSDP_CPU_RAM_EFFICIENT_LOADING"):
+    if processes.is_set("FSDP_CPU_RAM_EFFICIENT_LOADING"):
         raise InputError(
-            "fsdp_config.fsdp_cpu_ram_efficient_loading: is true in accelerate's configuration, as it is where nothing "
-            "is said; models would be empty in all processes but the first. Write `fsdp_cpu_ram_efficient_loading: "
-            "false` there, as in recipes/accelerate/fsdp2.yaml"
+            "fsdp_config.fsdp_cpu_ram_efficient_loading: is true in accelerate's configuration, which is its default; "
+            "models would be empty in all processes but the first. Write `fsdp_cpu_ram_efficient_loading: false` "
+            "there, as in recipes/accelerate/fsdp2.yaml"
         )
 
 
-def _is_on(name: str) -> bool:
-    return os.environ.get(name, "").lower() in {"1", "true", "yes"}
-
-
-def asked_processes() -> int | None:
-    """How many processes were asked for: by `align launch`, or on the command line of `accelerate launch`."""
-    if os.environ.get(ASKED):
-        return processes.number_in_environment(ASKED, 1)
+def requested_processes() -> int | None:
+    """How many processes were requested: by `align launch`, or on the command line of `accelerate launch`."""
+    if os.environ.get(PROCESSES_VARIABLE):
+        return processes.number_in_environment(PROCESSES_VARIABLE, 1)
     import psutil
 
     try:
         command = psutil.Process(os.getppid()).cmdline()
     except psutil.Error:
         return None
-    return asked_in(command)
+    return requested_by_command(command)
 
 
-def asked_in(command: Sequence[str]) -> int | None:
-    """The number of processes that an `accelerate launch` command line asks for; None where it is none, or silent."""
+def requested_by_command(command: Sequence[str]) -> int | None:
+    """The number of processes that an `accelerate launch` command line requests; None if it requests none, or is
+    another command."""
     launch = next((index for index, word in enumerate(command) if _LAUNCH.search(word)), None)
     if launch is None or "accelerate" not in " ".join(command[: launch + 1]):
         return None
@@ -83,10 +84,10 @@ def asked_in(command: Sequence[str]) -> int | None:
 
 
 def check_config(config: Path) -> None:
-    """Have accelerate read a configuration file before anything is started with it.
+    """Check that accelerate can read a configuration file, before anything is started with it.
 
     Raises:
-        InputError: it is none.
+        InputError: it cannot.
     """
     number = load_yaml(config)[0].get("num_processes", 1)
     if not isinstance(number, int) or isinstance(number, bool) or number < 1:
@@ -97,8 +98,8 @@ def check_config(config: Path) -> None:
         load_config_from_file(str(config))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(
-            f"{config}: no configuration file of accelerate ({first_line(error)}); take one of "
-            "recipes/accelerate, or make one with `accelerate config --config_file FILE`"
+            f"{config}: not a configuration file of accelerate ({first_line(error)}); use one of "
+            "recipes/accelerate, or create one with `accelerate config --config_file FILE`"
         ) from error
 
 
@@ -109,7 +110,7 @@ def configured_processes(config: Path) -> int | None:
 
 
 def _options(words: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """The launcher's own options: those before the program."""
+    """The launcher's own options, which come before the program."""
     for word, following in zip(words, [*words[1:], ""], strict=True):
         if word in {"-m", "--module"} or word.endswith(".py"):
             return

@@ -1,12 +1,13 @@
-"""What a change of constitution changes: its texts, and the labels that one judge gives the same pairs under both.
+"""Compares two constitutions: their texts, and the labels that one judge gives the same pairs under each.
 
-A difference means something beside two others. The null band is how far labels move where nothing of substance
-changed: A in other words, and A under another seed. The placebo is a constitution that no ordinary pair turns on: what
-a judge decides by it is the judge's own taste.
+Two controls give the difference its scale. The null band is how far labels move when nothing of substance changes:
+under a paraphrase of A, and under A with another seed. The placebo is a constitution that is irrelevant to every
+ordinary pair: what a judge decides by it is the judge's own taste.
 
-A judge that averages over all principles and only scores draws nothing: another seed gives it the same labels, and
-chance is only in which pairs there are, which the intervals over prompts show. One that draws (a principle for each
-pair, a chain of thought, what worked choices show) judges again with another seed.
+The seed matters only to a judge that samples something: one principle for each pair, a chain of thought, or which
+worked choices it is shown. Such a judge labels the pairs under A once more with another seed. Any other judge gives the
+same labels under every seed; then the choice of pairs is the only source of chance, and the intervals over prompts
+account for it.
 """
 
 import dataclasses
@@ -15,44 +16,48 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from align.constitution.constitution import Constitution, load_constitution
+from align.constitution.constitution import Constitution
+from align.constitution.loading import load_constitution
 from align.constitution.text_diff import Change, text_changes
 from align.engines.engine import Engine
 from align.errors import InputError
 from align.feedback.agreement import Label
-from align.feedback.judge import Judge, JudgeReport, examine_judge, judge_problems
+from align.feedback.judge import Judge, judge_problems
 from align.feedback.opinions import Question
-from align.results.judged_pairs import CONSTITUTIONS, JudgeSettings
-from align.results.label_changes import (
+from align.feedback.probes import ProbeReport, examine_judge
+from align.results.judged_pairs import CONSTITUTIONS, JudgeSettings, Pair
+from align.results.label_diff import (
     Movement,
-    Pair,
     PrinciplePull,
     SharedPrinciple,
-    beyond,
-    largest,
-    movement,
-    pulls,
+    label_movement,
+    largest_changes,
+    moved_beyond,
+    principle_pulls,
     shared_principles,
 )
 
-SHOWN = 10
-PLACEBO_FILE = "placebo.yaml"
+A, B, PARAPHRASE, SEED, PLACEBO = "A", "B", "A in other words", "A with another seed", "placebo"
+"""The roles of constitutions in a comparison. SEED is A itself, judged with the second of `SEEDS`."""
+
 SEEDS = (0, 1)
+LARGEST_SHOWN = 10
+PLACEBO_FILE = "placebo.yaml"
 
 
 @dataclass(frozen=True)
 class Labelling:
-    """One constitution's labels of all pairs. `role`: A, B, A in other words, A with another seed, placebo."""
+    """The labels of all pairs under one constitution, and how its judge did on its probes."""
 
     role: str
     constitution: Constitution
     labels: tuple[Label, ...]
-    probes: JudgeReport | None
+    probes: ProbeReport | None
 
 
 @dataclass(frozen=True)
 class ConstitutionDiff:
-    """A beside B, and beside what should not differ from it. `others` are the null labellings and the placebo's."""
+    """A compared with B and with the controls: `others` are the null labellings and the placebo's."""
 
     judge: str
     pairs: tuple[Pair, ...]
@@ -62,7 +67,7 @@ class ConstitutionDiff:
     texts: tuple[Change, ...]
 
     def moved(self, other: Labelling) -> Movement:
-        return movement(self.pairs, self.a.labels, other.labels)
+        return label_movement(self.pairs, self.a.labels, other.labels)
 
     @property
     def nulls(self) -> tuple[Labelling, ...]:
@@ -70,15 +75,17 @@ class ConstitutionDiff:
 
     @property
     def beyond_null(self) -> bool | None:
-        """Whether B flips more than every null labelling by whole intervals; None where that cannot be said: there is
-        no null labelling, or none (or B itself) that decides a pair which A decides too."""
+        """Whether B flips more labels than every null labelling, by intervals that do not overlap.
+
+        None if it cannot be said: no null labelling, or not B, decides any pair that A decides too.
+        """
         moved = self.moved(self.b)
         nulls = [null for each in self.nulls if (null := self.moved(each)).flipped]
-        return all(beyond(moved, null) for null in nulls) if moved.flipped and nulls else None
+        return all(moved_beyond(moved, null) for null in nulls) if moved.flipped and nulls else None
 
     @property
     def pulls(self) -> list[PrinciplePull]:
-        return pulls(self.a.labels, self.b.labels)
+        return principle_pulls(self.a.labels, self.b.labels)
 
     @property
     def shared(self) -> list[SharedPrinciple]:
@@ -86,10 +93,10 @@ class ConstitutionDiff:
 
     @property
     def largest(self) -> list[int]:
-        return largest(self.a.labels, self.b.labels, SHOWN)
+        return largest_changes(self.a.labels, self.b.labels, LARGEST_SHOWN)
 
     def as_json(self) -> dict[str, Any]:
-        """Everything that the page shows, for a file."""
+        """The content of the page, for a JSON file."""
         moved = {each.role: dataclasses.asdict(self.moved(each)) for each in (self.b, *self.others)}
         return {
             "judge": self.judge,
@@ -102,28 +109,25 @@ class ConstitutionDiff:
             "shared_principles": [dataclasses.asdict(each) for each in self.shared],
             "largest": [
                 {
-                    **dataclasses.asdict(self.pairs[place]),
-                    "under_a": dataclasses.asdict(self.a.labels[place]),
-                    "under_b": dataclasses.asdict(self.b.labels[place]),
+                    **dataclasses.asdict(self.pairs[index]),
+                    "under_a": dataclasses.asdict(self.a.labels[index]),
+                    "under_b": dataclasses.asdict(self.b.labels[index]),
                 }
-                for place in self.largest
+                for index in self.largest
             ],
         }
 
 
-A, B, PARAPHRASE, SEED, PLACEBO = "A", "B", "A in other words", "A with another seed", "placebo"
-
-
-def beside(path: Path, name: str) -> Path | None:
-    """A file in the constitution's own folder, where there is one that is not the constitution itself."""
+def file_beside(path: Path, name: str) -> Path | None:
+    """The file of this name in the constitution's folder, if it exists and is not the constitution itself."""
     found = path.parent / name
     return found if found.is_file() and found != path else None
 
 
 def placebo_of(path: Path) -> Path | None:
-    """The placebo beside the constitution, or else the one that the project ships, where it is at hand."""
+    """The placebo in the constitution's folder, or else the one shipped with the project, if it can be found."""
     shipped = CONSTITUTIONS / PLACEBO_FILE
-    return beside(path, PLACEBO_FILE) or (shipped if shipped.is_file() and not shipped.samefile(path) else None)
+    return file_beside(path, PLACEBO_FILE) or (shipped if shipped.is_file() and not shipped.samefile(path) else None)
 
 
 def diff_constitutions(
@@ -133,10 +137,14 @@ def diff_constitutions(
     null: Path | None = None,
     placebo: Path | None = None,
 ) -> ConstitutionDiff:
-    """Compare the constitutions' texts and their labels of the pairs.
+    """Compare the constitutions' texts and the labels of the pairs under each.
+
+    Args:
+        null: a paraphrase of A.
+        placebo: the placebo constitution.
 
     Raises:
-        InputError: a constitution's faults, one that this judge cannot read, or no pairs.
+        InputError: a constitution is invalid or unusable with this judge, or there are no pairs.
     """
     if not pairs:
         raise InputError("no pairs to judge; name a file or a run with --pairs")
@@ -146,12 +154,12 @@ def diff_constitutions(
         raise InputError("\n".join(problems))
     engine = _engine(settings)
     judges = {role: _judge(each, settings, engine, SEEDS[0]) for role, each in constitutions.items()}
-    if settings.by_chance:
+    if settings.depends_on_seed:
         judges[SEED] = _judge(constitutions[A], settings, engine, SEEDS[1])
-    labelled = {role: _labelled(role, judge, pairs) for role, judge in judges.items()}
+    labellings = {role: _label(role, judge, pairs) for role, judge in judges.items()}
     texts = tuple(text_changes(constitutions[A], constitutions[B]))
-    others = tuple(labelled[role] for role in (PARAPHRASE, SEED, PLACEBO) if role in labelled)
-    return ConstitutionDiff(judges[A].name, tuple(pairs), labelled[A], labelled[B], others, texts)
+    others = tuple(labellings[role] for role in (PARAPHRASE, SEED, PLACEBO) if role in labellings)
+    return ConstitutionDiff(judges[A].name, tuple(pairs), labellings[A], labellings[B], others, texts)
 
 
 def labels_of(judge: Judge, pairs: Sequence[Pair]) -> list[Label]:
@@ -161,7 +169,7 @@ def labels_of(judge: Judge, pairs: Sequence[Pair]) -> list[Label]:
 
 
 def open_settings_judge(constitution: Constitution, settings: JudgeSettings) -> Judge:
-    """A judge by these settings that averages over all principles."""
+    """A judge with these settings that averages over all principles."""
     return Judge(constitution, settings.block, _engine(settings))
 
 
@@ -174,9 +182,9 @@ def _engine(settings: JudgeSettings) -> Engine | None:
 
 
 def _judge(constitution: Constitution, settings: JudgeSettings, engine: Engine | None, seed: int) -> Judge:
-    return Judge(constitution, settings.block, engine, draw_seed=seed if settings.draws else None, seed=seed)
+    return Judge(constitution, settings.block, engine, draw_seed=seed if settings.draws_principle else None, seed=seed)
 
 
-def _labelled(role: str, judge: Judge, pairs: Sequence[Pair]) -> Labelling:
+def _label(role: str, judge: Judge, pairs: Sequence[Pair]) -> Labelling:
     report = examine_judge(judge) if any(principle.probes for principle in judge.principles) else None
     return Labelling(role, judge.constitution, tuple(labels_of(judge, pairs)), report)

@@ -1,6 +1,5 @@
-"""What each principle of a constitution did in a run, from the rows that `revise` and `compare` published."""
+"""Measures what each principle of a constitution did in a run, from the rows that `revise` and `compare` published."""
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,18 +11,22 @@ from align.feedback.critique_findings import finds_fault
 from align.feedback.judge import BOTH_BREAK, TIE
 from align.feedback.records import JUDGED_WORSE, NEAR_DUPLICATE, Comparison, Critique, Revision
 from align.records import read_rows
-from align.results.judged_pairs import COMPARE, COMPARISONS
-from align.results.label_changes import Pair
+from align.results.judged_pairs import COMPARE, COMPARISONS, Pair, judge_in
 from align.run.artefacts import read_manifest, require_run, stage_folder
 from align.settings.blocks import JudgeBlock
 
 
 @dataclass(frozen=True)
 class Share:
-    """`hits` of `n`; None has no share. A tie is half a hit."""
+    """`hits` out of `n`, where a tie counts as half a hit. With no cases at all (`n` is 0) there is no share."""
 
     hits: float
     n: int
+
+    @classmethod
+    def of(cls, outcomes: Iterable[float]) -> "Share":
+        values = list(outcomes)
+        return cls(sum(values), len(values))
 
     @property
     def value(self) -> float | None:
@@ -37,10 +40,14 @@ NOTHING = Share(0, 0)
 class PrincipleStats:
     """One principle in one run.
 
-    `drawn`: rounds of critique and revision that drew it. `found_fault`: critiques that found one, of those with words.
-    `accepted`: accepted revisions, of those whose rounds drew it. `won`: of those that it led to and that came before
-    the judge, how many it preferred to the original. `with_rest`: comparisons on which it sides with the weighted mean
-    of the others, of those that both decide. `with_people`: the same beside human preferences.
+    Attributes:
+        drawn: rounds of critique and revision that drew it, of all rounds.
+        found_fault: its critiques that found a fault, of those that are not empty.
+        accepted: accepted revisions, of those whose rounds drew it.
+        won: revisions that the judge preferred to the original, of those that it led to and the judge saw.
+        with_rest: comparisons on which it agrees with the weighted mean of the other principles, of those that both
+            decide.
+        with_people: pairs on which it agrees with people's preference, of those that it decides.
     """
 
     principle: str
@@ -54,7 +61,7 @@ class PrincipleStats:
 
 @dataclass(frozen=True)
 class RunRows:
-    """The rows of a run's `revise` and `compare`, empty where a stage was not run, and the judge that compared."""
+    """The rows of a run's `revise` and `compare`, and the judge of `compare`. A `missing` stage has no rows."""
 
     critiques: Sequence[Critique] = ()
     revisions: Sequence[Revision] = ()
@@ -64,7 +71,7 @@ class RunRows:
 
 
 def read_run(run: Path) -> RunRows:
-    """A run's rows.
+    """The rows of a run.
 
     Raises:
         InputError: neither `revise` nor `compare` is done.
@@ -74,20 +81,19 @@ def read_run(run: Path) -> RunRows:
     present = {name: (folder / "manifest.json").is_file() for name, folder in (("revise", revise), (COMPARE, compare))}
     if not any(present.values()):
         raise InputError(f"{run}: neither `revise` nor `compare` is done in it; name a run's folder")
-    kept = [revise / name for name in ("revisions.jsonl", "rejected.jsonl")] if present["revise"] else []
+    files = [revise / name for name in ("revisions.jsonl", "rejected.jsonl")] if present["revise"] else []
     manifest = read_manifest(compare)
-    judge = manifest.settings.get("judge", {}) if manifest else {}
     return RunRows(
         critiques=list(read_rows(revise / "critiques.jsonl", Critique)) if present["revise"] else [],
-        revisions=[row for path in kept for row in read_rows(path, Revision)],
+        revisions=[row for path in files for row in read_rows(path, Revision)],
         comparisons=list(read_rows(compare / COMPARISONS, Comparison)) if present[COMPARE] else [],
         missing=tuple(name for name, done in present.items() if not done),
-        judge=JudgeBlock.model_validate(judge),
+        judge=judge_in(manifest).block if manifest else JudgeBlock(),
     )
 
 
 def principle_names(rows: RunRows, constitution: Constitution | None) -> list[str]:
-    """The constitution's principles in their order, then those that only the rows name."""
+    """The constitution's principles in order, then those that only the rows name."""
     known = [principle.id for principle in constitution.principles] if constitution else []
     seen = [row.principle_id for row in rows.critiques]
     seen += [name for row in rows.comparisons for name in row.p_a_by_principle]
@@ -99,30 +105,33 @@ def principle_stats(
     constitution: Constitution | None = None,
     human: Sequence[tuple[Pair, Label]] = (),
 ) -> list[PrincipleStats]:
-    """The figures of each principle; without the constitution every weight is 1.
+    """The figures of each principle; without the constitution, every weight is 1.
 
     Args:
-        human: pairs on which people's preference is known, each with the judge's label.
+        human: pairs whose human preference is known, each with the judge's label.
     """
     weights = {each.id: each.weight for each in constitution.principles} if constitution else {}
-    draws = Counter(row.principle_id for row in rows.critiques)
     margin, _ = margins_of(rows.judge)
-    return [
-        PrincipleStats(
+    found = []
+    for name in principle_names(rows, constitution):
+        critiques = [row for row in rows.critiques if row.principle_id == name]
+        led_to = [row for row in rows.revisions if name in (row.revised_by or row.principle_ids)]
+        opinions = [row.p_a_by_principle for row in rows.comparisons]
+        stats = PrincipleStats(
             name,
-            drawn=Share(draws[name], len(rows.critiques)),
-            found_fault=_found_fault(row.critique for row in rows.critiques if row.principle_id == name),
-            accepted=_accepted([row for row in rows.revisions if name in row.principle_ids]),
-            won=_won([row for row in rows.revisions if name in (row.revised_by or row.principle_ids)]),
-            with_rest=_with_rest(name, [row.p_a_by_principle for row in rows.comparisons], weights, margin),
-            with_people=_with_people(name, human, margin),
+            drawn=Share(len(critiques), len(rows.critiques)),
+            found_fault=Share.of(fault for row in critiques if (fault := finds_fault(row.critique)) is not None),
+            accepted=Share.of(row.accepted for row in rows.revisions if name in row.principle_ids),
+            won=Share.of(outcome for row in led_to if (outcome := _outcome(row)) is not None),
+            with_rest=_agreement_with_rest(name, opinions, weights, margin),
+            with_people=_agreement_with_people(name, human, margin),
         )
-        for name in principle_names(rows, constitution)
-    ]
+        found.append(stats)
+    return found
 
 
 def run_agreement(rows: RunRows, constitution: Constitution | None = None) -> Agreement:
-    """How the principles that judged the run's comparisons relate to each other."""
+    """Where the principles that judged the run's comparisons agree and conflict."""
     judged = {name for row in rows.comparisons for name in row.p_a_by_principle}
     names = [name for name in principle_names(rows, constitution) if name in judged]
     labels = [Label(row.p_a, row.p_a_by_principle) for row in rows.comparisons]
@@ -130,7 +139,7 @@ def run_agreement(rows: RunRows, constitution: Constitution | None = None) -> Ag
 
 
 def conflicts_between_tiers(agreement: Agreement, constitution: Constitution) -> Share:
-    """Of the conflicts between principles of different tiers that were decided, those that the earlier tier's won."""
+    """Of the decided conflicts between principles of different tiers, how many the earlier tier's principle won."""
     ranks = {each.id: constitution.rank(each) for each in constitution.principles}
     names = agreement.principles
     earlier = [
@@ -143,22 +152,8 @@ def conflicts_between_tiers(agreement: Agreement, constitution: Constitution) ->
     return Share(won, won + sum(agreement.won[j][i] for i, j in earlier))
 
 
-def _found_fault(critiques: Iterable[str]) -> Share:
-    found = [fault for critique in critiques if (fault := finds_fault(critique)) is not None]
-    return Share(sum(found), len(found))
-
-
-def _accepted(revisions: Sequence[Revision]) -> Share:
-    return Share(sum(row.accepted for row in revisions), len(revisions))
-
-
-def _won(revisions: Sequence[Revision]) -> Share:
-    outcomes = [outcome for row in revisions if (outcome := _outcome(row)) is not None]
-    return Share(sum(outcomes), len(outcomes))
-
-
 def _outcome(row: Revision) -> float | None:
-    """1 where the judge preferred the revision, 0 where the original, one half for a tie; None: it was not judged."""
+    """1 if the judge preferred the revision, 0 if the original, 0.5 for a tie; None if it was not judged."""
     if row.accepted or row.reason == NEAR_DUPLICATE:
         return 1.0
     if row.reason.startswith((TIE, BOTH_BREAK)):
@@ -166,10 +161,10 @@ def _outcome(row: Revision) -> float | None:
     return 0.0 if row.reason == JUDGED_WORSE else None
 
 
-def _with_rest(
+def _agreement_with_rest(
     name: str, opinions: Iterable[Mapping[str, float]], weights: Mapping[str, float], margin: float
 ) -> Share:
-    alike = []
+    agrees = []
     for given in opinions:
         others = {other: weights.get(other, 1.0) for other in given if other != name}
         if name not in given or not others:
@@ -177,14 +172,13 @@ def _with_rest(
         rest = sum(weight * given[other] for other, weight in others.items()) / sum(others.values())
         sides = side_of(given[name], margin), side_of(rest, margin)
         if all(sides):
-            alike.append(sides[0] == sides[1])
-    return Share(sum(alike), len(alike))
+            agrees.append(sides[0] == sides[1])
+    return Share.of(agrees)
 
 
-def _with_people(name: str, human: Sequence[tuple[Pair, Label]], margin: float) -> Share:
-    alike = [
+def _agreement_with_people(name: str, human: Sequence[tuple[Pair, Label]], margin: float) -> Share:
+    return Share.of(
         (side > 0) == pair.a_preferred
         for pair, label in human
         if pair.a_preferred is not None and (side := side_of(label.by_principle.get(name), margin))
-    ]
-    return Share(sum(alike), len(alike))
+    )

@@ -1,4 +1,4 @@
-"""Pairs to judge anew, and the judge that judged them: from a run, from a file, or from constitutions' own probes."""
+"""Pairs for a judge to label (from a run, a file, or constitutions' probes), and the settings of that judge."""
 
 import heapq
 from collections.abc import Iterable, Sequence
@@ -11,35 +11,47 @@ from align.data.pairs import read_pairs
 from align.errors import InputError
 from align.feedback.human_pairs import chosen_first
 from align.feedback.records import Comparison
-from align.records import Message, as_dicts, digest, read_rows
-from align.results.label_changes import Pair
-from align.run.artefacts import read_manifest
+from align.records import Conversation, Message, as_dicts, digest, read_rows
+from align.run.artefacts import Manifest, read_manifest
 from align.settings.blocks import EngineBlock, JudgeBlock, ModelBlock, PairSource
 
 CONSTITUTIONS = Path("constitutions")
-"""The constitutions that the project ships, from its root."""
+"""The constitutions shipped with the project, relative to its root."""
 COMPARE = "compare"
 COMPARISONS = "comparisons.jsonl"
 
 
 @dataclass(frozen=True)
+class Pair:
+    """Two completions of a prompt. `prompt_id` groups the pairs of one prompt; `a_preferred`: people preferred A."""
+
+    id: str
+    prompt_id: str
+    prompt: Conversation
+    a: str
+    b: str
+    category: str = ""
+    a_preferred: bool | None = None
+
+
+@dataclass(frozen=True)
 class JudgeSettings:
-    """A judge, the model that its engine falls back on, and whether it draws one principle for each pair."""
+    """A judge, the model that its engine uses by default, and whether it draws one principle for each pair."""
 
     block: JudgeBlock
     model: ModelBlock | None = None
-    draws: bool = False
+    draws_principle: bool = False
 
     @property
-    def by_chance(self) -> bool:
+    def depends_on_seed(self) -> bool:
         """Whether another seed may give other labels: principles, chains of thought or worked choices are drawn."""
         block = self.block
         reasons = block.chain_of_thought and block.reasoning.temperature > 0
-        return self.draws or (block.kind == "choice" and (reasons or block.examples > 0))
+        return self.draws_principle or (block.kind == "choice" and (reasons or block.examples > 0))
 
 
 def compare_folder(run: Path) -> Path:
-    """A run's `compare` folder, from the run or from that folder itself.
+    """A run's `compare` folder, given the run's folder or that folder itself.
 
     Raises:
         InputError: neither holds comparisons.
@@ -51,18 +63,18 @@ def compare_folder(run: Path) -> Path:
 
 
 def pairs_of(path: Path) -> list[Pair]:
-    """The pairs of a run (those that its judge was asked about), of a comparisons.jsonl, or of a file of preferences.
+    """The pairs that a run's judge was asked about, or those in a comparisons.jsonl or a file of preferences.
 
     Raises:
         InputError: there is no such file or run, or no pair in it.
     """
     if path.is_dir():
-        return _compared(compare_folder(path) / COMPARISONS)
-    return _compared(path) if path.name == COMPARISONS else preferred_pairs(path)
+        return _compared_pairs(compare_folder(path) / COMPARISONS)
+    return _compared_pairs(path) if path.name == COMPARISONS else preference_pairs(path)
 
 
-def preferred_pairs(path: Path) -> list[Pair]:
-    """Pairs in TRL's format, the preferred completion first in half of them."""
+def preference_pairs(path: Path) -> list[Pair]:
+    """Pairs from a file in TRL's preference format. In about half of them the preferred completion comes first."""
     found = []
     for pair in read_pairs(PairSource(path=str(path))):
         chosen, rejected = pair.chosen[-1].content, pair.rejected[-1].content
@@ -74,9 +86,9 @@ def preferred_pairs(path: Path) -> list[Pair]:
 
 
 def probe_pairs(constitutions: Iterable[Constitution]) -> list[Pair]:
-    """Every probe of the constitutions as a pair, each once, the better completion first.
+    """Every distinct probe of the constitutions as a pair, the better completion first.
 
-    Its prompt is of the first category that its principle applies to, or that principle would not judge it.
+    The pair's category is the first that the probe's principle applies to; otherwise the principle would not judge it.
     """
     pairs: dict[str, Pair] = {}
     for principle in (each for constitution in constitutions for each in constitution.principles):
@@ -90,7 +102,7 @@ def probe_pairs(constitutions: Iterable[Constitution]) -> list[Pair]:
 
 
 def drawn_pairs(pairs: Sequence[Pair], limit: int) -> list[Pair]:
-    """At most `limit` pairs: those whose content hashes lowest, in the order they came in."""
+    """At most `limit` pairs, those with the lowest hash of their id, in the order given."""
     chosen = heapq.nsmallest(limit, range(len(pairs)), key=lambda place: digest([pairs[place].id]))
     return [pairs[place] for place in sorted(chosen)]
 
@@ -99,39 +111,44 @@ def judge_of_run(run: Path) -> JudgeSettings:
     """The judge that labelled a run's comparisons.
 
     Raises:
-        InputError: the run's `compare` is not done, or was made by another version.
+        InputError: the run's `compare` is not done.
     """
     folder = compare_folder(run)
     manifest = read_manifest(folder)
     if manifest is None:
         raise InputError(f"{folder}: no manifest, so `compare` is not done; run it, or name the judge with --judge")
+    return judge_in(manifest)
+
+
+def judge_in(manifest: Manifest) -> JudgeSettings:
+    """The judge that a `compare` manifest records; the default judge if it records none, as in early versions."""
     settings = manifest.settings
     return JudgeSettings(
-        JudgeBlock.model_validate(settings["judge"]),
-        ModelBlock.model_validate(settings["model"]),
-        settings["settings"].get("principle") == "draw",
+        JudgeBlock.model_validate(settings.get("judge", {})),
+        ModelBlock.model_validate(settings["model"]) if "model" in settings else None,
+        settings.get("settings", {}).get("principle") == "draw",
     )
 
 
-def named_judge(kind: str | None, model: str | None, like: JudgeSettings | None) -> JudgeSettings:
-    """The judge `like` with what the command line changes of it; by rule where nothing is said at all.
+def judge_from_options(kind: str | None, model: str | None, default: JudgeSettings | None) -> JudgeSettings:
+    """The default judge (a `rule` judge if None) with the kind and model that the command line names.
 
     Raises:
-        InputError: a model is needed and none is named.
+        InputError: the judge needs a model and none is named.
     """
-    like = like or JudgeSettings(JudgeBlock(kind="rule"))
+    default = default or JudgeSettings(JudgeBlock(kind="rule"))
     changes: dict[str, Any] = {"kind": kind} if kind else {}
     if model:
         changes["engine"] = EngineBlock(model=model)
-        changes["kind"] = kind or ("contrast" if like.block.kind == "rule" else like.block.kind)
-    block = like.block.model_copy(update=changes)
-    if block.kind != "rule" and like.model is None and block.engine.model is None:
-        raise InputError(f"a judge by {block.kind} asks a model; name it with --judge-model, or a recipe with --recipe")
-    return JudgeSettings(block, like.model or ModelBlock(path=block.engine.model or "none"), like.draws)
+        changes["kind"] = kind or ("contrast" if default.block.kind == "rule" else default.block.kind)
+    block = default.block.model_copy(update=changes)
+    if block.kind != "rule" and default.model is None and block.engine.model is None:
+        raise InputError(f"a `{block.kind}` judge needs a model; name it with --judge-model, or a recipe with --recipe")
+    return JudgeSettings(block, default.model or ModelBlock(path=block.engine.model or "none"), default.draws_principle)
 
 
-def _compared(path: Path) -> list[Pair]:
+def _compared_pairs(path: Path) -> list[Pair]:
     rows = [row for row in read_rows(path, Comparison) if row.judge]
     if not rows:
-        raise InputError(f"{path}: no comparison that a judge was asked about; name another run or a file of pairs")
+        raise InputError(f"{path}: its judge was asked about no comparison; name another run or a file of pairs")
     return [Pair(row.id, row.prompt_id, row.prompt, row.completion_a, row.completion_b, row.category) for row in rows]

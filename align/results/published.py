@@ -1,4 +1,4 @@
-"""A run as it was published: which stages are done, their manifests, and their rows."""
+"""A run as it was published: which stages are done, their manifests and their files."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -6,14 +6,17 @@ from pathlib import Path
 
 from align.engines.provenance import PROVENANCE, Provenance, read_provenance
 from align.errors import InputError
-from align.run.artefacts import MANIFEST, RELABELLED, Manifest, read_manifest, require_as_written, stage_folder
+from align.run.artefacts import MANIFEST, RELABELLED, Manifest, read_manifest, require_unchanged, stage_folder
 from align.stages import all_stages
 
 
 @dataclass(frozen=True)
 class PublishedRun:
-    """The folder of a run, and the manifest of each stage that is done; or that of labels made again, of `compare`
-    alone, which has no folders in it."""
+    """A run's folder and the manifest of each stage that is done.
+
+    If `relabelled`, it is instead a folder that `align relabel` wrote: the files of `compare` alone, without a
+    subfolder for the stage.
+    """
 
     folder: Path
     manifests: Mapping[str, Manifest]
@@ -21,22 +24,21 @@ class PublishedRun:
 
     @property
     def name(self) -> str:
-        """The recipe's name and the constitution's, as the folders have them; of labels made again that of theirs."""
+        """The recipe's name and the constitution's, as the folders are called; the folder's own name if relabelled."""
         resolved = self.folder.resolve()
         return resolved.name if self.relabelled else f"{resolved.parent.name}/{resolved.name}"
 
     def stage(self, stage: str) -> Path:
-        """A stage's folder, which is there if its manifest is."""
+        """A stage's folder; it exists if the stage has a manifest."""
         return self.folder if self.relabelled else stage_folder(self.folder, stage)
 
-    def made_into(self, *stages: str) -> "PublishedRun":
-        """The run without the stages that none of these was made from.
+    def with_upstream_of(self, *stages: str) -> "PublishedRun":
+        """The run reduced to these stages and those that they were made from.
 
-        Ids say which prompt a row is about and not what it says, so that rows of stages that do not belong together
-        would be joined all the same.
+        Rows refer to prompts by id alone, so rows of stages that do not belong together would be joined unnoticed.
 
         Raises:
-            InputError: an earlier stage was made again since.
+            InputError: an upstream stage was rerun with another result since.
         """
         kept: set[str] = set()
         waiting = list(stages)
@@ -54,57 +56,56 @@ class PublishedRun:
             if name in self.manifests and self.manifests[name].content_digest != read:
                 raise InputError(
                     f"{self.stage(stage)}: `{stage}` was made from another `{name}` than {self.stage(name)}, which was "
-                    "made again since; bring the run up to date with `align run RECIPE`, whose `align plan` says why"
+                    "rerun since; bring the run up to date with `align run RECIPE` (`align plan RECIPE` says why)"
                 )
 
-    def rows(self, stage: str, file: str) -> Path:
-        """A file that a stage published, as the stage left it.
+    def published_file(self, stage: str, file: str) -> Path:
+        """A file that a stage published, unchanged since.
 
         Raises:
-            InputError: the stage is not done, or the file is gone or not what the stage wrote.
+            InputError: the stage is not done, or the file is missing or has changed.
         """
         if stage not in self.manifests and self.relabelled:
-            raise InputError(f"{self.folder}: labels made again, with no rows of `{stage}`; export the run they are of")
+            raise InputError(f"{self.folder}: relabelled pairs, with no rows of `{stage}`; export their run instead")
         if stage not in self.manifests:
             raise InputError(
-                f"{self.folder}: `{stage}` is not done in this run; finish it with `align run RECIPE`, whose "
-                "`align plan` says what is missing"
+                f"{self.folder}: `{stage}` is not done in this run; finish it with `align run RECIPE` (`align plan "
+                "RECIPE` says what is missing)"
             )
         path = self.stage(stage) / file
-        require_as_written(path, self.manifests[stage])
+        require_unchanged(path, self.manifests[stage])
         return path
 
     def provenance(self, stage: str) -> dict[str, Provenance]:
-        """The entries that a stage's rows name, as the stage left them; none of a stage of an earlier version.
+        """The provenance entries of a stage's rows by id; none if the stage is not done or an old version made it.
 
         Raises:
-            InputError: as for `rows`.
+            InputError: the file is missing or has changed.
         """
         if stage not in self.manifests or PROVENANCE not in self.manifests[stage].outputs:
             return {}
-        return read_provenance(self.rows(stage, PROVENANCE).parent)
+        return read_provenance(self.published_file(stage, PROVENANCE).parent)
 
 
 def read_published(folder: Path) -> PublishedRun:
-    """The run in a folder, or the labels of one that `align relabel` made again.
+    """The run in a folder, or the relabelled pairs that `align relabel` wrote there.
 
     Raises:
         InputError: there is no such folder, or it holds no run.
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder (looked in {Path.cwd()}); name a run, such as runs/RECIPE/RUN")
-    if (alone := read_manifest(folder)) and RELABELLED in alone.inputs:
-        return PublishedRun(folder, {alone.stage: alone}, relabelled=True)
+    if (relabelled := read_manifest(folder)) and RELABELLED in relabelled.inputs:
+        return PublishedRun(folder, {relabelled.stage: relabelled}, relabelled=True)
     found = {stage: manifest for stage in all_stages() if (manifest := read_manifest(stage_folder(folder, stage)))}
-    own = [stage for stage in found if (folder / stage / MANIFEST).is_file()]
-    if not own:
-        raise InputError(f"{folder}: not a run, for no stage is done in it{_hint(folder)}")
+    if not any((folder / stage / MANIFEST).is_file() for stage in found):
+        raise InputError(f"{folder}: not a run, since no stage is done in it; {_suggestion(folder)}")
     return PublishedRun(folder, found)
 
 
-def _hint(folder: Path) -> str:
-    """Where a run may be instead, in words."""
+def _suggestion(folder: Path) -> str:
+    """Which folder the user may have meant."""
     if (folder / MANIFEST).is_file():
-        return f"; it is the folder of one stage: name {folder.parent}"
+        return f"it is the folder of one stage: name {folder.parent}"
     runs = sorted({path.parent.parent.name for path in folder.glob(f"*/*/{MANIFEST}")} - {"shared"})
-    return f"; there are {', '.join(runs)} below it" if runs else "; name a folder such as runs/RECIPE/RUN"
+    return f"it contains the runs {', '.join(runs)}: name one" if runs else "name a folder such as runs/RECIPE/RUN"

@@ -1,7 +1,7 @@
-"""Two evaluated runs beside each other: same prompts, same policies, most often two constitutions.
+"""Compares two evaluated runs on the prompts and policies they share; most often they differ in constitution.
 
-Differences are paired by prompt. Figures that each run's own judge or reward model gave are shown but not subtracted:
-a score of one reward model says nothing beside a score of another.
+Differences are paired by prompt. Figures that come from a run's own judge or reward model are shown for each run but
+not subtracted: the scores of two reward models are not comparable.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -48,8 +48,8 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Compared:
-    """A figure of one policy in both runs; `difference` is B - A over the prompts of both, None across scales."""
+class ComparedFigure:
+    """A figure of one policy in both runs. `difference` is B - A over shared prompts; None if the scales differ."""
 
     policy: str
     figure: str
@@ -60,11 +60,11 @@ class Compared:
 
 
 @dataclass(frozen=True)
-class Cross:
-    """One policy of each run under each constitution's rules: mean share of the rules that a completion follows.
+class CrossedRules:
+    """One policy of each run under the rules of each constitution: the mean share of rules that a completion follows.
 
-    `cells[i][j]` is the policy of run i (A, B) under the rules of constitution j. `gains` are paired by prompt: by how
-    much A's policy follows A's rules more than B's policy does, and B's policy B's rules more than A's.
+    `cells[i][j]` is the policy of run i (A, B) under the rules of constitution j. `gains`, paired by prompt, say by how
+    much A's policy follows A's rules more than B's policy does, and B's policy follows B's rules more than A's does.
     """
 
     policy: str
@@ -73,13 +73,13 @@ class Cross:
 
     @property
     def diagonal_wins(self) -> bool:
-        """Whether under each constitution's rules its own policy is ahead by more than the difference's interval."""
+        """Whether each run's policy follows its own rules better, by an interval wholly above zero."""
         return all(gain.low > 0 for gain in self.gains)
 
 
 @dataclass(frozen=True)
 class AgainstNull:
-    """How far a rule's share moved from A to B, beside how far it moved from A to C, a run that should not differ."""
+    """How far a rule's share moved from A to B, and from A to C, a null run that should not differ from A."""
 
     policy: str
     principle: str
@@ -89,16 +89,16 @@ class AgainstNull:
 
     @property
     def beyond_null(self) -> bool:
-        """Whether the nearest end of B - A lies further from zero than the furthest end of C - A."""
+        """Whether the interval of B - A stays further from zero than the interval of C - A ever reaches."""
         nearest = max(self.to_b.low, -self.to_b.high, 0.0)
         return nearest > max(abs(self.to_c.low), abs(self.to_c.high))
 
 
 def load_run(directory: Path) -> Run:
-    """An evaluated run, from its folder or its `evaluate` folder.
+    """Read an evaluated run, given its folder or its `evaluate` folder.
 
     Raises:
-        InputError: it has not been evaluated, or by another version.
+        InputError: it has not been evaluated, or was evaluated by an incompatible version.
     """
     require_run(directory, EVALUATE)
     evaluated = directory / EVALUATE if (directory / EVALUATE).is_dir() else directory
@@ -110,14 +110,14 @@ def load_run(directory: Path) -> Run:
 
 
 def paired(policy: str, *runs: Run) -> Rows:
-    """The runs' completions of the prompts that all of them have, in the first one's order."""
+    """The runs' completions of the prompts that they all have, in the first run's order."""
     first = runs[0].completions[policy]
     common = [prompt for prompt in first if all(prompt in run.completions[policy] for run in runs)]
     return [tuple(run.completions[policy][prompt] for run in runs) for prompt in common]
 
 
 def shared_policies(*runs: Run) -> list[str]:
-    """Policies that every run has completions of, on at least one prompt that all have.
+    """The policies of which every run has a completion of at least one common prompt.
 
     Raises:
         InputError: there are none.
@@ -127,13 +127,13 @@ def shared_policies(*runs: Run) -> list[str]:
     if not policies:
         folders = " and ".join(str(run.directory) for run in runs)
         raise InputError(
-            f"{folders}: no policy and prompt in common; compare runs of one recipe's prompts and policies"
+            f"{folders}: no policy and prompt in common; compare runs whose recipes share prompts and policies"
         )
     return policies
 
 
-def unlike_settings(a: Run, b: Run) -> list[str]:
-    """What differs between the runs besides the constitution, so that a difference may come from it."""
+def differing_settings(a: Run, b: Run) -> list[str]:
+    """What differs between the runs besides the constitution, and may therefore explain a difference."""
     first, second = a.report, b.report
     pairs: dict[str, tuple[object, object]] = {
         "base model": (first.base_model, second.base_model),
@@ -144,21 +144,21 @@ def unlike_settings(a: Run, b: Run) -> list[str]:
     return [name for name, (one, other) in pairs.items() if one != other]
 
 
-def compared_figures(a: Run, b: Run) -> list[Compared]:
+def compared_figures(a: Run, b: Run) -> list[ComparedFigure]:
     """Every figure of the policies that both runs have."""
     return [figure for policy in shared_policies(a, b) for figure in _figures(policy, a, b)]
 
 
-def cross_table(a: Run, b: Run) -> list[Cross]:
-    """Trained policies of both runs under the rules of both constitutions; empty where one has no rule."""
+def crossed_rules(a: Run, b: Run) -> list[CrossedRules]:
+    """The trained policies of both runs under the rules of both constitutions; empty if either has no rules."""
     if not a.checked or not b.checked:
         return []
-    crosses = (_cross(policy, a, b) for policy in shared_policies(a, b) if policy != BASE)
-    return [cross for cross in crosses if cross is not None]
+    crossed = (_crossed(policy, a, b) for policy in shared_policies(a, b) if policy != BASE)
+    return [each for each in crossed if each is not None]
 
 
 def against_null(a: Run, b: Run, c: Run) -> list[AgainstNull]:
-    """Each trained policy's movement on each rule of A and of B, beside the movement to the null run C."""
+    """For each trained policy and each rule of A and of B, the difference to B and to the null run C."""
     found = []
     seed = _seed(a)
     for policy in shared_policies(a, b, c):
@@ -171,7 +171,7 @@ def against_null(a: Run, b: Run, c: Run) -> list[AgainstNull]:
     return found
 
 
-def _figures(policy: str, a: Run, b: Run) -> Iterator[Compared]:
+def _figures(policy: str, a: Run, b: Run) -> Iterator[ComparedFigure]:
     rows = paired(policy, a, b)
     for label, measure in _rule_measures(a, b):
         yield from _measured(policy, label, rows, measure, _seed(a), is_share=True)
@@ -179,34 +179,36 @@ def _figures(policy: str, a: Run, b: Run) -> Iterator[Compared]:
     yield from _measured(policy, "KL to reference (nats)", rows, lambda sample: sample.kl_to_reference_k1, _seed(a))
     one, other = a.report.policies[policy], b.report.policies[policy]
     own_scale = (
-        Compared(policy, "win rate vs base", True, _win_rate(one), _win_rate(other), None),
-        Compared(policy, "reward", False, one.reward, other.reward, None),
+        ComparedFigure(policy, "win rate vs base", True, _win_rate(one), _win_rate(other), None),
+        ComparedFigure(policy, "reward", False, one.reward, other.reward, None),
     )
     yield from (figure for figure in own_scale if figure.a or figure.b)
 
 
 def _measured(
     policy: str, figure: str, rows: Rows, measure: Measure, seed: int, is_share: bool = False
-) -> Iterator[Compared]:
-    """The figure where both runs measured it."""
+) -> Iterator[ComparedFigure]:
+    """The figure, if both runs measured it on a common prompt."""
     one, two = _values(rows, measure)
     if one:
         estimate = share_estimate if is_share else mean_estimate
         difference = paired_share_difference if is_share else paired_difference
-        yield Compared(policy, figure, is_share, estimate(one, seed), estimate(two, seed), difference(two, one, seed))
+        yield ComparedFigure(
+            policy, figure, is_share, estimate(one, seed), estimate(two, seed), difference(two, one, seed)
+        )
 
 
 def _win_rate(policy: PolicyReport) -> Estimate | None:
     return policy.win_rate.share if policy.win_rate else None
 
 
-def _cross(policy: str, a: Run, b: Run) -> Cross | None:
+def _crossed(policy: str, a: Run, b: Run) -> CrossedRules | None:
     rows, seed = paired(policy, a, b), _seed(a)
     columns = [_values(rows, _mean_share(run.checked)) for run in (a, b)]
     if not all(one for one, _ in columns):
         return None
     (a_under_a, b_under_a), (a_under_b, b_under_b) = columns
-    return Cross(
+    return CrossedRules(
         policy,
         (
             (share_estimate(a_under_a, seed), share_estimate(a_under_b, seed)),
@@ -220,7 +222,7 @@ def _cross(policy: str, a: Run, b: Run) -> Cross | None:
 
 
 def _rule_measures(a: Run, b: Run) -> list[tuple[str, Measure]]:
-    """The rules of A, and those of B that are not A's too, each with what measures it on a completion."""
+    """A label and a measure for each rule of A, and for each rule of B that A does not have."""
     measures: dict[tuple[str, tuple[str, ...]], tuple[str, Measure]] = {}
     for name, run in (("A", a), ("B", b)):
         for principle in run.checked:
@@ -242,7 +244,7 @@ def _mean_share(checked: Sequence[CheckedPrinciple]) -> Measure:
 
 
 def _values(rows: Rows, measure: Measure, runs: int = 2) -> list[list[float]]:
-    """For each run its values, over the rows where every run has one."""
+    """Each run's values, on the rows where every run has one."""
     measured = [[measure(sample) for sample in row] for row in rows]
     whole = [[value for value in row if value is not None] for row in measured if None not in row]
     return [list(values) for values in zip(*whole, strict=True)] or [[]] * runs

@@ -1,7 +1,7 @@
-"""Rewards a token, advantages and returns: pure functions of tensors.
+"""Per-token rewards, advantages and returns: pure functions of tensors.
 
-Shapes: B completions in a batch, T completion tokens. `mask` is True on tokens the policy wrote, up to and including
-the first stop token. A completion's tokens are contiguous from position 0. Log-probabilities are in nats.
+Shapes: B completions in a batch, T completion tokens. `mask` is True on the tokens that the policy wrote, up to and
+including the first stop token. They are contiguous from position 0. Log-probabilities are in nats.
 """
 
 import torch
@@ -9,13 +9,13 @@ from torch import Tensor
 
 
 def last_token_mask(mask: Tensor) -> Tensor:
-    """(B, T) True at each completion's last token that counts; nowhere for an empty completion."""
+    """(B, T) True at each completion's last unmasked token; nowhere for an empty completion."""
     following = torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], dim=1)
     return mask & ~following
 
 
 def kl_terms(logprobs: Tensor, ref_logprobs: Tensor) -> dict[str, Tensor]:
-    """Estimators a token of KL(policy || reference) from samples of the policy (Schulman 2020, 'Approximating KL').
+    """Per-token estimators of KL(policy || reference) from the policy's samples (Schulman 2020, 'Approximating KL').
 
     With r = log π_ref − log π: k1 = −r (unbiased), k2 = r²/2 (low variance, biased), k3 = e^r − 1 − r (unbiased, never
     negative). r is clamped to ±20 before the exponential.
@@ -31,11 +31,11 @@ def kl_terms(logprobs: Tensor, ref_logprobs: Tensor) -> dict[str, Tensor]:
 
 
 def penalised_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
-    """Reward a token: −kl_coef · kl everywhere, plus the score on the last token that counts (Ziegler 2019, eq. 2).
+    """Per-token rewards: −kl_coef · kl, plus the score on each completion's last token (Ziegler 2019, eq. 2).
 
     Args:
-        scores: (B,) one a completion.
-        kl: (B, T) an estimator of the KL to the reference.
+        scores: (B,).
+        kl: (B, T) an estimate of the KL to the reference.
         mask: (B, T).
 
     Returns:
@@ -56,19 +56,19 @@ def generalised_advantages(
         rewards: (B, T).
         values: (B, T) V(s_t), the value before token t is written.
         mask: (B, T).
-        gamma: discount a token, in [0, 1].
+        gamma: discount per token, in [0, 1].
         lam: λ, in [0, 1].
 
     Returns:
         advantages and returns, each (B, T), zero where masked.
 
     Raises:
-        ValueError: shapes differ.
+        ValueError: the shapes differ.
     """
     if not rewards.shape == values.shape == mask.shape:
         raise ValueError(
             f"rewards {tuple(rewards.shape)}, values {tuple(values.shape)} and mask {tuple(mask.shape)} "
-            "must have one shape"
+            "must have the same shape"
         )
     counts = mask.to(values.dtype)
     values = values * counts
@@ -84,16 +84,17 @@ def generalised_advantages(
 
 
 def leave_one_out_advantages(totals: Tensor, groups: int) -> Tensor:
-    """REINFORCE leave-one-out: each completion's total reward minus the mean of its siblings' (Ahmadian 2024, eq. 8).
+    """REINFORCE leave-one-out: a completion's total reward minus its siblings' mean (Ahmadian 2024, eq. 8).
 
     Args:
-        totals: (B,) summed reward; the `groups` prompts' completions lie one after another, k = B / groups each.
+        totals: (B,) each completion's summed reward. The k = B / groups completions of a prompt are adjacent.
+        groups: number of prompts.
 
     Returns:
         (B,).
 
     Raises:
-        ValueError: fewer than two completions a prompt, or B is no multiple of groups.
+        ValueError: there are fewer than two completions per prompt, or B is not a multiple of groups.
     """
     grouped = _grouped(totals, groups)
     k = grouped.shape[1]
@@ -102,9 +103,9 @@ def leave_one_out_advantages(totals: Tensor, groups: int) -> Tensor:
 
 
 def group_relative_advantages(totals: Tensor, groups: int) -> Tensor:
-    """Each completion's total reward standardised within its prompt's group (Shao 2024, section 4.1.2).
+    """A completion's total reward, standardised over its prompt's completions (Shao 2024, section 4.1.2).
 
-    Arguments and errors as in `leave_one_out_advantages`; the standard deviation is the population's, plus 1e-4.
+    Arguments and errors are those of `leave_one_out_advantages`. The standard deviation is the population's, plus 1e-4.
     """
     grouped = _grouped(totals, groups)
     centred = grouped - grouped.mean(dim=1, keepdim=True)
@@ -113,15 +114,17 @@ def group_relative_advantages(totals: Tensor, groups: int) -> Tensor:
 
 def _grouped(totals: Tensor, groups: int) -> Tensor:
     if totals.numel() % groups or totals.numel() < 2 * groups:
-        raise ValueError(f"{totals.numel()} completions of {groups} prompts: at least two a prompt, and equally many")
+        raise ValueError(
+            f"{totals.numel()} completions of {groups} prompts: each prompt needs equally many, at least two"
+        )
     return totals.view(groups, -1)
 
 
 def whiten(values: Tensor, mask: Tensor) -> Tensor:
-    """Zero mean and unit variance over all tokens that count; zero elsewhere.
+    """Shift and scale to zero mean and unit variance over the unmasked tokens; zero elsewhere.
 
-    Pass the whole batch of all processes: whitening a share gives another result for another number of processes. The
-    variance is the population's; a batch without variance is only centred.
+    Pass the whole batch of all processes, or the result depends on how many processes there are. The variance is the
+    population's; a batch without variance is only centred.
     """
     counts = mask.to(values.dtype)
     total = counts.sum().clamp(min=1)
@@ -131,7 +134,7 @@ def whiten(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
-    """1 − Var(returns − values) / Var(returns) over the tokens that count; 0 where the returns do not vary."""
+    """1 − Var(returns − values) / Var(returns) over the unmasked tokens; 0 if the returns do not vary."""
     residual, target = (returns - values)[mask], returns[mask]
     spread = target.var(correction=0) if target.numel() else torch.tensor(0.0)
     if spread <= 1e-12:

@@ -1,6 +1,6 @@
-"""Resumable state of a PPO run: trained parameters, optimizer state and the few numbers that nothing else determines.
+"""Checkpoints of a PPO run: trained parameters, optimizer state and a few numbers, such as the KL coefficient.
 
-Everything random derives from the recipe's seed and the iteration, so no generator has a state to keep.
+No random generator's state is saved: all randomness derives from the recipe's seed and the iteration.
 """
 
 import json
@@ -24,11 +24,12 @@ def save(
     write: Callable[[Path], None],
     worth_keeping: Callable[[Sequence[int]], Collection[int]],
 ) -> None:
-    """Keep the state after `iteration` iterations, then remove checkpoints before it. Call in every process.
+    """Write the checkpoint of `iteration`, then remove earlier ones. Call in every process.
 
     Args:
-        write: puts parameters and optimizer state into a folder; called in every process.
-        worth_keeping: which of the earlier checkpoints, given as iterations, stay; called in the first process.
+        numbers: JSON-able state that is saved beside the tensors.
+        write: writes parameters and optimizer state into a folder; called in every process.
+        worth_keeping: given the earlier checkpoints' iterations, returns those to keep; called in the first process.
     """
     final = _folder(output, iteration)
     temporary = final.with_name(f".{final.name}")
@@ -41,11 +42,11 @@ def save(
     if processes.is_first():
         (temporary / NUMBERS).write_text(json.dumps({"iteration": iteration, **numbers}))
         for file in temporary.rglob("*"):
-            _flush(file)
+            _sync_to_disk(file)
         os.replace(temporary, final)
         *earlier, _ = saved_iterations(output)
-        for dropped in set(earlier) - set(worth_keeping(earlier)):
-            shutil.rmtree(_folder(output, dropped))
+        for outdated in set(earlier) - set(worth_keeping(earlier)):
+            shutil.rmtree(_folder(output, outdated))
     processes.barrier()
 
 
@@ -53,23 +54,23 @@ def _folder(output: Path, iteration: int) -> Path:
     return output / FOLDER / f"iteration-{iteration:06d}"
 
 
-def _flush(path: Path) -> None:
-    """Have the file on disk before the checkpoint before it is removed: a machine may lose its power."""
+def _sync_to_disk(path: Path) -> None:
+    """Flush a file to disk, so that a power failure after the removal of earlier checkpoints loses nothing."""
     if path.is_file():
         with path.open("rb") as file:
             os.fsync(file.fileno())
 
 
 def saved_iterations(output: Path) -> list[int]:
-    """The iterations after which there is a checkpoint, ascending."""
+    """The iterations that have a checkpoint, ascending."""
     return sorted(int(folder.name.partition("-")[2]) for folder in (output / FOLDER).glob("iteration-*"))
 
 
 def at(output: Path, iteration: int) -> tuple[Path, dict[str, Any]]:
-    """The folder and the numbers of the checkpoint after `iteration` iterations.
+    """The folder and the numbers of an iteration's checkpoint.
 
     Raises:
-        InputError: a file of it is damaged.
+        InputError: one of its files is damaged.
     """
     folder = _folder(output, iteration)
     check_files(folder)
@@ -77,6 +78,6 @@ def at(output: Path, iteration: int) -> tuple[Path, dict[str, Any]]:
 
 
 def newest(output: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint's folder and its numbers, or None where there is no checkpoint."""
+    """The newest checkpoint's folder and numbers, or None if there is no checkpoint."""
     saved = saved_iterations(output)
     return at(output, saved[-1]) if saved else None

@@ -1,7 +1,7 @@
-"""When a run ends, and whose policy it leaves: pure functions of its figures and of which checkpoints there are.
+"""Decides when a run ends and which iteration's policy it publishes: pure functions of figures and checkpoints.
 
-A row's figures are those of completions that the policy wrote before that iteration's updates. So a checkpoint is
-judged by the moving mean that ends with the next iteration, whose rollout its policy wrote.
+An iteration's figures describe completions sampled before its updates. So a checkpoint is judged by the moving mean
+that ends with the next iteration, whose completions its policy wrote.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from align.rl.settings import EarlyStopBlock
 
 @dataclass(frozen=True)
 class Ending:
-    """A run's end: after how many iterations, why before its last (None: it ran through), whose policy it leaves."""
+    """How a run ended: its last iteration, why it stopped early (None if it did not), and whose policy is published."""
 
     iteration: int
     stopped: str | None
@@ -21,7 +21,7 @@ class Ending:
 
     @property
     def sentence(self) -> str:
-        """What there is to tell; empty where the run went through and its last policy is left."""
+        """Describes an early stop or a roll-back; empty if all iterations were run and the last policy is published."""
         if self.stopped is None and self.published == self.iteration:
             return ""
         why = f" because {self.stopped}" if self.stopped else ""
@@ -34,7 +34,7 @@ class Ending:
 def ending(
     history: History, saved: Sequence[int], iteration: int, iterations: int, block: EarlyStopBlock | None
 ) -> Ending | None:
-    """The run's end, if `iteration` is its last of `iterations`; `saved` are the checkpoints there are or will be."""
+    """How the run ends after `iteration`, or None if it continues. `saved` iterations have or get a checkpoint."""
     reason = stop_reason(history, block) if block is not None else None
     if reason is None and iteration < iterations:
         return None
@@ -43,7 +43,7 @@ def ending(
 
 
 def stop_reason(history: History, block: EarlyStopBlock) -> str | None:
-    """Why the run is to stop after the newest iteration, or None."""
+    """Why the run should stop after the newest iteration, or None."""
     over = f"over {block.window} iterations"
     kl = moving_means(history, KL, block.window)
     if block.kl_above is not None and kl and kl[max(kl)] > block.kl_above:
@@ -61,15 +61,15 @@ def stop_reason(history: History, block: EarlyStopBlock) -> str | None:
 
 
 def best_checkpoint(history: History, saved: Sequence[int], block: EarlyStopBlock) -> int:
-    """The checkpoint with the highest mean, of those within `kl_above`; the newest where none was measured.
+    """The iteration of the checkpoint with the highest mean within `kl_above`; the newest if none can be judged.
 
     Args:
-        saved: iterations after which there is a checkpoint, ascending, at least one. One that no iteration followed is
-            judged by the mean up to it.
+        saved: iterations that have a checkpoint, ascending, at least one. If no iteration followed a checkpoint, it is
+            judged by the mean that ends with its own.
     """
     means = moving_means(history, block.figure, block.window)
     kl = moving_means(history, KL, block.window)
     limit = float("inf") if block.kl_above is None else block.kl_above
-    judged = {iteration: iteration + 1 if iteration + 1 in means else iteration for iteration in saved}
-    measured = [iteration for iteration in saved if judged[iteration] in means and kl[judged[iteration]] <= limit]
-    return max(measured, key=lambda iteration: means[judged[iteration]], default=saved[-1])
+    judged_at = {iteration: iteration + 1 if iteration + 1 in means else iteration for iteration in saved}
+    eligible = [iteration for iteration in saved if judged_at[iteration] in means and kl[judged_at[iteration]] <= limit]
+    return max(eligible, key=lambda iteration: means[judged_at[iteration]], default=saved[-1])

@@ -1,4 +1,4 @@
-"""What an iteration of PPO learns from: completions, and all that the updates need to know of them.
+"""Collects an iteration's rollout: samples completions, scores them, and computes what the updates need.
 
 Shapes: N completions of an iteration over all processes, T tokens of the longest, S reward sources.
 """
@@ -24,7 +24,8 @@ from align.rl.advantages import (
 )
 from align.rl.batches import Batches
 from align.rl.checkpoint import newest
-from align.rl.phase_times import Clock
+from align.rl.models import PpoModels, Role
+from align.rl.phase_times import PhaseTimer
 from align.rl.rewards import Rewards
 from align.rl.rollout import Completion, TokenizedPrompt, completion_mask, sample_completions, schedule
 from align.rl.settings import PpoBlock
@@ -34,14 +35,19 @@ from align.run.reproducibility import derive_seed
 
 @dataclass(frozen=True)
 class Experience:
-    """A rollout with all that the updates need, the same in every process.
+    """A rollout and what the updates need, the same in every process. Tensors are (N, T) unless stated otherwise.
 
-    `old_logprobs` of the first minibatch are sampling's until its training pass replaces them. `kl` is nats a
-    completion, (N,) for each of the estimators 'k1', 'k2' and 'k3'. `raw_scores` (N, S) are as the sources gave them,
-    with the mean of a source's scores where it abstained; `unscored` has the share of these by the source's name;
-    `standardised` on one scale and without the gold sources, `scores` (N,) one of each completion.
+    Args:
+        iteration: counted from 0.
+        old_logprobs: the first minibatch's are sampling's until its training pass replaces them.
+        kl: (N,) nats per completion, for each of the estimators 'k1', 'k2' and 'k3'.
+        raw_scores: (N, S) as the sources give them; where a source abstained, the mean of its other scores.
+        unscored: share of the completions from which a source abstained, by the source's name.
+        standardised: (N, trained sources) scores on one scale.
+        scores: (N,) combined, less the penalties for length and for a missing stop token.
     """
 
+    iteration: int
     completions: Sequence[Completion]
     mask: Tensor
     sampled_logprobs: Tensor
@@ -60,35 +66,36 @@ class Experience:
 
 @dataclass(frozen=True)
 class Collector:
-    """Samples, scores and prepares the rollout of each iteration; `models` are a `PpoModels`."""
+    """Collects the rollout of each iteration; `output` is the stage's folder, which error messages name."""
 
-    models: Any
+    models: PpoModels
     tokenizer: Any
     prompts: Sequence[TokenizedPrompt]
     rewards: Rewards
     settings: PpoBlock
     batches: Batches
-    clock: Clock
+    timer: PhaseTimer
     output: Path
     stop_ids: tuple[int, ...]
     seed: int
 
     def collect(self, iteration: int, kl_coef: float) -> Experience:
-        """One iteration's rollout. Call in every process."""
-        with self.clock.phase("generate"):
+        """Collect one iteration's rollout. Call in every process."""
+        with self.timer.phase("generate"):
             completions = self._sample(iteration)
-        with self.clock.phase("reward"):
-            raw_scores, unscored = self.rewards.filled(self._score(completions, iteration))
+        with self.timer.phase("reward"):
+            raw_scores, unscored = self.rewards.fill_unscored(self._score(completions, iteration))
             self._check_finite(raw_scores, completions, iteration)
-        with self.clock.phase("forward"):
-            passes = self._passes(completions, iteration)
+        with self.timer.phase("forward"):
+            passes = self._forward_passes(completions, iteration)
         mask = completion_mask(completions, passes["values"].shape[1])
         kl = kl_terms(passes["old_logprobs"], passes["ref_logprobs"])
         standardised = self.rewards.standardised(raw_scores)
-        scores = self._shaped(completions, self.rewards.combined(standardised))
+        scores = self._penalised(completions, self.rewards.combined(standardised))
         rewards = penalised_rewards(scores, kl[self.settings.kl_estimator], mask, kl_coef)
         advantages, returns = self._advantages(rewards, passes["values"], mask)
         return Experience(
+            iteration=iteration,
             completions=completions,
             mask=mask,
             kl={name: (term * mask).sum(dim=1) for name, term in kl.items()},
@@ -103,7 +110,7 @@ class Collector:
         )
 
     def _sample(self, iteration: int) -> list[Completion]:
-        """All processes' completions of the iteration, in the schedule's order."""
+        """The iteration's completions by all processes, in the schedule's order."""
         settings = self.settings
         scheduled = schedule(self.prompts, settings.rollout_batch, iteration, self.seed)
         rows = [
@@ -113,11 +120,11 @@ class Collector:
         ]
         size = min(settings.sampling.batch_size, -(-len(rows) // processes.world_size()))
         chunks = [range(start, min(start + size, len(rows))) for start in range(0, len(rows), size)]
-        mine = processes.share(chunks)
-        turns = -(-len(chunks) // processes.world_size())
+        mine = processes.shard(chunks)
+        most_chunks = -(-len(chunks) // processes.world_size())
         drawn = sample_completions(
             self.models,
-            [[rows[row] for row in chunk] for chunk in mine] + [[]] * (turns - len(mine)),
+            [[rows[row] for row in chunk] for chunk in mine] + [[]] * (most_chunks - len(mine)),
             max_new_tokens=settings.sampling.max_new_tokens,
             stop_ids=self.stop_ids,
             pad_id=self.tokenizer.pad_token_id,
@@ -125,16 +132,16 @@ class Collector:
             synced=self.models.sharded,
         )
         order = [row for chunk in mine for row in chunk]
-        return [completion for _, completion in sorted(gathered(list(zip(order, drawn, strict=True))))]
+        return [completion for _, completion in sorted(gather_items(list(zip(order, drawn, strict=True))))]
 
     def _score(self, completions: Sequence[Completion], iteration: int) -> Tensor:
-        """(N, S) raw scores, each made by one process."""
-        mine = list(processes.share(range(len(completions))))
+        """(N, S) raw scores; each completion is scored by one process."""
+        mine = list(processes.shard(range(len(completions))))
         scores = self.rewards.scores(
             [completions[row].prompt.prompt.prompt for row in mine], [completions[row].text for row in mine]
         )
         raw = torch.zeros(len(completions), len(self.rewards.names))
-        for row, each in gathered(list(zip(mine, scores.tolist(), strict=True))):
+        for row, each in gather_items(list(zip(mine, scores.tolist(), strict=True))):
             raw[row] = torch.tensor(each)
         return raw
 
@@ -145,8 +152,8 @@ class Collector:
             raise not_finite(fault, iteration, completions[row], self.output)
 
     @torch.no_grad()
-    def _passes(self, completions: Sequence[Completion], iteration: int) -> dict[str, Tensor]:
-        """Log-probs and values of the policy that sampled, and the reference's log-probs, (N, T) each."""
+    def _forward_passes(self, completions: Sequence[Completion], iteration: int) -> dict[str, Tensor]:
+        """The sampling policy's log-probs and values, and the reference's log-probs, (N, T) each."""
         width = max(len(completion.tokens) for completion in completions)
         sampled = _table([completion.sampled_logprobs for completion in completions], width)
         passes = {
@@ -156,28 +163,28 @@ class Collector:
             "values": _table([completion.sampled_values for completion in completions], width),
         }
         every = range(len(completions))
-        mine = self._passed(completions, every, "reference", "ref_logprobs")
+        mine = self._run_role(completions, every, "reference", "ref_logprobs")
         if self.settings.advantage == "gae" and not self.models.value_on_policy:
-            mine += self._passed(completions, every, "values", "values")
-        if not self.models.keeps_sampled:
+            mine += self._run_role(completions, every, "values", "values")
+        if not self.models.reuses_sampled_logprobs:
             later = self.batches.later_rows(len(completions), iteration)
-            mine += self._passed(completions, later, "logprobs", "old_logprobs")
-        for row, name, result in gathered(mine):
+            mine += self._run_role(completions, later, "logprobs", "old_logprobs")
+        for row, name, result in gather_items(mine):
             passes[name][row, : len(result)] = result
         return passes
 
-    def _passed(
-        self, completions: Sequence[Completion], rows: Sequence[int], role: str, name: str
+    def _run_role(
+        self, completions: Sequence[Completion], rows: Sequence[int], role: Role, name: str
     ) -> list[tuple[int, str, Tensor]]:
-        """What a role says of this process's share of rows: each row, the name, and (T,) numbers."""
+        """Run this process's share of rows through the models in a role; each row, `name`, and its (T,) result."""
         found = []
-        for batch in self.batches.cut(completions, processes.share(rows), with_gradient=False):
+        for batch in self.batches.cut(completions, processes.shard(rows), with_gradient=False):
             results = self.models(role, sequences=batch.sequences).result.cpu()
             found += [(row, name, result) for row, result in zip(batch.rows.tolist(), results, strict=True)]
         return found
 
-    def _shaped(self, completions: Sequence[Completion], scores: Tensor) -> Tensor:
-        """(N,) scores less the penalties for length and for a completion that the limit cut."""
+    def _penalised(self, completions: Sequence[Completion], scores: Tensor) -> Tensor:
+        """(N,) scores less the penalties for length and for a missing stop token."""
         cut = torch.tensor([not completion.stopped for completion in completions])
         tokens = torch.tensor([len(completion.tokens) for completion in completions])
         return scores - self.settings.missing_eos_penalty * cut - self.settings.length_penalty * tokens
@@ -193,25 +200,25 @@ class Collector:
 
 
 def not_finite(fault: str, iteration: int, completion: Completion | None, output: Path) -> NotFinite:
-    """The error that stops a run, with the place and, where one is at fault, its prompt; what is kept; what to do."""
+    """The error that stops a run: where it failed, on which prompt if known, what is kept, and the remedy."""
     place = f"at step {iteration + 1}"
     if completion is not None:
         prompt = completion.prompt.prompt
         place += f", prompt '{prompt.id}' ({printable(shortened(prompt.prompt[-1].content))!r})"
-    kept = "there is no checkpoint yet"
+    kept = "there is no checkpoint to resume from"
     if newest(output) is not None:
-        kept = f"the last checkpoint is kept in {output}, and the same command goes on from there"
+        kept = f"the last checkpoint is kept in {output}, and the same command resumes from it"
     return NotFinite(
-        f"ppo: {fault} {place}. The run stopped; {kept}. If the reward is at fault, mend it; a lower "
-        "ppo.optimizer.learning_rate or model.precision fp32 starts ppo anew."
+        f"ppo: {fault} {place}. The run stopped; {kept}. If the reward is at fault, fix it. Otherwise set a "
+        "lower ppo.optimizer.learning_rate, or model.precision fp32; either starts ppo from scratch."
     )
 
 
-def gathered(items: list[Any]) -> list[Any]:
-    """All processes' items, in every process."""
+def gather_items(items: list[Any]) -> list[Any]:
+    """The items of all processes, in every process."""
     return gather_object(items) if processes.world_size() > 1 else items
 
 
 def _table(rows: Sequence[Sequence[float]], width: int) -> Tensor:
-    """(N, width) rows of numbers, 0 behind each."""
+    """(N, width) rows of numbers, padded with zeros on the right."""
     return torch.tensor([[*row, *[0.0] * (width - len(row))] for row in rows])

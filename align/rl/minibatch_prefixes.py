@@ -1,35 +1,35 @@
-"""What the prompts of a minibatch begin with, taken in once for all its micro-batches, gradient and all."""
+"""The shared prefixes of a minibatch's prompts, prefilled once for all its micro-batches, with their gradient."""
 
 from collections.abc import Sequence
 from dataclasses import replace
 
 from align.decoding.shared_prefixes import EncodedPrefixes
 from align.rl.batches import MicroBatch, common_prefixes
-from align.rl.models import Reader
+from align.rl.models import Network
 from align.rl.sequences import Sequences
 from align.rl.updates import Updates
 
 
 class MinibatchPrefixes:
-    """Common openings as policy and value read them; nothing where the micro-batches have none in common.
+    """The prefixes common to a minibatch's micro-batches, encoded by policy and value; without common ones, nothing.
 
-    The activations of the openings stay until `backward`, those of the micro-batches don't.
+    The prefixes' activations are held until `backward`; those of a micro-batch only for its own backward pass.
     """
 
     def __init__(self, updates: Updates, batches: Sequence[MicroBatch]) -> None:
         self._updates = updates
         self._common = common_prefixes(batches)
-        self._taken_in: dict[Reader, EncodedPrefixes] = {}
+        self._encoded: dict[Network, EncodedPrefixes] = {}
 
-    def before(self, batch: MicroBatch, reader: Reader) -> Sequences:
-        """The micro-batch's sequences, after openings that need not go through the model again."""
+    def sequences(self, batch: MicroBatch, network: Network) -> Sequences:
+        """The micro-batch's sequences, with prefixes that the network has already encoded."""
         if self._common is None:
             return batch.sequences
-        if reader not in self._taken_in:
-            self._taken_in[reader] = self._updates.wrapped("openings", openings=self._common, reader=reader)
-        return replace(batch.sequences, openings=self._taken_in[reader].before(batch.sequences.openings))
+        if network not in self._encoded:
+            self._encoded[network] = self._updates.wrapped("prefixes", prefixes=self._common, network=network)
+        return replace(batch.sequences, prefixes=self._encoded[network].attach(batch.sequences.prefixes))
 
     def backward(self) -> None:
-        """Add the openings' part of the gradient, after the backward passes of all micro-batches."""
-        for encode_prefixes in self._taken_in.values():
-            encode_prefixes.backward()
+        """Backpropagate through the prefixes. Call after the backward passes of all micro-batches."""
+        for encoded in self._encoded.values():
+            encoded.backward()

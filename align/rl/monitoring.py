@@ -1,7 +1,7 @@
-"""Watching a PPO run: alarms, samples to look at, and the end before its time. The loop asks once an iteration.
+"""Monitors a PPO run once per iteration: raises alarms, shows samples, and decides on an early stop.
 
-Only the first process looks, at its own figures, and what it decides holds in all. Whatever it decides follows from
-the rows of `metrics.jsonl` and the checkpoints on disk, so a resumed run decides as an undisturbed one.
+The first process decides for all, from its own figures. Its decisions follow from `metrics.jsonl` and the checkpoints
+on disk alone, so a resumed run makes the same ones as an uninterrupted run.
 """
 
 import json
@@ -17,12 +17,12 @@ from tqdm import tqdm
 from align.figures.tables import Sheet, print_sheet, printable, shortened
 from align.records import read_jsonl
 from align.rl import checkpoint
-from align.rl.alarms import Alarm, Seen, fired
+from align.rl.alarms import Alarm, WatchedRun, fired
 from align.rl.early_stop import Ending, best_checkpoint, ending
 from align.rl.metric_history import Row, length_controlled_score
 from align.rl.settings import PpoBlock
 from align.run import processes
-from align.run.tracking import METRICS, Tracker, plain_row, truncate_rows
+from align.run.tracking import METRICS, Tracker, json_row, truncate_rows
 
 ALARMS = "alarms.jsonl"
 SAMPLES_SHOWN = 4
@@ -32,17 +32,17 @@ SAMPLE_COLUMNS = ("prompt", "completion", "score", "KL", "tokens")
 
 @dataclass(frozen=True)
 class Observed:
-    """What looking at an iteration adds to its figures, and the run's end where this was its last."""
+    """Figures to add to an iteration's own, and how the run ended if this was its last iteration."""
 
     figures: dict[str, float]
     ending: Ending | None
 
 
 class Watch:
-    """Looks at a run's figures as they come.
+    """Monitors a run's figures.
 
     Args:
-        gold: names of the reward sources that nothing is trained against.
+        gold: names of the gold reward sources, whose scores are only reported.
         output: the stage's folder, with `metrics.jsonl` and the checkpoints; alarms go to `alarms.jsonl` there.
     """
 
@@ -54,20 +54,20 @@ class Watch:
         self.history: list[Row] = []
 
     def resume(self, iteration: int) -> Ending | None:
-        """Go on after `iteration` iterations; the run's end where it had ended there. Call in every process."""
-        return processes.decided_by_first(lambda: self._resume(iteration))
+        """Resume after `iteration`; returns how the run ended, if it had ended there. Call in every process."""
+        return processes.decide_on_first_rank(lambda: self._resume(iteration))
 
     def observe(self, iteration: int, figures: Mapping[str, float]) -> Observed:
-        """Look at a finished iteration. Call in every process, before its figures are logged."""
-        return processes.decided_by_first(lambda: self._observe(iteration, figures))
+        """Process the figures of a finished iteration. Call in every process, before they are logged."""
+        return processes.decide_on_first_rank(lambda: self._observe(iteration, figures))
 
     def worth_keeping(self, saved: Sequence[int]) -> Collection[int]:
-        """Which earlier checkpoint to keep beside the newest: the best of them, where the run may roll back to it."""
+        """The earlier checkpoint to keep beside the newest: the best one, if the run may roll back to it."""
         block = self.settings.early_stop
         return {best_checkpoint(self.history, saved, block)} if saved and block and block.roll_back else ()
 
     def show_samples(self, iteration: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Every `sample_table_every` iterations, a few of the rollout's rows, in the terminal and in wandb."""
+        """Show a few of the rollout's rows in the terminal and in wandb, every `sample_table_every` iterations."""
         every = self.settings.sample_table_every
         if every is None or iteration % every:
             return
@@ -85,24 +85,24 @@ class Watch:
         return self._ending(iteration)
 
     def _observe(self, iteration: int, figures: Mapping[str, float]) -> Observed:
-        row = plain_row(iteration, figures)
+        row = json_row(iteration, figures)
         self.history.append(row)
-        found = {"score_length_controlled": length_controlled_score(self.history, self.settings.watch.window)}
-        row |= found
-        alarms = fired(Seen(self.history, self.settings.watch, self.gold))
+        controlled = {"score_length_controlled": length_controlled_score(self.history, self.settings.watch.window)}
+        row |= controlled
+        alarms = fired(WatchedRun(self.history, self.settings.watch, self.gold))
         end = self._ending(iteration)
         if end is not None and end.sentence:
             alarms.append(Alarm("early_stop" if end.stopped else "roll_back", end.sentence))
-        told = {f"alarm/{alarm.name}": 1.0 for alarm in alarms}
-        row |= told
-        self._tell(iteration, alarms)
-        return Observed(found | told, end)
+        alarm_figures = {f"alarm/{alarm.name}": 1.0 for alarm in alarms}
+        row |= alarm_figures
+        self._report(iteration, alarms)
+        return Observed(controlled | alarm_figures, end)
 
     def _ending(self, iteration: int) -> Ending | None:
         saved = sorted({*checkpoint.saved_iterations(self.output), iteration})
         return ending(self.history, saved, iteration, self.settings.iterations, self.settings.early_stop)
 
-    def _tell(self, iteration: int, alarms: Sequence[Alarm]) -> None:
+    def _report(self, iteration: int, alarms: Sequence[Alarm]) -> None:
         with (self.output / ALARMS).open("a", encoding="utf-8") as out:
             for alarm in alarms:
                 row = {"iteration": iteration, "alarm": alarm.name, "sentence": alarm.sentence}
@@ -116,7 +116,7 @@ def _sample(row: Mapping[str, Any]) -> tuple[str, str, float, float, int]:
 
 
 def _cell(value: Any) -> str:
-    """A figure in three digits; a text in one line, cut where it is long."""
+    """A number to three digits, or a text shortened to one line."""
     if not isinstance(value, str):
         return f"{value:.3g}"
     return shortened(value, SHOWN_CHARACTERS)

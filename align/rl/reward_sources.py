@@ -1,40 +1,41 @@
-"""Rewards that are not the reward stage's: any sequence classifier, and Python functions."""
+"""Rewards from outside the reward stage: any sequence classifier, Python functions, and the judge."""
 
 import importlib
 import math
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
 from align.data.chat import conversation_ids
-from align.decoding.shared_prefixes import right_padded
 from align.errors import AlignError, InputError, first_line
 from align.models.heads import pooled_scores
+from align.models.padding import right_padded
 from align.models.sources import resolve_model
 from align.records import Conversation, as_dicts
-from align.rl.rewards import Reward
+from align.rl.rewards import Reward, score_by_length
 from align.settings.blocks import ModelBlock, RewardSourceBlock
 
 UNLIMITED = 10**9
-"""Tokenizers that know no limit give a number above this."""
+"""Tokenizers without a length limit report a number above this."""
 
 
 def open_reward(
     source: RewardSourceBlock, block: ModelBlock, *, batch_size: int, dtype: torch.dtype, device: torch.device
 ) -> Reward:
-    """The function or the classifier that a recipe names; `block` is the recipe's model.
+    """Load the function or the classifier that a recipe names; `block` is the recipe's `model` block.
 
     Raises:
-        InputError: as for `load_function_reward` and `load_classifier_reward`.
+        InputError: see `load_function_reward` and `load_classifier_reward`.
     """
     if source.function is not None:
         return load_function_reward(source.function)
-    assert source.model is not None, "the reward stage's model is opened by who knows its folder"
+    assert source.model is not None, "the caller opens the reward stage's model, since it knows the folder"
     return load_classifier_reward(
         source.model,
         revision=source.revision,
@@ -48,62 +49,53 @@ def open_reward(
     )
 
 
+@dataclass(frozen=True)
 class ClassifierReward:
-    """One output (a logit) of a sequence classifier of any family, which reads the text by its own tokenizer.
+    """One output (a logit) of a sequence classifier of any family, which reads text by its own tokenizer.
 
-    With a chat template the tokenizer gets the conversation in it; without one it gets the prompt and the completion as
-    a pair of texts, as cross-encoders are trained. What is longer than the model can read loses its beginning.
+    If the tokenizer has a chat template, it encodes the conversation with it; otherwise it encodes the prompt and the
+    completion as a pair of texts, as in the training of cross-encoders. Inputs that are too long are cut at the start.
 
     Args:
-        output: which of the classifier's outputs.
-        completion_alone: the model is shown no prompt.
-        system_prompt: put before conversations that have none, where the tokenizer has a chat template.
-        batch_size: texts a pass.
+        output: index of the classifier's output.
+        completion_alone: the model reads the completion without its prompt.
+        batch_size: texts per pass.
+        system_prompt: prepended to conversations that have none, if the tokenizer has a chat template.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        tokenizer: Any,
-        output: int,
-        *,
-        completion_alone: bool,
-        batch_size: int,
-        system_prompt: str | None = None,
-    ) -> None:
-        self.model = model
-        self.tokenizer = tokenizer
-        self.output = output
-        self.completion_alone = completion_alone
-        self.batch_size = batch_size
-        self.system_prompt = system_prompt
-        self.limit = longest_input(model, tokenizer)
+    model: Any
+    tokenizer: Any
+    output: int
+    completion_alone: bool
+    batch_size: int
+    system_prompt: str | None = None
+
+    @property
+    def limit(self) -> int:
+        """The most tokens that the model can read at once."""
+        positions = getattr(self.model.config, "max_position_embeddings", None) or UNLIMITED
+        return min(int(self.tokenizer.model_max_length), positions, UNLIMITED)
 
     def __call__(self, prompts: Sequence[Conversation], completions: Sequence[str]) -> Tensor:
         rows = [self._encoded(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
-        order = sorted(range(len(rows)), key=lambda row: len(rows[row]["input_ids"]))
-        result = torch.zeros(len(rows))
-        for start in range(0, len(order), self.batch_size):
-            group = order[start : start + self.batch_size]
-            with torch.no_grad():
-                logits = self._logits([rows[row] for row in group])
-            result[group] = logits[:, self.output].float().cpu()
-        return result
+        lengths = [len(row["input_ids"]) for row in rows]
+        return score_by_length(lambda batch: self._logits(batch)[:, self.output], rows, lengths, self.batch_size)
 
     def _encoded(self, prompt: Conversation, completion: str) -> dict[str, list[int]]:
         options = {"truncation": True, "max_length": self.limit}
         if self.completion_alone:
             return dict(self.tokenizer(completion, **options))
         if self.tokenizer.chat_template:
-            opening, words = conversation_ids(self.tokenizer, prompt, completion, self.system_prompt)
-            return {"input_ids": [*opening, *words][-self.limit :]}
+            prompt_ids, completion_ids = conversation_ids(self.tokenizer, prompt, completion, self.system_prompt)
+            return {"input_ids": [*prompt_ids, *completion_ids][-self.limit :]}
         return dict(self.tokenizer("\n\n".join(message.content for message in prompt), completion, **options))
 
+    @torch.no_grad()
     def _logits(self, rows: Sequence[dict[str, list[int]]]) -> Tensor:
         """(B, outputs)."""
         device = self.model.device
         ids, mask = right_padded([row["input_ids"] for row in rows], self.tokenizer.pad_token_id, device)
-        if hasattr(self.model, "score"):  # a language model's, which reads the last token that counts
+        if hasattr(self.model, "score"):  # a language model, which reads the last attended token
             logits = pooled_scores(self.model, ids, mask)
             return logits if logits.dim() > 1 else logits[:, None]
         inputs = {"input_ids": ids, "attention_mask": mask}
@@ -125,7 +117,7 @@ def load_classifier_reward(
     device: torch.device,
     trust_remote_code: bool = False,
 ) -> ClassifierReward:
-    """A classifier of the hub or of a folder, frozen.
+    """Load a frozen classifier from the hub or a folder.
 
     Raises:
         InputError: it cannot be loaded, its head is untrained, or `label` names none of its outputs.
@@ -145,25 +137,18 @@ def load_classifier_reward(
         ) from error
     if missing := sorted(loading["missing_keys"]):
         raise InputError(
-            f"ppo.rewards: {name} is no trained sequence classifier, it lacks {missing[0]}; name one, or a reward "
-            "stage's `model/`"
+            f"ppo.rewards: {name} is not a trained sequence classifier: it lacks {missing[0]}; name one that is, or a "
+            "reward stage's `model/`"
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     output = output_index(name, model.config, label)
     model = model.eval().requires_grad_(False).to(device)
-    return ClassifierReward(
-        model,
-        tokenizer,
-        output,
-        completion_alone=completion_alone,
-        batch_size=batch_size,
-        system_prompt=system_prompt,
-    )
+    return ClassifierReward(model, tokenizer, output, completion_alone, batch_size, system_prompt)
 
 
 def output_index(name: str, config: Any, label: str | None) -> int:
-    """Which output a label (a name, or a number) is; of a single output none needs to be named."""
+    """The index of the output with a label (a name or a number); the label may be None if there is one output."""
     labels = {str(text): int(number) for number, text in config.id2label.items()}
     numbers = {str(number): number for number in labels.values()}
     if label is None and len(labels) == 1:
@@ -174,43 +159,36 @@ def output_index(name: str, config: Any, label: str | None) -> int:
     return (labels | numbers)[label]
 
 
-def longest_input(model: Any, tokenizer: Any) -> int:
-    """Tokens that the model can read at once."""
-    limits = [tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None) or UNLIMITED]
-    return min(int(limit) for limit in limits if limit <= UNLIMITED) if min(limits) <= UNLIMITED else UNLIMITED
+@dataclass(frozen=True)
+class JudgeReward:
+    """Scores that the recipe's judge gives directly. `scores` returns None where the judge abstains."""
 
-
-class ScoresReward:
-    """Scores that come as numbers of prompts and completions, from whatever the stage composed; None for no score."""
-
-    may_abstain = True
-
-    def __init__(self, scores: Callable[[Sequence[Conversation], Sequence[str]], Sequence[float | None]]) -> None:
-        self.scores = scores
+    may_abstain: ClassVar[bool] = True
+    scores: Callable[[Sequence[Conversation], Sequence[str]], Sequence[float | None]]
 
     def __call__(self, prompts: Sequence[Conversation], completions: Sequence[str]) -> Tensor:
         given = self.scores(prompts, completions)
         return torch.tensor([math.nan if score is None else score for score in given], dtype=torch.float32)
 
 
+@dataclass(frozen=True)
 class FunctionReward:
-    """A Python function of prompts (lists of messages, each with `role` and `content`) and completions (texts).
+    """The user's function of prompts (lists of messages, each with `role` and `content`) and completions (texts).
 
-    It gives one number a completion, higher for a better one.
+    It returns one number per completion, higher for a better one.
     """
 
-    def __init__(self, name: str, function: Callable[..., Any]) -> None:
-        self.name = name
-        self.function = function
+    name: str
+    function: Callable[..., Any]
 
     def __call__(self, prompts: Sequence[Conversation], completions: Sequence[str]) -> Tensor:
         try:
             given = list(self.function([as_dicts(prompt) for prompt in prompts], list(completions)))
             scores = torch.tensor([float(score) for score in given])
-        except Exception as error:  # it is the person's own code
+        except Exception as error:  # the user's code may raise anything
             raise AlignError(
-                f"ppo.rewards: {self.name} failed ({type(error).__name__}: {error}); it takes (prompts, completions) "
-                "and gives one number a completion"
+                f"ppo.rewards: {self.name} failed ({type(error).__name__}: {error}); it must take (prompts, "
+                "completions) and return one number per completion"
             ) from error
         if len(scores) != len(completions):
             raise AlignError(f"ppo.rewards: {self.name} gave {len(scores)} scores for {len(completions)} completions")
@@ -218,10 +196,10 @@ class FunctionReward:
 
 
 def load_function_reward(name: str) -> FunctionReward:
-    """The function `module:function`; modules in the working folder are found first.
+    """Import the function `module:function`. Modules in the working folder take precedence.
 
     Raises:
-        InputError: there is no such module, it cannot be imported, or it has no such function.
+        InputError: the module does not exist or cannot be imported, or it has no such function.
     """
     module_name, _, function_name = name.partition(":")
     here = str(Path.cwd())
@@ -229,10 +207,10 @@ def load_function_reward(name: str) -> FunctionReward:
         sys.path.insert(0, here)
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # importing runs the person's own code
+    except Exception as error:  # importing runs the user's code
         raise InputError(
             f"ppo.rewards: {name}: the module cannot be imported ({type(error).__name__}: {error}); it is looked "
-            f"for in {here}, then among the installed packages"
+            f"up in {here}, then among the installed packages"
         ) from error
     function = getattr(module, function_name, None)
     if not callable(function):

@@ -1,4 +1,4 @@
-"""Scores of completions, their standardisation, and how several sources become one score.
+"""Scores completions by one or more sources, standardises the scores, and combines them into one.
 
 Shapes: N completions, S sources.
 """
@@ -17,65 +17,65 @@ from align.rl.settings import ScoreBlock
 
 
 class Reward(Protocol):
-    """Scores completions of prompts: higher is better, one float a completion.
+    """Scores completions of prompts, one float per completion; higher is better.
 
-    One with `may_abstain` gives NaN for what it has no score for.
+    A reward whose attribute `may_abstain` is true gives NaN where it has no score.
     """
 
     def __call__(self, prompts: Sequence[Conversation], completions: Sequence[str]) -> Tensor:
         """(B,) float32."""
 
 
+@dataclass(frozen=True)
 class RewardModel:
-    """A sequence classifier's score of a conversation, read at the token that ends the assistant's turn.
+    """A reward stage's model, whose score of a conversation is read at the token that ends the assistant's turn.
 
-    Completions are taken as text and tokenized by the reward model's own tokenizer and template, exactly as in its
-    training; so a reward model of another family works as well as one on the policy's trunk.
+    Conversations are tokenized as text by the reward model's own tokenizer and template, exactly as in its training. So
+    the model may be of another family than the policy.
 
     Args:
-        scores: of conversations as token ids, (B,).
+        scores: maps B conversations, as token ids, to (B,) scores.
         tokenizer: the reward model's.
-        batch_size: conversations a pass.
-        system_prompt: put before conversations that have none, as in the reward model's training.
+        batch_size: conversations per pass.
+        system_prompt: prepended to conversations that have none, as in the reward model's training.
     """
 
-    def __init__(
-        self,
-        scores: Callable[[Sequence[Sequence[int]]], Tensor],
-        tokenizer: Any,
-        *,
-        batch_size: int,
-        system_prompt: str | None = None,
-    ) -> None:
-        self.scores = scores
-        self.tokenizer = tokenizer
-        self.batch_size = batch_size
-        self.system_prompt = system_prompt
+    scores: Callable[[Sequence[Sequence[int]]], Tensor]
+    tokenizer: Any
+    batch_size: int
+    system_prompt: str | None = None
 
     def __call__(self, prompts: Sequence[Conversation], completions: Sequence[str]) -> Tensor:
         rows = [self._ids(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
-        order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
-        result = torch.zeros(len(rows))
-        for start in range(0, len(order), self.batch_size):
-            group = order[start : start + self.batch_size]
-            result[group] = self.scores([rows[row] for row in group]).float().cpu()
-        return result
+        return score_by_length(self.scores, rows, [len(row) for row in rows], self.batch_size)
 
     def _ids(self, prompt: Conversation, completion: str) -> list[int]:
-        opening, words = conversation_ids(self.tokenizer, prompt, completion, self.system_prompt)
-        return [*opening, *words]
+        prompt_ids, completion_ids = conversation_ids(self.tokenizer, prompt, completion, self.system_prompt)
+        return [*prompt_ids, *completion_ids]
+
+
+def score_by_length(
+    score: Callable[[list[Any]], Tensor], rows: Sequence[Any], lengths: Sequence[int], batch_size: int
+) -> Tensor:
+    """(N,) scores of rows, on the CPU in float32. Batches have rows of similar length, so that little is padding."""
+    order = sorted(range(len(rows)), key=lambda row: lengths[row])
+    result = torch.zeros(len(rows))
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        result[batch] = score([rows[row] for row in batch]).float().cpu()
+    return result
 
 
 @dataclass
 class RunningMoments:
-    """Mean and variance of all values seen, updated a batch at a time (Chan et al. 1979, parallel variance)."""
+    """Mean and variance of all values seen, updated batch by batch (Chan et al. 1979, parallel variance)."""
 
     count: float = 0.0
     mean: float = 0.0
     squares: float = 0.0
 
     def update(self, values: Tensor) -> None:
-        """Take in a batch; pass that of all processes."""
+        """Add the values of a batch. Pass the batch of all processes."""
         batch = values.double()
         count, mean = batch.numel(), float(batch.mean())
         delta, total = mean - self.mean, self.count + count
@@ -85,22 +85,26 @@ class RunningMoments:
 
     @property
     def std(self) -> float:
-        """Population standard deviation; 1 before two values have been seen, or where they do not vary."""
+        """Population standard deviation; 1 before two values have been seen, or if they do not vary."""
         deviation = (self.squares / self.count) ** 0.5 if self.count > 1 else 0.0
         return deviation if deviation > 1e-8 else 1.0
 
 
 def standardise(scores: Tensor, mean: float, std: float, clip: float | None) -> Tensor:
     """(score − mean) / std, kept within ±clip."""
-    standard = (scores - mean) / std
-    return standard if clip is None else standard.clamp(-clip, clip)
+    standardised = (scores - mean) / std
+    return standardised if clip is None else standardised.clamp(-clip, clip)
 
 
 @dataclass
 class RewardSource:
-    """A source of scores: its weight among several, and its scores' moments where these are known beforehand.
+    """A source of scores.
 
-    A gold source's scores are for reports: nothing is trained against them.
+    Args:
+        weight: in the weighted mean of several sources.
+        moments: mean and standard deviation of its scores, if known beforehand.
+        gold: its scores are only reported; nothing is trained against them.
+        seen: moments of its scores so far.
     """
 
     name: str
@@ -112,7 +116,7 @@ class RewardSource:
 
 
 class Rewards:
-    """All sources of scores, and what becomes of these. The gold ones come last among the columns of scores."""
+    """The sources of scores, and how their scores become one. Gold sources come last among the columns of scores."""
 
     def __init__(self, sources: Sequence[RewardSource], block: ScoreBlock) -> None:
         self.sources = sorted(sources, key=lambda source: source.gold)
@@ -122,16 +126,18 @@ class Rewards:
 
     @property
     def names(self) -> list[str]:
-        """The sources', in the order of the columns of scores."""
+        """The sources' names, in the order of the columns of scores."""
         return [source.name for source in self.sources]
 
     def scores(self, prompts: Sequence[Conversation], completions: Sequence[str]) -> Tensor:
-        """(N, S) scores as the sources give them."""
+        """(N, S) raw scores; NaN where a source abstained."""
         return torch.stack([source.reward(prompts, completions).float() for source in self.sources], dim=1)
 
-    def filled(self, scores: Tensor) -> tuple[Tensor, dict[str, float]]:
-        """(N, S) scores in which what a source abstained from has the mean of what it scored, so that it moves nothing;
-        and by name the share that each source that may abstain left unscored. Pass those of all processes.
+    def fill_unscored(self, scores: Tensor) -> tuple[Tensor, dict[str, float]]:
+        """Replace a source's missing scores by the mean of its others, which is neutral. Pass all processes' scores.
+
+        Returns:
+            (N, S) scores, and by name the share of completions from which each source that may abstain did.
 
         Raises:
             AlignError: a source scored nothing.
@@ -144,7 +150,7 @@ class Rewards:
             if unscored.all():
                 raise AlignError(
                     f"ppo.rewards: {source.name} scored none of {len(scores)} completions: no principle applies to "
-                    "their prompts, or the judge abstained; look at the principles' `applies`, name another model in "
+                    "their prompts, or the judge abstained; check the principles' `applies`, choose another model in "
                     "`judge.engine`, or lower `judge.min_option_mass`"
                 )
             filled[unscored, column] = scores[~unscored, column].mean()
@@ -152,7 +158,7 @@ class Rewards:
         return filled, shares
 
     def standardised(self, scores: Tensor) -> Tensor:
-        """(N, trained) scores on one scale. Pass those of all processes: running moments take them in."""
+        """(N, trained sources) scores on one scale. Pass all processes' scores: they update the running moments."""
         columns = []
         for source, column in zip(self.sources[: self.trained], scores.unbind(1), strict=False):
             mean, std = 0.0, 1.0
@@ -165,31 +171,31 @@ class Rewards:
         return torch.stack(columns, dim=1)
 
     def combined(self, standardised: Tensor) -> Tensor:
-        """(N,) one score a completion."""
+        """(N,) one score per completion."""
         if self.block.combine == "minimum":
             return standardised.amin(dim=1)
         mean, spread = weighted_moments(standardised, self.weights)
         return mean - self.block.disagreement_coef * spread
 
     def state(self) -> dict[str, Any]:
-        """What has to be kept to go on: JSON-able."""
+        """The running moments that a checkpoint saves: JSON-able."""
         return {source.name: source.seen.__dict__ for source in self.sources}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state` gave."""
+        """Restore what `state` returned."""
         for source in self.sources:
             source.seen = RunningMoments(**state[source.name])
 
 
 def weighted_moments(scores: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """(N,) means and standard deviations over the sources of (N, S) scores; weights (S,) are shares of their sum."""
+    """(N,) weighted means and standard deviations of (N, S) scores over the sources; weights (S,) are normalised."""
     shares = weights / weights.sum()
     mean = scores @ shares
     return mean, ((scores - mean[:, None]).square() @ shares).sqrt()
 
 
 def adapted_kl_coef(kl_coef: float, kl: float, target: float, completions: int, horizon: int) -> float:
-    """The coefficient after a batch whose KL to the reference was `kl` nats a completion (Ziegler 2019, section 2.2).
+    """The KL coefficient after a batch whose KL was `kl` nats per completion (Ziegler 2019, section 2.2).
 
     e = clip(kl / target − 1, ±0.2);  β ← β (1 + e · completions / horizon).
     """

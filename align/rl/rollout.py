@@ -1,7 +1,7 @@
-"""What one PPO iteration samples.
+"""Schedules the prompts of a PPO iteration and samples their completions.
 
-Shapes: N completions an iteration over all processes, T tokens of the longest. Every process holds the whole rollout
-(it is small: ids and a few floats a token), so statistics are over all processes by construction.
+Every process holds the whole rollout (it is small: ids and a few floats per token), so statistics are over all
+processes by construction.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ from align.run.reproducibility import derive_seed
 
 @dataclass(frozen=True)
 class TokenizedPrompt:
-    """A prompt and its token ids, chat template applied."""
+    """A prompt and its token ids, with the chat template applied."""
 
     prompt: Prompt
     ids: tuple[int, ...]
@@ -26,10 +26,10 @@ class TokenizedPrompt:
 
 @dataclass(frozen=True)
 class Completion:
-    """One sampled completion: its tokens (stop token included), what it says, and whether it stopped by itself.
+    """One completion: its tokens (stop token included), its text, and whether it ended with a stop token.
 
-    `sampled_logprobs` are those of the pass that sampled it, and `sampled_values` the values before each token, empty
-    where that pass gives none. `seed` is what it was drawn with; None for one that was not sampled.
+    `sampled_logprobs` and `sampled_values` (the value before each token) come from the passes that sampled it; without
+    a value head on the policy there are no values. `seed` is None for a completion that was not sampled.
     """
 
     prompt: TokenizedPrompt
@@ -46,7 +46,7 @@ class Completion:
 
 
 class GenerationView:
-    """The models' 'generate' role, in the shape of a causal language model."""
+    """Presents the models' "generate" role as a causal LM to the decoder."""
 
     def __init__(self, models: PpoModels) -> None:
         self.models = models
@@ -59,18 +59,18 @@ class GenerationView:
 
 
 def schedule(prompts: Sequence[TokenizedPrompt], count: int, iteration: int, seed: int) -> list[TokenizedPrompt]:
-    """The iteration's prompts: the next `count` of an endless chain of shuffles, each shuffle using every prompt once.
+    """The iteration's prompts: the next `count` of an endless chain of shuffles of all prompts.
 
-    A function of its arguments alone, so a resumed run needs no data position.
+    It depends on its arguments alone, so a resumed run needs no saved position in the data.
     """
     positions = range(iteration * count, (iteration + 1) * count)
-    orders = {position // len(prompts): None for position in positions}
-    shuffles = {turn: permutation(len(prompts), derive_seed(seed, "prompts", turn)) for turn in orders}
+    rounds = {position // len(prompts) for position in positions}
+    shuffles = {each: permutation(len(prompts), derive_seed(seed, "prompts", each)) for each in rounds}
     return [prompts[shuffles[position // len(prompts)][position % len(prompts)]] for position in positions]
 
 
 def permutation(count: int, seed: int) -> list[int]:
-    """The numbers below `count` in an order that the seed alone decides."""
+    """The numbers below `count`, shuffled by the seed."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
 
 
@@ -84,9 +84,10 @@ def sample_completions(
     to_text: Callable[[Sequence[int]], str],
     synced: bool,
 ) -> list[Completion]:
-    """Complete each (prompt, seed) once with the policy, a chunk at a time.
+    """Sample one completion of each (prompt, seed) from the policy, chunk by chunk.
 
-    Where the weights are sharded every process brings equally many chunks, some perhaps empty, and `synced` is set.
+    Args:
+        synced: the weights are sharded; every process then passes equally many chunks, some possibly empty.
     """
     completions: list[Completion] = []
     view = GenerationView(models)
@@ -116,6 +117,6 @@ def sample_completions(
 
 
 def completion_mask(completions: Sequence[Completion], width: int) -> Tensor:
-    """(N, width) True on each completion's tokens. From lengths, never from ids: padding may be the stop token."""
+    """(N, width) True on each completion's tokens. Read from lengths, because the pad token may be the stop token."""
     lengths = torch.tensor([len(completion.tokens) for completion in completions])
     return torch.arange(width)[None, :] < lengths[:, None]

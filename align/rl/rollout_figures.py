@@ -1,4 +1,4 @@
-"""What an iteration of PPO reports of its rollout: figures for the metrics, and a row a completion."""
+"""What PPO reports about a rollout: figures for `metrics.jsonl`, and one row per completion for `rollouts.jsonl`."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -13,7 +13,7 @@ from align.rl.rewards import Rewards, weighted_moments
 
 
 def rollout_figures(experience: Experience, rewards: Rewards, *, with_values: bool) -> dict[str, float]:
-    """Means over the completions, all processes' together; those of values where there are any."""
+    """Statistics over the completions of all processes; those of the values only `with_values`."""
     completions, count = experience.completions, len(experience.completions)
     return {
         **_score_figures(experience, rewards),
@@ -27,7 +27,7 @@ def rollout_figures(experience: Experience, rewards: Rewards, *, with_values: bo
 
 
 def _score_figures(experience: Experience, rewards: Rewards) -> dict[str, float]:
-    """The mean score by the sources' weights, its spread and how it goes with length; each of several sources' too."""
+    """The weighted mean score, its spread and its slope on length; with several sources, also each one's mean."""
     scores, _ = weighted_moments(experience.raw_scores[:, : rewards.trained], rewards.weights)
     lengths = experience.mask.sum(dim=1).double()
     figures = {
@@ -46,19 +46,19 @@ def _score_figures(experience: Experience, rewards: Rewards) -> dict[str, float]
 
 
 def _advantage_figures(experience: Experience, with_values: bool) -> dict[str, float]:
-    """Of the advantages of tokens before they are whitened, and of the largest after; how well values foretell."""
+    """Statistics of per-token advantages before whitening, the largest after it, and the values' explained variance."""
     mask, values, returns = experience.mask, experience.values, experience.returns
-    whole = (returns - values if with_values else experience.advantages)[mask]
+    unwhitened = (returns - values if with_values else experience.advantages)[mask]
     figures = {
-        "advantage_mean": float(whole.mean()),
-        "advantage_std": float(whole.std(correction=0)),
+        "advantage_mean": float(unwhitened.mean()),
+        "advantage_std": float(unwhitened.std(correction=0)),
         "largest_advantage": float(experience.advantages[mask].abs().max()),
     }
     return figures | ({"explained_variance": explained_variance(values, returns, mask)} if with_values else {})
 
 
 def least_squares_slope(x: Tensor, y: Tensor) -> float:
-    """Σ (x − x̄)(y − ȳ) / Σ (x − x̄)², both (N,); 0 where x does not vary."""
+    """Σ (x − x̄)(y − ȳ) / Σ (x − x̄)², both (N,); 0 if x does not vary."""
     x, y = x.double() - x.double().mean(), y.double() - y.double().mean()
     spread = float(x.square().sum())
     return float((x * y).sum()) / spread if spread else 0.0
@@ -67,7 +67,7 @@ def least_squares_slope(x: Tensor, y: Tensor) -> float:
 def rollout_rows(
     experience: Experience, rewards: Rewards, iteration: int, provenance: str = ""
 ) -> Iterator[dict[str, Any]]:
-    """A JSON-able row a completion, which names the entry `provenance`."""
+    """Yields a JSON-able row per completion; `provenance` is the id of the entry that each names."""
     scores, _ = weighted_moments(experience.raw_scores[:, : rewards.trained], rewards.weights)
     for row, completion in enumerate(experience.completions):
         each = dict(zip(rewards.names, experience.raw_scores[row].tolist(), strict=True))

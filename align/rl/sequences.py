@@ -1,6 +1,6 @@
-"""Rows of tokens laid out for one pass through a model, with what several rows begin with taken in once.
+"""Rows of token ids laid out as tensors for one pass through a model, their shared prefixes apart.
 
-Shapes: B rows, T completion tokens, L positions of the longest row without its opening, P of the longest opening.
+Shapes: B rows, T completion tokens, L positions of the longest row without its prefix, P of the longest prefix.
 """
 
 from collections.abc import Sequence
@@ -15,42 +15,40 @@ from align.decoding.shared_prefixes import (
     PrefixBatch,
     SharedPrefixes,
     find_shared_prefixes,
-    left_padded,
-    positions,
     prefix_batch,
-    right_padded,
 )
+from align.models.padding import left_padded, position_ids, right_padded
 
 WORTH_SHARING = 64
-"""Positions that an opening must spare: a pass of its own reads all weights once, whatever its length."""
+"""Positions that sharing must save, because a separate prefill reads all weights once, however short it is."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """What comes after each row's opening: ids and attention mask, (B, L)."""
+    """The tokens that follow each row's prefix: ids and attention mask, (B, L)."""
 
     input_ids: Tensor
     attention_mask: Tensor
-    openings: PrefixBatch
+    prefixes: PrefixBatch
 
     @property
     def position_ids(self) -> Tensor:
-        """(B, L) from the beginning of the opening on."""
-        return positions(self.openings.before(self.attention_mask))[:, self.openings.width :]
+        """(B, L) counted from the start of the prefix."""
+        return position_ids(self.prefixes.full_mask(self.attention_mask))[:, self.prefixes.width :]
 
 
 @dataclass(frozen=True)
 class Sequences(Rows):
-    """Prompts padded on the left and completions padded on the right, so that the last T positions are completion.
+    """Prompts padded on the left and completions padded on the right: the completions are the last T positions.
 
-    `completion_mask` (B, T) is True on the tokens that count.
+    `completion_mask` (B, T) is False on padding.
     """
 
     completion_mask: Tensor
 
     @property
     def targets(self) -> Tensor:
-        """(B, T) the completion's tokens."""
+        """(B, T) the completions' tokens."""
         return self.input_ids[:, -self.completion_mask.shape[1] :]
 
 
@@ -62,51 +60,52 @@ def lay_out(
     *,
     share: bool,
 ) -> Sequences:
-    """Lay out prompts and their completions, token ids; with `share`, common beginnings of prompts are split off."""
-    openings = worthwhile_prefixes(prompts, share)
-    return lay_out_after(prefix_batch(openings, pad_id, device), rests(prompts, openings), completions, pad_id)
+    """Lay out prompts and their completions, as token ids; with `share`, the prompts' common prefixes are split off."""
+    shared = worthwhile_prefixes(prompts, share)
+    prefixes = prefix_batch(shared, pad_id, device)
+    return lay_out_after_prefixes(prefixes, without_prefixes(prompts, shared), completions, pad_id)
 
 
-def lay_out_after(
-    opened: PrefixBatch, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], pad_id: int
+def lay_out_after_prefixes(
+    prefixes: PrefixBatch, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], pad_id: int
 ) -> Sequences:
-    """Lay out prompts without their openings, and their completions."""
-    device = opened.ids.device
-    before, before_mask = left_padded(prompts, pad_id, device)
-    after, after_mask = right_padded(completions, pad_id, device)
+    """Lay out prompts, from which their prefixes have been removed, and their completions."""
+    device = prefixes.ids.device
+    prompt_ids, prompt_mask = left_padded(prompts, pad_id, device)
+    completion_ids, completion_mask = right_padded(completions, pad_id, device)
     return Sequences(
-        torch.cat([before, after], dim=1),
-        torch.cat([before_mask, after_mask], dim=1),
-        opened,
-        after_mask.bool(),
+        torch.cat([prompt_ids, completion_ids], dim=1),
+        torch.cat([prompt_mask, completion_mask], dim=1),
+        prefixes,
+        completion_mask.bool(),
     )
 
 
 def lay_out_rows(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device, *, share: bool) -> Rows:
-    """Lay out rows that end together, in their last position."""
-    openings = worthwhile_prefixes(rows, share)
-    ids, mask = left_padded(rests(rows, openings), pad_id, device)
-    return Rows(ids, mask, prefix_batch(openings, pad_id, device))
+    """Lay out whole rows, padded on the left; with `share`, their common prefixes are split off."""
+    shared = worthwhile_prefixes(rows, share)
+    ids, mask = left_padded(without_prefixes(rows, shared), pad_id, device)
+    return Rows(ids, mask, prefix_batch(shared, pad_id, device))
 
 
 def worthwhile_prefixes(rows: Sequence[Sequence[int]], share: bool) -> SharedPrefixes:
-    """What rows begin with, if with `share` it spares enough to go through a model by itself."""
-    openings = find_shared_prefixes(rows) if share else SharedPrefixes.none(len(rows))
-    return openings if openings.spared >= WORTH_SHARING else SharedPrefixes.none(len(rows))
+    """The rows' shared prefixes; none without `share`, or if they would save fewer than `WORTH_SHARING` positions."""
+    prefixes = find_shared_prefixes(rows) if share else SharedPrefixes.none(len(rows))
+    return prefixes if prefixes.positions_saved >= WORTH_SHARING else SharedPrefixes.none(len(rows))
 
 
-def rests(rows: Sequence[Sequence[int]], openings: SharedPrefixes) -> list[Sequence[int]]:
-    """The rows without their openings."""
-    return [row[len(openings.ids[group]) :] for row, group in zip(rows, openings.of_row, strict=True)]
+def without_prefixes(rows: Sequence[Sequence[int]], prefixes: SharedPrefixes) -> list[Sequence[int]]:
+    """Each row's tokens after its prefix."""
+    return [row[len(prefixes.ids[group]) :] for row, group in zip(rows, prefixes.of_row, strict=True)]
 
 
 def hidden_states(backbone: nn.Module, rows: Rows) -> Tensor:
     """(B, L, H) a backbone's last hidden states."""
-    openings = rows.openings
-    cache = openings.cache_for_rows(backbone, backbone.config) if openings.width else None  # type: ignore[arg-type]
+    prefixes = rows.prefixes
+    cache = prefixes.cache_for_rows(backbone, backbone.config) if prefixes.width else None  # type: ignore[arg-type]
     states: Tensor = backbone(
         input_ids=rows.input_ids,
-        attention_mask=openings.before(rows.attention_mask),
+        attention_mask=prefixes.full_mask(rows.attention_mask),
         position_ids=rows.position_ids,
         past_key_values=cache,
         use_cache=cache is not None,
@@ -114,9 +113,9 @@ def hidden_states(backbone: nn.Module, rows: Rows) -> Tensor:
     return states
 
 
-def encode_prefixes(backbone: nn.Module, openings: PrefixBatch) -> EncodedPrefixes:
-    """SharedPrefixes put through a backbone, for several passes over what comes after them."""
-    return EncodedPrefixes(openings.run(backbone, DynamicCache(config=backbone.config)))  # type: ignore[arg-type]
+def encode_prefixes(backbone: nn.Module, prefixes: PrefixBatch) -> EncodedPrefixes:
+    """Prefill shared prefixes once, for several passes over the tokens that follow them."""
+    return EncodedPrefixes(prefixes.encode(backbone, DynamicCache(config=backbone.config)))  # type: ignore[arg-type]
 
 
 def completion_hidden(backbone: nn.Module, sequences: Sequences) -> Tensor:

@@ -1,7 +1,7 @@
-"""How gradients become optimizer steps, and where parameters and optimizer state live.
+"""Turns gradients into optimizer steps, and saves parameters and optimizer state, under any kind of sharding.
 
-`Updates` is accelerate with PyTorch's own optimizer: one process, DDP or FSDP2. `DeepSpeedUpdates` is a DeepSpeed
-engine, which accumulates, clips and steps by itself. The PPO loop sees no difference.
+`Updates` uses accelerate with PyTorch's own optimizer: one process, DDP or FSDP2. `DeepSpeedUpdates` has the same
+interface and uses a DeepSpeed engine, which accumulates, clips and steps by itself.
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,20 +28,20 @@ from align.run import processes
 from align.settings.blocks import OptimizerBlock
 
 ADAM_BETAS, ADAM_EPS = (0.9, 0.999), 1e-5
-"""As in Ouyang et al.'s code; the larger epsilon keeps early steps small (Huang et al. 2024)."""
+"""As in Ouyang et al.'s code; the epsilon above Adam's usual one keeps early steps small (Huang et al. 2024)."""
 STATE = "state.pt"
 _TRAINED = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
 
 
 class Updates:
-    """The trained parameters of `models` and their AdamW, under accelerate.
+    """The trained parameters of `models` and their AdamW optimizer, under accelerate.
 
-    `wrapped` is for passes with a gradient. Passes without go through `models`, around DDP: it would broadcast buffers,
-    and processes may differ in their passes.
+    Use `wrapped` for passes with a gradient and `models` for the others: DDP would broadcast buffers in each pass, and
+    processes may run different numbers of passes.
     """
 
     kind = "whole"
-    """Who can read what `write` wrote: checkpoints are interchangeable among updates of one kind."""
+    """Only updates of the same kind can read a checkpoint that `write` wrote."""
 
     def __init__(self, accelerator: Accelerator, models: Any, options: OptimizerBlock) -> None:
         self.accelerator = accelerator
@@ -54,7 +54,7 @@ class Updates:
 
     @property
     def learning_rate(self) -> float:
-        """The rate of the next step."""
+        """The learning rate of the next step."""
         return float(self.optimizer.param_groups[0]["lr"])
 
     @learning_rate.setter
@@ -63,18 +63,18 @@ class Updates:
             group["lr"] = rate
 
     def accumulate(self, *, last: bool) -> AbstractContextManager[None]:
-        """Around the forward and backward passes of a micro-batch; sharded gradients are added up in the last one.
+        """Context for a micro-batch's forward and backward passes. Sharded gradients are reduced in the last one.
 
-        Under DDP they are in `step`: DDP itself takes one pass, with a use for every parameter, to be all there is.
+        Without sharding they are averaged in `step`: DDP expects a single pass per step, which uses every parameter.
         """
         return nullcontext() if last and self.sharded else self.accelerator.no_sync(self.wrapped)
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of this process's loss; those of all processes are averaged."""
+        """Add the gradient of this process's loss, which is averaged over all processes."""
         self.accelerator.backward(loss)
 
     def step(self) -> float:
-        """Clip and take an optimizer step, left out where the gradient is not finite; the norm before clipping."""
+        """Clip the gradient and take a step, or skip it if the gradient is not finite. Returns the unclipped norm."""
         trained = [parameter for parameter in self.wrapped.parameters() if parameter.requires_grad]
         if not self.sharded and processes.world_size() > 1:
             average_gradients(trained)
@@ -85,28 +85,28 @@ class Updates:
         return norm
 
     def write(self, folder: Path) -> None:
-        """Put trained parameters and optimizer state into a folder, whole. Call in every process."""
+        """Write the unsharded trained parameters and optimizer state into a folder. Call in every process."""
         parameters = get_model_state_dict(self.models, options=_TRAINED)
         state = get_optimizer_state_dict(self.models, self.optimizer.optimizer, options=_TRAINED)
         if processes.is_first():
             torch.save({"parameters": parameters, "optimizer": state}, folder / STATE)
 
     def read(self, folder: Path) -> None:
-        """Go on from what `write` put there. Call in every process."""
-        # Mapped, so that the processes of one machine share the pages that they read.
+        """Restore what `write` saved. Call in every process."""
+        # Memory-mapped, so that the processes of one machine share the pages.
         state = torch.load(folder / STATE, map_location="cpu", weights_only=True, mmap=True)
         set_model_state_dict(self.models, state["parameters"], options=_TRAINED)
         set_optimizer_state_dict(self.models, self.optimizer.optimizer, state["optimizer"], options=_TRAINED)
 
     def whole_state(self, prefix: str) -> dict[str, Tensor]:
-        """The state of the submodule whose names start so, on the CPU of the first process. Call in every process."""
+        """The unsharded state under a name prefix, on the first process's CPU. Call in every process."""
         state = get_model_state_dict(self.models, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         tensors = {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
         return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 class DeepSpeedUpdates(Updates):
-    """The same under a DeepSpeed engine (ZeRO stage 3). Its checkpoints are read by as many processes as wrote them.
+    """`Updates` under a DeepSpeed engine (ZeRO stage 3). Reading a checkpoint takes as many processes as writing it.
 
     Raises:
         InputError: another stage is configured.
@@ -116,12 +116,12 @@ class DeepSpeedUpdates(Updates):
         plugin = accelerator.state.deepspeed_plugin
         if plugin.zero_stage != 3:
             raise InputError(
-                f"ppo: DeepSpeed is configured for ZeRO stage {plugin.zero_stage}, and ppo runs under stage 3 alone; "
-                "use recipes/accelerate/zero3.yaml, or recipes/accelerate/ddp.yaml where the models fit on each GPU"
+                f"ppo: DeepSpeed is configured for ZeRO stage {plugin.zero_stage}, and ppo supports stage 3 only; "
+                "use recipes/accelerate/zero3.yaml, or recipes/accelerate/ddp.yaml if the models fit on each GPU"
             )
         plugin.deepspeed_config |= {
             "train_micro_batch_size_per_gpu": options.micro_batch_size,
-            "gradient_accumulation_steps": 1,  # losses are divided by it, and ours are shares of a minibatch's already
+            "gradient_accumulation_steps": 1,  # DeepSpeed divides losses by it, and ours already are parts of a mean
             "gradient_clipping": options.max_grad_norm,
             "bf16": {"enabled": models.compute_dtype == torch.bfloat16},
             "fp16": {"enabled": False},
@@ -132,31 +132,29 @@ class DeepSpeedUpdates(Updates):
 
     @contextmanager
     def accumulate(self, *, last: bool) -> Iterator[None]:
-        """See `Updates`. ZeRO-3 reduces gradients in every pass, and adds up each process's part of them."""
+        """See `Updates`. ZeRO-3 reduces gradients in every pass and accumulates each process's shard."""
         self.wrapped.set_gradient_accumulation_boundary(last)
         yield
 
     def backward(self, loss: Tensor) -> None:
-        """See `Updates`."""
         self.wrapped.backward(loss)
 
     def step(self) -> float:
-        """See `Updates`."""
         self.wrapped.step()
-        # A minibatch's first pass overwrites the parts of the gradients it has, and the others would keep the last
-        # step's: imitation has none for the value.
+        # A minibatch's first pass overwrites only the gradients that it computes, and imitation computes none for the
+        # value, whose gradients of this step would then count again.
         self.wrapped.optimizer.grad_partitions_flat_buffer.zero_()
         return float(self.wrapped.get_global_grad_norm())
 
     def write(self, folder: Path) -> None:
-        """Put what each process holds into a folder. Call in every process."""
+        """Write each process's shard into a folder. Call in every process."""
         self.wrapped.save_checkpoint(str(folder), tag="shards", exclude_frozen_parameters=True)
 
     def read(self, folder: Path) -> None:
-        """Go on from what `write` put there. Call in every process."""
+        """Restore what `write` saved. Call in every process."""
         loaded, _ = self.wrapped.load_checkpoint(str(folder), tag="shards", load_module_strict=False)
         if loaded is None:
-            raise InputError(f"{folder}: DeepSpeed finds no state there; remove the folder to start ppo anew")
+            raise InputError(f"{folder}: DeepSpeed finds no state in it; remove the folder to start ppo from scratch")
 
     def whole_state(self, prefix: str) -> dict[str, Tensor]:
         """See `Updates`; the trained parameters in float32."""
@@ -164,19 +162,19 @@ class DeepSpeedUpdates(Updates):
 
 
 def average_gradients(parameters: Sequence[Tensor]) -> None:
-    """Take the mean of all processes' gradients; a parameter that a process did not use has a gradient of 0 there."""
+    """Average gradients over all processes. A parameter that a process did not use has a zero gradient there."""
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    sums = [torch.distributed.all_reduce(gradient, async_op=True) for gradient in gradients]
-    for gradient, done in zip(gradients, sums, strict=True):
-        done.wait()
+    pending = [torch.distributed.all_reduce(gradient, async_op=True) for gradient in gradients]
+    for gradient, reduction in zip(gradients, pending, strict=True):
+        reduction.wait()
         gradient /= processes.world_size()
 
 
 def adamw(models: torch.nn.Module, options: OptimizerBlock) -> torch.optim.AdamW:
-    """AdamW over what is trained of the models."""
+    """AdamW over the models' trained parameters."""
     trained = [parameter for parameter in models.parameters() if parameter.requires_grad]
     return torch.optim.AdamW(
         trained, lr=options.learning_rate, eps=ADAM_EPS, weight_decay=options.weight_decay, betas=ADAM_BETAS
@@ -184,18 +182,18 @@ def adamw(models: torch.nn.Module, options: OptimizerBlock) -> torch.optim.AdamW
 
 
 def is_sharding(accelerator: Accelerator) -> bool:
-    """Whether each process is to hold a part of the weights."""
+    """Whether each process holds only a shard of the weights."""
     return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
 def open_accelerator() -> Accelerator:
-    """The run's accelerator. Models loaded after it are whole in every process: `open_updates` shards them."""
-    # The models compute in the recipe's precision by themselves, whatever accelerate's configuration says.
+    """The run's accelerator. Models loaded afterwards are unsharded until `open_updates` shards them."""
+    # The models handle the recipe's precision themselves, whatever accelerate's configuration says.
     accelerator = Accelerator(mixed_precision="no")
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         from transformers.integrations import unset_hf_deepspeed_config
 
-        # Else transformers would load models in shards that only an engine can run: reward models have none.
+        # Otherwise transformers loads models in shards that only a DeepSpeed engine can run; reward models have none.
         unset_hf_deepspeed_config()
     return accelerator
 

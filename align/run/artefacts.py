@@ -1,7 +1,7 @@
-"""Run directories, journals and manifests: how a stage's results reach the disk whole or not at all.
+"""Run directories, journals and manifests: a stage's results reach the disk whole or not at all.
 
-A stage works in `<run>/.partial/<stage>-<fingerprint>/`, which survives a kill, and is published by one rename to
-`<run>/<stage>/` once its `manifest.json` has been written there last. A folder with a manifest is complete.
+A stage works in `<run>/.partial/<stage>-<fingerprint>/`, which survives a kill. Its `manifest.json` is written last,
+and then one rename publishes the folder as `<run>/<stage>/`. A published folder with a manifest is therefore complete.
 """
 
 import hashlib
@@ -16,25 +16,26 @@ from typing import Any
 
 from align.errors import InputError
 from align.records import digest
+from align.run.disk_faults import FULL_DISK
 
 MANIFEST = "manifest.json"
 PARTIAL = ".partial"
 SHARED_RUN = "shared"
-"""The folder, beside the runs of a recipe, of stages that do not depend on the constitution."""
+"""The folder for stages that do not depend on the constitution; it lies beside the recipe's runs."""
 RELABELLED = "relabelled"
-"""The input that labels made again name in their manifest: the labels that they were made from."""
+"""Relabelled pairs name the labels that they were made from under this key of their manifest's inputs."""
 NOT_RELABELLED = "revision_pairs_not_relabelled"
-"""Counts, of labels made again, the pairs of revisions whose scores were not kept: they have the label of then."""
+"""Manifest count of the revision pairs that relabelling left with their earlier label, for want of stored scores."""
 SECONDS_BETWEEN_SYNCS = 1.0
-"""A journal waits for the disk no more often than this: it takes milliseconds, which quick engines have not."""
+"""The least time between two fsyncs of a journal. Each takes milliseconds, which would slow down a fast engine."""
 
 
 @dataclass(frozen=True)
 class Manifest:
     """What a stage read, did and wrote.
 
-    `fingerprint` is the digest of the recipe slice and the inputs; `outputs` maps each file to its SHA-256;
-    `counts` and `figures` are the stage's own numbers; `processes` how many ranks made it; `environment` the versions.
+    `fingerprint` is the digest of the recipe slice and the inputs; `outputs` maps each file to its SHA-256; `counts`
+    and `figures` are the stage's own numbers; `processes` is the number of ranks; `environment` holds the versions.
     """
 
     stage: str
@@ -50,12 +51,12 @@ class Manifest:
 
     @property
     def content_digest(self) -> str:
-        """Identity of the outputs alone: equal for two runs that made the same bytes."""
+        """Digest of the outputs alone: equal for two runs that wrote the same bytes."""
         return digest(self.outputs)
 
 
 def read_manifest(directory: Path) -> Manifest | None:
-    """The manifest of a published stage, or None where the stage has not been published."""
+    """The manifest of a published stage, or None if the stage has not been published."""
     path = directory / MANIFEST
     try:
         manifest = Manifest(**json.loads(path.read_text(encoding="utf-8")))
@@ -68,24 +69,24 @@ def read_manifest(directory: Path) -> Manifest | None:
         raise InputError(f"{path}: cannot be read ({error.strerror}); make it readable for this user") from None
     except (ValueError, TypeError) as error:
         raise InputError(
-            f"{path}: not a manifest of this version ({error}); remove {directory} to make it again"
+            f"{path}: not a manifest of this version ({error}); remove {directory} and run the stage again"
         ) from None
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`write_text` of a value as JSON."""
+    """Write a value as JSON with `write_text`."""
     write_text(path, json_text(value))
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file so that a reader sees the old one or the new one, never half of one."""
+    """Write a file atomically: a reader, or a kill, finds the old content or the new, never part of it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 
 
-def write_asked(path: Path, text: str, option: str) -> None:
-    """`write_text` of a file that the command line named with an option.
+def write_option_file(path: Path, text: str, option: str) -> None:
+    """Write the file that a command-line option named, with `write_text`.
 
     Raises:
         InputError: it cannot be written.
@@ -97,12 +98,13 @@ def write_asked(path: Path, text: str, option: str) -> None:
 
 
 def json_text(value: Any) -> str:
-    """A value as JSON, the same text for the same value."""
+    """A value as JSON; equal values give equal texts."""
     return json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True) + "\n"
 
 
 def write_json_if_changed(path: Path, value: Any) -> bool:
-    """`write_json`, leaving the file and its time alone where it says the same already; returns whether it wrote."""
+    """`write_json`, unless the file already has this content, which keeps its modification time. Returns whether it
+    wrote."""
     text = json_text(value)
     if path.exists() and path.read_text(encoding="utf-8") == text:
         return False
@@ -112,44 +114,44 @@ def write_json_if_changed(path: Path, value: Any) -> bool:
 
 
 def stage_folder(run: Path, stage: str) -> Path:
-    """Where a run's stage is published: in its own folder, or in what the runs of a recipe share."""
+    """Where a run's stage is published: in the run's own folder, or in the folder that the recipe's runs share."""
     places = (run / stage, run.parent / SHARED_RUN / stage)
     return next((place for place in places if place.is_dir()), places[0])
 
 
 def require_run(run: Path, *stages: str) -> None:
-    """Refuse what is no run's folder, before it is taken for a run that is not finished.
+    """Check that a folder is a run's, which may be unfinished, and not the folder of one stage.
 
     Args:
-        stages: those whose own folder may be named too.
+        stages: the stages whose own folder is accepted too.
 
     Raises:
-        InputError: there is no such folder, or it is that of another stage.
+        InputError: there is no such folder, or it belongs to another stage.
     """
     if not run.is_dir():
-        raise InputError(f"{run}: no such folder (looked in {Path.cwd()}); name the folder of a run")
+        raise InputError(f"{run}: no such folder (looked in {Path.cwd()}); give the folder of a run")
     manifest = read_manifest(run)
     if manifest is not None and manifest.stage not in stages:
         if RELABELLED in manifest.inputs:
-            raise InputError(f"{run}: labels made again; name the run that they are of")
-        raise InputError(f"{run}: the folder of a stage; name its run's, {run.parent}")
+            raise InputError(f"{run}: a folder of relabelled pairs; give the folder of the run that they belong to")
+        raise InputError(f"{run}: the folder of one stage; give the folder of its run, {run.parent}")
 
 
-def require_as_written(path: Path, manifest: Manifest) -> None:
-    """Refuse a file that is not what its stage wrote, of which the manifest tells.
+def require_unchanged(path: Path, manifest: Manifest) -> None:
+    """Check that a file still has the digest that its stage's manifest recorded.
 
     Raises:
-        InputError: it is gone, or has changed.
+        InputError: the file is gone, or has changed.
     """
     written = manifest.outputs.get(path.name)
     if written is None or not path.is_file():
         raise InputError(
-            f"{path}: no such file, which `{manifest.stage}` writes; remove {path.parent} and run it again"
+            f"{path}: no such file, although `{manifest.stage}` writes it; remove {path.parent} and run the stage again"
         )
     if file_digest(path) != written:
         raise InputError(
-            f"{path}: has changed since `{manifest.stage}` wrote it, so that its manifest no longer tells how it was "
-            f"made; remove {path.parent} and run it again"
+            f"{path}: has changed since `{manifest.stage}` wrote it, so its manifest no longer says how it was made; "
+            f"remove {path.parent} and run the stage again"
         )
 
 
@@ -167,7 +169,7 @@ def file_digest(path: Path) -> str:
 
 
 def output_digests(directory: Path, outputs: Iterable[str]) -> dict[str, str]:
-    """SHA-256 of each output, folders expanded to their files; keys are paths relative to `directory`."""
+    """SHA-256 of each output file, and of each file in an output folder; keys are paths relative to `directory`."""
     digests: dict[str, str] = {}
     for name in outputs:
         path = directory / name
@@ -176,16 +178,27 @@ def output_digests(directory: Path, outputs: Iterable[str]) -> dict[str, str]:
     return digests
 
 
-def partial_directory(run: Path, stage: str, fingerprint: str) -> Path:
-    """Where a stage works until it is published; made if missing, and those of other fingerprints removed."""
-    directory = run / PARTIAL / f"{stage}-{fingerprint}"
+def create_folder(folder: Path) -> None:
+    """Create a folder below a recipe's `output`, with its parents.
+
+    Raises:
+        InputError: it cannot be created; a full disk remains an OSError, which `explained_disk_faults` handles.
+    """
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
+        if error.errno in FULL_DISK:
+            raise
         raise InputError(
-            f"{run}: cannot be written ({error.strerror}); choose another place with `output:` in the recipe "
+            f"{folder}: cannot be created ({error.strerror}); choose another place with `output:` in the recipe "
             "or --set output=DIR"
         ) from None
+
+
+def partial_directory(run: Path, stage: str, fingerprint: str) -> Path:
+    """The folder that a stage works in until it is published. Creates it, and removes those of other fingerprints."""
+    directory = run / PARTIAL / f"{stage}-{fingerprint}"
+    create_folder(directory)
     for stale in directory.parent.glob(f"{stage}-*"):
         if stale != directory:
             shutil.rmtree(stale, ignore_errors=True)
@@ -193,7 +206,7 @@ def partial_directory(run: Path, stage: str, fingerprint: str) -> Path:
 
 
 def publish(partial: Path, final: Path, manifest: Manifest) -> None:
-    """Write the manifest into the partial folder and move the folder into place, replacing an earlier result."""
+    """Write the manifest into the partial folder, then move the folder into place, replacing an earlier result."""
     write_json(partial / MANIFEST, manifest.__dict__)
     retired = final.with_name(f".{final.name}.old")
     shutil.rmtree(retired, ignore_errors=True)
@@ -206,9 +219,9 @@ def publish(partial: Path, final: Path, manifest: Manifest) -> None:
 class Journal:
     """An append-only JSONL file of finished rows, keyed by `id`, that a kill cannot corrupt.
 
-    Opening it reads what is there, drops a last line that a kill cut short, and keeps the first row of each id. Each
-    process appends to a file of its own (`path.rank`), and reads everybody's: so a run goes on with any number of
-    processes. All its rows are held in memory: long work takes a journal for each window (`align.run.streaming`).
+    Opening it reads the existing rows, drops a last line that a kill cut short, and keeps the first row of each id.
+    Each process appends to its own file (`path.rank`) and reads those of all, so a run resumes with any number of
+    processes. All rows are held in memory, so long work opens one journal per window (`align.run.streaming`).
     """
 
     def __init__(self, path: Path, rank: int = 0, check: Callable[[Mapping[str, Any]], object] = len) -> None:
@@ -218,12 +231,12 @@ class Journal:
             check: raises ValueError, TypeError or KeyError for a row that cannot be used.
 
         Raises:
-            InputError: a line, other than a last one that a kill cut short, is damaged or fails the check.
+            InputError: a line is damaged or fails the check, other than a last line that a kill cut short.
         """
         self.rows: dict[str, dict[str, Any]] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
         own = path.with_name(f"{path.name}.{rank}")
-        _drop_torn_line(own)
+        drop_torn_line(own)
         for part in sorted(path.parent.glob(f"{path.name}.*")):
             for number, line in enumerate(part.read_bytes().split(b"\n")[:-1], start=1):
                 row = _journal_row(part, number, line, check)
@@ -235,9 +248,9 @@ class Journal:
         return row_id in self.rows
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Add a finished row; a row whose id is there already is left alone.
+        """Add a finished row, unless its id is there already.
 
-        A kill cannot take it any more; a machine that loses its power loses what it did in the last second.
+        The row then survives a kill. A power failure may lose the rows of the last second.
         """
         if row["id"] in self.rows:
             return
@@ -266,23 +279,22 @@ def _journal_row(path: Path, number: int, line: bytes, check: Callable[[Mapping[
     try:
         row: dict[str, Any] = json.loads(line)
         if not isinstance(row["id"], str):
-            raise TypeError("its `id` is no text")
+            raise TypeError("its `id` is not text")
         check(row)
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         why = f"no `{error.args[0]}`" if isinstance(error, KeyError) else error
         raise InputError(
-            f"{path}, line {number}: damaged ({why}); remove the line, or the file with all its finished rows, and "
-            "run again"
+            f"{path}, line {number}: damaged ({why}); remove the line, or the file and with it all its finished rows, "
+            "and run again"
         ) from None
     return row
 
 
-def _drop_torn_line(path: Path) -> None:
-    """Cut a file back to its last newline."""
+def drop_torn_line(path: Path) -> None:
+    """Truncate a file to its last newline, which drops a last line that a kill cut short."""
     if not path.exists():
         return
     content = path.read_bytes()
     whole = content.rfind(b"\n") + 1
     if whole < len(content):
-        with path.open("r+b") as handle:
-            handle.truncate(whole)
+        os.truncate(path, whole)

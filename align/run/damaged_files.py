@@ -1,4 +1,4 @@
-"""Files of our own that a broken disk or a hand has damaged: told by name, with what to remove to go on."""
+"""Damaged files of a run: finds them before they are used, and says what to remove so that the run can resume."""
 
 import json
 import struct
@@ -10,15 +10,15 @@ from align.errors import InputError
 
 
 def damaged(path: Path, why: object, remove: Path | None = None) -> InputError:
-    """The error for a damaged file; `remove` is what to remove where that is more than the file."""
+    """The error for a damaged file; `remove` is what the user must remove, if that is more than the file itself."""
     return InputError(f"{path}: damaged ({why}); remove {remove or 'it'} and run again")
 
 
 def check_files(folder: Path) -> None:
-    """Open every weights, state and JSON file of a checkpoint far enough to see that it is whole.
+    """Check that every weights, state and JSON file of a checkpoint is whole.
 
     Raises:
-        InputError: one is damaged; without the folder, the run goes on from the checkpoint before it, or starts anew.
+        InputError: one is damaged. Without the folder, the run resumes from the checkpoint before it, or starts over.
     """
     for path in sorted(folder.rglob("*")):
         check = CHECKS.get(path.suffix)
@@ -35,21 +35,21 @@ def _check_json(path: Path) -> None:
 
 
 def _check_archive(path: Path) -> None:
-    """What torch saves is a ZIP archive, whose list of members stands at its end."""
+    """`torch.save` writes a ZIP archive, whose list of members is at its end."""
     with zipfile.ZipFile(path):
         pass
 
 
 def _check_safetensors(path: Path) -> None:
-    """The length of a header, the header in JSON, and as many bytes as that tells of."""
+    """The format: the header's length, the header in JSON, and as many bytes of tensors as the header says."""
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         if length > path.stat().st_size:
-            raise ValueError("its header is cut short")
+            raise ValueError("its header is truncated")
         header = json.loads(file.read(length))
     ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
     if path.stat().st_size != 8 + length + max(ends, default=0):
-        raise ValueError("it has not as many bytes as its header says")
+        raise ValueError("its size is not what its header says")
 
 
 CHECKS: dict[str, Callable[[Path], None]] = {

@@ -1,7 +1,7 @@
-"""What the system refuses while a stage reads and writes its files, told with the place and what to do.
+"""Turns a full disk or a refused file, met while a stage runs, into an error that names the place and the remedy.
 
-Libraries written in other languages raise no OSError, so a full disk is also known by what they say of it, and by the
-space that is left.
+Libraries written in other languages raise no OSError. A full disk is therefore also recognised by the texts of their
+errors, and by the space that is left.
 """
 
 import errno
@@ -19,7 +19,7 @@ FULL_DISK_TEXTS = (
     "os error 28",
     "os error 122",
     "Disk quota exceeded",
-    # torch.save's zip writer, which only finds that less was written than it asked for.
+    # torch.save's ZIP writer, which only notices that less was written than it asked for.
     "unexpected pos",
     "PytorchStreamWriter failed writing file",
 )
@@ -34,21 +34,21 @@ REFUSALS = (
     errno.EIO,
 )
 REFUSAL_TEXTS = {"os error 13": errno.EACCES, "os error 30": errno.EROFS, "os error 5)": errno.EIO}
-ALMOST_NOTHING = 2**20
-"""Bytes left at which a failing write is put down to a full disk: less than any checkpoint takes."""
-WRITERS = ("OSError", "RuntimeError", "SafetensorError")
+ALMOST_FULL = 2**20
+"""A failing write is put down to a full disk if fewer bytes than this are left: less than any checkpoint takes."""
+WRITE_ERRORS = ("OSError", "RuntimeError", "SafetensorError")
 
 
 @contextmanager
-def disk_faults_told(run: Path, kept: Path) -> Iterator[None]:
-    """Tell a full disk and a refused file in words, whichever library met it.
+def explained_disk_faults(run: Path, kept: Path) -> Iterator[None]:
+    """Raise a full disk or a refused file as an InputError, whichever library met it. Other errors pass unchanged.
 
     Args:
         run: the folder that is written to.
-        kept: where in it what is finished stays.
+        kept: the folder in it that keeps the finished work.
 
     Raises:
-        InputError: in place of what the library raised. Errors that have nothing to do with files go on as they are.
+        InputError: in place of the library's error.
     """
     try:
         yield
@@ -57,28 +57,28 @@ def disk_faults_told(run: Path, kept: Path) -> Iterator[None]:
     except Exception as error:
         if _is_full_disk(error, run):
             raise InputError(
-                f"{run}: the disk is full. What is finished is kept in {kept}; free some space and run the same "
-                "command to go on, or choose another place with --set output=DIR"
+                f"{run}: the disk is full. The finished work is kept in {kept}; free some space and run the same "
+                "command to resume, or choose another place with --set output=DIR"
             ) from error
-        if told := _refusal(error, run):
-            raise InputError(told) from error
+        if message := _refusal(error, run):
+            raise InputError(message) from error
         raise
 
 
 def _is_full_disk(error: BaseException, run: Path) -> bool:
-    """Whether the error, or one that it came from, is a disk without space."""
+    """Whether the error, or one of its causes, is a disk without space."""
     for cause in _causes(error):
         if isinstance(cause, OSError) and cause.errno in FULL_DISK:
             return True
         if any(text in str(cause) for text in FULL_DISK_TEXTS):
             return True
-    writer = any(kind.__name__ in WRITERS for kind in type(error).__mro__)
+    may_be_a_write = any(kind.__name__ in WRITE_ERRORS for kind in type(error).__mro__)
     refused = isinstance(error, OSError) and error.errno in REFUSALS
-    return writer and not refused and _free(run) < ALMOST_NOTHING
+    return may_be_a_write and not refused and _free_bytes(run) < ALMOST_FULL
 
 
 def _refusal(error: BaseException, run: Path) -> str | None:
-    """What was refused and what to do, where the system refused a file."""
+    """If the system refused a file: which one, and the remedy."""
     for cause in _causes(error):
         number = cause.errno if isinstance(cause, OSError) else _number_in(str(cause))
         if number not in REFUSALS:
@@ -88,7 +88,7 @@ def _refusal(error: BaseException, run: Path) -> str | None:
         if path.absolute().is_relative_to(run.absolute()):
             remedy = "make it writable for this user, or choose another place with --set output=DIR"
         else:
-            remedy = "check the path, and that this user may read and write it"
+            remedy = "check the path, and that this user may read and write there"
         return f"{path}: cannot be read or written ({os.strerror(number)}); {remedy}"
     return None
 
@@ -98,13 +98,13 @@ def _number_in(text: str) -> int:
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """The error, and those that it came from."""
+    """The error and its causes, nearest first."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
 
 
-def _free(folder: Path) -> int:
-    """Bytes that this user may still write beside the folder."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    return shutil.disk_usage(there).free
+def _free_bytes(folder: Path) -> int:
+    """Bytes that this user may still write to the folder's disk. The folder need not exist yet."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return shutil.disk_usage(existing).free

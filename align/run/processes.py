@@ -1,4 +1,4 @@
-"""Which of the run's processes this is. Without `accelerate launch` there is one, and everything here is free."""
+"""This process's place among the run's processes. Without `accelerate launch` there is one, and all of this is free."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -8,26 +8,31 @@ from typing import TypeVar
 from align.errors import InputError
 
 T = TypeVar("T")
-PATIENCE = timedelta(hours=12)
-"""How long a process waits for the others. The launcher ends them all when one dies, so this only bounds slow work."""
+TIMEOUT = timedelta(hours=12)
+"""How long a process waits for the others. The launcher ends all of them when one dies, so only slow work needs it."""
 
 
 def number_in_environment(name: str, default: int) -> int:
-    """A whole number that a launcher has put into an environment variable.
+    """The whole number in an environment variable that launchers set.
 
     Raises:
-        InputError: something else stands there.
+        InputError: the variable holds something else.
     """
     text = os.environ.get(name) or str(default)
     if not text.isdecimal():
         raise InputError(
-            f"{name}: this environment variable must be a whole number, and is {text!r}; unset it (launchers set it)"
+            f"{name}: this environment variable must be a whole number, but is {text!r}; unset it (launchers set it)"
         )
     return int(text)
 
 
+def is_set(name: str) -> bool:
+    """Whether an environment variable says yes."""
+    return os.environ.get(name, "").lower() in {"1", "true", "yes"}
+
+
 def rank() -> int:
-    """This process's number, 0 first."""
+    """This process's rank, from 0."""
     return number_in_environment("RANK", 0)
 
 
@@ -37,18 +42,18 @@ def world_size() -> int:
 
 
 def is_first() -> bool:
-    """True in the one process that logs and publishes."""
+    """Whether this is rank 0, the one process that logs and publishes."""
     return rank() == 0
 
 
-def is_kept_off_gpus() -> bool:
-    """Whether `ACCELERATE_USE_CPU` says to leave GPUs alone."""
-    return os.environ.get("ACCELERATE_USE_CPU", "").lower() in {"1", "true", "yes"}
+def is_forced_onto_cpu() -> bool:
+    """Whether `ACCELERATE_USE_CPU` forbids the use of GPUs."""
+    return is_set("ACCELERATE_USE_CPU")
 
 
 def on_cpu() -> bool:
-    """Whether the run keeps off GPUs: there is none, or `ACCELERATE_USE_CPU` is set."""
-    if is_kept_off_gpus():
+    """Whether the run uses no GPU: there is none, or `ACCELERATE_USE_CPU` is set."""
+    if is_forced_onto_cpu():
         return True
     import torch
 
@@ -56,19 +61,19 @@ def on_cpu() -> bool:
 
 
 def connect() -> int:
-    """Join the run's other processes, where that has not been done, and return how many there are together."""
+    """Join the run's process group, unless this process has already done so, and return the number of processes."""
     if world_size() == 1:
         return 1
     from accelerate import PartialState
 
-    # Without `cpu` a PartialState in CPU processes believes each of them to be alone.
-    return int(PartialState(cpu=on_cpu(), timeout=PATIENCE).num_processes)
+    # Without `cpu`, a PartialState in a CPU process takes that process to be the only one.
+    return int(PartialState(cpu=on_cpu(), timeout=TIMEOUT).num_processes)
 
 
 def disconnect() -> None:
-    """Leave the run's other processes, with nothing under way between them.
+    """Leave the process group once every process has arrived here.
 
-    Without it, a process that ends while gloo's threads are still running is aborted now and then.
+    Without it, a process that exits while gloo's threads are still running is sometimes aborted.
     """
     if world_size() == 1:
         return
@@ -87,13 +92,13 @@ def barrier() -> None:
         PartialState().wait_for_everyone()
 
 
-def share(items: Sequence[T]) -> Sequence[T]:
-    """This process's items: every world-size-th, from its rank."""
+def shard(items: Sequence[T]) -> Sequence[T]:
+    """This process's items: every `world_size()`-th, starting at its rank."""
     return items[rank() :: world_size()]
 
 
-def decided_by_first(decide: Callable[[], T]) -> T:
-    """What `decide` returns in the first process, in every process. Only the first calls it; call this in every one."""
+def decide_on_first_rank(decide: Callable[[], T]) -> T:
+    """Call `decide` on the first rank and return its result on all. Every process must call this function."""
     if connect() == 1:
         return decide()
     from accelerate.utils import broadcast_object_list

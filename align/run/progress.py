@@ -1,4 +1,4 @@
-"""The progress bar of long work on rows: those finished, and parts of those that are not, with the time left."""
+"""The progress bar of long work on rows: it counts finished rows and parts of unfinished ones, and the time left."""
 
 import sys
 from types import TracebackType
@@ -10,26 +10,26 @@ from align.run import processes
 
 _FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} [{elapsed}<{remaining}]"
 _SECONDS_BETWEEN = {True: 0.2, False: 10.0}
-"""Between two states of the bar: in a terminal, and in a file, where each of them is a line that stays."""
+"""Seconds between updates of the bar: few in a terminal, more in a file, where each update stays as a line."""
 
 
 def hide_loading_bars() -> None:
-    """Load models without the bars of transformers, where a person waits for an answer; downloads keep theirs."""
+    """Hide the bars with which transformers loads models, for interactive use; downloads keep theirs."""
     from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
     from transformers.utils import logging
 
     downloads_shown = not are_progress_bars_disabled()
-    logging.disable_progress_bar()  # switches the hub's off too
+    logging.disable_progress_bar()  # also disables the hub's bars
     if downloads_shown:
         enable_progress_bars()
 
 
 class RowBar:
-    """A bar over rows that are worked on in chunks, shown in the first process.
+    """A bar over rows that are processed in chunks, shown on the first rank.
 
     Args:
-        total: rows of the whole work.
-        done: rows that were finished before.
+        total: number of rows in all.
+        done: number of rows that an earlier run finished.
     """
 
     def __init__(self, total: int, done: int, description: str) -> None:
@@ -39,7 +39,7 @@ class RowBar:
             desc=description,
             bar_format=_FORMAT,
             mininterval=_SECONDS_BETWEEN[sys.stderr.isatty()],
-            smoothing=0,  # rows that end early jump ahead: the mean speed tells the time left better than the latest
+            smoothing=0,  # rows that end early make the bar jump: mean speed predicts the time left better than latest
             disable=not processes.is_first(),
         )
         self._before = done
@@ -48,21 +48,21 @@ class RowBar:
 
     @property
     def reached(self) -> float:
-        """Rows' worth of work that is done."""
+        """The work done so far, in rows."""
         return float(self._bar.n)
 
     def begin(self, rows: int) -> None:
-        """A chunk of so many rows begins; the one before it has ended."""
+        """Start a chunk of so many rows; the chunk before it is finished."""
         self._before += self._chunk
         self._chunk, self._finished = rows, 0
         self._reach(self._before)
 
     def part(self, share: float) -> None:
-        """So much of the chunk is done, in [0, 1]."""
+        """Report the share of the chunk that is done, in [0, 1]."""
         self._reach(self._before + share * self._chunk)
 
     def row(self) -> None:
-        """A row of the chunk is finished."""
+        """Report that one row of the chunk is finished."""
         self._finished += 1
         self._reach(self._before + self._finished)
 

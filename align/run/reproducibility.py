@@ -1,4 +1,4 @@
-"""Seeds derived from a recipe's seed and a name, and a snapshot of the environment."""
+"""What a run needs in order to be reproduced: derived seeds, and the versions that it ran with."""
 
 import hashlib
 import importlib.metadata
@@ -10,13 +10,13 @@ PACKAGES = ("align-rlhf", "torch", "transformers", "trl", "peft", "accelerate", 
 
 
 def derive_seed(seed: int, *names: str | int) -> int:
-    """A seed in [0, 2^63) that depends on the recipe's seed and on what it is for, and on nothing else."""
+    """A seed in [0, 2^63) that depends only on the recipe's seed and on the names of its use."""
     text = "\x1f".join(str(part) for part in (seed, *names))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
 def environment() -> dict[str, str]:
-    """Versions of Python, the platform and the packages that decide the results."""
+    """Versions of Python, of the platform and of the packages that results depend on."""
     versions = {"python": platform.python_version(), "machine": platform.machine()}
     for package in PACKAGES:
         try:
@@ -27,6 +27,6 @@ def environment() -> dict[str, str]:
 
 
 def peak_resident_gb() -> float:
-    """The most memory this process has held, in GB (10^9 bytes)."""
+    """This process's peak resident memory, in GB (10^9 bytes)."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9

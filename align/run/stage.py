@@ -1,7 +1,7 @@
-"""The contract of a stage: a program that reads artefacts and writes one folder of them.
+"""The contract of a stage, which reads the artefacts of earlier stages and writes one folder of its own.
 
-A stage is one file in `align/stages/` that defines `STAGE`. Its module imports nothing heavy at the top: `run` does,
-so that reading a recipe stays fast.
+A stage is one file in `align/stages/` that defines `STAGE`. Only its `run` imports heavy libraries, so that reading a
+recipe stays fast.
 """
 
 from abc import ABC, abstractmethod
@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from align.records import Split
-from align.run.tracking import Tracker, flat
+from align.run.tracking import Tracker, flatten_figures
 from align.settings.blocks import Block, TrackingBlock
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a stage's manifest reports: whole-number counts, and figures (JSON-able)."""
+    """What the stage reports in its manifest: counts (whole numbers) and figures (anything that JSON can hold)."""
 
     counts: Mapping[str, int] = field(default_factory=dict)
     figures: Mapping[str, Any] = field(default_factory=dict)
@@ -25,11 +25,11 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Context:
-    """All that a stage is given.
+    """Everything that a stage is given.
 
-    `settings` is its own block; `shared` the recipe's common blocks that it asked for by name; `inputs` the published
-    folder of each upstream stage; `output` the folder to fill (it may hold what an interrupted run left: go on from
-    it); `seed` the recipe's seed; `constitution` a file or folder, where the stage shares 'constitution'.
+    `settings` is its own block. `shared` maps the names of the shared blocks that it reads to those blocks; the
+    'constitution' is a path. `inputs` maps each upstream stage to its published folder. `output` is the folder to fill;
+    it may hold what an interrupted run left, and the stage then resumes from that. `seed` is the recipe's.
     """
 
     stage: str
@@ -42,29 +42,29 @@ class Context:
     tracking: TrackingBlock
 
     def tracker(self) -> Tracker:
-        """Where the stage's figures go: its `metrics.jsonl`, and wandb when asked."""
+        """A tracker that writes to the stage's `metrics.jsonl` and, if the recipe asks for it, to wandb."""
         return Tracker(self.output, self.tracking, self.run_name, self.stage)
 
     def log_rows(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Log figures that are known at the stage's end, in the place of any that an interrupted try left.
+        """Log figures that are known only at the stage's end, replacing any that an interrupted run logged.
 
-        Each row is one step, from 1; of nested figures the numbers are logged, under their paths.
+        Each row is one step, from 1. Nested figures are flattened; only numbers are logged.
         """
         with self.tracker() as tracker:
             tracker.truncate(-1)
             for step, figures in enumerate(rows, start=1):
-                tracker.log(step, flat(figures))
+                tracker.log(step, flatten_figures(figures))
 
 
 class Stage(ABC):
-    """Base of every stage.
+    """Base class of every stage.
 
-    `shares` names the recipe's common blocks that the stage reads (among 'model', 'constitution', 'prompts', 'judge'):
-    with its own block they are its slice of the recipe, and a change in the slice makes it stale. It gets None for one
-    that is among `optional` too and that the recipe lacks; without the others the recipe is at fault. `outputs` are
-    the files and folders it publishes, relative to its folder; one that is not always there may be missing.
-    `only_gates` names settings that only decide whether the result may be published: another value goes on with the
-    work that is there.
+    `shares` names the shared blocks of the recipe that the stage reads, among 'model', 'constitution', 'prompts' and
+    'judge'. They and the stage's own block are its slice of the recipe; a change in the slice makes its result stale.
+    A block named in `optional` too may be absent from the recipe, and is then None; the others are required.
+    `outputs` are the files and folders that the stage publishes, relative to its folder; it need not write all of them.
+    `gate_settings` names the settings that only decide whether the result may be published: after a change of one, an
+    unpublished stage resumes from its finished work.
     """
 
     name: ClassVar[str]
@@ -72,38 +72,38 @@ class Stage(ABC):
     settings: ClassVar[type[Block]]
     shares: ClassVar[tuple[str, ...]] = ()
     optional: ClassVar[tuple[str, ...]] = ()
-    only_gates: ClassVar[tuple[str, ...]] = ()
+    gate_settings: ClassVar[tuple[str, ...]] = ()
     outputs: ClassVar[tuple[str, ...]]
     uses_processes: ClassVar[bool] = True
 
     @abstractmethod
     def inputs(self, settings: Any) -> tuple[str, ...]:
-        """The stages whose results this one reads, under these settings."""
+        """The stages whose results this one reads with these settings."""
 
-    def shares_with(self, settings: Any) -> tuple[str, ...]:
-        """The common blocks that it reads under these settings: all of `shares`, unless a stage says otherwise."""
+    def shared_blocks(self, settings: Any) -> tuple[str, ...]:
+        """The shared blocks that the stage reads with these settings: by default all of `shares`."""
         return self.shares
 
     def files(self, settings: Any) -> tuple[str, ...]:
-        """Local files or folders named in the settings that the stage reads; a change in one makes it stale."""
+        """Local files or folders that the settings name and the stage reads; a change in one makes the result stale."""
         return ()
 
     def splits(self, settings: Any) -> tuple[Split, ...]:
-        """The splits of the prompts without whose rows there is nothing to do."""
+        """The splits of the prompts that the stage reads; at least one of them must have rows."""
         return ()
 
     def check_upstream(self, settings: Any, upstream: Mapping[str, Any]) -> list[str]:
-        """Faults that only show beside the settings of the stages that this one reads; each names its key."""
+        """Conflicts with the settings of the upstream stages, each as `key: fault`."""
         return []
 
     def check(self, settings: Any, shared: Mapping[str, Any]) -> list[str]:
-        """Faults that only show when blocks are read together; each names its key. Checked before anything runs."""
+        """Conflicts between the stage's own block and the shared ones, each as `key: fault`. Runs before any stage."""
         return []
 
     @abstractmethod
     def run(self, context: Context) -> Outcome:
-        """Do the work. Called in every process; only the first rank's outcome is kept.
+        """Do the work. Every process calls this; only the first rank's outcome is kept.
 
         Raises:
-            AlignError: with place, fault and remedy.
+            AlignError: names the place, the fault and the remedy.
         """

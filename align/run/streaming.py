@@ -1,8 +1,8 @@
-"""Work on any number of rows in the memory that a window of them takes.
+"""Processes any number of rows in the memory that one window of them takes.
 
-Rows are read one by one and worked on a window at a time; what came out is written before the next window is read. Each
-window has a folder for its journals: a stage that was killed begins again, finds what its windows had finished in their
-journals, and so writes the rows, and adds up the figures, in the same order and to the same bytes.
+Rows are read one by one and processed a window at a time; a window's results are written before the next window is
+read. Each window has a folder for its journals. A stage that was killed starts again from the first window, takes the
+finished rows from the journals, and so writes the same bytes, with figures summed in the same order.
 """
 
 import sqlite3
@@ -18,14 +18,13 @@ from align.run import processes
 
 T = TypeVar("T")
 WINDOWS = "windows"
-WINDOW_HELP = "prompts worked on together: memory grows with it, and not with how many there are"
+WINDOW_HELP = "prompts processed together; memory use grows with this, not with the number of prompts"
 DEFAULT_WINDOW = 1024
 
 
 @dataclass(frozen=True)
 class Window(Generic[T]):
-    """Some rows, in order; the folder for their journals; and which window it is, for a progress bar: empty where there
-    is one alone."""
+    """Consecutive rows, the folder for their journals, and a label for the progress bar, empty for a sole window."""
 
     rows: list[T]
     folder: Path
@@ -33,23 +32,23 @@ class Window(Generic[T]):
 
 
 def windows(rows: Iterable[T], total: int, size: int, output: Path) -> Iterator[Window[T]]:
-    """The rows, `size` at a time.
+    """The rows in windows of `size`.
 
     Args:
-        total: how many rows there are, for the labels.
-        output: the stage's folder; the windows' folders come below it.
+        total: number of rows, for the labels.
+        output: the stage's folder, below which the windows' folders lie.
     """
-    waiting = iter(rows)
+    remaining = iter(rows)
     count = -(-total // size)
     number = 0
-    while some := list(islice(waiting, size)):
+    while window := list(islice(remaining, size)):
         number += 1
         label = f", window {number}/{count}" if count > 1 else ""
-        yield Window(some, output / WINDOWS / f"{number:06d}", label)
+        yield Window(window, output / WINDOWS / f"{number:06d}", label)
 
 
 class RowFile:
-    """A new JSONL file that records are added to one by one. Only the first process writes."""
+    """A new JSONL file to which records are added one by one. Only the first rank writes."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("w", encoding="utf-8") if processes.is_first() else None
@@ -67,7 +66,7 @@ class RowFile:
 
 
 class RowFiles:
-    """Several such files of a folder, written side by side."""
+    """Several `RowFile`s of one folder, open at the same time."""
 
     def __init__(self, folder: Path, *names: str) -> None:
         self._open = ExitStack()
@@ -81,13 +80,13 @@ class RowFiles:
 
 
 class SeenOnDisk:
-    """Which texts came before, kept in a file that goes by itself. A set would grow with them."""
+    """A set of texts, held in a temporary file, so that its memory does not grow with their number."""
 
     def __init__(self) -> None:
         self._database = scratch_database("create table seen (text text primary key) without rowid")
 
     def is_new(self, text: str) -> bool:
-        """Whether the text comes for the first time; it has been seen from here on."""
+        """Add the text, and return whether it is new."""
         return self._database.execute("insert or ignore into seen values (?)", (text,)).rowcount == 1
 
     def __contains__(self, text: str) -> bool:
@@ -95,7 +94,7 @@ class SeenOnDisk:
 
 
 def scratch_database(schema: str) -> sqlite3.Connection:
-    """An empty database with this schema, in a temporary file: it takes 2 MB of memory however large it grows."""
+    """An empty database with this schema, in a temporary file. It takes 2 MB of memory however large it grows."""
     database = sqlite3.connect("", isolation_level=None)
     database.execute("pragma journal_mode = off")
     database.executescript(schema)

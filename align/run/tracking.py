@@ -1,4 +1,4 @@
-"""Where a stage's figures go: `metrics.jsonl` always, Weights & Biases when asked. Only the first process writes."""
+"""Logs a stage's figures: always to `metrics.jsonl`, on request to Weights & Biases too. Only the first rank writes."""
 
 import json
 import math
@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 from align.errors import InputError
 from align.run import processes
+from align.run.artefacts import drop_torn_line, write_text
 from align.settings.blocks import TrackingBlock
 
 METRICS = "metrics.jsonl"
@@ -26,11 +27,11 @@ _WANDB_HOST = "https://api.wandb.ai"
 
 
 class Tracker:
-    """Rows of figures, each with its step, appended to `directory/metrics.jsonl`.
+    """Appends rows of figures, each with its step, to `directory/metrics.jsonl`.
 
-    With `block.wandb` they go to wandb as well: one run a stage, grouped by `run_name`, its files in
-    `directory/../.wandb` so that they survive the stage's publication. wandb never ends a stage: where it fails, a
-    warning says so once and the figures go on into the file.
+    With `block.wandb` they also go to wandb: one run per stage, grouped by `run_name`. Its files lie in
+    `directory/../.wandb`, so that they survive the stage's publication. A failure of wandb never ends a stage: one
+    warning reports it, and logging continues to the file alone.
     """
 
     def __init__(self, directory: Path, block: TrackingBlock, run_name: str, stage: str) -> None:
@@ -40,23 +41,22 @@ class Tracker:
         if not processes.is_first():
             return
         directory.mkdir(parents=True, exist_ok=True)
-        _end_with_newline(self.path)
+        drop_torn_line(self.path)
         self._file = self.path.open("a", encoding="utf-8")
         if block.wandb:
             self._guard(lambda: self._start_wandb(directory, block, run_name, stage))
 
     def log(self, step: int, figures: Mapping[str, float], timings: Mapping[str, float] | None = None) -> None:
-        """Add a row, on disk before this returns. A figure that is not finite is written as null.
+        """Add a row; it survives a kill once this returns. A figure that is not finite is written as null.
 
-        `timings` go to a file of their own, which is no part of a stage's identity: two equal runs never take equally
-        long.
+        `timings` go to a separate file, which is not part of the stage's outputs: equal runs never take equally long.
         """
         if self._file is None:
             return
         if timings:
             with (self.path.parent / TIMINGS).open("a", encoding="utf-8") as out:
-                out.write(json.dumps(plain_row(step, timings)) + "\n")
-        row = plain_row(step, figures)
+                out.write(json.dumps(json_row(step, timings)) + "\n")
+        row = json_row(step, figures)
         self._file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
         self._file.flush()
         if self._wandb is not None:
@@ -64,13 +64,13 @@ class Tracker:
             self._guard(lambda: run.log({**figures, **(timings or {})}, step=step))
 
     def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """Show rows (completions, say) as a wandb table; without wandb nothing is lost, as stages publish them too."""
+        """Show rows, such as completions, as a wandb table. Without wandb nothing is lost: stages publish them too."""
         if self._wandb is not None:
             run = self._wandb
             self._guard(lambda: run.log({name: _table(columns, rows)}, commit=False))
 
     def truncate(self, step: int) -> None:
-        """Drop the rows after `step`: a resumed stage logs them again. wandb keeps the first it got of a step."""
+        """Drop the rows after `step`, which a resumed stage logs again. wandb keeps the first row it got of a step."""
         if self._file is None:
             return
         self._file.close()
@@ -78,7 +78,7 @@ class Tracker:
         self._file = self.path.open("a", encoding="utf-8")
 
     def close(self, failed: bool = False) -> None:
-        """Close the file and finish the wandb run. What is logged afterwards goes nowhere; closing again is free."""
+        """Close the file and finish the wandb run. Later calls of `log` and `close` do nothing."""
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -112,16 +112,16 @@ class Tracker:
         )
 
     def _guard(self, call: Callable[[], object]) -> None:
-        """Call wandb; where that fails, warn and leave wandb out of what follows."""
+        """Call wandb; if that fails, warn and stop using wandb."""
         try:
             call()
         except Exception as error:
             self._wandb = None
-            warnings.warn(f"wandb: {error!r}; figures go to {self.path} alone from here on", stacklevel=3)
+            warnings.warn(f"wandb: {error!r}; from here on figures go to {self.path} alone", stacklevel=3)
 
 
 def truncate_rows(path: Path, key: str, last: int) -> None:
-    """Drop a JSONL file's rows whose `key` is above `last`, and a last row that a kill left unfinished.
+    """Drop a JSONL file's rows whose `key` is above `last`, and a last row that a kill cut short.
 
     Raises:
         InputError: a row is damaged.
@@ -129,7 +129,7 @@ def truncate_rows(path: Path, key: str, last: int) -> None:
     if not path.exists():
         return
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    # As bytes: text would also be split at the line separators that a completion may hold.
+    # As bytes: text mode would also split rows at the line separators that a completion may contain.
     with path.open("rb") as lines, temporary.open("wb") as kept:
         for number, line in enumerate(lines, start=1):
             if line.endswith(b"\n") and _number_of(line, key, path, number) <= last:
@@ -144,30 +144,30 @@ def _number_of(line: bytes, key: str, path: Path, number: int) -> int:
         raise InputError(f"{path}, line {number}: damaged ({error}); remove the line and run again") from None
 
 
-def flat(figures: Mapping[str, Any], above: str = "") -> dict[str, float]:
-    """The numbers among nested figures, each under its path: `{"accuracy": {"mean": 1}}` is `accuracy/mean`."""
+def flatten_figures(figures: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """The numbers among nested figures, each under its path: `{"accuracy": {"mean": 1}}` gives `accuracy/mean`."""
     found: dict[str, float] = {}
     for name, value in figures.items():
         if isinstance(value, Mapping):
-            found |= flat(value, f"{above}{name}/")
+            found |= flatten_figures(value, f"{prefix}{name}/")
         elif isinstance(value, int | float):
-            found[f"{above}{name}"] = value
+            found[f"{prefix}{name}"] = value
     return found
 
 
 def wandb_mode() -> Any:
-    """`WANDB_MODE` where it is set; else online with a login and a network, and offline without.
+    """`WANDB_MODE` if it is set; otherwise online if there are a login and a network, and offline if not.
 
-    Nobody is ever asked for a login: without one, a mode that needs it becomes offline, with a warning.
+    wandb never prompts for a login: without one, a mode that needs it becomes offline, with a warning.
     """
     chosen = os.environ.get("WANDB_MODE")
     host = os.environ.get("WANDB_BASE_URL", _WANDB_HOST)
     if not chosen:
-        return "online" if _has_login(host) and _answers(host) else "offline"
+        return "online" if _has_login(host) and _is_reachable(host) else "offline"
     if chosen in MODES_WITH_LOGIN and not _has_login(host):
         warnings.warn(
             f"wandb: WANDB_MODE is {chosen} and there is no login for {host}, so the run is kept offline; "
-            "log in with `wandb login` or WANDB_API_KEY, and send it later with `wandb sync`",
+            "log in with `wandb login` or WANDB_API_KEY, and upload it later with `wandb sync`",
             stacklevel=2,
         )
         return "offline"
@@ -187,7 +187,7 @@ def _has_login(host: str) -> bool:
     return False
 
 
-def _answers(host: str) -> bool:
+def _is_reachable(host: str) -> bool:
     try:
         urllib.request.urlopen(host, timeout=5).close()
     except urllib.error.HTTPError:
@@ -198,17 +198,10 @@ def _answers(host: str) -> bool:
 
 
 def _run_id(path: Path) -> str:
-    """The wandb run of this working folder, the same after a kill."""
+    """The id of this working folder's wandb run, which a resumed stage continues."""
     if not path.exists():
-        _replace_text(path, secrets.token_hex(8))
+        write_text(path, secrets.token_hex(8))
     return path.read_text(encoding="utf-8")
-
-
-def _replace_text(path: Path, text: str) -> None:
-    """Write a file so that a kill leaves the old one or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Any:
@@ -217,23 +210,14 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Any:
     return wandb.Table(columns=list(columns), data=[list(row) for row in rows])
 
 
-def plain_row(step: int, figures: Mapping[str, float]) -> dict[str, float | None]:
-    """A row as it is written, and as it is read again."""
-    return {"step": step} | {name: _plain(value) for name, value in figures.items()}
+def json_row(step: int, figures: Mapping[str, float]) -> dict[str, float | None]:
+    """A row of figures as it is written to `metrics.jsonl`, with None for figures that are not finite."""
+    return {"step": step} | {name: _json_number(value) for name, value in figures.items()}
 
 
-def _plain(value: float) -> float | int | None:
-    """A JSON number: numpy's and torch's scalars included, bool and int as they are, null where not finite."""
+def _json_number(value: float) -> float | int | None:
+    """A number, or a scalar of numpy or torch, as JSON takes it: bool and int unchanged, None if not finite."""
     if isinstance(value, int):
         return value
     number = float(value)
     return number if math.isfinite(number) else None
-
-
-def _end_with_newline(path: Path) -> None:
-    """Cut a last row that a kill left unfinished."""
-    if not path.exists():
-        return
-    content = path.read_bytes()
-    with path.open("r+b") as handle:
-        handle.truncate(content.rfind(b"\n") + 1)

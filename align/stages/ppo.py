@@ -1,15 +1,11 @@
-"""The ppo stage: the SFT policy trained against the reward model, or other rewards, on the rl prompts.
-
-align run ppo --recipe recipes/quickstart.yaml
-accelerate launch --num_processes 8 -m align run ppo --recipe recipes/hh-rlhf.yaml
-"""
+"""ppo: train the SFT policy on the prompts of the rl split, against the reward model or other rewards."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from align.constitution.constitution import load_constitution, sound_constitution
+from align.constitution.loading import load_constitution, try_load_constitution
 from align.engines.engine import EngineIdentity
 from align.engines.provenance import PROVENANCE, Provenance, sampling_settings, write_provenance
 from align.errors import InputError
@@ -35,15 +31,15 @@ class Ppo(Stage):
     def splits(self, settings: PpoBlock) -> tuple[Split, ...]:
         return (SPLIT,)
 
-    def shares_with(self, settings: PpoBlock) -> tuple[str, ...]:
+    def shared_blocks(self, settings: PpoBlock) -> tuple[str, ...]:
         return (*self.shares, "constitution", "judge") if settings.asks_judge else self.shares
 
     def check(self, settings: PpoBlock, shared: Mapping[str, Any]) -> list[str]:
-        from align.feedback.judge import labelling_problems
+        from align.feedback.probes import labelling_problems
 
         if not settings.asks_judge:
             return []
-        constitution = sound_constitution(shared["constitution"])
+        constitution = try_load_constitution(shared["constitution"])
         return labelling_problems(constitution, shared["judge"]) if constitution else []
 
     def files(self, settings: PpoBlock) -> tuple[str, ...]:
@@ -54,12 +50,11 @@ class Ppo(Stage):
     def run(self, context: Context) -> Outcome:
         import torch
 
-        from align.models.loading import compute_dtype, load_tokenizer, save_model, stop_token_ids
-        from align.rl.loading import initial_models, reward_folder
+        from align.models.loading import compute_dtype, load_tokenizer, stop_token_ids
+        from align.models.saving import save_model
         from align.rl.ppo import PpoTrainer
         from align.rl.rewards import Rewards
-        from align.rl.updates import is_sharding, open_accelerator
-        from align.run.tracking import Tracker
+        from align.rl.updates import open_accelerator
 
         settings: PpoBlock = context.settings
         model_block = context.shared["model"]
@@ -69,23 +64,11 @@ class Ppo(Stage):
         policy = context.inputs["sft"] / "model"
         tokenizer = load_tokenizer(str(policy), trust_remote_code=model_block.trust_remote_code)
         prompts, too_long = _prompts(context, tokenizer)
-        judged, exam = _direct_scores(context, [each.prompt for each in prompts]) if settings.asks_judge else ({}, {})
+        judged, probes = _direct_scores(context, [each.prompt for each in prompts]) if settings.asks_judge else ({}, {})
         dtype = compute_dtype(model_block.precision)
-        reward = reward_folder(context.inputs["reward"]) if settings.reads_reward_stage else None
-        if reward is not None and settings.score.normalise != "held_out":
-            reward = replace(reward, mean=0.0, std=1.0)
-        models = initial_models(
-            policy,
-            reward,
-            model_block.lora,
-            value=settings.value if settings.advantage == "gae" else None,
-            dtype=dtype,
-            temperature=settings.sampling.temperature,
-            trust_remote_code=model_block.trust_remote_code,
-        )
-        if not is_sharding(accelerator):
-            models.to(accelerator.device)  # sharding moves each process's part by itself; the whole may not fit
-        with Tracker(context.output, context.tracking, context.run_name, self.name) as tracker:
+        reward = _reward_folder(context) if settings.reads_reward_stage else None
+        models = _models(context, policy, reward, dtype, accelerator)
+        with context.tracker() as tracker:
             trainer = PpoTrainer(
                 models,
                 tokenizer,
@@ -110,16 +93,47 @@ class Ppo(Stage):
             "stopped_early": trainer.ending.stopped,
             "published_iteration": trainer.ending.published,
         }
-        return Outcome({"prompts": len(prompts), "prompts_too_long": too_long}, figures | ending | exam)
+        return Outcome({"prompts": len(prompts), "prompts_too_long": too_long}, figures | ending | probes)
+
+
+def _reward_folder(context: Context) -> Any:
+    """The reward stage's result. Its scores keep their scale unless the recipe normalises by held-out pairs."""
+    from align.rl.loading import reward_folder
+
+    reward = reward_folder(context.inputs["reward"])
+    by_held_out = context.settings.score.normalise == "held_out"
+    return reward if by_held_out else replace(reward, mean=0.0, std=1.0)
+
+
+def _models(context: Context, policy: Path, reward: Any, dtype: Any, accelerator: Any) -> Any:
+    """Policy, reference and value model, on the accelerator's device."""
+    from align.rl.loading import load_models
+    from align.rl.updates import is_sharding
+
+    settings, model_block = context.settings, context.shared["model"]
+    models = load_models(
+        policy,
+        reward,
+        model_block.lora,
+        value=settings.value if settings.advantage == "gae" else None,
+        dtype=dtype,
+        temperature=settings.sampling.temperature,
+        trust_remote_code=model_block.trust_remote_code,
+    )
+    if not is_sharding(accelerator):  # sharding moves each process's shard by itself; the whole model may not fit
+        models.to(accelerator.device)
+    return models
 
 
 def _provenance(context: Context, policy: Path, precision: str) -> str:
-    """Write where the rollouts come from; the entry's id. The weights are those that the policy begins from: a row's
-    iteration says how often they were updated before it was drawn."""
+    """Write the provenance of the rollouts, and return its id.
+
+    It names the weights that training began with; a row's iteration says how often they were updated before.
+    """
     from align.models.weights import Weights
 
     how = {**sampling_settings(context), "weights": "as training began"}
-    weights = processes.decided_by_first(Weights(policy).digest)
+    weights = processes.decide_on_first_rank(Weights(policy).digest)
     identity = EngineIdentity("local", "/".join(policy.parts[-2:]), weights, precision=precision)
     entry = Provenance.of(context.stage, "completion", identity, how, context.seed)
     write_provenance(context.output, [entry])
@@ -130,11 +144,11 @@ def _check_divisible(settings: PpoBlock) -> None:
     world = processes.world_size()
     for key, value in (("rollout_batch", settings.rows), ("optimizer.batch_size", settings.optimizer.batch_size)):
         if value % world:
-            raise InputError(f"ppo.{key}: {value} rows cannot be shared equally by {world} processes; use a multiple")
+            raise InputError(f"ppo.{key}: {value} rows cannot be divided among {world} processes; use a multiple")
 
 
 def _prompts(context: Context, tokenizer: Any) -> tuple[list[Any], int]:
-    """The rl prompts with their ids, and how many were left out for their length."""
+    """The tokenized prompts of the rl split, and the number of prompts left out because they are too long."""
     from align.data.chat import prompt_ids
     from align.rl.rollout import TokenizedPrompt
 
@@ -151,7 +165,7 @@ def _prompts(context: Context, tokenizer: Any) -> tuple[list[Any], int]:
 
 
 def _demonstrations(context: Context, tokenizer: Any) -> list[Any]:
-    """What the SFT policy was trained on, tokenized, without what is longer than PPO's own rows may be."""
+    """The demonstrations of the SFT stage, tokenized, without those longer than a row of PPO may be."""
     from align.data.chat import conversation_ids
     from align.rl.rollout import Completion, TokenizedPrompt
 
@@ -163,35 +177,38 @@ def _demonstrations(context: Context, tokenizer: Any) -> list[Any]:
             prompt = TokenizedPrompt(Prompt(id=row.id, prompt=row.prompt, split="sft"), tuple(opening))
             kept.append(Completion(prompt, tuple(words), row.completion, True, ()))
     if not kept:
-        raise InputError("ppo.ptx_coef: no demonstration is short enough; raise ppo.max_prompt_tokens, or set it to 0")
+        raise InputError(
+            "ppo.ptx_coef: no demonstration is short enough; raise ppo.max_prompt_tokens, or set this to 0"
+        )
     return kept
 
 
 def _direct_scores(context: Context, prompts: Sequence[Prompt]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The judge's direct scores, by the way in which sources take principles, and how it did on its probes.
+    """The judge's direct scores by a source's `principle` ('all' or 'draw'), and the judge's figures on its probes.
 
     Raises:
-        JudgeAtChance: its marks of the probes are not shown to be better than chance.
+        JudgeAtChance: the probes do not show the judge's scores to be better than chance.
     """
-    from align.feedback.direct import DirectScores, examine_direct
-    from align.feedback.judge import open_judge, require_better_than_chance
+    from align.feedback.direct import DirectScorer, examine_direct
+    from align.feedback.judge import open_judge
+    from align.feedback.probes import require_better_than_chance
 
     block, model = context.shared["judge"], context.shared["model"]
     judge = open_judge(block, model, load_constitution(context.shared["constitution"]))
-    report = examine_direct(DirectScores(judge))
+    report = examine_direct(DirectScorer(judge))
     require_better_than_chance(judge, report)
     categories = {prompt.prompt: prompt.category for prompt in prompts}
     seeds = {"all": None, "draw": derive_seed(context.seed, "ppo", "judge")}
-    scores = {way: DirectScores(judge, categories, seed) for way, seed in seeds.items()}
+    scores = {principle: DirectScorer(judge, categories, seed) for principle, seed in seeds.items()}
     return scores, {"judge": report.as_figures()}
 
 
 def _sources(
     context: Context, models: Any, reward: Any, judged: Mapping[str, Any], dtype: Any, device: Any
 ) -> list[Any]:
-    """Where scores come from, as the recipe names it."""
+    """The sources of the reward, in the recipe's order."""
     from align.rl.batches import ROWS_WITHOUT_GRADIENT
-    from align.rl.reward_sources import ScoresReward, open_reward
+    from align.rl.reward_sources import JudgeReward, open_reward
     from align.rl.rewards import RewardSource
 
     settings, model_block = context.settings, context.shared["model"]
@@ -200,18 +217,18 @@ def _sources(
     for source in settings.rewards:
         moments = None
         if source.judge is not None:
-            scores: Any = ScoresReward(judged[source.principle])
+            scores: Any = JudgeReward(judged[source.principle])
         elif source.stage is None:
             scores = open_reward(source, model_block, batch_size=batch_size, dtype=dtype, device=device)
         else:
             moments = (reward.mean, reward.std)
-            scores = _reward_stage(models, reward, model_block, dtype, batch_size, device)
+            scores = _reward_stage_scores(models, reward, model_block, dtype, batch_size, device)
         sources.append(RewardSource(source.key, scores, source.weight, moments, source.gold))
     return sources
 
 
-def _reward_stage(models: Any, reward: Any, model_block: Any, dtype: Any, batch_size: int, device: Any) -> Any:
-    """Scores by the trunk's reward adapter, or by the reward stage's model loaded on its own."""
+def _reward_stage_scores(models: Any, reward: Any, model_block: Any, dtype: Any, batch_size: int, device: Any) -> Any:
+    """Scores by the reward adapter on the policy's trunk, or by the reward stage's model, loaded separately."""
     from align.models.loading import load_tokenizer
     from align.rl.loading import classifier_scores, load_classifier, trunk_scores
     from align.rl.rewards import RewardModel

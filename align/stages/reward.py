@@ -1,65 +1,58 @@
 """reward: train a reward model on preference pairs against their soft labels (Bai et al. 2022, section 4.1).
 
-Part of the pairs is held out by prompt, and what the model says of them stands beside what the lengths alone would say.
+The pairs of some prompts are held out. The model's accuracy on them is reported beside that of preferring the shorter
+or the longer completion.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from align.data.pairs import gather_pairs, mix_faults, pairs_by_source
+from align.data.pairs import pairs_by_source
 from align.data.token_columns import pair_columns, whole_conversations
 from align.errors import InputError
 from align.records import Conversation, PreferencePair, as_dicts, digest, write_rows
 from align.run.reproducibility import derive_seed
-from align.run.stage import Context, Outcome, Stage
-from align.run.tracking import METRICS, flat
-from align.settings.blocks import HUMAN_SHARE, Block, Fraction, ModelBlock, Number, OptimizerBlock, PairSource, Positive
+from align.run.stage import Context, Outcome
+from align.run.tracking import METRICS, flatten_figures
+from align.settings.blocks import Fraction, ModelBlock, OptimizerBlock
 from align.training.held_out import HELD_OUT, ScoredPair, held_out_figures, print_held_out
+from align.training.stage import Epochs, MaxLength, PairMixBlock, PairStage
 
 SCALE_PAIRS = 1000
-"""Training pairs that the scores' mean and spread are taken from where none are held out."""
+"""The number of training pairs that give the scores' mean and spread if no pair is held out."""
 
 
-class RewardBlock(Block):
+class RewardBlock(PairMixBlock):
     """The reward model."""
 
-    ai: bool = Field(True, description="train on the pairs that the judge labelled")
-    human: tuple[PairSource, ...] = Field((), description="preference pairs that people labelled")
-    human_share: Annotated[Fraction, Field(gt=0, lt=1)] | None = Field(None, description=HUMAN_SHARE)
     base: Literal["sft", "model"] = Field("sft", description="start from the SFT policy, or from the base model")
-    held_out: Annotated[Fraction, Field(lt=1)] = Field(0.1, description="share of the prompts whose pairs test it")
+    held_out: Annotated[Fraction, Field(lt=1)] = Field(
+        0.1, description="share of the prompts whose pairs are held out to test the model"
+    )
     optimizer: OptimizerBlock = Field(default_factory=OptimizerBlock)
-    epochs: Annotated[Number, Field(gt=0)] = Field(1.0, description="passes over the pairs")
-    max_length: Positive = Field(1024, description="tokens; longer pairs are left out and counted")
+    epochs: Epochs = 1.0
+    max_length: MaxLength = 1024
     trl: dict[str, Any] = Field(default_factory=dict, description="further options of trl.RewardConfig")
 
 
-class Reward(Stage):
-    """Trains a reward model on preference pairs and tests it on held-out ones."""
-
+class Reward(PairStage):
     name = "reward"
     help = "train a reward model on preference pairs"
     settings = RewardBlock
-    shares = ("model",)
     outputs = ("model", "adapter", METRICS, HELD_OUT)
 
     def inputs(self, settings: RewardBlock) -> tuple[str, ...]:
         return (*(["sft"] if settings.base == "sft" else []), *(["compare"] if settings.ai else []))
 
-    def files(self, settings: RewardBlock) -> tuple[str, ...]:
-        return tuple(source.path for source in settings.human if Path(source.path).expanduser().exists())
-
-    def check(self, settings: RewardBlock, shared: Mapping[str, Any]) -> list[str]:
-        return mix_faults(self.name, settings.ai, settings.human, settings.human_share)
-
     def run(self, context: Context) -> Outcome:
         from align.models.loading import compute_dtype, load_tokenizer
         from align.run import processes
-        from align.training.trainers import SoftLabelRewardTrainer, fit, load_scorer, pad_apart, score_pairs
+        from align.training.fit import fit
+        from align.training.models import load_reward_model, score_pairs, set_separate_pad_token
+        from align.training.trainers import SoftLabelRewardTrainer
         from align.training.trl_configs import RewardConfig, training_config
 
         settings: RewardBlock = context.settings
@@ -69,11 +62,10 @@ class Reward(Stage):
         path, revision = block.path, block.revision
         if settings.base == "sft":
             path, revision = str(context.inputs["sft"] / "model"), None
-        tokenizer = pad_apart(load_tokenizer(path, revision=revision, trust_remote_code=block.trust_remote_code))
+        tokenizer = load_tokenizer(path, revision=revision, trust_remote_code=block.trust_remote_code)
+        set_separate_pad_token(tokenizer)
         counts: Counter[str] = Counter()
-        ai = context.inputs["compare"] / "pairs.jsonl" if settings.ai else None
-        gathered = gather_pairs(ai, settings.human, counts, settings.human_share)
-        training, held_out = split_by_prompt(gathered, settings.held_out)
+        training, held_out = split_by_prompt(self.gather(context, counts), settings.held_out)
         columns = pair_columns(tokenizer, training, settings.max_length, block.system_prompt)
         tested = pair_columns(tokenizer, held_out, settings.max_length, block.system_prompt)
         too_long = [*columns.too_long, *tested.too_long]
@@ -81,9 +73,9 @@ class Reward(Stage):
         if not columns.rows:
             raise InputError(f"reward: no pair to train on; {dict(counts)}. Raise `max_length` or lower `held_out`")
 
-        model = load_scorer(path, block, dtype, config.seed, revision)
+        model = load_reward_model(path, block, dtype, config.seed, revision)
         rows = whole_conversations(columns).rows
-        trainer, trained = fit(SoftLabelRewardTrainer, context, model, tokenizer, config, rows, dtype)
+        trainer, result = fit(SoftLabelRewardTrainer, context, model, tokenizer, config, rows, dtype)
         scores = score_pairs(trainer, whole_conversations(tested).rows)
         scored = _scored([pair for pair in held_out if pair.id not in tested.too_long], scores)
         measured = held_out_figures(scored, derive_seed(context.seed, self.name, "bootstrap"))
@@ -91,22 +83,22 @@ class Reward(Stage):
         if processes.is_first():
             write_rows(context.output / HELD_OUT, scored)
             with context.tracker() as tracker:
-                tracker.log(trained.steps + 1, flat({"held_out": measured, **scale}))
+                tracker.log(result.steps + 1, flatten_figures({"held_out": measured, **scale}))
             print_held_out(measured, context.run_name)
         sources = {"training": pairs_by_source(training), "held_out": pairs_by_source(held_out)}
         figures = {"base": settings.base, **scale, **measured, "pairs_too_long": too_long, "pairs_by_source": sources}
-        return Outcome({**counts, "steps": trained.steps}, {**figures, "last_step": dict(trained.figures)})
+        return Outcome({**counts, "steps": result.steps}, {**figures, "last_step": dict(result.last_step)})
 
 
 def prompt_id(prompt: Conversation) -> str:
-    """Identity of a prompt by its content."""
+    """The id of a prompt, which follows from its content."""
     return digest(as_dicts(prompt))
 
 
 def split_by_prompt(
     pairs: Sequence[PreferencePair], held_out: float
 ) -> tuple[list[PreferencePair], list[PreferencePair]]:
-    """(pairs to train on, pairs held out). A hash of the prompt decides, so no prompt is on both sides, ever."""
+    """(pairs to train on, pairs held out). A hash of the prompt decides, so no prompt is ever on both sides."""
     sides: tuple[list[PreferencePair], list[PreferencePair]] = ([], [])
     for pair in pairs:
         sides[is_held_out(pair.prompt, held_out)].append(pair)
@@ -114,12 +106,12 @@ def split_by_prompt(
 
 
 def is_held_out(prompt: Conversation, share: float) -> bool:
-    """Whether a prompt is among the `share` of all prompts whose pairs test the reward model."""
+    """Whether a prompt is in the `share` of all prompts whose pairs are held out."""
     return int(digest(["held out", prompt_id(prompt)], 8), 16) / 16**8 < share
 
 
 def scale_figures(scores: Sequence[tuple[float, float]]) -> dict[str, float]:
-    """Mean and standard deviation over chosen and rejected completions, which PPO centres its rewards by."""
+    """Mean and standard deviation of the scores of chosen and rejected completions, by which PPO normalises rewards."""
     import numpy as np
 
     return {"score_mean": float(np.mean(scores)), "score_std": float(np.std(scores))}

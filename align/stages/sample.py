@@ -1,7 +1,7 @@
-"""sample: read the prompts, put each into its split, and complete those of the splits that the pipeline revises.
+"""sample: read the prompts, assign each to a split, and complete those of the splits that later stages need.
 
-The model is the base model (or the recipe's engine): its completions are what revise criticises. Prompts and samples
-stream from file to file, a window at a time.
+The base model, or the recipe's engine, writes the completions, which revise then criticises. Prompts and samples are
+streamed, a window at a time.
 """
 
 import heapq
@@ -30,11 +30,11 @@ if TYPE_CHECKING:
     from align.engines.engine import Engine
 
 DESCRIBED = 1024
-"""Samples that the figures describe, drawn by a hash: how varied texts are can only be told of so many."""
+"""The number of samples that the figures describe, chosen by a hash. Measures of variety need all texts in memory."""
 
 
 class SampleBlock(Block):
-    """Completions to start from."""
+    """The completions that the pipeline starts from."""
 
     sampling: SamplingBlock = Field(default_factory=SamplingBlock)
     splits: tuple[Split, ...] = Field(("sft", "preference"), description="the splits whose prompts are completed")
@@ -43,8 +43,6 @@ class SampleBlock(Block):
 
 
 class SampleStage(Stage):
-    """Reads the prompts and completes some of them with the base model."""
-
     name = "sample"
     help = "split the prompts, and complete them with the base model"
     settings = SampleBlock
@@ -83,7 +81,7 @@ class SampleStage(Stage):
 
 
 class _Made(NamedTuple):
-    """A sample, and how many tokens it took."""
+    """A sample and its number of tokens."""
 
     sample: Sample
     tokens: int
@@ -104,13 +102,13 @@ def _write_prompts(context: Context, counts: Counter[str], categories: Counter[s
 
 
 def _warn_of_empty_splits(splits: Sequence[Split], counts: Mapping[str, int]) -> None:
-    """Say so where prompts were to be completed and none is: all fell into other splits."""
+    """Warn if there is nothing to complete because all prompts fell into other splits."""
     if not splits or any(counts[_of_split(split)] for split in splits):
         return
     others = ", ".join(f"{count} in {split}" for split in SPLITS if (count := counts[_of_split(split)]))
     print(
         f"sample: no prompt is completed: none fell into {' or '.join(splits)} ({others or 'there are none'}); change "
-        "`prompts.split` or `sample.splits`, or give more prompts",
+        "`prompts.split` or `sample.splits`, or add prompts",
         file=sys.stderr,
         flush=True,
     )
@@ -121,7 +119,7 @@ def _of_split(split: str) -> str:
 
 
 def _samples(context: Context, engine: "Engine", provenance: str, counts: Counter[str]) -> Iterator[_Made]:
-    """Every sample, in the prompts' order, as it is written."""
+    """Write every sample, in the order of the prompts, and yield it."""
     settings: SampleBlock = context.settings
     total = sum(1 for _ in _chosen(context))
     with RowFile(context.output / "samples.jsonl") as out:
@@ -137,14 +135,15 @@ def _samples(context: Context, engine: "Engine", provenance: str, counts: Counte
 
 
 def _chosen(context: Context) -> Iterator[Prompt]:
-    """The prompts that are completed."""
+    """The prompts of the splits that are completed."""
     return with_split(read_rows(context.output / "prompts.jsonl", Prompt), context.settings.splits)
 
 
 def _complete(window: Window[Prompt], sampling: SamplingBlock, engine: "Engine", seed: int) -> dict[str, Completed]:
     from align.engines.complete_all import complete_all
 
-    requests = [_request(prompt, sampling, seed) for prompt in window.rows]
+    how = (sampling.max_new_tokens, sampling.temperature, sampling.top_p)
+    requests = [Request(each.id, each.prompt, sample_seed(seed, each.id), *how) for each in window.rows]
     journal = window.folder / "samples.journal"
     return complete_all(engine, requests, sampling.batch_size, journal, f"sample{window.label}")
 
@@ -152,17 +151,6 @@ def _complete(window: Window[Prompt], sampling: SamplingBlock, engine: "Engine",
 def sample_seed(seed: int, prompt_id: str) -> int:
     """The seed of a prompt's sample."""
     return derive_seed(seed, "sample", prompt_id)
-
-
-def _request(prompt: Prompt, sampling: SamplingBlock, seed: int) -> Request:
-    return Request(
-        id=prompt.id,
-        messages=prompt.prompt,
-        seed=sample_seed(seed, prompt.id),
-        max_new_tokens=sampling.max_new_tokens,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-    )
 
 
 def _sample(prompt: Prompt, completed: Completed, engine: str, seed: int) -> Sample:
@@ -180,7 +168,7 @@ def _sample(prompt: Prompt, completed: Completed, engine: str, seed: int) -> Sam
 
 
 def _figures(made: Sequence[_Made]) -> dict[str, float]:
-    """What the completions look like: lengths, variety, repetition, how many ended by themselves."""
+    """Figures of the completions: lengths, variety, repetition, and the share that ended with a stop token."""
     if not made:
         return {}
     completions = [each.sample.completion for each in made]

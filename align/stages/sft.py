@@ -1,6 +1,6 @@
 """sft: fine-tune the base model on accepted revisions and helpful demonstrations (Bai et al. 2022, section 3).
 
-The result is the policy that everything after starts from, and the reference that it is held to.
+The result is the policy that all later training starts from, and the reference of its KL penalty.
 """
 
 import random
@@ -15,45 +15,46 @@ from align.data.pairs import read_demonstrations
 from align.data.token_columns import demonstration_columns
 from align.engines.provenance import PROVENANCE, write_provenance
 from align.errors import InputError
-from align.feedback.gates import TextGatesBlock, TextShares, check_gates, gate_figures
+from align.feedback.gates import TextFaultShares, TextGatesBlock, check_gates, gate_figures
 from align.feedback.records import Revision
 from align.records import Demonstration, Prompt, Sample, Split, read_rows, write_rows
 from align.run import processes
 from align.run.reproducibility import derive_seed
 from align.run.stage import Context, Outcome, Stage
-from align.settings.blocks import Block, Fraction, ModelBlock, Number, OptimizerBlock, PairSource, Positive
+from align.settings.blocks import Block, Fraction, ModelBlock, OptimizerBlock, PairSource
+from align.training.stage import Epochs, MaxLength, local_paths
 
 SPLIT: Split = "sft"
 
 
 class HelpfulBlock(Block):
-    """Demonstrations that keep the model helpful while the revisions teach it the constitution."""
+    """Demonstrations that keep the model helpful while revisions teach it the constitution."""
 
     own_samples: bool = Field(
-        True, description="the base model's own finished completions of harmless prompts without an accepted revision"
+        True, description="use the base model's complete answers to harmless prompts that have no accepted revision"
     )
     harmless: tuple[str, ...] = Field(
-        (), description="the prompt files or categories that own samples are taken from; no others ever are"
+        (), description="the only prompt files or categories from which own samples are taken"
     )
     sources: tuple[PairSource, ...] = Field((), description="demonstrations, or preference pairs (the chosen side)")
-    share: Annotated[Fraction, Field(lt=1)] = Field(0.25, description="of the mix; less where there are too few")
+    share: Annotated[Fraction, Field(lt=1)] = Field(
+        0.25, description="of all demonstrations; less if there are too few"
+    )
 
 
 class SftBlock(Block):
     """Supervised fine-tuning."""
 
-    revisions: bool = Field(True, description="false trains on `helpful.sources` alone, all of it")
+    revisions: bool = Field(True, description="false trains on all of `helpful.sources`, and on nothing else")
     helpful: HelpfulBlock = Field(default_factory=HelpfulBlock)
     optimizer: OptimizerBlock = Field(default_factory=OptimizerBlock)
-    epochs: Annotated[Number, Field(gt=0)] = Field(1.0, description="passes over the demonstrations")
-    max_length: Positive = Field(1024, description="tokens; longer rows are left out and counted")
+    epochs: Epochs = 1.0
+    max_length: MaxLength = 1024
     gates: TextGatesBlock = Field(default_factory=TextGatesBlock)
     trl: dict[str, Any] = Field(default_factory=dict, description="further options of trl.SFTConfig")
 
 
 class Sft(Stage):
-    """Fine-tunes the base model on revisions and helpful demonstrations."""
-
     name = "sft"
     help = "fine-tune the base model on accepted revisions and helpful demonstrations"
     settings = SftBlock
@@ -66,7 +67,7 @@ class Sft(Stage):
         return ("sample", "revise") if settings.helpful.own_samples else ("revise",)
 
     def files(self, settings: SftBlock) -> tuple[str, ...]:
-        return tuple(source.path for source in settings.helpful.sources if Path(source.path).expanduser().exists())
+        return local_paths(settings.helpful.sources)
 
     def splits(self, settings: SftBlock) -> tuple[Split, ...]:
         return (SPLIT,) if settings.revisions else ()
@@ -74,7 +75,7 @@ class Sft(Stage):
     def check_upstream(self, settings: SftBlock, upstream: Mapping[str, Any]) -> list[str]:
         if not settings.revisions or "revise" not in upstream or SPLIT in upstream["revise"].splits:
             return []
-        return [f"sft.revisions: no sample of the split '{SPLIT}' is revised; name it in `revise.splits`"]
+        return [f"sft.revisions: no sample of the split '{SPLIT}' is revised; add it to `revise.splits`"]
 
     def check(self, settings: SftBlock, shared: Mapping[str, Any]) -> list[str]:
         helpful = settings.helpful
@@ -86,12 +87,14 @@ class Sft(Stage):
             if name in helpful.model_fields_set
         ]
         if not helpful.sources:
-            faults.append("sft.helpful.sources: with `revisions: false` there must be at least one")
+            faults.append("sft.helpful.sources: with `revisions: false` at least one source is needed; add one")
         return faults
 
     def run(self, context: Context) -> Outcome:
         from align.models.loading import compute_dtype, load_tokenizer
-        from align.training.trainers import DemonstrationTrainer, fit, load_trainable
+        from align.training.fit import fit
+        from align.training.models import load_policy
+        from align.training.trainers import DemonstrationTrainer
         from align.training.trl_configs import SFTConfig, training_config
 
         settings: SftBlock = context.settings
@@ -106,7 +109,7 @@ class Sft(Stage):
         )
         counts: Counter[str] = Counter()
         demonstrations = gather(context, counts)
-        texts = TextShares()
+        texts = TextFaultShares()
         for demonstration in demonstrations:
             texts.add(demonstration.completion)
         shares = texts.shares()
@@ -116,42 +119,42 @@ class Sft(Stage):
         if not columns.rows:
             raise InputError(f"sft.max_length: all rows are longer than {settings.max_length} tokens; raise it")
 
-        model = load_trainable(block.path, block, dtype, config.seed, block.revision)
-        _, trained = fit(DemonstrationTrainer, context, model, tokenizer, config, columns.rows, dtype)
+        model = load_policy(block.path, block, dtype, config.seed, block.revision)
+        _, result = fit(DemonstrationTrainer, context, model, tokenizer, config, columns.rows, dtype)
         if processes.is_first():
             too_long = set(columns.too_long)
             kept = (demonstration for demonstration in demonstrations if demonstration.id not in too_long)
             write_rows(context.output / "demonstrations.jsonl", kept)
         write_provenance(context.output, (), context.inputs.values())
-        counts.update(demonstrations=len(columns), too_long=len(columns.too_long), steps=trained.steps)
+        counts.update(demonstrations=len(columns), too_long=len(columns.too_long), steps=result.steps)
         return Outcome(
             counts,
-            {"too_long": list(columns.too_long), "last_step": dict(trained.figures), "gates": gate_figures(shares)},
+            {"too_long": list(columns.too_long), "last_step": dict(result.last_step), "gates": gate_figures(shares)},
         )
 
 
 def _sources(context: Context) -> str:
-    """Where the demonstrations come from."""
+    """The files and folders that the demonstrations come from, for a message."""
     files = [source.path for source in context.settings.helpful.sources]
     return ", ".join(map(str, [*context.inputs.values(), *files]))
 
 
 def _mix_problems(helpful: HelpfulBlock) -> list[str]:
-    """What is wrong with the helpful mix beside revisions."""
+    """What is wrong with the settings of the demonstrations that are mixed with revisions."""
     if not helpful.share:
         return []
     if helpful.own_samples and not helpful.harmless:
         return [
-            "sft.helpful.harmless: nothing says which prompts are harmless, and the base model's own answers to the "
-            "others must not be taught; name prompt files or categories, or set `own_samples: false`"
+            "sft.helpful.harmless: names no prompts, and the base model must not be trained on its own answers to "
+            "harmful ones; name prompt files or categories, or set `own_samples: false`"
         ]
     if "share" in helpful.model_fields_set and not (helpful.own_samples or helpful.sources):
-        return ["sft.helpful.share: nothing to take it from; set `own_samples: true` or give `sources`"]
+        return ["sft.helpful.share: there are no helpful demonstrations; set `own_samples: true` or give `sources`"]
     return []
 
 
 def gather(context: Context, counts: Counter[str]) -> list[Demonstration]:
-    """The demonstrations to train on, counted by kind: revisions first, then the helpful ones drawn by the seed.
+    """The demonstrations to train on, counted by kind: revisions first, then helpful ones drawn with the seed.
 
     Raises:
         InputError: there are none.
@@ -199,9 +202,10 @@ def _accepted(revise: Path) -> dict[str, Demonstration]:
 
 
 def _own_samples(sample: Path, block: HelpfulBlock, revisions: Mapping[str, Demonstration]) -> list[Demonstration]:
-    """The base model's completions that ended by themselves, of harmless prompts without an accepted revision.
+    """The base model's complete answers to harmless prompts that have no accepted revision.
 
-    Of a harmful prompt they are what its revision was to replace, so a rejected revision must not bring them back.
+    The answer to a harmful prompt is what its revision was meant to replace, so it must not come back when the revision
+    is rejected.
     """
     harmless = _harmless_prompts(sample / "prompts.jsonl", block.harmless) if block.harmless else set()
     return [
@@ -216,17 +220,17 @@ def _own_samples(sample: Path, block: HelpfulBlock, revisions: Mapping[str, Demo
 
 
 def _harmless_prompts(prompts: Path, names: tuple[str, ...]) -> set[str]:
-    """Ids of the prompts whose category or file is named.
+    """The ids of the prompts whose category or file is among the names.
 
     Raises:
-        InputError: a name that no prompt goes by.
+        InputError: no prompt has a category or file of one of the names.
     """
     rows = list(read_rows(prompts, Prompt))
     known = {name for row in rows for name in (row.category, row.source) if name}
     if unknown := [name for name in names if name not in known]:
         raise InputError(
             f"sft.helpful.harmless: no prompt of category or file {unknown[0]!r} in {prompts}; "
-            f"there are {', '.join(sorted(known)) or 'none that have one'}"
+            f"choose from {', '.join(sorted(known)) or 'none: no prompt has either'}"
         )
     return {row.id for row in rows if row.category in names or row.source in names}
 

@@ -1,52 +1,41 @@
-"""TRL's trainers with what ours must have: soft labels, our own tokens, and a stop where a loss is not finite.
+"""TRL's trainers with soft labels, rows that are already token ids, and a stop at a loss that is not finite.
 
 Shapes: B pairs in a micro-batch, L tokens of the longest conversation. Batches hold the chosen conversations first,
-then the rejected ones: `input_ids` (2B, L), and `probability` (B,), that the chosen one is the better, and `weight`
-(B,), 1 for a pair and 0 for one that only fills up a batch.
+then the rejected ones: `input_ids` (2B, L); `probability` (B,) that the chosen one is better; and `weight` (B,), 1 for
+a pair and 0 for a filler.
 """
 
-import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from datasets import Dataset
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
-from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
-from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, PreTrainedTokenizerBase, set_seed
 from trl import DPOTrainer, RewardTrainer, SFTTrainer
 from trl.trainer import utils as trl_utils
 
-from align.data.chat import end_of_turn_ids
-from align.data.token_columns import IGNORED
-from align.errors import InputError, NotFinite, first_line
-from align.models.loading import add_lora, load_causal_lm, save_model
+from align.data.token_columns import IGNORE_INDEX
+from align.errors import NotFinite
 from align.models.sharding import DEEPSPEED_SUMS, set_precision
-from align.run import processes
-from align.run.stage import Context
-from align.settings.blocks import ModelBlock
-from align.training.epoch_rows import TakesRowsInOrder
-from align.training.trl_configs import Trained, not_finite, train, whole_state, with_labels
+from align.training.callbacks import not_finite_message
+from align.training.epoch_rows import EpochOrderMixin
 
-# Without a Triton kernel TRL projects the states of prompts and padding onto the vocabulary as well, and throws the
-# result away: a third of a CPU's step. This makes it leave them out there too; which kernel runs is decided elsewhere.
+# Without a Triton kernel TRL also projects the states of prompts and padding onto the vocabulary, and discards the
+# result: a third of a step on a CPU. This makes TRL skip them there too; it does not change which kernel runs.
 if _has_kernel := getattr(trl_utils, "_use_triton", None):
     trl_utils._use_triton = lambda device: device.type == "cpu" or _has_kernel(device)
 
 
 def soft_label_loss(margin: Tensor, probability: Tensor) -> Tensor:
-    """Cross-entropy between a soft preference and the Bradley-Terry model's.
+    """Cross-entropy between a soft label and the Bradley-Terry model's preference.
 
-    -(p · log σ(margin) + (1 - p) · log σ(-margin)); with p = 1 it is the reward model's loss of Ouyang et al. 2022
-    (eq. 1) or DPO's of Rafailov et al. 2023 (eq. 7), with p between that of Bai et al. 2022 (section 4.1).
+    -(p · log σ(margin) + (1 - p) · log σ(-margin)). With p = 1 this is the reward-model loss of Ouyang et al. 2022
+    (eq. 1), or the DPO loss of Rafailov et al. 2023 (eq. 7); with 0 < p < 1, the loss of Bai et al. 2022 (section 4.1).
 
     Args:
         margin: (B,) score of the chosen completion minus that of the rejected one.
-        probability: (B,) that the chosen completion is the better.
+        probability: (B,) that the chosen completion is better.
 
     Returns:
         (B,) losses in nats.
@@ -54,22 +43,22 @@ def soft_label_loss(margin: Tensor, probability: Tensor) -> Tensor:
     return functional.binary_cross_entropy_with_logits(margin, probability.to(margin.dtype), reduction="none")
 
 
-class _Guarded(TakesRowsInOrder):
-    """For a trainer: stops before the optimizer step where a micro-batch's loss is not finite, and names its prompts.
+class _TrainerMixin(EpochOrderMixin):
+    """Stops a trainer before the optimizer step if a micro-batch's loss is not finite, and names its prompts.
 
-    It also keeps TRL from reporting runs over the network.
+    It also keeps TRL from sending telemetry.
     """
 
     def __init__(self, *args: Any, stage: str, **kwargs: Any) -> None:
         self.stage = stage
         super().__init__(*args, **kwargs)
-        # At an epoch's end gather_for_metrics cuts off what it takes for repeated rows, and TRL gathers sums with it: a
-        # resumed run, whose last epoch is shorter, would log other figures than an undisturbed one.
+        # At an epoch's end gather_for_metrics drops what it takes for repeated rows, and TRL gathers sums with it: a
+        # resumed run, whose last epoch is shorter, would log other figures than an uninterrupted one.
         trainer: Any = self
         trainer.accelerator.gather_for_metrics = trainer.accelerator.gather
 
     def create_accelerator_and_postprocess(self: Any) -> None:
-        """Open the accelerator; sharded, it adds up gradients in float32 and leaves results as they are."""
+        """Open the accelerator. When sharding, it sums gradients in float32 and leaves the dtype of outputs alone."""
         if self.args.deepspeed_plugin is not None:
             self.args.deepspeed_plugin.deepspeed_config |= DEEPSPEED_SUMS
         super().create_accelerator_and_postprocess()  # type: ignore[misc]
@@ -78,7 +67,7 @@ class _Guarded(TakesRowsInOrder):
             set_precision(self.accelerator.state.fsdp_plugin, dtype)
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """One micro-batch, forwards and backwards; returns its loss.
+        """Run one micro-batch forwards and backwards, and return its loss.
 
         Raises:
             NotFinite: the loss is NaN or infinite.
@@ -92,37 +81,39 @@ class _Guarded(TakesRowsInOrder):
         texts = self.processing_class.batch_decode(inputs["input_ids"], skip_special_tokens=True)
         prompts = ", ".join(repr(text[:80]) for text in dict.fromkeys(texts))
         step, folder = self.state.global_step + 1, Path(self.args.output_dir)
-        raise NotFinite(not_finite(self.stage, "loss", float(loss), step, folder, f", among the rows {prompts}"))
+        raise NotFinite(
+            not_finite_message(self.stage, "loss", float(loss), step, folder, f", among the rows {prompts}")
+        )
 
     def _send_telemetry(self) -> None:
         pass
 
 
-class DemonstrationTrainer(_Guarded, SFTTrainer):
+class DemonstrationTrainer(_TrainerMixin, SFTTrainer):
     """Supervised fine-tuning on rows of `input_ids` and `labels`."""
 
-    def uncounted(self, row: dict[str, Any]) -> dict[str, Any]:
-        """The row without a label, so that no token of it is counted."""
-        return {**row, "labels": [IGNORED] * len(row["labels"])}
+    def as_filler(self, row: dict[str, Any]) -> dict[str, Any]:
+        """The row without labels, so that none of its tokens enters the loss."""
+        return {**row, "labels": [IGNORE_INDEX] * len(row["labels"])}
 
 
-class _OverPairs(_Guarded):
-    """For a trainer on pairs: the loss is the mean over the pairs of a global batch, however it is cut up."""
+class _PairTrainerMixin(_TrainerMixin):
+    """Makes the loss the mean over the pairs of a global batch, however that is divided into micro-batches."""
 
     loss_is_scaled_for_ga: Any = True
 
     def add_filler(self: Any) -> None:
-        """Put a pair of weight 0 behind the others, which weigh 1. TRL's own losses know no weights, and get none."""
+        """Append a pair of weight 0; the others get 1. TRL's own losses know no weights and get no filler."""
         if self.loss_is_scaled_for_ga:
             self.train_dataset = self.train_dataset.add_column("weight", [1.0] * len(self.train_dataset))
             super().add_filler()  # type: ignore[misc]
 
-    def uncounted(self, row: dict[str, Any]) -> dict[str, Any]:
-        """The pair without weight."""
+    def as_filler(self, row: dict[str, Any]) -> dict[str, Any]:
+        """The pair with weight 0."""
         return {**row, "weight": 0.0}
 
     def get_batch_samples(self: Any, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
-        """The micro-batches of an optimizer step, and how many pairs it has over all processes."""
+        """The micro-batches of an optimizer step, and the number of its pairs over all processes."""
         batches, counted = super().get_batch_samples(epoch_iterator, num_batches, device)  # type: ignore[misc]
         if not self.loss_is_scaled_for_ga:
             return batches, counted
@@ -130,30 +121,30 @@ class _OverPairs(_Guarded):
         return batches, self.accelerator.gather(pairs).sum()
 
     def _mean(self: Any, losses: Tensor, weight: Tensor, pairs: Tensor | None) -> Tensor:
-        """This micro-batch's part of the mean, times the processes, whose gradients are averaged."""
+        """This micro-batch's part of the mean, times the number of processes, because gradients are averaged."""
         total = (losses * weight).sum()
         return total / weight.sum() if pairs is None else total * self.accelerator.num_processes / pairs
 
     def _record(self: Any, figures: dict[str, Tensor], weight: Tensor) -> None:
-        """Log the means of (B,) figures over the pairs of every process."""
+        """Log the means of (B,) figures over the pairs of all processes."""
         weights = self.accelerator.gather(weight)
         for name, values in figures.items():
             mean = (self.accelerator.gather(values.detach()) * weights).sum() / weights.sum()
             self._metrics["train" if self.model.training else "eval"][name].append(mean.item())
 
 
-class SoftLabelRewardTrainer(_OverPairs, RewardTrainer):
+class SoftLabelRewardTrainer(_PairTrainerMixin, RewardTrainer):
     """A reward model trained on rows of `chosen_ids`, `rejected_ids` and `probability`."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         trainer: Any = self
-        trainer.data_collator = with_labels(trainer.data_collator)
+        trainer.data_collator = with_soft_labels(trainer.data_collator)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Mean of `soft_label_loss` over the pairs, and TRL's centring term where the recipe asks for it."""
+        """Mean of `soft_label_loss` over the pairs, plus TRL's centring term if the recipe asks for it."""
         outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
         chosen, rejected = outputs.logits.squeeze(-1).float().chunk(2)  # (B,) each
         losses = soft_label_loss(chosen - rejected, inputs["probability"])
@@ -168,10 +159,10 @@ class SoftLabelRewardTrainer(_OverPairs, RewardTrainer):
         return (loss, outputs) if return_outputs else loss
 
 
-class SoftLabelDPOTrainer(_OverPairs, DPOTrainer):
+class SoftLabelDPOTrainer(_PairTrainerMixin, DPOTrainer):
     """DPO on rows of `prompt_ids`, `chosen_ids`, `rejected_ids` and `probability`.
 
-    `hard_loss` hands the loss to TRL, which has many of them and takes every label for certain.
+    `hard_loss` leaves the loss to TRL, whose own losses treat every label as certain.
     """
 
     def __init__(self, *args: Any, hard_loss: bool = False, **kwargs: Any) -> None:
@@ -179,9 +170,9 @@ class SoftLabelDPOTrainer(_OverPairs, DPOTrainer):
         trainer: Any = self
         trainer.loss_is_scaled_for_ga = not hard_loss
         if not hard_loss:
-            trainer.data_collator = with_labels(trainer.data_collator)
+            trainer.data_collator = with_soft_labels(trainer.data_collator)
         if "ref" in getattr(trainer.model, "peft_config", {}):
-            # TRL's copy of a fresh adapter computes what the trunk does alone, and would be saved beside ours.
+            # TRL's copy of a new adapter computes the same as the trunk alone, and would be saved beside ours.
             trainer.model.delete_adapter("ref")
 
     def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
@@ -190,7 +181,7 @@ class SoftLabelDPOTrainer(_OverPairs, DPOTrainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Mean of `soft_label_loss` of beta times the difference of the two log-ratios to the reference."""
+        """Mean of `soft_label_loss`; the margin is beta times the difference of the log-ratios to the reference."""
         if not self.loss_is_scaled_for_ga:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         probability, weight = inputs["probability"], inputs["weight"]
@@ -219,150 +210,14 @@ class SoftLabelDPOTrainer(_OverPairs, DPOTrainer):
         return (loss, outputs) if return_outputs else loss
 
 
-class ScoreHead(nn.Linear):
-    """A reward model's head: float32 whatever the autocast around it, or near scores would round to one.
+def with_soft_labels(collate: Callable[[list[Any]], Any]) -> Callable[[list[Any]], dict[str, Any]]:
+    """A collator that adds the pairs' `probability` (B,) and `weight` (B,) to the batch that `collate` makes."""
 
-    Starts with standard deviation 1 / sqrt(hidden + 1) (Huang et al. 2024, detail 7).
-    """
+    def collate_pairs(rows: list[Any]) -> dict[str, Any]:
+        labels = {
+            "probability": [row["probability"] for row in rows],
+            "weight": [float(row.get("weight", 1)) for row in rows],
+        }
+        return {**collate(rows), **{name: torch.tensor(values) for name, values in labels.items()}}
 
-    def __init__(self, hidden: int) -> None:
-        super().__init__(hidden, 1, bias=False)
-        nn.init.normal_(self.weight, std=(hidden + 1) ** -0.5)
-
-    def forward(self, states: Tensor) -> Tensor:
-        """(…, H) hidden states to (…, 1) scores."""
-        with torch.autocast(states.device.type, enabled=False):
-            return functional.linear(states.float(), self.weight.float())
-
-
-Kind = TypeVar("Kind", DemonstrationTrainer, SoftLabelRewardTrainer, SoftLabelDPOTrainer)
-
-
-def load_trainable(path: str, block: ModelBlock, dtype: torch.dtype, seed: int, revision: str | None = None) -> Any:
-    """A policy to train: with LoRA an fp32 adapter on a frozen trunk in `dtype`, without it every weight in fp32."""
-    set_seed(seed)
-    weights = dtype if block.lora else torch.float32
-    model = load_causal_lm(path, weights, revision=revision, trust_remote_code=block.trust_remote_code)
-    return add_lora(model, block.lora) if block.lora else model
-
-
-def load_scorer(path: str, block: ModelBlock, dtype: torch.dtype, seed: int, revision: str | None = None) -> Any:
-    """A reward model to train: a causal language model's trunk under a fresh `ScoreHead`, trained as `load_trainable`.
-
-    Raises:
-        InputError: transformers has no sequence classifier with a `score` head for this architecture.
-    """
-    set_seed(seed)
-    weights = dtype if block.lora else torch.float32
-    causal = load_causal_lm(path, weights, revision=revision, trust_remote_code=block.trust_remote_code)
-    config = causal.config
-    kind = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), None)
-    if not isinstance(kind, type):
-        raise InputError(f"model {path}: transformers has no classifier for {config.model_type}; use another model")
-    config.num_labels = 1
-    with torch.device("meta"):
-        model = kind(config)
-    if not hasattr(model, "score"):
-        raise InputError(f"model {path}: the classifier {kind.__name__} has no `score` head; use another model")
-    setattr(model, model.base_model_prefix, causal.base_model)
-    model.score = ScoreHead(config.get_text_config().hidden_size)
-    return add_lora(model, block.lora, task_type="SEQ_CLS") if block.lora else model
-
-
-def pad_apart(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """Give a tokenizer a pad token that ends no conversation, on the right.
-
-    transformers' classifiers read the score at the last token that is not padding: where the pad token also ends turns
-    (SmolLM2's does) they would read it one token early.
-
-    Raises:
-        InputError: every special token ends turns.
-    """
-    endings = {end_of_turn_ids(tokenizer)[-1], tokenizer.eos_token_id}
-    candidates = [tokenizer.pad_token_id, getattr(tokenizer, "unk_token_id", None), tokenizer.bos_token_id]
-    apart = [token for token in [*candidates, *tokenizer.all_special_ids] if token is not None and token not in endings]
-    if not apart:
-        raise InputError("reward: the tokenizer's one special token ends turns; add a pad token to it")
-    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(apart[0])
-    tokenizer.padding_side = "right"
-    return tokenizer
-
-
-def score_pairs(trainer: Any, rows: Sequence[dict[str, Any]]) -> list[tuple[float, float]]:
-    """A reward trainer's (chosen score, rejected score) of each row, in order. Every process calls it.
-
-    Raises:
-        NotFinite: a score is NaN or infinite.
-    """
-    if not rows:
-        return []
-    model = trainer.model_wrapped
-    model.eval()  # DeepSpeed's engine returns nothing here
-    size = trainer.args.per_device_train_batch_size
-    dataset: Any = list(rows)
-    loader = trainer.accelerator.prepare(DataLoader(dataset, batch_size=size, collate_fn=trainer.data_collator))
-    found: list[Tensor] = []
-    for batch in tqdm(loader, desc="scoring pairs", disable=not processes.is_first() or trainer.args.disable_tqdm):
-        with torch.no_grad():
-            outputs = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-        scores = outputs.logits.float().reshape(2, -1).T.contiguous()  # (B, 2)
-        found.append(trainer.accelerator.gather(scores).cpu())
-    scores = torch.cat(found)[: len(rows)]  # the processes' last batches are filled up with the first rows
-    if not scores.isfinite().all():
-        row = int((~scores.isfinite()).any(dim=1).nonzero()[0])
-        text = trainer.processing_class.decode(rows[row]["chosen_ids"], skip_special_tokens=True)
-        raise NotFinite(f"reward: the trained model's score is not finite for the pair {text[:80]!r}; train it again")
-    return [(chosen, rejected) for chosen, rejected in scores.tolist()]
-
-
-@contextmanager
-def refusals_told(context: Context) -> Iterator[None]:
-    """Tell what TRL alone knows to be wrong with a stage's `trl` options, such as a loss that it does not have.
-
-    Raises:
-        InputError: TRL refused, and there are such options.
-    """
-    try:
-        yield
-    except (ValueError, NotImplementedError, ImportError) as error:
-        options = context.settings.trl
-        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).parts
-        if not options or not {"trl", "transformers"} & set(raised_in):
-            raise
-        names = ", ".join(options)
-        raise InputError(
-            f"{context.stage}.trl: TRL refuses these options ({first_line(error)}); mend or remove one of {names}"
-        ) from error
-
-
-def fit(
-    kind: type[Kind],
-    context: Context,
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    config: Any,
-    rows: Sequence[dict[str, Any]],
-    dtype: torch.dtype,
-    **options: Any,
-) -> tuple[Kind, Trained]:
-    """Train `model` on `rows` and save it, in `dtype`, into the stage's folder; every process calls it.
-
-    Raises:
-        NotFinite: a loss or gradient is NaN or infinite; the last checkpoint is kept.
-        InputError: TRL refuses the `trl` options.
-    """
-    dataset = Dataset.from_list(list(rows))
-    with refusals_told(context):
-        trainer = kind(
-            model, args=config, train_dataset=dataset, processing_class=tokenizer, stage=context.stage, **options
-        )
-    if processes.world_size() > 1 and not config.dataloader_drop_last:
-        trainer.add_filler()
-    with context.tracker() as tracker, refusals_told(context):
-        trained = train(trainer, context.stage, tracker)
-    state = whole_state(trainer)
-    if processes.is_first():
-        whole = trainer.accelerator.unwrap_model(trainer.model)
-        save_model(whole, tokenizer, context.output, dtype, state_dict=state)
-    processes.barrier()
-    return trainer, trained
+    return collate_pairs

@@ -1,6 +1,6 @@
-"""Which options of TRL's configs a `trl` block may set, known without importing TRL, so that reading a recipe is quick.
+"""Which options of TRL's configs a `trl` block may set, without importing TRL, so that recipes are read quickly.
 
-`trl_options.json` lists the options of the versions it names; `python -m align.training.trl_configs` writes it anew.
+`trl_options.json` lists the options of the versions that it names; `python -m align.training.trl_configs` rewrites it.
 """
 
 import importlib.metadata
@@ -10,16 +10,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from align.settings.yaml_files import nearest
+from align.settings.validation import nearest
 
 TABLE = Path(__file__).with_suffix(".json")
 CONFIGS = {"sft": "SFTConfig", "reward": "RewardConfig", "dpo": "DPOConfig"}
-DECIDED = {"reward": {"disable_dropout"}}
-"""Options that a stage itself decides, besides those below."""
-
-INSTEAD = {
+SET_ELSEWHERE = {
     "learning_rate": "set `optimizer.learning_rate`",
     "per_device_train_batch_size": "set `optimizer.micro_batch_size`",
     "gradient_accumulation_steps": "it follows from `optimizer.batch_size` and `optimizer.micro_batch_size`",
@@ -39,88 +36,69 @@ INSTEAD = {
     "fp16": "set `model.precision`",
     "use_cpu": "set the environment variable ACCELERATE_USE_CPU",
     "report_to": "set `tracking`",
-    "gradient_checkpointing": "it is `activation_checkpointing` now",
-    "gradient_checkpointing_kwargs": "it is `activation_checkpointing_kwargs` now",
+    "gradient_checkpointing": "use `activation_checkpointing`",
+    "gradient_checkpointing_kwargs": "use `activation_checkpointing_kwargs`",
     "trust_remote_code": "set `model.trust_remote_code`",
-    "label_names": "the columns are made by the stage",
-    "remove_unused_columns": "the columns are made by the stage",
+    "label_names": "the stage makes the columns",
+    "remove_unused_columns": "the stage makes the columns",
     "logging_steps": "every step is logged",
     "logging_strategy": "every step is logged",
     "logging_nan_inf_filter": "a loss that is not finite stops the stage",
     "save_strategy": "set `save_steps`",
-    "save_total_limit": "the last two checkpoints are kept, until the stage is published",
+    "save_total_limit": "the last two checkpoints are kept until the stage is published",
 }
-OUT_OF_PLACE = {
-    "output_dir",
-    "do_train",
-    "do_eval",
-    "do_predict",
-    "eval_strategy",
-    "eval_steps",
-    "eval_delay",
-    "eval_on_start",
-    "load_best_model_at_end",
-    "resume_from_checkpoint",
-    "save_only_model",
-    "push_to_hub",
-    "hub_token",
-    "hub_model_id",
-    "hub_strategy",
-    "hub_private_repo",
-    "hub_always_push",
-    "hub_revision",
-    "run_name",
-    "project",
-    "model_init_kwargs",
-    "chat_template_path",
-    "eos_token",
-    "pad_token",
-    "dataset_text_field",
-    "dataset_kwargs",
-    "dataset_num_proc",
-    "completion_only_loss",
-    "assistant_only_loss",
-    "eval_packing",
-    "ignore_data_skip",
-    "restore_callback_states_from_checkpoint",
-    "enable_jit_checkpoint",
-    "sync_ref_model",
-    "ref_model_mixup_alpha",
-    "ref_model_sync_steps",
-    "precompute_ref_log_probs",
-    "precompute_ref_batch_size",
-}
-"""Options that would be ignored here, or would take the stage's work out of its hands."""
+"""Options that another key of the recipe sets, or that are fixed, each with the key or the reason."""
+
+RESERVED = set(
+    (
+        "output_dir do_train do_eval do_predict eval_strategy eval_steps eval_delay eval_on_start "
+        "load_best_model_at_end resume_from_checkpoint save_only_model push_to_hub hub_token hub_model_id "
+        "hub_strategy hub_private_repo hub_always_push hub_revision run_name project model_init_kwargs "
+        "chat_template_path eos_token pad_token dataset_text_field dataset_kwargs dataset_num_proc "
+        "completion_only_loss assistant_only_loss eval_packing ignore_data_skip "
+        "restore_callback_states_from_checkpoint enable_jit_checkpoint sync_ref_model ref_model_mixup_alpha "
+        "ref_model_sync_steps precompute_ref_log_probs precompute_ref_batch_size"
+    ).split()
+)
+"""Options that would be ignored, or would change what the stage itself has to decide."""
+
+RESERVED_BY = {"reward": {"disable_dropout"}}
+"""Further options that one stage alone decides."""
 
 
-def option_faults(stage: str, options: Mapping[str, Any]) -> dict[str, str]:
+def option_faults(stage: str, options: Mapping[str, Any], types: Mapping[str, Any] | None = None) -> dict[str, str]:
     """What is wrong with each faulty option of a stage's `trl` block.
 
-    With other versions of TRL than the table's, names that it lacks are left to the stage, which asks TRL.
+    Args:
+        types: of all options there are, by name. By default they are the table's, and if other versions are installed
+            than the table's, names that it lacks pass.
     """
-    known: dict[str, str] = _table()["options"][CONFIGS[stage]]
-    faults = {name: _fault(stage, known, name, value) for name, value in options.items()}
+    known = types or {name: _type_of(text) for name, text in _table()["options"][CONFIGS[stage]].items()}
+    has_all = types is not None or _is_current()
+    faults = {name: _fault(stage, known, name, value, has_all) for name, value in options.items()}
     return {name: fault for name, fault in faults.items() if fault}
 
 
-def _fault(stage: str, known: Mapping[str, str], name: str, value: Any) -> str | None:
-    if name in INSTEAD:
-        return f"not set here; {INSTEAD[name]}"
-    if name in OUT_OF_PLACE or name in DECIDED.get(stage, ()):
+def _fault(stage: str, known: Mapping[str, Any], name: str, value: Any, has_all: bool) -> str | None:
+    if name in SET_ELSEWHERE:
+        return f"not set here; {SET_ELSEWHERE[name]}"
+    if name in RESERVED or name in RESERVED_BY.get(stage, ()):
         return "the stage decides this itself; leave it out"
     if name not in known:
-        return _unknown(name, known) if _is_current() else None
+        return _unknown(name, known) if has_all else None
+    hint = known[name]
     try:
-        TypeAdapter(_type_of(known[name])).validate_python(value, strict=True)
+        TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value, strict=True)
     except ValidationError:
-        return f"expected {known[name]}, got {value!r}"
+        expected = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+        return f"expected {expected}, got {value!r}"
     return None
 
 
-def _unknown(name: str, known: Mapping[str, str]) -> str:
+def _unknown(name: str, known: Mapping[str, Any]) -> str:
     near = nearest(name, known)
     meant = f"; did you mean `{near}`?" if near else ""
-    elsewhere = f" That is not set here; {INSTEAD[near]}" if near in INSTEAD else ""
+    elsewhere = f" That is not set here; {SET_ELSEWHERE[near]}" if near in SET_ELSEWHERE else ""
     return f"no such option{meant}{elsewhere}"
 
 

@@ -1,4 +1,4 @@
-"""Two quick stages that stand in for the pipeline's own where only the running of stages is tested."""
+"""Two quick stages that replace the pipeline's stages in tests of how stages are run."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ FAKES = Path(__file__).parent
 
 
 def add_fake_stages() -> None:
-    """Let this process find the fake stages beside the real ones."""
+    """Let this process find the fake stages in addition to the real ones."""
     import align.stages
 
     folder = str(FAKES / "stages")
@@ -16,7 +16,7 @@ def add_fake_stages() -> None:
 
 
 def remove_fake_stages() -> None:
-    """Forget them again."""
+    """Undo `add_fake_stages`."""
     import align.stages
 
     align.stages.__path__.remove(str(FAKES / "stages"))

@@ -1,4 +1,4 @@
-"""`align export` of a finished run by the real command: `datasets` loads it, TRL trains on it, and it is true."""
+"""`align export` of a finished run by the real command: `datasets` loads it, TRL trains on it, the rows are right."""
 
 import json
 import shutil
@@ -59,7 +59,7 @@ def test_the_test_split_is_what_the_reward_model_was_tested_on(finished: Run, da
     assert data["sft"].keys() == data["revisions"].keys() == {"train"}
 
 
-def test_a_single_row_tells_all_of_how_it_was_made(finished: Run, data: dict[str, DatasetDict]) -> None:
+def test_a_single_row_records_how_it_was_made(finished: Run, data: dict[str, DatasetDict]) -> None:
     weights = finished.manifest("sft")["outputs"]["model/model.safetensors"]
     constitution = finished.manifest("compare")["settings"]["constitution"]
     for row in data["preferences"]["train"]:
@@ -83,10 +83,10 @@ def test_a_single_row_tells_all_of_how_it_was_made(finished: Run, data: dict[str
         before = [each["completion"] for each in rounds]
         after = [*before[1:], row["completion"][0]["content"]]
         changed = [each["principle"] for each, one, two in zip(rounds, before, after, strict=True) if one != two]
-        assert row["revised_by"] == changed, "a round whose revision was caught led to nothing"
+        assert row["revised_by"] == changed, "a round whose revision was rejected is not in revised_by"
 
 
-def test_the_card_tells_models_constitution_counts_and_versions(finished: Run, exported: Path) -> None:
+def test_the_card_reports_models_constitution_counts_and_versions(finished: Run, exported: Path) -> None:
     card = DatasetCard.load(exported / "README.md")
     assert [each["config_name"] for each in card.data.configs] == list(SETS)
     assert (card.data.language, card.data.license, card.data.size_categories) == (["en"], "unknown", ["n<1K"])
@@ -111,7 +111,7 @@ def test_trl_takes_the_rows_for_conversations(data: dict[str, DatasetDict], name
 
 
 def test_trl_trains_on_them(data: dict[str, DatasetDict], finished: Run, tmp_path: Path) -> None:
-    """As they are loaded, columns of provenance and all."""
+    """On the rows as they are loaded, with all provenance columns."""
     from transformers import AutoModelForSequenceClassification
     from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
@@ -154,7 +154,7 @@ def run(finished: Run, tmp_path: Path) -> Run:
     return finished.copy(tmp_path / "copy")
 
 
-def test_what_cannot_be_exported_is_told_before_anything_is_written(
+def test_what_cannot_be_exported_is_reported_before_anything_is_written(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "out"
@@ -164,13 +164,15 @@ def test_what_cannot_be_exported_is_told_before_anything_is_written(
         return capsys.readouterr().err
 
     assert "no such folder" in told(run.root / "gone")
-    assert f"not a run, for no stage is done in it; there are {run.own.name} below it" in told(run.own.parent)
+    assert f"not a run, since no stage is done in it; it contains the runs {run.own.name}: name one" in told(
+        run.own.parent
+    )
     assert f"it is the folder of one stage: name {run.own}" in told(run.own / "sft")
     assert "not empty; name another folder with --output, or add --overwrite" in told(run.own, to=run.root)
     assert "is a file" in told(run.own, to=run.root / "tiny.yaml")
     other = run.root / "other.yaml"
     other.write_text((run.root / "letter.yaml").read_text().replace("letter e", "letter i"))
-    assert "is of another; name its own" in told(run.own, "--constitution", str(other))
+    assert "used another; name its own" in told(run.own, "--constitution", str(other))
     with (run.own / "compare/pairs.jsonl").open("a") as file:
         file.write("\n")
     assert "has changed since `compare` wrote it" in told(run.own)
@@ -184,22 +186,22 @@ def test_what_cannot_be_exported_is_told_before_anything_is_written(
     assert not output.exists() and not list(tmp_path.glob(".out*"))
 
 
-def made_again(folder: Path, file: str) -> None:
-    """As if a stage had run again with another result."""
+def rerun_with_another_result(folder: Path, file: str) -> None:
+    """Change a stage's output and its manifest, as if the stage had run again with another result."""
     with (folder / file).open("a") as rows_file:
         rows_file.write("\n")
-    say_outputs(folder, file)
+    record_output(folder, file)
 
 
-def say_without(folder: Path, file: str) -> None:
-    """Let a stage's manifest be that of a version that did not write the file."""
+def forget_output(folder: Path, file: str) -> None:
+    """Remove a file from a stage's manifest, as if a version that did not write it had run."""
     manifest = json.loads((folder / MANIFEST).read_text())
     del manifest["outputs"][file]
     (folder / MANIFEST).write_text(json.dumps(manifest))
 
 
-def say_outputs(folder: Path, file: str) -> None:
-    """Let a stage's manifest name the file as it is now."""
+def record_output(folder: Path, file: str) -> None:
+    """Record the present digest of a file in the stage's manifest."""
     manifest = json.loads((folder / MANIFEST).read_text())
     manifest["outputs"][file] = file_digest(folder / file)
     (folder / MANIFEST).write_text(json.dumps(manifest))
@@ -217,7 +219,7 @@ def test_rows_of_stages_that_do_not_belong_together_are_not_joined(
     stage: str,
     file: str,
 ) -> None:
-    made_again(run.shared / stage if stage == "sample" else run.own / stage, file)
+    rerun_with_another_result(run.shared / stage if stage == "sample" else run.own / stage, file)
     output = tmp_path / "out"
     words = ("export", str(run.own), "--output", str(output), "--what", "preferences")
     assert in_process(run.root, monkeypatch, *words) == 2
@@ -226,27 +228,27 @@ def test_rows_of_stages_that_do_not_belong_together_are_not_joined(
     assert not output.exists()
 
 
-def test_what_was_made_again_later_does_not_matter_to_earlier_rows(
+def test_a_later_stage_that_was_rerun_does_not_affect_earlier_rows(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made_again(run.own / "revise", "revisions.jsonl")
+    rerun_with_another_result(run.own / "revise", "revisions.jsonl")
     words = ("export", str(run.own), "--output", str(tmp_path / "out"), "--what", "revisions")
     assert in_process(run.root, monkeypatch, *words) == 0
     card = (tmp_path / "out/README.md").read_text()
     assert "| `revise` |" in card and "| `sft` |" not in card and "`compare`" not in card
 
 
-def test_a_run_of_an_earlier_version_is_exported_without_its_origins(
+def test_a_run_of_an_earlier_version_is_exported_without_provenance(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rows and files of provenance are what such a run lacks."""
+    """Such a run has no provenance, neither in rows nor in files."""
     kept = {"id", "prompt", "chosen", "rejected", "probability", "source", "category"}
     pairs = run.own / "compare/pairs.jsonl"
     old = [{key: row[key] for key in kept} for row in rows(pairs)]
     pairs.write_text("".join(json.dumps(row) + "\n" for row in old))
     (run.own / "compare/provenance.jsonl").unlink()
-    say_outputs(run.own / "compare", "pairs.jsonl")
-    say_without(run.own / "compare", "provenance.jsonl")
+    record_output(run.own / "compare", "pairs.jsonl")
+    forget_output(run.own / "compare", "provenance.jsonl")
     shutil.rmtree(run.own / "reward")
     output = tmp_path / "out"
     assert (
@@ -256,7 +258,7 @@ def test_a_run_of_an_earlier_version_is_exported_without_its_origins(
     assert loaded["chosen_provenance"][:] == [None] * len(loaded)
 
 
-def test_labels_made_again_are_exported_by_themselves(
+def test_relabelled_pairs_are_exported_by_themselves(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     again, output = tmp_path / "again", tmp_path / "out"
@@ -264,7 +266,7 @@ def test_labels_made_again_are_exported_by_themselves(
     assert in_process(run.root, monkeypatch, *words) == 0
     assert in_process(run.root, monkeypatch, "export", str(again), "--output", str(output)) == 0
     data = load_dataset(str(output), cache_dir=str(tmp_path / "cache"))
-    assert data.keys() == {"train"}, "what a reward model would hold out is told by none here"
+    assert data.keys() == {"train"}, "without a reward stage there is no test split"
     made = rows(again / "pairs.jsonl")
     judged = [row["probability"] for row in made if row["source"] != "revision"]
     assert judged and max(judged) <= 0.7
@@ -272,9 +274,9 @@ def test_labels_made_again_are_exported_by_themselves(
     labels = [each for row in data["train"] if (each := row["judge_provenance"]) and each["stage"] == "compare"]
     assert labels and all(json.loads(each["settings"])["clamp"] == 0.3 for each in labels)
     card = DatasetCard.load(output / "README.md").content
-    assert "made again by `align relabel`" in card and "| source |" not in card
-    assert "\n# again\n" in card and tmp_path.name not in card, "the folder above may have its owner's name"
+    assert "recomputed by `align relabel`" in card and "| source |" not in card
+    assert "\n# again\n" in card and tmp_path.name not in card, "the parent folder may contain a user name"
     capsys.readouterr()
     words = ("export", str(again), "--output", str(tmp_path / "sft"), "--what", "sft")
     assert in_process(run.root, monkeypatch, *words) == 2
-    assert "no rows of `sft`; export the run they are of" in capsys.readouterr().err
+    assert "no rows of `sft`; export their run instead" in capsys.readouterr().err

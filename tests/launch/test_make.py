@@ -75,7 +75,7 @@ def test_a_result_made_again_alike_runs_nothing_that_follows(folder: Path) -> No
     assert ran(folder, "capitals", "SET=letters.fail_in=1") == []
 
 
-def test_an_output_that_is_gone_is_made_again(folder: Path) -> None:
+def test_a_missing_output_is_made_again(folder: Path) -> None:
     ran(folder, "capitals")
     (folder / "runs/recipe/shared/letters/letters.txt").unlink()
     assert ran(folder, "capitals") == ["letters"]
@@ -114,7 +114,7 @@ def test_what_run_made_by_itself_is_up_to_date_for_every_target(folder: Path) ->
     assert "up to date (" not in first.stdout, "no stage was started only to say so"
 
 
-def test_an_old_make_is_told_so(folder: Path) -> None:
+def test_an_old_make_is_refused(folder: Path) -> None:
     old = make(folder, "help", "MAKE_VERSION=3.81")
     assert old.returncode == 2
     assert "GNU make 4.2 or newer is needed, this is 3.81" in old.stderr

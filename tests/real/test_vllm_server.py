@@ -1,4 +1,4 @@
-"""The server engine on a vLLM that runs already; ALIGN_VLLM_URL names it, and docs/engines.md how to start it."""
+"""The server engine on a running vLLM server at ALIGN_VLLM_URL; docs/engines.md says how to start one."""
 
 import importlib.util
 import os
@@ -34,7 +34,7 @@ def local():
 @pytest.mark.parametrize(
     "choices", [("The capital of France is Paris.", "Purple trousers sing on Mondays."), ("The", "I")]
 )
-def test_it_scores_as_the_same_model_does_here(server, local, choices):
+def test_choices_get_the_scores_of_the_local_engine(server, local, choices):
     [by_server], [by_local] = (
         list(engine.choice_logprobs([ChoiceRequest("one", QUESTION, choices)])) for engine in (server, local)
     )
@@ -42,14 +42,14 @@ def test_it_scores_as_the_same_model_does_here(server, local, choices):
     assert by_server.logprobs == pytest.approx(by_local.logprobs, abs=1e-3)
 
 
-def test_its_greedy_completions_are_those_of_the_same_model_here(server, local):
+def test_greedy_completions_equal_those_of_the_local_engine(server, local):
     requests = [Request(str(n), (Message("user", f"Name {n + 2} animals."),), n, 24, 0.0) for n in range(8)]
     by_server, by_local = ({row.id: row for row in engine.complete(requests)} for engine in (server, local))
     assert {key: row.text for key, row in by_server.items()} == {key: row.text for key, row in by_local.items()}
     assert [row.finish_reason for row in by_server.values()] == [by_local[key].finish_reason for key in by_server]
 
 
-def test_it_goes_on_with_an_unfinished_answer(server, local):
+def test_a_prefilled_answer_is_continued_as_by_the_local_engine(server, local):
     request = Request("unfinished", QUESTION, 0, 6, 0.0, prefill="The capital of France is Par")
     [by_server], [by_local] = (list(engine.complete([request])) for engine in (server, local))
     assert by_server.text == by_local.text

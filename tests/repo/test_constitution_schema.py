@@ -8,7 +8,7 @@ from jsonschema import Draft202012Validator
 from ruamel.yaml import YAML
 
 from align.cli.constitution_schema import constitution_schema, schema_page
-from align.constitution.constitution import load_constitution
+from align.constitution.loading import load_constitution
 from align.errors import FileProblems
 
 FOLDER = Path(__file__).parents[2] / "constitutions"

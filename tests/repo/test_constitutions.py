@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from align.constitution.constitution import Constitution, load_constitution
+from align.constitution.constitution import Constitution
+from align.constitution.loading import load_constitution
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "constitutions").rglob("*.yaml"))

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from align.data.prompts import read_prompts
-from align.data.sources import is_file
+from align.data.sources import is_local_path
 from align.feedback.records import Revision
 from align.pipeline.recipe import load_recipe
 from align.records import Sample, write_rows
@@ -104,7 +104,7 @@ def test_no_recipe_teaches_the_base_model_s_own_answer_to_a_harmful_prompt(path:
     """Even where every revision but one was rejected, so that all the originals are to be had."""
     recipe = load_recipe(path.relative_to(ROOT))
     block = recipe.shared["prompts"]
-    files = tuple(source for source in block.sources if is_file(source.path))  # the hub is out of reach
+    files = tuple(source for source in block.sources if is_local_path(source.path))  # the hub is out of reach
     read = read_prompts(block.model_copy(update={"sources": files}))
     prompts = [dataclasses.replace(each, split="sft") for each in read]
     revised = prompts[0]

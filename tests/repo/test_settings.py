@@ -60,7 +60,7 @@ def test_the_page_has_every_key_of_every_block_once() -> None:
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.key.strip("`"))
 def test_a_setting_is_described_and_its_default_is_accepted(setting: Setting) -> None:
-    assert setting.type and setting.what
+    assert setting.type and setting.meaning
     key = setting.key.strip("`")
     if not setting.default.startswith("`") or "[]" in key:
         return

@@ -1,7 +1,7 @@
-"""PPO on the tiny models with their weights sharded over CPU processes; run by test_sharded.py under torchrun.
+"""PPO on the tiny models with their weights sharded over CPU processes; test_sharded.py runs it under torchrun.
 
-accelerate turns FSDP2 and DeepSpeed on for GPUs only, so its state is told here what a GPU would have made it say.
-Everything after that (loading, wrapping, passes, clipping, checkpoints) is the libraries' own path, over gloo.
+accelerate enables FSDP2 and DeepSpeed on GPUs only, so its state is set here to what it would be on GPUs. Everything
+after that (loading, wrapping, passes, clipping, checkpoints) is the libraries' own path, over gloo.
 """
 
 import sys
@@ -14,7 +14,8 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor
 
-from align.models.loading import load_tokenizer, save_model
+from align.models.loading import load_tokenizer
+from align.models.saving import save_model
 from align.models.wrappers import is_sharded
 from align.rl import updates
 from align.rl.loading import RewardFolder, classifier_scores, load_classifier
@@ -35,10 +36,10 @@ BLOCK = settings(
     optimizer=OptimizerBlock(learning_rate=3e-3, batch_size=8, micro_batch_size=2, schedule="constant"),
 )
 STOPPING_KL = 0.5
-"""Nats a completion, which 'full' passes in its third iteration."""
+"""Nats per completion; the arrangement 'full' exceeds it in its third iteration."""
 ADAPTERS = LoraBlock(r=4, alpha=8)
 BACKWARDS_AN_ITERATION = 12
-"""Of each of two processes: two epochs of two micro-batches, for policy and value, and of two of demonstrations."""
+"""In each of two processes: two epochs with two micro-batches each for policy, value and demonstrations."""
 
 
 def fsdp2_accelerator(arrangement: str) -> Accelerator:
@@ -78,7 +79,7 @@ SHARDING: dict[str, Callable[[str], Accelerator]] = {"fsdp2": fsdp2_accelerator,
 def build(
     model_dir: Path, reward_dir: Path, output: Path, arrangement: str, sharding: str, iterations: int
 ) -> PpoTrainer:
-    """A trainer with a reward model of its own, a value model, and demonstrations."""
+    """A trainer with a separate reward model, a value model, and demonstrations."""
     rule = EarlyStopBlock(window=1, kl_above=STOPPING_KL) if arrangement.endswith("stopped") else None
     accelerator = None
     if sharding:
@@ -102,7 +103,9 @@ def build(
         accelerator=accelerator,
     )
     words = tuple(tokenizer("the cat sat").input_ids)
-    trainer.demonstrations = [Completion(prompt, words, "the cat sat", True, ()) for prompt in trainer.prompts[:8]]
+    trainer.learner.demonstrations = [
+        Completion(prompt, words, "the cat sat", True, ()) for prompt in trainer.prompts[:8]
+    ]
     assert all(is_sharded(parameter) == bool(sharding) for parameter in trainer.models.parameters())
     return trainer
 
@@ -119,7 +122,7 @@ def spoil_one_gradient(trainer: PpoTrainer) -> None:
 
 
 def main(model_dir: Path, reward_dir: Path, output: Path, arrangement: str, sharding: str, iterations: int) -> None:
-    """Train up to so many iterations, and save the policy in `output`."""
+    """Train up to the given number of iterations, and save the policy in `output`."""
     processes.connect()
     trainer = build(model_dir, reward_dir, output, arrangement, sharding, iterations)
     if arrangement.endswith("spoilt"):

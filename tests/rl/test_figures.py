@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from align.rl.alarms import CHECKS
-from align.rl.reward_sources import ScoresReward
+from align.rl.reward_sources import JudgeReward
 from align.rl.rewards import RewardSource
 from align.rl.rollout import Completion
 from align.rl.settings import WatchBlock
@@ -17,29 +17,29 @@ DOCUMENT = (Path(__file__).parents[2] / "docs/ppo.md").read_text(encoding="utf-8
 
 
 def table(heading: str) -> list[list[str]]:
-    """Cells of the rows of the table whose first column is called so."""
+    """The cells, by row, of the table whose first column has this heading."""
     [text] = re.findall(rf"^\| {heading} \|.*\n\|[-|]+\|\n((?:\|.*\|\n)+)", DOCUMENT, re.MULTILINE)
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
 
 
 def documented(heading: str) -> dict[str, str]:
-    """{name, as a pattern where it has a part in angle brackets: healthy range}."""
+    """{name, with parts in angle brackets as patterns: healthy range}."""
     names = {name: row[-1] for row in table(heading) for name in re.findall(r"`([^`]+)`", row[0])}
     return {re.sub(r"<\w+>", r"\\w+", name): healthy for name, healthy in names.items()}
 
 
 @pytest.fixture(scope="module")
 def run(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of everything that logs a figure of its own."""
+    """A run with everything that adds figures."""
     output = tmp_path_factory.mktemp("run")
     watch = WatchBlock(window=1, sampling_gap=1e-12)
     block = settings(iterations=2, rollout_batch=8, epochs=2, ptx_coef=0.1, watch=watch, optimizer={"batch_size": 8})
     gold = RewardSource("gold", share_of_letters, gold=True)
-    abstains = ScoresReward(lambda prompts, texts: [None, *share_of_letters(prompts, texts).tolist()[1:]])
+    abstains = JudgeReward(lambda prompts, texts: [None, *share_of_letters(prompts, texts).tolist()[1:]])
     sources = [RewardSource("one", share_of_letters), RewardSource("two", abstains), gold]
     trainer = build_trainer(tiny_model_dir, output, block, sources=sources)
     words = tuple(trainer.tokenizer("the cat").input_ids)
-    trainer.demonstrations = [Completion(trainer.prompts[0], words, "the cat", True, ())]
+    trainer.learner.demonstrations = [Completion(trainer.prompts[0], words, "the cat", True, ())]
     trainer.train()
     return output
 
@@ -63,8 +63,8 @@ def test_every_phase_that_is_timed_is_documented(run: Path) -> None:
 
 
 def test_every_alarm_is_documented_with_its_default() -> None:
-    told = {row[0].strip("`"): float(row[1]) for row in table("alarm")}
-    assert told == {check.__name__: getattr(WatchBlock(), check.__name__) for check in CHECKS}
+    documented_defaults = {row[0].strip("`"): float(row[1]) for row in table("alarm")}
+    assert documented_defaults == {check.__name__: getattr(WatchBlock(), check.__name__) for check in CHECKS}
 
 
 def test_without_a_value_no_figure_of_one_is_logged(tiny_model_dir: Path, tmp_path: Path) -> None:

@@ -1,17 +1,18 @@
-"""PPO learns: a tiny random model reaches a stated reward, from several seeds, and not when its sign is wrong."""
+"""PPO learns: a tiny random model reaches a stated reward from several seeds, and fails if the sign is flipped."""
 
 import json
 
 import pytest
 import torch
 
-from align.constitution.constitution import Constitution, Principle
+from align.constitution.constitution import Constitution
+from align.constitution.principles import Principle
 from align.errors import AlignError
-from align.feedback.direct import DirectScores
+from align.feedback.direct import DirectScorer
 from align.feedback.judge import Judge
 from align.rl.batches import micro_batches
 from align.rl.experience import Collector
-from align.rl.reward_sources import ScoresReward
+from align.rl.reward_sources import JudgeReward
 from align.rl.rollout import Completion
 from align.settings.blocks import JudgeBlock, LoraBlock, OptimizerBlock
 from tests.rl.tiny_ppo import build_trainer, settings
@@ -57,7 +58,7 @@ def test_methods_without_a_value_learn_on_the_same_loop(tiny_model_dir, tmp_path
 
 
 def test_a_judge_that_scores_directly_teaches_its_rules(tiny_model_dir, tmp_path):
-    """Direct RLAIF: more and more rules are kept."""
+    """Direct RLAIF: completions come to follow more of the rules."""
     rules = {"lower": "[A-Z0-9]", "plain": r"[^\x00-\x7f]"}
     principles = tuple(
         Principle.model_validate({"id": name, "text": name, "rule": {"excludes_regex": pattern}})
@@ -65,7 +66,7 @@ def test_a_judge_that_scores_directly_teaches_its_rules(tiny_model_dir, tmp_path
     )
     judge = Judge(Constitution(id="rules", title="rules", principles=principles), JudgeBlock(kind="rule"))
     block = settings(iterations=16)
-    build_trainer(tiny_model_dir, tmp_path / "run", block, reward=ScoresReward(DirectScores(judge))).train()
+    build_trainer(tiny_model_dir, tmp_path / "run", block, reward=JudgeReward(DirectScorer(judge))).train()
     scores = [json.loads(line)["score"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert scores[0] < 0.3
     assert sum(scores[-3:]) / 3 > 0.6
@@ -77,10 +78,10 @@ def test_demonstrations_mixed_in_become_likelier(tiny_model_dir, tmp_path):
         trainer = build_trainer(tiny_model_dir, tmp_path / f"run{coefficient}", block)
         prompt = trainer.prompts[0]
         words = tuple(trainer.tokenizer("Zebra 123", add_special_tokens=False)["input_ids"])
-        trainer.demonstrations = [Completion(prompt, words, "Zebra 123", True, ())]
+        trainer.learner.demonstrations = [Completion(prompt, words, "Zebra 123", True, ())]
         trainer.train()
         pad_id = trainer.tokenizer.pad_token_id
-        batch = micro_batches(trainer.demonstrations, [0], 1, pad_id, trainer.device, share=False)[0]
+        batch = micro_batches(trainer.learner.demonstrations, [0], 1, pad_id, trainer.device, share=False)[0]
         with torch.no_grad():
             return float(trainer.models("imitate", sequences=batch.sequences).result.mean())
 
@@ -92,9 +93,9 @@ def test_log_probs_kept_from_sampling_train_as_recomputed_ones_do(tiny_model_dir
     def trained(kept: bool) -> list[dict[str, float]]:
         block = settings(iterations=3, value=value, optimizer=OptimizerBlock(batch_size=16, micro_batch_size=8))
         trainer = build_trainer(tiny_model_dir, tmp_path / f"{kept}", block, lora=LoraBlock(r=4))
-        assert trainer.models.keeps_sampled
+        assert trainer.models.reuses_sampled_logprobs
         if not kept:
-            monkeypatch.setattr(type(trainer.models), "keeps_sampled", False)
+            monkeypatch.setattr(type(trainer.models), "reuses_sampled_logprobs", False)
         trainer.train()
         return [json.loads(line) for line in (tmp_path / f"{kept}/metrics.jsonl").read_text().splitlines()]
 
@@ -105,7 +106,7 @@ def test_log_probs_kept_from_sampling_train_as_recomputed_ones_do(tiny_model_dir
 
 
 def test_the_first_minibatch_meets_its_own_log_probs(tiny_model_dir, tmp_path):
-    """One minibatch and one epoch: no ratio is ever anything but 1, however sampling rounded."""
+    """With one minibatch and one epoch every ratio is 1, however sampling rounded."""
     trainer = build_trainer(tiny_model_dir, tmp_path, settings(iterations=1, epochs=1), lora=LoraBlock(r=4))
     figures = trainer.train()
     assert (figures["largest_log_ratio"], figures["ratio"], figures["kl_to_old_k3"]) == (0, 1, 0)

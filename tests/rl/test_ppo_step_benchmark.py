@@ -1,4 +1,4 @@
-"""The benchmark of a PPO step on a tiny model: its invariants hold in every run, whatever it measures."""
+"""The benchmark of a PPO step, on a tiny model: the invariants of its measurements."""
 
 import ppo_step
 import pytest

@@ -1,4 +1,4 @@
-"""PPO with its weights sharded over processes makes what one process makes."""
+"""PPO with weights sharded over processes gives the same result as one process."""
 
 import json
 import os
@@ -46,7 +46,7 @@ def folders(tiny_model_dir: Path, tmp_path: Path) -> list[Path]:
 
 @pytest.mark.parametrize("sharding", SHARDINGS)
 @pytest.mark.parametrize("arrangement", ["lora", "full"])
-def test_sharded_and_interrupted_trains_as_one_undisturbed_process_does(
+def test_a_sharded_and_interrupted_run_gives_what_one_uninterrupted_process_does(
     folders: list[Path], tmp_path: Path, arrangement: str, sharding: str
 ) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
@@ -56,7 +56,7 @@ def test_sharded_and_interrupted_trains_as_one_undisturbed_process_does(
     assert [row["step"] for row in metrics(two)] == [1, 2]
     for alone, together in zip(metrics(one), metrics(two), strict=True):
         assert together["first_log_ratio"] < 1e-4
-        assert together["sampling_gap"] < 1e-5, "what is sampled from is what is trained"
+        assert together["sampling_gap"] < 1e-5, "the policy that samples is the one that is trained"
         for name in FIGURES:
             assert together[name] == pytest.approx(alone[name], rel=1e-3, abs=1e-5), name
     alone, together = (load_file(folder / "model/model.safetensors") for folder in (one, two))
@@ -66,15 +66,15 @@ def test_sharded_and_interrupted_trains_as_one_undisturbed_process_does(
 
 
 @pytest.mark.parametrize("sharding", SHARDINGS)
-def test_sharded_it_stops_early_and_goes_back_to_the_policy_of_its_best_checkpoint(
+def test_a_sharded_run_stops_early_and_publishes_its_best_checkpoint(
     folders: list[Path], tmp_path: Path, sharding: str
 ) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     train(folders, one, "full", iterations=1)
     train(folders, two, "full-stopped", sharding, iterations=6)
     assert [row["step"] for row in metrics(two)] == [1, 2, 3]
-    [told] = (two / "alarms.jsonl").read_text().splitlines()
-    assert json.loads(told)["sentence"] == (
+    [row] = (two / "alarms.jsonl").read_text().splitlines()
+    assert json.loads(row)["sentence"] == (
         "the run ended after iteration 3 because the KL to the reference was 1.01 nats a completion over 1 iterations, "
         "above 0.5; the policy of iteration 1, the best checkpoint, is published"
     )
@@ -84,13 +84,13 @@ def test_sharded_it_stops_early_and_goes_back_to_the_policy_of_its_best_checkpoi
 
 
 @pytest.mark.parametrize("sharding", SHARDINGS)
-def test_sharded_in_bf16_keeps_full_precision_and_leaves_out_a_step_whose_gradient_is_not_finite(
+def test_a_sharded_run_in_bf16_keeps_full_precision_and_skips_a_step_whose_gradient_is_not_finite(
     folders: list[Path], tmp_path: Path, sharding: str
 ) -> None:
     train(folders, tmp_path, "lora-bf16-spoilt", sharding)
     first, second = metrics(tmp_path)
     assert first["kl_to_reference_k3"] < 1e-4 < second["kl_to_reference_k3"]
-    assert 0 < first["first_log_ratio"] < 0.1, "sampling rounds otherwise than training"
+    assert 0 < first["first_log_ratio"] < 0.1, "sampling rounds differently from training"
     assert any(value != torch.tensor(value).bfloat16().item() for value in (first["entropy"], first["value_loss"]))
     adapter = load_file(tmp_path / "adapter/adapter_model.safetensors")
     assert {tensor.dtype for tensor in adapter.values()} == {torch.float32}

@@ -1,4 +1,4 @@
-"""Runs that are watched: stopped and rolled back by their rule, interrupted or not, to the same bytes."""
+"""Runs with an early stop end the same, to the byte, whether or not they are interrupted."""
 
 import json
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from tests.rl.tiny_ppo import build_trainer, settings, share_of_letters
 from tests.stages.training import same
 
 TURN = 6
-"""The iteration from which letters are what the reward punishes."""
+"""The iteration from which the reward punishes letters."""
 WRITTEN = ("metrics.jsonl", "rollouts.jsonl", "alarms.jsonl")
 
 
@@ -24,7 +24,7 @@ class Interrupted(Exception):
 
 
 class Turning:
-    """A reward that turns against what it taught, and may interrupt the run; `done` iterations came before it."""
+    """A reward that reverses its sign at `TURN`, and may interrupt the run; `done` iterations came before it."""
 
     def __init__(self, done: int = 0, interrupt: int | None = None) -> None:
         self.iteration = done
@@ -94,8 +94,8 @@ def test_a_run_whose_reward_turns_is_stopped_and_leaves_the_policy_from_before(
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> PpoTrainer:
-    return trained(tiny_model_dir, tmp_path_factory.mktemp("undisturbed"), watched(), reward=Turning())
+def uninterrupted(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> PpoTrainer:
+    return trained(tiny_model_dir, tmp_path_factory.mktemp("uninterrupted"), watched(), reward=Turning())
 
 
 def assert_same_run(one: PpoTrainer, two: PpoTrainer) -> None:
@@ -108,17 +108,17 @@ def assert_same_run(one: PpoTrainer, two: PpoTrainer) -> None:
 
 
 @pytest.mark.parametrize("moment", [2, 5, TURN + 2])
-def test_an_interrupted_run_stops_where_an_undisturbed_one_does(
-    undisturbed: PpoTrainer, tiny_model_dir: Path, tmp_path: Path, moment: int
+def test_an_interrupted_run_stops_where_an_uninterrupted_one_does(
+    uninterrupted: PpoTrainer, tiny_model_dir: Path, tmp_path: Path, moment: int
 ) -> None:
     with pytest.raises(Interrupted):
         trained(tiny_model_dir, tmp_path, watched(), reward=Turning(interrupt=moment))
     done = max([0, *checkpoints(tmp_path)]) if (tmp_path / "checkpoint").exists() else 0
-    assert_same_run(trained(tiny_model_dir, tmp_path, watched(), reward=Turning(done)), undisturbed)
+    assert_same_run(trained(tiny_model_dir, tmp_path, watched(), reward=Turning(done)), uninterrupted)
 
 
 def cut_short(monkeypatch: pytest.MonkeyPatch, method: str, when: Callable[[PpoTrainer], bool]) -> None:
-    """Interrupt the trainer before one of its methods."""
+    """Interrupt the trainer before it runs one of its methods."""
     whole = getattr(PpoTrainer, method)
 
     def interrupted(self: PpoTrainer, *arguments: Any) -> Any:
@@ -131,28 +131,28 @@ def cut_short(monkeypatch: pytest.MonkeyPatch, method: str, when: Callable[[PpoT
 
 @pytest.mark.parametrize("method", ["_save", "_restore"])
 def test_a_run_interrupted_after_its_stop_trains_no_further(
-    undisturbed: PpoTrainer, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+    uninterrupted: PpoTrainer, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
-    """Before the last checkpoint, and between it and going back to the best one."""
+    """Interrupted before the last checkpoint is saved, and before the best one is restored."""
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         cut_short(patch, method, lambda trainer: trainer.ending is not None)
         trained(tiny_model_dir, tmp_path, watched(), reward=Turning())
     done = checkpoints(tmp_path)[-1]
-    assert undisturbed.ending is not None
-    assert (done == undisturbed.ending.iteration) == (method == "_restore")
+    assert uninterrupted.ending is not None
+    assert (done == uninterrupted.ending.iteration) == (method == "_restore")
     resumed = trained(tiny_model_dir, tmp_path, watched(), reward=Turning(done))
-    assert_same_run(resumed, undisturbed)
-    assert_same_run(trained(tiny_model_dir, tmp_path, watched(), reward=None), undisturbed)
+    assert_same_run(resumed, uninterrupted)
+    assert_same_run(trained(tiny_model_dir, tmp_path, watched(), reward=None), uninterrupted)
 
 
-def test_a_checkpoint_that_a_kill_left_undropped_changes_nothing(
-    undisturbed: PpoTrainer, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_checkpoint_that_a_kill_kept_from_being_removed_changes_nothing(
+    uninterrupted: PpoTrainer, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         patch.setattr("align.rl.monitoring.Watch.worth_keeping", lambda self, saved: saved)
         trained(tiny_model_dir, tmp_path, watched(), reward=Turning(interrupt=TURN + 1))
     assert checkpoints(tmp_path) == [2, 4, 6]
-    assert_same_run(trained(tiny_model_dir, tmp_path, watched(), reward=Turning(6)), undisturbed)
+    assert_same_run(trained(tiny_model_dir, tmp_path, watched(), reward=Turning(6)), uninterrupted)
 
 
 def test_a_run_stops_for_its_kl_and_may_keep_its_last_policy(tiny_model_dir: Path, tmp_path: Path) -> None:
@@ -164,7 +164,7 @@ def test_a_run_stops_for_its_kl_and_may_keep_its_last_policy(tiny_model_dir: Pat
     assert checkpoints(tmp_path)[-1] == len(kl), "a resumed run finds that it had ended"
 
 
-def test_a_run_that_goes_through_may_still_go_back_to_its_best(tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_a_completed_run_may_still_publish_its_best_checkpoint(tiny_model_dir: Path, tmp_path: Path) -> None:
     block = watched(iterations=TURN + 3, early_stop=EarlyStopBlock(window=1))
     trainer = trained(tiny_model_dir, tmp_path, block, reward=Turning())
     assert trainer.ending is not None and trainer.ending.stopped is None
@@ -179,10 +179,12 @@ def test_a_run_without_a_rule_keeps_one_checkpoint_and_its_last_policy(tiny_mode
     assert checkpoints(tmp_path) == [4]
 
 
-def test_alarms_are_told_every_so_often_and_mark_their_iterations(
-    undisturbed: PpoTrainer, capsys: pytest.CaptureFixture[str]
+def test_alarms_are_repeated_after_a_while_and_mark_their_iterations(
+    uninterrupted: PpoTrainer, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    told = [row["iteration"] for row in rows(undisturbed.output / "alarms.jsonl") if row["alarm"] == "sampling_gap"]
-    assert told[:3] == [2, 5, 8]
-    marked = [row["step"] for row in rows(undisturbed.output / "metrics.jsonl") if "alarm/sampling_gap" in row]
-    assert marked == told
+    reported = [
+        row["iteration"] for row in rows(uninterrupted.output / "alarms.jsonl") if row["alarm"] == "sampling_gap"
+    ]
+    assert reported[:3] == [2, 5, 8]
+    marked = [row["step"] for row in rows(uninterrupted.output / "metrics.jsonl") if "alarm/sampling_gap" in row]
+    assert marked == reported

@@ -1,4 +1,4 @@
-"""PPO on a tiny random model and a programmatic reward: what the tests of the trainer share."""
+"""PPO on a tiny random model and a programmatic reward, for the tests of the trainer."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from align.data.chat import prompt_ids
 from align.models.loading import load_tokenizer, stop_token_ids
 from align.records import Conversation, Message, Prompt
-from align.rl.loading import RewardFolder, load_separate_models, load_shared_trunk
+from align.rl.loading import RewardFolder, load_models
 from align.rl.ppo import PpoTrainer
 from align.rl.rewards import Rewards, RewardSource
 from align.rl.rollout import TokenizedPrompt
@@ -57,10 +57,7 @@ def build_trainer(
     value = "head" if lora is None and reward_folder is None else block.value
     options: dict[str, Any] = {"dtype": dtype, "temperature": block.sampling.temperature}
     options["value"] = value if block.advantage == "gae" else None
-    if lora is None:
-        models: Any = load_separate_models(str(model_dir), folder, **options)
-    else:
-        models = load_shared_trunk(str(model_dir), folder, lora, **options)
+    models = load_models(model_dir, folder, lora, **options)
     tokenizer = load_tokenizer(str(model_dir))
     prompts = []
     for number in range(40):

@@ -28,17 +28,18 @@ def trainer_on(tmp_path: Path, model_dir: Path, lora: dict[str, Any] | None, row
     from datasets import Dataset
 
     from align.models.loading import load_tokenizer
-    from align.training.trainers import SoftLabelDPOTrainer, load_trainable
+    from align.training.models import load_policy
+    from align.training.trainers import SoftLabelDPOTrainer
     from align.training.trl_configs import DPOConfig, training_config
 
     made = context(STAGE, QUICK, model_dir, tmp_path / "out", lora=lora)
     config = training_config(DPOConfig, made, torch.float32, beta=0.5, max_length=None)
-    model = load_trainable(str(model_dir), made.shared["model"], torch.float32, 1)
+    model = load_policy(str(model_dir), made.shared["model"], torch.float32, 1)
     torch.manual_seed(3)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data += 0.05 * torch.randn_like(parameter)
-    reference = None if lora else load_trainable(str(model_dir), made.shared["model"], torch.float32, 1)
+    reference = None if lora else load_policy(str(model_dir), made.shared["model"], torch.float32, 1)
     return SoftLabelDPOTrainer(
         model,
         args=config,
@@ -101,7 +102,7 @@ def test_pairs_separate_and_the_first_loss_is_that_of_an_unchanged_policy(
 
 
 def test_a_label_of_one_half_pulls_the_policy_back_to_its_reference(tmp_path: Path, tiny_model_dir: Path) -> None:
-    """With p = 1/2 the loss is least at no difference, where the policy starts, so that is where it stays."""
+    """With p = 1/2 the loss has its minimum where the policy starts, so the policy does not move."""
     inputs = upstreams(tmp_path, tiny_model_dir, probability=0.5)
     run(STAGE, QUICK, tiny_model_dir, tmp_path / "out", inputs)
     rows = list(read_jsonl(tmp_path / "out/metrics.jsonl"))
@@ -136,7 +137,7 @@ def test_a_pair_that_is_too_long_is_counted_and_named(tmp_path: Path, tiny_model
 def test_another_loss_of_trl_s_needs_labels_that_are_certain(tmp_path: Path, tiny_model_dir: Path) -> None:
     block = {**QUICK, "epochs": 1, "trl": {"loss_type": ["ipo"]}}
     inputs = upstreams(tmp_path, tiny_model_dir, probability=0.9)
-    with pytest.raises(InputError, match=r"dpo.trl.loss_type: .* 12 of 12 pairs have soft ones"):
+    with pytest.raises(InputError, match=r"dpo.trl.loss_type: .* 12 of 12 pairs have soft labels"):
         run(STAGE, block, tiny_model_dir, tmp_path / "soft", inputs)
     upstream(tmp_path, "compare", pairs=[pair(n, 1.0) for n in range(8)])
     run(STAGE, block, tiny_model_dir, tmp_path / "hard", inputs)
@@ -167,7 +168,7 @@ def test_the_policy_moves_and_the_reference_does_not(tmp_path: Path, tiny_model_
 def test_micro_batches_do_not_change_the_result_though_the_last_batch_is_short(
     tmp_path: Path, tiny_model_dir: Path
 ) -> None:
-    """11 pairs in batches of 4 end with one of 3, which micro-batches of 2 cut into 2 and 1."""
+    """11 pairs in batches of 4 end with one of 3, which micro-batches of 2 divide into 2 and 1."""
     import torch
 
     inputs = upstreams(tmp_path, tiny_model_dir)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from align.constitution.constitution import load_constitution
+from align.constitution.loading import load_constitution
 from align.data.chat import prompt_ids
 from align.engines.provenance import read_provenance
 from align.errors import InputError
@@ -48,7 +48,7 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def upstream(tmp_path_factory, tiny_model_dir, tiny_reward_dir) -> dict[str, Path]:
-    """Published folders: `sft` is the base model itself, `ppo` another one."""
+    """Published folders: `sft` is the base model itself, `ppo` another model."""
     run = tmp_path_factory.mktemp("run")
     for stage, model in (("sft", tiny_model_dir), ("reward", tiny_reward_dir)):
         shutil.copytree(model, run / stage / "model")
@@ -106,7 +106,7 @@ def of_policy(samples: list[EvaluatedSample], policy: str) -> list[EvaluatedSamp
 
 
 def token_logprobs(folder: Path, sample: EvaluatedSample) -> list[float]:
-    """By transformers' own forward, one unpadded sequence at a time."""
+    """Computed with transformers' forward, one unpadded sequence at a time."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -146,7 +146,7 @@ def test_divergence_is_the_sum_over_tokens_of_the_logprob_differences_at_the_tem
 
 
 def candidates(folder: Path) -> dict[str, list[EvaluatedSample]]:
-    """What best-of-n chose from, by prompt."""
+    """The candidates of best-of-n by prompt."""
     found: dict[str, list[EvaluatedSample]] = {}
     for candidate in read_rows(folder / "best_of.jsonl", EvaluatedSample):
         found.setdefault(candidate.prompt_id, []).append(candidate)
@@ -164,7 +164,7 @@ def test_best_of_n_is_the_candidate_of_the_highest_score(evaluated):
 
 
 def test_candidates_are_the_sft_policys_with_seeds_of_their_own(evaluated, upstream, tiny_model_dir):
-    """By a plain pass of the engine, one request at a time."""
+    """The engine's completions, one request at a time."""
     from align.engines.engine import Request
     from align.engines.open import open_engine
     from align.settings.blocks import EngineBlock
@@ -272,7 +272,7 @@ def test_win_rate_by_the_rules_recounts_from_the_samples(evaluated):
 def test_an_interrupted_run_ends_with_the_bytes_of_an_undisturbed_one(
     tmp_path, monkeypatch, evaluated, upstream, tiny_model_dir, constitution
 ):
-    """Interrupted again and again, every 30 rows, until nothing is left to do."""
+    """Run the stage, interrupted after every 30 rows, until it is finished."""
     append = Journal.append
     rows = 0
 
@@ -301,7 +301,7 @@ def test_the_table_and_the_models_are_shown(tmp_path, capsys, monkeypatch, upstr
     shown = capsys.readouterr().out
     for part in ("has-e", "no-q", "win rate vs base", "reward", "KL to sft", "ended by a stop token", "≤ 0.4"):
         assert part in shown
-    assert f"{BEST}: the completion of the highest reward among {BEST_OF} of sft" in shown
+    assert f"{BEST}: the completion with the highest reward among {BEST_OF} by sft" in shown
     assert str(upstream["ppo"] / "model") in shown.replace("\n", "")
 
 

@@ -1,4 +1,4 @@
-"""Gates end a stage before anything is trained, keep what it made, and let other limits go on with it."""
+"""A closed gate ends a stage before anything is trained but keeps its rows, and with other limits it resumes."""
 
 from pathlib import Path
 from typing import Any
@@ -108,13 +108,13 @@ def test_nothing_is_said_of_critiques_where_none_is_asked_for_and_older_rows_are
     assert Critique.from_json(row).critique_finish_reason is None
 
 
-def test_benign_prompts_of_which_none_is_revised_are_told(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_benign_prompts_of_which_none_is_revised_are_reported(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     scripted(monkeypatch, reply)
     (world.root / "more.jsonl").write_text('{"prompt": "Why?", "split": "rl", "category": "kept for later"}\n')
     sources = [*world.shared["prompts"].sources, PromptSource(path=str(world.root / "more.jsonl"))]
     world.shared["prompts"] = world.shared["prompts"].model_copy(update={"sources": tuple(sources)})
     world.run(SAMPLE, SampleBlock())
-    with pytest.raises(InputError, match=r"'kept for later' of the splits sft, preference in .*more prompts"):
+    with pytest.raises(InputError, match=r"'kept for later' of the splits sft, preference in .*add prompts"):
         world.run(REVISE, revise(benign=["kept for later"]))
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from align.constitution.constitution import load_constitution
+from align.constitution.loading import load_constitution
 from align.engines.engine import ChoiceRequest, Request
 from align.feedback.records import Critique
 from align.settings.blocks import JudgeBlock
@@ -19,7 +19,7 @@ GROUNDED = Path(__file__).parents[2] / "constitutions/grounded.yaml"
 
 
 def reads(request: ChoiceRequest, choice: str) -> float:
-    """A judge that believes what stands in the passages it was shown, and dislikes what does not."""
+    """A judge that prefers what the passages that it was shown support."""
     shown, _, asked = request.messages[-1].content.rpartition("Here is a conversation")
     first, second = asked.split("(A) ")[1].split("\n\n(B) ")
     ahead = _supported(first, shown) - _supported(second.split("\n\nWhich")[0], shown)
@@ -105,11 +105,11 @@ def test_principles_apply_to_their_categories_from_prompts_to_critiques(
 
 
 def test_the_shipped_documents_answer_each_probe_about_a_fact() -> None:
-    from align.feedback.evidence import Showing
+    from align.feedback.evidence import PromptContext
 
     constitution = load_constitution(GROUNDED)
     principle = constitution.principle("keeps-to-documents")
     for probe in principle.probes:
-        shown = " ".join(each.text for each in Showing(constitution).passages(principle, [probe.prompt]))
+        shown = " ".join(each.text for each in PromptContext(constitution).passages(principle, [probe.prompt]))
         numbers = [word.strip(".,") for word in probe.better.split() if word[0].isdigit()]
         assert all(number in shown for number in numbers), probe.prompt

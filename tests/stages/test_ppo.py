@@ -33,12 +33,12 @@ SETTINGS = {
     "score": {"normalise": "none", "clip": None},
 }
 LONG = 60
-"""Words of the one prompt that is too long."""
+"""The number of words of the only prompt that is too long."""
 
 
 @pytest.fixture
 def inputs(tmp_path: Path, tiny_model_dir: Path) -> dict[str, Path]:
-    """What sample, sft and a reward stage that started from another model leave."""
+    """The folders of sample, sft and a reward stage that started from another model."""
     prompts = [Prompt(f"p{number}", (Message("user", f"Where is cat {number}?"),), "rl") for number in range(5)]
     prompts.append(Prompt("long", (Message("user", "cat " * LONG),), "rl"))
     prompts.append(Prompt("other", (Message("user", "Not for training."),), "eval"))
@@ -114,7 +114,7 @@ def test_a_batch_that_the_processes_cannot_share_is_refused(
     inputs: dict[str, Path], tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("align.run.processes.world_size", lambda: 4)
-    with pytest.raises(InputError, match=r"ppo\.rollout_batch: 6 rows cannot be shared equally by 4 processes"):
+    with pytest.raises(InputError, match=r"ppo\.rollout_batch: 6 rows cannot be divided among 4 processes"):
         run(PPO, SETTINGS, tiny_model_dir, tmp_path / "out", inputs)
 
 
@@ -131,7 +131,7 @@ def test_siblings_take_the_place_of_a_value(inputs: dict[str, Path], tmp_path: P
 def test_rewards_come_from_what_the_recipe_names(
     inputs: dict[str, Path], tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A function and a classifier of a folder are trained against; a gold one is scored beside them."""
+    """A function and a local classifier are the rewards; a gold source is only scored."""
     (tmp_path / "lengths.py").write_text(
         "def short(prompts, completions):\n    return [-len(completion) for completion in completions]\n"
         "def long(prompts, completions):\n    return [len(completion) for completion in completions]\n"
@@ -173,7 +173,7 @@ def test_the_manifest_says_how_the_run_ended_and_whose_policy_is_published(
 
 
 class Spoiled:
-    """A reward that is not a number for one of the prompts, from the second iteration on."""
+    """A reward that is NaN for one of the prompts from the second iteration on."""
 
     def __init__(self, value: float) -> None:
         self.value = value
@@ -190,7 +190,7 @@ class Spoiled:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_reward_that_is_not_finite_stops_the_run_and_the_checkpoint_goes_on(
+def test_a_reward_that_is_not_finite_stops_the_run_and_the_checkpoint_resumes(
     tmp_path: Path, tiny_model_dir: Path, value: float
 ) -> None:
     block = settings(iterations=3, checkpoint_every=1, rollout_batch=8, optimizer=OptimizerBlock(batch_size=8))
@@ -241,8 +241,8 @@ def test_the_judge_s_own_scores_are_the_reward(inputs: dict[str, Path], tmp_path
     (tmp_path / "letters.yaml").write_text(RULES)
     block = PpoBlock.model_validate({**SETTINGS, "rewards": [{"judge": "direct"}]})
     assert PPO.inputs(block) == ("sample", "sft")
-    assert PPO.shares_with(block) == ("model", "constitution", "judge")
-    assert PPO.shares_with(PpoBlock()) == ("model",)
+    assert PPO.shared_blocks(block) == ("model", "constitution", "judge")
+    assert PPO.shared_blocks(PpoBlock()) == ("model",)
     shared = {
         "model": ModelBlock.model_validate({"path": str(tiny_model_dir), "precision": "fp32", "lora": SMALL_LORA}),
         "constitution": str(tmp_path / "letters.yaml"),

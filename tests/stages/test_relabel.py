@@ -1,4 +1,4 @@
-"""Labels made again from stored scores: the same bytes under the same settings, and a fresh run's under others."""
+"""Relabelling from stored scores gives the same bytes with the same settings, and a fresh run's with other settings."""
 
 import json
 import zlib
@@ -43,7 +43,7 @@ def words(request: Request) -> str:
 
 
 def dice(request: ChoiceRequest, choice: str) -> float:
-    """Scores that follow from all that is asked; a seventh of the letters are hardly likely at all."""
+    """A log-probability that depends on the whole request; one choice in seven is very unlikely."""
     asked = f"{[message.content for message in request.messages]} {choice}"
     number = zlib.crc32(asked.encode())
     return -20.0 if number % 7 == 0 else -(number % 9973) / 3001 - 0.7
@@ -113,9 +113,7 @@ def with_worked_choices(path: Path) -> str:
 
 @pytest.mark.parametrize("examples", [0, 2, 3])
 @pytest.mark.parametrize("thinks", [False, True])
-def test_what_was_shown_and_thought_then_serves_any_choice_of_principles(
-    world: World, thinks: bool, examples: int
-) -> None:
+def test_stored_chains_of_thought_serve_any_choice_of_principles(world: World, thinks: bool, examples: int) -> None:
     world.shared["constitution"] = with_worked_choices(world.root / "worked.yaml")
     judge = {"kind": "choice", "chain_of_thought": thinks, "examples": examples}
     stage = compare(world, {**judge, "reasoning": {"max_new_tokens": 2}})
@@ -171,7 +169,7 @@ def test_a_choice_of_principles_gives_what_a_fresh_run_with_them_gives(world: Wo
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_other_weights_tiers_and_rules_ask_nobody_either(world: World, kind: str) -> None:
+def test_other_weights_tiers_and_rules_ask_no_model(world: World, kind: str) -> None:
     stage = compare(world, {"kind": kind})
     other = constitution(
         world.root / "other.yaml", short={"tier": "first", "weight": 9}, calm={"hard": True, "tier": None}
@@ -239,7 +237,7 @@ def test_ties_and_abstentions_are_counted_apart(world: World) -> None:
     assert manifest.counts["pairs"] == sum(row.p_a is not None for row in rows)
 
 
-def test_what_the_judge_was_found_to_be_worth_is_carried_over(world: World) -> None:
+def test_the_results_of_the_judge_s_tests_are_copied(world: World) -> None:
     human = world.root / "human.jsonl"
     pairs = [{"prompt": f"{number}", "chosen": "Is it so?", "rejected": "It is so."} for number in range(8)]
     human.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
@@ -256,7 +254,7 @@ def test_what_the_judge_was_found_to_be_worth_is_carried_over(world: World) -> N
     assert after.outputs["calibration.jsonl"] == file_digest(stage / "calibration.jsonl")
 
 
-def test_no_folder_of_documents_is_kept_and_labels_are_made_again_without_them(world: World) -> None:
+def test_relabelling_needs_no_documents_and_stores_none_of_their_folders(world: World) -> None:
     documents = world.root / "secret-folder"
     documents.mkdir()
     (documents / "facts.txt").write_text("Questions end with a mark.")
@@ -279,16 +277,16 @@ def test_no_folder_of_documents_is_kept_and_labels_are_made_again_without_them(w
         assert {read_constitution(kept).digest} == used
 
 
-def test_what_was_never_asked_is_told(world: World) -> None:
+def test_a_changed_principle_is_refused(world: World) -> None:
     stage = compare(world, {"kind": "choice"})
     other = constitution(world.root / "other.yaml", calm={"text": "Be very calm."})
 
-    with pytest.raises(InputError, match=r"never asked about principle 'calm' in these words.*run `compare`"):
+    with pytest.raises(InputError, match=r"never asked about principle 'calm' with this text.*run `compare`"):
         relabel(stage, world.root / "again", constitution=other)
     assert not (world.root / "again").exists()
 
 
-def test_scores_given_beside_other_documents_are_not_taken_for_these(world: World) -> None:
+def test_changed_documents_are_refused(world: World) -> None:
     (world.root / "facts").mkdir()
     facts, path = world.root / "facts/facts.txt", Path(world.shared["constitution"])
     facts.write_text("Questions end with a mark.")
@@ -297,21 +295,27 @@ def test_scores_given_beside_other_documents_are_not_taken_for_these(world: Worl
     relabel(stage, world.root / "same", constitution=str(path))
     assert same_labels(stage, world.root / "same")
     facts.write_text("Questions end with two marks.")
-    with pytest.raises(InputError, match=r"never asked about principle 'asks' .*beside these documents"):
+    with pytest.raises(InputError, match=r"never asked about principle 'asks' .*and these documents"):
         relabel(stage, world.root / "again", constitution=str(path))
 
 
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"overrides": ["judge.kind=contrast"]}, r"--set judge\.kind=contrast: labels are made again by judge\.clamp"),
+        (
+            {"overrides": ["judge.kind=contrast"]},
+            r"--set judge\.kind=contrast: relabelling can only change judge\.clamp",
+        ),
         ({"overrides": ["judge.clamp=0.7"]}, r"judge\.clamp: .*0\.5"),
         ({"principles": ["asks", "loud"]}, "--principles loud: no such principle in 'four'; it has asks"),
         ({"principles": ["ask"]}, "--principles ask: no such principle in 'four'; did you mean `asks`?"),
-        ({"overrides": ["judge.clamps=0.1"]}, r"--set judge\.clamps=0\.1: .* alone; did you mean `judge\.clamp`\?"),
+        (
+            {"overrides": ["judge.clamps=0.1"]},
+            r"--set judge\.clamps=0\.1: relabelling can only change .*; did you mean `judge\.clamp`\?",
+        ),
     ],
 )
-def test_bad_settings_are_told(world: World, options: dict[str, Any], told: str) -> None:
+def test_bad_settings_are_reported(world: World, options: dict[str, Any], told: str) -> None:
     stage = compare(world, {"kind": "rule"})
 
     with pytest.raises((InputError, FileProblems), match=told):
@@ -330,7 +334,7 @@ def test_the_command_finds_a_run_s_labels_and_overwrites_nothing(
     assert max(pair.probability for pair in pairs) == 0.8
     before = file_digest(world.root / "new/pairs.jsonl")
     assert main(command) == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
     assert main(["relabel", str(world.root / "sample"), "--output", str(world.root / "x")]) == 2
     assert "no finished `compare`" in capsys.readouterr().err
     assert file_digest(world.root / "new/pairs.jsonl") == before
@@ -339,7 +343,7 @@ def test_the_command_finds_a_run_s_labels_and_overwrites_nothing(
 
 
 @pytest.mark.parametrize("name", ["comparisons.jsonl", "opinions.jsonl", "provenance.jsonl"])
-def test_scores_that_were_edited_are_made_no_labels_of(world: World, name: str) -> None:
+def test_edited_scores_are_refused(world: World, name: str) -> None:
     folder = compare(world, {"kind": "choice"})
     with (folder / name).open("a") as file:
         file.write("\n")

@@ -1,4 +1,4 @@
-"""Labels of revision pairs made again from the scores that `revise` kept: a run's own bytes, and a fresh run's."""
+"""Relabelling revision pairs from the scores that `revise` kept gives a run's own bytes, and a fresh run's."""
 
 import json
 import shutil
@@ -10,7 +10,7 @@ import pytest
 from align.__main__ import main
 from align.engines.engine import ChoiceRequest, Request
 from align.errors import InputError
-from align.feedback.judged_revisions import FILES
+from align.feedback.judged_revisions import REVISION_FILES
 from align.feedback.records import OpinionScores, Revision
 from align.records import Message, PreferencePair, Sample
 from align.results.relabel import relabel
@@ -24,12 +24,12 @@ from tests.stages.test_relabel import KINDS, PRINCIPLES, compare, constitution, 
 from tests.stages.test_sample_revise_compare import World, scripted
 from tests.tiny import build_tiny_prompts
 
-LABELS = ("comparisons.jsonl", "pairs.jsonl", "provenance.jsonl", *FILES)
+LABELS = ("comparisons.jsonl", "pairs.jsonl", "provenance.jsonl", *REVISION_FILES)
 GATES = {"same_closing": None, "same_ending": None, "same_opening": None, "repetition": None, "not_accepted": None}
 
 
 def words(request: Request) -> str:
-    """Some texts are short; the long ones are alike but for a word, so that the earlier accepted one decides."""
+    """Some texts are short; long ones differ in one word, so that later ones are near-duplicates of the first."""
     ending = " and it goes on like this for as long as anybody wants to hear of it" * (request.seed % 3 > 0)
     return f"It is {request.seed % 97}{ending}{'?' if request.seed % 2 else '!'}"
 
@@ -44,7 +44,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
 
 
 def revise(world: World, judge: dict[str, Any], **settings: Any) -> None:
-    """A finished revise stage, made anew."""
+    """Run the revise stage from scratch."""
     shutil.rmtree(world.root / "revise", ignore_errors=True)
     given = {"splits": ["sft", "preference"], "filters": [], "gates": GATES, "near_duplicates": 0.6, **settings}
     block = ReviseBlock.model_validate(given)
@@ -55,7 +55,7 @@ def revise(world: World, judge: dict[str, Any], **settings: Any) -> None:
 
 
 def run(world: World, judge: dict[str, Any], output: str = "compare", principle: str = "all", **settings: Any) -> Path:
-    """Both stages; the folder of the second, which is all that labels are made of."""
+    """Run both stages; returns the folder of the second, which is all that relabelling reads."""
     revise(world, judge, principle=principle, **settings)
     stage = compare(world, judge, output, revision_pairs=True)
     shutil.rmtree(world.root / "revise")
@@ -69,7 +69,7 @@ def counts(folder: Path) -> dict[str, int]:
 
 
 def judged(world: World, folder: str) -> dict[str, Revision]:
-    return {row.id: row for row in world.rows(f"{folder}/{FILES[0]}", Revision)}
+    return {row.id: row for row in world.rows(f"{folder}/{REVISION_FILES[0]}", Revision)}
 
 
 def same(one: Path, other: Path) -> bool:
@@ -113,7 +113,7 @@ def test_other_settings_give_what_a_fresh_run_with_them_gives(world: World, kind
     assert max(pair.probability for pair in pairs) <= 1 - changes.get("clamp", 0)
 
 
-def test_a_wider_margin_leaves_out_and_counts_what_is_a_tie_now_and_lets_in_what_only_repeated_that(
+def test_a_wider_margin_rejects_new_ties_and_accepts_revisions_that_only_repeated_them(
     world: World,
 ) -> None:
     stage = run(world, {"kind": "choice"})
@@ -211,7 +211,7 @@ def test_a_stage_that_died_keeps_the_same_scores(world: World, monkeypatch: pyte
     assert {name: (world.root / "revise" / name).read_bytes() for name in names} == whole
 
 
-def test_of_a_run_that_kept_no_scores_revision_pairs_stay_as_they_are_and_that_is_told(
+def test_without_stored_scores_revision_pairs_keep_their_labels_and_that_is_reported(
     world: World, capsys: pytest.CaptureFixture[str]
 ) -> None:
     revise(world, {"kind": "rule"})
@@ -226,18 +226,18 @@ def test_of_a_run_that_kept_no_scores_revision_pairs_stay_as_they_are_and_that_i
     )
     assert before == after and max(pair.probability for pair in before) > 0.9
     told = capsys.readouterr().out
-    assert f"{len(before)} pairs of revisions have the label that `revise` gave them then" in told
+    assert f"{len(before)} revision pairs keep the label that `revise` gave them, since" in told
     assert counts(world.root / "again")["revision_pairs_not_relabelled"] == len(before)
-    assert not any((world.root / "again" / name).exists() for name in FILES)
-    with pytest.raises(InputError, match=r"--set revise\.principle=draw: no scores of revisions were kept"):
+    assert not any((world.root / "again" / name).exists() for name in REVISION_FILES)
+    with pytest.raises(InputError, match=r"--set revise\.principle=draw: .* keeps no scores of revisions"):
         relabel(stage, world.root / "other", overrides=["revise.principle=draw"])
 
 
-def test_what_relabelling_makes_is_named_in_its_manifest(world: World) -> None:
+def test_the_manifest_names_the_files_of_relabelled_revisions(world: World) -> None:
     stage = run(world, {"kind": "choice"})
     relabel(stage, world.root / "again", overrides=["revise.principle=draw"])
 
     manifest = read_manifest(world.root / "again")
-    assert manifest and set(FILES) < set(manifest.outputs)
-    kept = json.loads((world.root / "again" / FILES[2]).read_text())
+    assert manifest and set(REVISION_FILES) < set(manifest.outputs)
+    kept = json.loads((world.root / "again" / REVISION_FILES[2]).read_text())
     assert kept == manifest.settings["revise"] == {"principle": "draw", "near_duplicates": 0.6}

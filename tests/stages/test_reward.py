@@ -1,4 +1,4 @@
-"""The reward model: soft labels, the split by prompt, held-out figures, and the scores that `model/` gives others."""
+"""The reward model: soft labels, the split by prompt, held-out figures, and the scores that `model/` gives."""
 
 import dataclasses
 import json
@@ -101,7 +101,8 @@ def test_the_loss_is_the_soft_formula_over_scores_at_the_end_of_each_conversatio
 
     from align.models.heads import pooled_scores
     from align.models.loading import load_tokenizer
-    from align.training.trainers import SoftLabelRewardTrainer, load_scorer, pad_apart
+    from align.training.models import load_reward_model, set_separate_pad_token
+    from align.training.trainers import SoftLabelRewardTrainer
     from align.training.trl_configs import RewardConfig, training_config
 
     rows: list[dict[str, Any]] = [
@@ -110,8 +111,8 @@ def test_the_loss_is_the_soft_formula_over_scores_at_the_end_of_each_conversatio
     ]
     made = context(STAGE, QUICK, tiny_model_dir, tmp_path / "out", lora=None)
     config = training_config(RewardConfig, made, torch.float32, max_length=None)
-    model = load_scorer(str(tiny_model_dir), made.shared["model"], torch.float32, 1)
-    tokenizer = pad_apart(load_tokenizer(str(tiny_model_dir)))
+    model = load_reward_model(str(tiny_model_dir), made.shared["model"], torch.float32, 1)
+    tokenizer = set_separate_pad_token(load_tokenizer(str(tiny_model_dir)))
     trainer = SoftLabelRewardTrainer(
         model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, stage="reward"
     )
@@ -134,7 +135,7 @@ def test_the_loss_is_the_soft_formula_over_scores_at_the_end_of_each_conversatio
 
 
 def test_soft_labels_are_learnt_as_margins(tmp_path: Path, tiny_model_dir: Path) -> None:
-    """Trained long on one kind of pair, the margin goes to the label's log-odds and not beyond."""
+    """Trained for long on one kind of pair, the margin converges to the label's log-odds."""
     block = {**QUICK, "epochs": 15, "held_out": 0.2}
     inputs = upstreams(tmp_path, tiny_model_dir, probability=0.7)
     outcome = run(STAGE, block, tiny_model_dir, tmp_path / "out", inputs)
@@ -146,12 +147,12 @@ def test_soft_labels_are_learnt_as_margins(tmp_path: Path, tiny_model_dir: Path)
 def test_the_head_starts_at_the_papers_spread_and_stays_float32(tmp_path: Path, tiny_model_dir: Path) -> None:
     import torch
 
-    from align.training.trainers import ScoreHead, load_scorer
+    from align.training.models import ScoreHead, load_reward_model
 
     torch.manual_seed(0)
     assert float(ScoreHead(4096).weight.detach().std()) == pytest.approx(4097**-0.5, rel=0.05)
     made = context(STAGE, QUICK, tiny_model_dir, tmp_path / "out", lora=SMALL_LORA)
-    model = load_scorer(str(tiny_model_dir), made.shared["model"], torch.bfloat16, 1)
+    model = load_reward_model(str(tiny_model_dir), made.shared["model"], torch.bfloat16, 1)
     trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
     assert any("score" in name for name in trained)
     assert {value.dtype for value in trained.values()} == {torch.float32}
@@ -240,7 +241,7 @@ def test_the_same_prompt_under_another_label_keeps_its_id() -> None:
 def test_micro_batches_do_not_change_the_result_though_the_last_batch_is_short(
     tmp_path: Path, tiny_model_dir: Path
 ) -> None:
-    """11 pairs in batches of 4 end with one of 3, which micro-batches of 2 cut into 2 and 1."""
+    """11 pairs in batches of 4 end with one of 3, which micro-batches of 2 divide into 2 and 1."""
     import torch
 
     inputs = upstreams(tmp_path, tiny_model_dir)

@@ -1,4 +1,4 @@
-"""Each row of the loop names what made it: the seeds are those the engine was asked with, the entries lie beside."""
+"""Each row names what made it: its seeds are those of the requests, and its provenance entries are in its folder."""
 
 from collections import Counter
 from pathlib import Path
@@ -33,7 +33,7 @@ def world(tmp_path: Path, tiny_prompts: Path) -> World:
 
 
 def answer(request: Request) -> str:
-    """A text that names the seed it was asked with, better after a revision."""
+    """A text that names its request's seed, and is better after a revision."""
     last = request.messages[-1].content
     if last.startswith("Point out"):
         return f"It ends with a full stop, says {request.seed}."
@@ -42,7 +42,7 @@ def answer(request: Request) -> str:
 
 @pytest.fixture
 def made(world: World, monkeypatch: pytest.MonkeyPatch) -> World:
-    """A run of the three stages, in which critic, reviser and judge are engines of their own."""
+    """A run of the three stages, in which critic, reviser and judge are separate engines."""
 
     def open_engine(engine: Any, model: Any, *, path: str | None = None) -> ScriptedEngine:
         return ScriptedEngine(answer, oracle, name=engine.model or (Path(path).parent.name if path else "base"))
@@ -127,7 +127,7 @@ def test_a_demonstration_names_who_wrote_it_and_by_which_principles(made: World)
 
 
 def test_entries_hold_the_constitutions_digest_the_sampling_and_how_the_judge_scores(made: World) -> None:
-    from align.constitution.constitution import load_constitution
+    from align.constitution.loading import load_constitution
 
     digest = load_constitution(made.shared["constitution"]).digest
     entries = {(each.stage, each.step): each for each in read_provenance(made.root / "compare").values()}
@@ -141,7 +141,7 @@ def test_entries_hold_the_constitutions_digest_the_sampling_and_how_the_judge_sc
 def test_who_judges_is_settled_before_the_judge_is_asked(
     world: World, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
-    """A stage that goes on after a kill, with another model on its server, asks that one nothing."""
+    """A stage that resumes after a kill sends no request to another model on its server."""
     asked: list[str] = []
 
     class Served(ScriptedEngine):
@@ -170,7 +170,7 @@ def test_who_judges_is_settled_before_the_judge_is_asked(
 
 
 def test_a_row_that_a_hard_rule_decided_names_it_and_the_judge(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The judge's kind gives no opinion by this rule, and decides by it."""
+    """This kind of judge gives no opinion by the rule, yet the hard principle decides."""
     hard = "  - {id: calm, text: Be calm., rule: {excludes: '!'}, hard: true}\n"
     Path(world.shared["constitution"]).write_text(ASKING + hard)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from align.constitution.constitution import load_constitution
+from align.constitution.loading import load_constitution
 from align.engines.engine import ChoiceRequest, Request
 from align.engines.scripted import ScriptedEngine
 from align.errors import InputError, JudgeAtChance
@@ -96,7 +96,7 @@ def scripted(
     text: Callable[[Request], str],
     logprob: Callable[[ChoiceRequest, str], float] | None = None,
 ) -> list[str | None]:
-    """Every engine that a stage opens answers so; returns the list of the paths they were opened with."""
+    """Have every engine that a stage opens answer so, and return the list of the paths that they are opened with."""
     opened: list[str | None] = []
 
     def open_engine(engine: Any, model: Any, *, path: str | None = None) -> ScriptedEngine:
@@ -108,7 +108,7 @@ def scripted(
 
 
 def reply(request: Request) -> str:
-    """A statement to a prompt; a question where a revision is asked for, except that some revisions are bad."""
+    """A statement in answer to a prompt, a question as a revision; some revisions are bad."""
     last = request.messages[-1].content
     if last.startswith("Point out"):
         return "It ends with a full stop."
@@ -217,7 +217,7 @@ def test_revise_keeps_what_the_judge_prefers_and_says_why_the_rest_was_rejected(
 def test_revise_logs_a_row_for_each_round_and_which_one_the_accepted_texts_come_from(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first round's revisions are questions, the second's all begin with a preamble, and fall away."""
+    """The first round's revisions are questions, the second's all begin with a preamble and are filtered out."""
 
     def spoil(request: Request) -> str:
         if not request.messages[-1].content.startswith("Rewrite"):
@@ -266,12 +266,12 @@ def test_revise_needs_samples_of_its_splits(world: World, monkeypatch: pytest.Mo
     scripted(monkeypatch, reply)
     world.run(SAMPLE, SampleBlock(splits=("rl",)))
 
-    with pytest.raises(InputError, match=r"no sample of the splits sft; name them in `sample\.splits` too"):
+    with pytest.raises(InputError, match=r"no sample of the splits sft; add them to `sample\.splits`"):
         world.run(REVISE, ReviseBlock())
 
 
 def varied(request: Request) -> str:
-    """Two different answers to most prompts, told apart by the seed; some alike, some empty."""
+    """Two answers per prompt that mostly differ by the seed; some are identical, some empty."""
     subject = request.messages[-1].content
     if "Why" in subject:
         return "The same."
@@ -356,7 +356,7 @@ def test_revisions_of_originals_that_were_cut_make_no_pair(world: World, monkeyp
     world.run(SAMPLE, SampleBlock.model_validate({"sampling": {"max_new_tokens": 1}}))
     world.run(REVISE, ReviseBlock(splits=("sft", "preference")))
     assert any(row.original_cut for row in world.rows("revise/revisions.jsonl", Revision))
-    with pytest.raises(InputError, match=r"of an original that ended by itself \(.*revision_pairs_cut"):
+    with pytest.raises(InputError, match=r"has a complete original \(.*revision_pairs_cut"):
         world.run(COMPARE, CompareBlock(revision_pairs=True))
 
 
@@ -365,12 +365,12 @@ def test_revision_pairs_need_revisions_of_the_preference_split(world: World, mon
     world.run(SAMPLE, SampleBlock())
     world.run(REVISE, ReviseBlock())
 
-    with pytest.raises(InputError, match=r"name it in `revise\.splits`"):
+    with pytest.raises(InputError, match=r"add it to `revise\.splits`"):
         world.run(COMPARE, CompareBlock(revision_pairs=True))
 
 
 def oracle(request: ChoiceRequest, choice: str) -> float:
-    """The log-probability of a letter, from a judge that sees which completion ends with a question."""
+    """The log-probabilities of the letters from a judge that prefers the completion that ends with a question."""
     first = request.messages[0].content.split("(A) ")[1].split("\n\n(B) ")[0]
     return -0.2 if first.endswith("?") == (choice == "A") else -1.8
 
@@ -417,10 +417,10 @@ def test_check_tells_what_the_constitution_lacks(world: World) -> None:
     assert REVISE.check(ReviseBlock(), world.shared) == COMPARE.check(CompareBlock(), world.shared) == []
 
 
-def test_a_critic_that_would_write_nothing_is_told(world: World) -> None:
+def test_a_critic_that_would_write_nothing_is_reported(world: World) -> None:
     block = ReviseBlock.model_validate({"critique": False, "critic": {"model": "other"}})
     assert REVISE.check(block, world.shared) == [
-        "revise.critic: writes no critiques with `critique: false`; remove one of the two"
+        "revise.critic: has no effect with `critique: false`; remove one of the two"
     ]
 
 
@@ -432,7 +432,7 @@ def test_check_tells_shares_that_do_not_add_up(world: World) -> None:
 
 
 def outputs(folder: Path, stage: Stage) -> dict[str, str]:
-    """Digests of what the stage wrote, of all that it may write."""
+    """The digests of those outputs that the stage wrote."""
     return output_digests(folder, [name for name in stage.outputs if (folder / name).exists()])
 
 
@@ -449,7 +449,7 @@ def dying(text: Callable[[Request], str], after: int) -> Callable[[Request], str
 
 
 @pytest.mark.parametrize("death", [0, 1, 5, 9])
-def test_stages_that_were_interrupted_go_on_and_end_as_undisturbed_ones(
+def test_interrupted_stages_resume_to_the_result_of_uninterrupted_ones(
     world: World, monkeypatch: pytest.MonkeyPatch, death: int
 ) -> None:
     blocks = [
@@ -485,7 +485,7 @@ def tiny_sample(world: World, model: str, output: str) -> Outcome:
     return world.run(SAMPLE, SampleBlock.model_validate({"sampling": sampling}), output)
 
 
-def test_sampling_from_a_model_killed_outright_goes_on_to_the_same_bytes(
+def test_sampling_from_a_model_resumes_after_a_kill_to_the_same_bytes(
     world: World, tiny_model_dir: Path, tiny_prompts: Path
 ) -> None:
     undisturbed = tiny_sample(world, str(tiny_model_dir), "undisturbed")
@@ -510,8 +510,9 @@ def test_sampling_from_a_model_killed_outright_goes_on_to_the_same_bytes(
 
 
 def test_a_tiny_model_judges_by_contrast(world: World, tiny_model_dir: Path) -> None:
-    """Real scores: what they are matters not, but that they are finite, soft, and exactly opposite when exchanged."""
-    from align.feedback.judge import examine_judge, open_judge
+    """Real scores are finite and soft, and exactly opposite when the completions are exchanged."""
+    from align.feedback.judge import open_judge
+    from align.feedback.probes import examine_judge
 
     constitution = load_constitution(world.shared["constitution"])
     block = JudgeBlock(kind="contrast", min_margin=0.0)

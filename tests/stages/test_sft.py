@@ -116,7 +116,7 @@ def test_a_name_that_no_prompt_goes_by_is_an_error(
     tmp_path: Path, tiny_model_dir: Path, inputs: dict[str, Path]
 ) -> None:
     block = {"helpful": {"harmless": ["benin"]}}
-    with pytest.raises(InputError, match=r"'benin' in .*; there are benign, benign.jsonl, harmful.jsonl, weapons"):
+    with pytest.raises(InputError, match=r"'benin' in .*; choose from benign, benign.jsonl, harmful.jsonl, weapons"):
         gather(context(STAGE, block, tiny_model_dir, tmp_path / "out", inputs), Counter())
 
 
@@ -153,9 +153,9 @@ def test_no_accepted_revision_is_an_error(tmp_path: Path, tiny_model_dir: Path, 
     [
         ({"revisions": False}, "sources: with `revisions: false`"),
         ({"revisions": False, "helpful": {"share": 0.5, "sources": [{"path": "x"}]}}, "share: has no effect"),
-        ({"helpful": {"own_samples": False, "share": 0.5}}, "share: nothing to take it from"),
-        ({}, "harmless: nothing says which prompts are harmless"),
-        ({"helpful": {"sources": [{"path": "x"}]}}, "harmless: nothing says which prompts are harmless"),
+        ({"helpful": {"own_samples": False, "share": 0.5}}, "share: there are no helpful demonstrations"),
+        ({}, "harmless: names no prompts, and the base model"),
+        ({"helpful": {"sources": [{"path": "x"}]}}, "harmless: names no prompts, and the base model"),
     ],
 )
 def test_settings_that_contradict_or_leave_the_harmless_unnamed_are_faults(block: dict[str, Any], told: str) -> None:

@@ -1,4 +1,4 @@
-"""The training stages in shards, by the shipped configurations of accelerate, make what one process makes."""
+"""The training stages, sharded by the shipped accelerate configurations, give the results of one process."""
 
 import json
 import os
@@ -20,7 +20,7 @@ BLOCK: dict[str, Any] = {"optimizer": OPTIMIZER, "trl": {"save_steps": 2}}
 STAGES: dict[str, dict[str, Any]] = {"sft": BLOCK, "reward": {**BLOCK, "epochs": 2, "held_out": 0.2}, "dpo": BLOCK}
 ARRANGEMENTS: dict[str, dict[str, Any]] = {"full": {}, "lora": {"lora": SMALL_LORA}}
 STEPS = 2
-"""After which the sharded runs are broken off; at a checkpoint, and before the last step of every stage."""
+"""The step after which sharded runs are interrupted: at a checkpoint, and before every stage's last step."""
 
 
 def steps_of(folder: Path) -> list[dict[str, Any]]:
@@ -28,7 +28,7 @@ def steps_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def assert_same_figures(alone: Path, together: Path) -> None:
-    """Every step is logged once, whoever was interrupted, and with the figures of one process."""
+    """Every step is logged once, interrupted or not, with the figures of one process."""
     for one, two in zip(steps_of(alone), steps_of(together), strict=True):
         assert one.keys() == two.keys()
         for name, value in one.items():
@@ -37,7 +37,7 @@ def assert_same_figures(alone: Path, together: Path) -> None:
 
 
 def assert_same_model(alone: Path, together: Path, before: Path, kind: type[Any]) -> None:
-    """Plain `from_pretrained` opens it, and it holds what one process trained, which moved."""
+    """Plain `from_pretrained` loads the model; its weights have changed, to those of one process."""
     opened = kind.from_pretrained(together, output_loading_info=True)
     assert not opened[1]["missing_keys"] and not opened[1]["unexpected_keys"]
     state, start = opened[0].state_dict(), weights(before)

@@ -1,4 +1,4 @@
-"""What the training stages share: interrupted and started again, they end as if nothing had happened."""
+"""What the training stages share: a run that is interrupted and resumed equals an uninterrupted one."""
 
 import dataclasses
 import json
@@ -48,13 +48,13 @@ def outputs(stage: Stage, folder: Path) -> dict[str, str]:
 
 
 def interrupt_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
-    from align.training.trl_configs import Follow
+    from align.training.callbacks import TrackingCallback
 
     def stop(self: Any, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step == steps:
             raise Interrupted
 
-    monkeypatch.setattr(Follow, "on_step_begin", stop)
+    monkeypatch.setattr(TrackingCallback, "on_step_begin", stop)
 
 
 @pytest.mark.parametrize("lora", [None, SMALL_LORA], ids=["full", "lora"])
@@ -103,7 +103,7 @@ def test_a_run_interrupted_after_its_last_step_only_saves(
         def stop(*_: Any, **__: Any) -> None:
             raise Interrupted
 
-        patch.setattr("align.training.trainers.save_model", stop)
+        patch.setattr("align.training.fit.save_model", stop)
         run(stage, SETTINGS, tiny_model_dir, tmp_path / "b", inputs, lora=SMALL_LORA)
     resumed = run(stage, SETTINGS, tiny_model_dir, tmp_path / "b", inputs, lora=SMALL_LORA)
     assert outputs(stage, tmp_path / "b") == outputs(stage, tmp_path / "a")
@@ -144,7 +144,7 @@ def test_a_checkpoint_that_a_kill_cut_short_is_not_resumed_from(tmp_path: Path, 
 
 
 def poisoned_model(folder: Path) -> Path:
-    """A tiny model whose embedding of '~' is not a number."""
+    """A tiny model whose embedding of '~' is NaN."""
     from align.models.loading import load_causal_lm, load_tokenizer
     from tests.tiny import build_tiny_model
 

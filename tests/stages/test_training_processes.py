@@ -1,4 +1,4 @@
-"""The training stages in two real processes train as one does, though the rows cannot be shared out evenly."""
+"""The training stages in two processes train as in one, though the rows cannot be divided evenly."""
 
 import json
 import os
@@ -24,7 +24,7 @@ STAGES: dict[str, dict[str, Any]] = {
 
 
 def test_two_processes_train_as_one(tmp_path: Path, tiny_model_dir: Path) -> None:
-    """9 rows in batches of 8 leave one row for two processes, of which one has nothing to count in its last batch."""
+    """9 rows in batches of 8 leave one row for two processes, so one of them has only a filler in its last batch."""
     inputs = upstreams(tmp_path / "in", tiny_model_dir)
     upstream(tmp_path / "in", "revise", revisions=[revision(n, completion="Yes! " * (n + 1)) for n in range(9)])
     upstream(tmp_path / "in", "compare", pairs=[pair(n, 0.9, chosen="Yes! " * (n + 1)) for n in range(9)])

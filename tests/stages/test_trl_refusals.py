@@ -1,4 +1,4 @@
-"""What only TRL knows to be wrong with a `trl` block is told by the block's name."""
+"""An option that only TRL itself knows to be wrong is reported under the `trl` block's name."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from tests.stages.training import pair, run, upstream
         ("reward", {"optim": "nope"}),
     ],
 )
-def test_a_value_that_trl_refuses_is_told_by_the_blocks_key(
+def test_a_value_that_trl_refuses_is_reported_under_the_blocks_key(
     stage: str, options: dict[str, Any], tmp_path: Path, tiny_model_dir: Path
 ) -> None:
     inputs = upstreams(tmp_path, tiny_model_dir)

@@ -1,4 +1,4 @@
-"""Stages that work window by window: the same bytes whatever the window, and no more memory for more prompts."""
+"""Stages that stream in windows: the same bytes for every window size, and no more memory for more prompts."""
 
 import json
 import re
@@ -84,7 +84,7 @@ def test_a_stage_killed_between_or_in_windows_asks_for_nothing_twice(
 
 
 def peak(rows: int, folder: Path) -> float:
-    """Peak memory, in MB, of sample, revise and compare with an engine that is a function, in a process of its own."""
+    """Peak memory, in MB, of sample, revise and compare with a function as the engine, in a separate process."""
     command = [sys.executable, "benchmarks/streaming.py", "--rows", str(rows), "--folder", str(folder)]
     done = subprocess.run(
         command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2], timeout=240

@@ -1,7 +1,7 @@
-"""Runs training stages on hand-made upstreams, in as many processes as it is launched in. Started by tests.
+"""Run training stages on hand-made upstreams, in all processes of the launch. Started by tests.
 
 Its one argument is JSON: `[model, inputs, jobs, interrupt_after]`, each job `[stage, settings, output, options]`. With
-`interrupt_after` each is broken off after so many steps, and run again.
+`interrupt_after` each job is interrupted after that many steps, and run again.
 """
 
 import json
@@ -19,18 +19,18 @@ from tests.stages.training import run
 
 
 class Interrupted(Exception):
-    """A training run was broken off on purpose."""
+    """A training run was interrupted on purpose."""
 
 
 def interrupt_after(steps: int | None) -> None:
-    """Have training runs break off once they have taken so many steps; None lets them go on."""
-    from align.training.trl_configs import Follow
+    """Have training runs stop after that many steps; None lets them finish."""
+    from align.training.callbacks import TrackingCallback
 
     def stop(self: Any, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step == steps:
             raise Interrupted
 
-    Follow.on_step_begin = stop  # type: ignore[method-assign]
+    TrackingCallback.on_step_begin = stop  # type: ignore[method-assign]
 
 
 def main() -> None:
@@ -47,7 +47,7 @@ def main() -> None:
                 run(stage, settings, Path(model), Path(output), folders, **options)
                 raise AssertionError(f"{name} was not interrupted")
             interrupt_after(None)
-            GradientState._reset_state()  # as a new process would find it
+            GradientState._reset_state()  # as in a new process
         run(stage, settings, Path(model), Path(output), folders, **options)
     processes.disconnect()
 

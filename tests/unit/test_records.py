@@ -1,4 +1,4 @@
-"""Rows, their ids, and the files they stand in."""
+"""Rows, their ids, and the files that hold them."""
 
 import hashlib
 import json
@@ -80,19 +80,19 @@ def test_digests_are_equal_exactly_where_values_are(first: object, second: objec
     assert (digest(first) == digest(second)) is same
 
 
-def test_conversations_go_both_ways() -> None:
+def test_conversations_convert_both_ways() -> None:
     assert as_conversation(as_dicts(ASK)) == ASK
     assert as_conversation(ASK) == ASK
     assert as_dicts(ANSWER) == [{"role": "assistant", "content": "Because."}]
 
 
 def test_a_malformed_line_is_named_by_its_number() -> None:
-    with pytest.raises(InputError, match=r"data\.jsonl, line 3: not JSON .* column 6.*2 lines before it are fine"):
+    with pytest.raises(InputError, match=r"data\.jsonl, line 3: not JSON .* column 6.*The 2 lines before it are valid"):
         list(parse_jsonl(['{"a": 1}\n', "\n", '{"a" 1}\n'], "data.jsonl"))
 
 
 def test_a_line_that_is_no_object_is_refused() -> None:
-    with pytest.raises(InputError, match="line 2: expected a JSON object, found list"):
+    with pytest.raises(InputError, match="line 2: expected a JSON object, found list; write one per line"):
         list(parse_jsonl(["{}", "[1]"], "data.jsonl"))
 
 
@@ -102,13 +102,13 @@ def test_blank_lines_and_line_separators_inside_texts_are_no_rows(tmp_path: Path
     assert list(read_jsonl(path)) == [{"a": "x\u2028y"}, {"a": "z"}]
 
 
-def test_a_file_that_is_not_there_is_named_with_the_folder_looked_in(tmp_path: Path) -> None:
+def test_a_missing_file_is_named_with_the_current_folder(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"gone\.jsonl: no such file \(looked in"):
         list(read_jsonl(tmp_path / "gone.jsonl"))
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(InputError, match=r"cannot be read \(Is a directory\)"):
+    with pytest.raises(InputError, match="is a folder, expected a file; check the path"):
         list(read_jsonl(tmp_path))
     (tmp_path / "latin.jsonl").write_bytes(b'{"a": "\xe9"}\n')
     with pytest.raises(InputError, match=r"latin\.jsonl: not UTF-8"):

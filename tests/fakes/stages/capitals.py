@@ -1,6 +1,6 @@
-"""A stage that reads another's result, and a constitution where the recipe has one."""
+"""A stage that reads another stage's result, and a constitution if the recipe has one."""
 
-from align.constitution.constitution import load_constitution
+from align.constitution.loading import load_constitution
 from align.run import processes
 from align.run.stage import Context, Outcome, Stage
 from align.settings.blocks import Block

@@ -1,4 +1,4 @@
-"""A stage without inputs that writes what it is told to, and fails when it is told to."""
+"""A stage without inputs that writes the text of its settings, or fails as its settings say."""
 
 import errno
 import os

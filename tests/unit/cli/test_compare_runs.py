@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from align.cli.compare_runs import main
+from align.cli.compare_runs import print_comparison
 from align.constitution.rules import Rule
 from align.errors import InputError
 from align.evaluation.report import CheckedPrinciple, ConstitutionUsed, EvaluatedSample, PolicyReport, Report
@@ -19,9 +19,9 @@ from align.results.run_comparison import (
     AgainstNull,
     against_null,
     compared_figures,
-    cross_table,
+    crossed_rules,
+    differing_settings,
     load_run,
-    unlike_settings,
 )
 
 ASKING = (CheckedPrinciple(id="asks", rule=Rule(ends_with="?")), CheckedPrinciple(id="calm", rule=Rule(excludes="!")))
@@ -82,7 +82,7 @@ def write_run(
 def output_of(run_a: Path, run_b: Path, **options: Any) -> str:
     output = io.StringIO()
     console = Console(file=output, width=200)
-    main(run_a, run_b, console=console, **options)
+    print_comparison(run_a, run_b, console=console, **options)
     return output.getvalue()
 
 
@@ -97,28 +97,28 @@ def telling(tmp_path):
 
 
 def test_opposed_runs_have_a_winning_diagonal_with_the_figures_worked_by_hand(asking, telling):
-    (cross,) = cross_table(load_run(asking), load_run(telling))
+    (cross,) = crossed_rules(load_run(asking), load_run(telling))
     (a_on_a, a_on_b), (b_on_a, b_on_b) = cross.cells
     assert cross.policy == "ppo"
     assert (a_on_a.mean, a_on_b.mean) == pytest.approx((16 / 20, 4 / 20))
     assert (b_on_a.mean, b_on_b.mean) == pytest.approx((2.5 / 20, 17.5 / 20))
     assert [gain.mean for gain in cross.gains] == pytest.approx([16 / 20 - 2.5 / 20, 17.5 / 20 - 4 / 20])
     assert cross.diagonal_wins
-    assert "ppo: the diagonal wins beyond its intervals" in output_of(asking, telling)
+    assert "ppo: each run's policy follows its own rules better" in output_of(asking, telling)
 
 
 def test_policies_that_write_alike_have_no_winning_diagonal(tmp_path):
     texts = {"ppo": [QUESTION, CRY] * 10}
     same = [write_run(tmp_path / name, rules, texts) for name, rules in (("a", ASKING), ("b", TELLING))]
-    (cross,) = cross_table(*map(load_run, same))
+    (cross,) = crossed_rules(*map(load_run, same))
     assert [gain.mean for gain in cross.gains] == [0.0, 0.0]
-    assert "does not win beyond its intervals" in output_of(*same)
+    assert "ppo: each run's policy is not shown to follow its own rules better" in output_of(*same)
 
 
 def test_one_prompt_is_too_few_for_a_winning_diagonal(tmp_path):
     a = write_run(tmp_path / "a", ASKING, {"ppo": [QUESTION]})
     b = write_run(tmp_path / "b", TELLING, {"ppo": [CRY]})
-    (cross,) = cross_table(load_run(a), load_run(b))
+    (cross,) = crossed_rules(load_run(a), load_run(b))
     assert [gain.mean for gain in cross.gains] == [1.0, 1.0]
     assert not cross.diagonal_wins
 
@@ -148,7 +148,7 @@ def test_only_prompts_of_both_runs_are_compared(tmp_path):
     short = write_run(tmp_path / "short", ASKING, {"ppo": [QUESTION] * 3})
     first, *_ = compared_figures(load_run(long), load_run(short))
     assert (first.a.mean, first.b.mean, first.a.n) == (1.0, 1.0, 3)
-    assert unlike_settings(load_run(long), load_run(short)) == ["held-out prompts"]
+    assert differing_settings(load_run(long), load_run(short)) == ["held-out prompts"]
 
 
 def test_null_run_that_stays_put_lets_the_real_change_stand_out(tmp_path, asking, telling):
@@ -158,7 +158,7 @@ def test_null_run_that_stays_put_lets_the_real_change_stand_out(tmp_path, asking
     assert (asks.to_b.mean, asks.to_c.mean) == pytest.approx((-16 / 20, -1 / 20))
     assert asks.beyond_null
     assert {each.policy for each in moves.values()} == {"ppo"}
-    assert "beside the null run C" in output_of(asking, telling, null=null)
+    assert "compared with null run C" in output_of(asking, telling, null=null)
 
 
 def test_a_null_run_that_moves_as_far_swallows_the_change(tmp_path, asking, telling):
@@ -182,13 +182,13 @@ def test_beyond_null_is_decided_by_the_nearest_and_the_furthest_end(to_b, to_c, 
 
 def test_settings_that_differ_besides_the_constitution_are_named(tmp_path, asking):
     other = write_run(tmp_path / "other", TELLING, {"base": [CRY] * 20, "ppo": [CRY] * 20}, seed=2, base_model="big")
-    assert unlike_settings(load_run(asking), load_run(other)) == ["base model", "seed"]
+    assert differing_settings(load_run(asking), load_run(other)) == ["base model", "seed"]
     assert "B differs from A in base model, seed" in output_of(asking, other)
 
 
-def test_without_rules_the_output_says_why_there_is_no_cross_table(tmp_path, asking):
+def test_without_rules_the_output_says_why_there_is_no_crossed_rules(tmp_path, asking):
     plain = write_run(tmp_path / "ethics", (), {"ppo": [CRY] * 20})
-    assert "no principle with a rule in ethics" in output_of(asking, plain)
+    assert "no principle has a rule in ethics" in output_of(asking, plain)
 
 
 def test_completions_of_the_first_prompts_stand_side_by_side(asking, telling):

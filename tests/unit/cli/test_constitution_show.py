@@ -54,7 +54,7 @@ def test_show_prints_every_part(file: Path) -> None:
     lines = console.export_text().splitlines()
     facts = file.parent / "facts"
     assert lines[0].startswith("Whole  2 principles, 0 with a rule, 1 probes, 2 examples, 2 choices, 1 folder of")
-    traits = f"weight 2; hard; negative; tags tone, short; in ja; by the documents in {facts}; only for talk"
+    traits = f"weight 2; hard; negative; tags tone, short; in ja; uses the documents in {facts}; applies to talk"
     assert lines[1:5] == ["version 3; licence MIT", "", "tier: safety", ""]
     assert lines[5:15] == [
         f"kind  {traits}",

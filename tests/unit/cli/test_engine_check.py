@@ -36,22 +36,22 @@ def test_a_server_without_log_probabilities_can_serve_a_judge_by_choice(capsys: 
     with FaultyServer(plain) as server:
         said = checked(capsys, "--base-url", server.base_url, "--model", "served")
     assert "lists the model yes served" in said
-    assert "ends its turn by itself yes finish reason stop" in said
-    assert "says when it is cut yes finish reason length" in said
-    assert "draws follow the seed yes same seed, same text; other seed, other text; greedy, the same twice" in said
-    assert "choices of a word yes by vote of 8 samples" in said
-    assert "log-probabilities of a text no" in said
+    assert "ends its turn yes finish reason stop" in said
+    assert "reports truncation yes finish reason length" in said
+    assert "samples follow the seed yes same seed: same text; other seed: different text; greedy: same text" in said
+    assert "scores one-word choices yes by vote of 8 samples" in said
+    assert "scores whole texts no" in said
     assert "kinds of judge choice, rule" in said
 
 
 def test_a_server_that_names_no_letter_can_serve_no_judge_by_choice(capsys: pytest.CaptureFixture[str]) -> None:
     with FaultyServer(talkative) as server:
         said = checked(capsys, "--base-url", server.base_url, "--model", "served")
-    assert "choices of a word no by vote of 8 samples: neither A nor B was among them" in said
+    assert "scores one-word choices no by vote of 8 samples: neither A nor B was among them" in said
     assert "kinds of judge rule" in said
 
 
-def test_an_address_without_its_scheme_is_told_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_address_without_its_scheme_is_refused_at_once(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["engine", "check", "--base-url", "localhost:8000/v1", "--model", "served"]) == 2
     assert "--base-url: must begin with http:// or https://" in capsys.readouterr().err
 
@@ -85,7 +85,7 @@ def test_the_different_engines_of_a_recipe_are_each_tried_once(
     assert "revise.critic, judge.engine: other at" in said
 
 
-def test_an_engine_that_cannot_be_had_is_told_and_the_others_are_tried(
+def test_an_engine_that_cannot_be_opened_is_reported_and_the_others_are_tried(
     tmp_path: Path, tiny_prompts: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with FaultyServer(plain) as server:
@@ -101,12 +101,12 @@ def test_an_engine_that_cannot_be_had_is_told_and_the_others_are_tried(
         (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
         assert main(["engine", "check", "--recipe", str(tmp_path / "recipe.yaml")]) == 2
     shown = capsys.readouterr()
-    assert shown.err.startswith("sample.engine") and "org/gone, here: model org/gone: no such folder" in shown.err
+    assert shown.err.startswith("sample.engine") and "org/gone, local: model org/gone: no such folder" in shown.err
     assert "revise.engine: served at" in shown.out
 
 
-def test_what_is_missing_and_what_is_away_is_said(capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
-    monkeypatch.setattr("align.engines.server_faults.FIRST_PAUSE", 0.001)
+def test_missing_options_and_unreachable_servers_are_reported(capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    monkeypatch.setattr("align.engines.server_faults.INITIAL_DELAY", 0.001)
     assert main(["engine", "check"]) == 2
     assert "--recipe FILE" in capsys.readouterr().err
     assert main(["engine", "check", "--base-url", "http://127.0.0.1:9/v1", "--model", "m"]) == 2

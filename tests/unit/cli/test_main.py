@@ -46,7 +46,7 @@ def test_a_stage_runs_in_this_process(capsys: pytest.CaptureFixture[str]) -> Non
     assert "letters: done in 0 s (runs/recipe/shared/letters)\n  letters 2\n" in capsys.readouterr().out
 
 
-def test_a_constitution_on_the_command_line_makes_a_run_of_its_own() -> None:
+def test_a_constitution_on_the_command_line_makes_a_separate_run() -> None:
     assert main(["run", "letters", "--recipe", "recipe.yaml"]) == 0
     for options in ([], ["--constitution", "small.yaml"]):
         assert main(["run", "capitals", "--recipe", "recipe.yaml", *options]) == 0
@@ -81,7 +81,7 @@ def test_a_traceback_is_shown_when_asked_for(
 
 def test_an_interruption_ends_with_130(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "letters", "--recipe", "recipe.yaml", "--set", "letters.fail=once"]) == 130
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "run the same command again to resume" in capsys.readouterr().err
     assert main(["run", "letters", "--recipe", "recipe.yaml", "--set", "letters.fail=once"]) == 0
 
 
@@ -89,9 +89,12 @@ def test_an_interruption_ends_with_130(capsys: pytest.CaptureFixture[str]) -> No
     ("words", "said"),
     [
         (["run", "letters"], "which recipe? Add --recipe FILE"),
-        (["run", "dance", "--recipe", "recipe.yaml"], "align run dance: no such stage; there are capitals, compare"),
+        (
+            ["run", "dance", "--recipe", "recipe.yaml"],
+            "align run dance: no such stage; the stages are capitals, compare",
+        ),
         (["run", "dance"], "align run dance: no such stage"),
-        (["run", "recipe.yaml", "--recipe", "recipe.yaml"], "align run recipe.yaml: name the recipe once"),
+        (["run", "recipe.yaml", "--recipe", "recipe.yaml"], "align run recipe.yaml: the recipe is named twice"),
         (["launch", "all"], "which recipe? Add --recipe FILE"),
         (["launch", "dance", "--recipe", "recipe.yaml"], "recipe.yaml: no stage `dance` in this recipe"),
     ],
@@ -121,7 +124,7 @@ def test_constitutions_are_checked_all_of_them(capsys: pytest.CaptureFixture[str
     assert "gone.yaml" in shown.err
 
 
-def test_a_recipe_given_for_a_constitution_is_told_to_be_one(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_recipe_given_as_a_constitution_is_recognised(capsys: pytest.CaptureFixture[str]) -> None:
     Path("whole.yaml").write_text("model: {path: org/model}\nconstitution: small.yaml\nsft: {}\n")
     assert main(["constitution", "check", "whole.yaml"]) == 2
     assert capsys.readouterr().err.startswith("whole.yaml: this looks like a recipe")
@@ -135,10 +138,10 @@ def test_a_run_that_is_not_there_is_not_called_unfinished(verb: list[str], capsy
     assert capsys.readouterr().err.startswith("gone: no such folder (looked in ")
 
 
-def test_a_stage_s_folder_in_the_place_of_its_run_s_is_told_so(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_stage_s_folder_given_as_a_run_is_recognised(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "letters", "--recipe", "recipe.yaml"]) == 0
     assert main(["overoptimisation", "--no-plot", "runs/recipe/shared/letters"]) == 2
-    told = "runs/recipe/shared/letters: the folder of a stage; name its run's, runs/recipe/shared\n"
+    told = "runs/recipe/shared/letters: the folder of one stage; give the folder of its run, runs/recipe/shared\n"
     assert capsys.readouterr().err == told
 
 
@@ -191,7 +194,7 @@ def test_chat_finds_the_model_in_a_stages_folder(
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
     assert main(["chat", "run/sft"]) == 0
     assert main(["chat", "run"]) == 2
-    assert "run: not a model; it holds run/sft" in capsys.readouterr().err
+    assert "run: not a model; the models in it: run/sft" in capsys.readouterr().err
 
 
 def test_a_reward_model_cannot_chat_and_says_who_can(
@@ -202,7 +205,7 @@ def test_a_reward_model_cannot_chat_and_says_who_can(
     monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n"))
     assert main(["chat", "run/reward"]) == 2
     told = capsys.readouterr().err
-    assert "run/reward/model: a LlamaForSequenceClassification, which scores answers and writes none" in told
+    assert "run/reward/model: it is a LlamaForSequenceClassification, which scores answers but writes none" in told
     assert "sft, dpo or ppo" in told
 
 
@@ -214,7 +217,7 @@ def test_a_reward_model_is_refused_before_its_weights_are_read(
     shutil.copytree(tiny_reward_dir, folder / "reward")
     (folder / "reward/model.safetensors").write_bytes(b"no weights")
     assert main(["chat", "reward"]) == 2
-    assert "which scores answers and writes none" in capsys.readouterr().err
+    assert "which scores answers but writes none" in capsys.readouterr().err
 
 
 def test_chat_explains_its_commands_and_sends_none_of_them(
@@ -224,7 +227,7 @@ def test_chat_explains_its_commands_and_sends_none_of_them(
     assert main(["chat", str(tiny_model_dir)]) == 0
     shown = capsys.readouterr()
     assert shown.out == ""
-    explained = "/new starts a new conversation, Ctrl-C stops an answer, Ctrl-D ends.\n"
+    explained = "/new starts a new conversation, Ctrl-C stops an answer, Ctrl-D ends the chat.\n"
     assert shown.err == f"{explained}/dance: no such command. {explained}"
 
 
@@ -244,7 +247,7 @@ class Terminal(io.StringIO):
 
 
 @pytest.mark.parametrize(("stdin", "code", "answers"), [(Terminal, 0, 2), (io.StringIO, 130, 1)])
-def test_an_interruption_ends_an_answer_and_in_a_terminal_nothing_else(
+def test_an_interruption_ends_only_the_answer_in_a_terminal(
     stdin: type[io.StringIO],
     code: int,
     answers: int,
@@ -264,7 +267,7 @@ def test_an_interruption_ends_an_answer_and_in_a_terminal_nothing_else(
     monkeypatch.setattr("sys.stdin", stdin("Hello\nAgain\n"))
     assert main(["chat", str(tiny_model_dir)]) == code
     assert len(begun) == answers
-    assert "the same command goes on" not in capsys.readouterr().err
+    assert "run the same command again to resume" not in capsys.readouterr().err
 
 
 def test_the_settings_are_printed_as_the_page_has_them(capsys: pytest.CaptureFixture[str]) -> None:
@@ -275,13 +278,13 @@ def test_the_settings_are_printed_as_the_page_has_them(capsys: pytest.CaptureFix
 @pytest.mark.parametrize("option", ["--temperature=-1", "--temperature=nan", "--max-new-tokens=0"])
 def test_chat_refuses_a_setting_out_of_its_range(option: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["chat", "some/model", option]) == 2
-    assert "temperature must be a number from 0" in capsys.readouterr().err
+    assert "--temperature must be 0 or more" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        ("letters: {}\ncapitals: {}\n", "no configuration file of accelerate"),
+        ("letters: {}\ncapitals: {}\n", "not a configuration file of accelerate"),
         ("num_processes: eight\n", "num_processes: must be a whole number above 0, got 'eight'"),
         ("", "is empty"),
     ],
@@ -296,22 +299,22 @@ def test_a_file_that_does_not_configure_accelerate_is_refused(
     assert not Path("runs").exists()
 
 
-def test_a_stale_report_says_that_it_is_and_what_to_do(
+def test_an_outdated_report_says_so_and_how_to_update_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import dataclasses
 
-    import align.__main__
+    import align.cli.recipe_verbs
     from align.pipeline.plan import make_plan
 
     command = "`align run recipe.yaml --set seed=1`"
     for state, told in (
-        ("stale", f"evaluate: the figures below are stale (seed: 0 → 1); make them anew with {command}\n"),
+        ("stale", f"evaluate: the figures below are out of date (seed: 0 → 1); update them with {command}\n"),
         ("done", ""),
         ("missing", ""),
     ):
         step = dataclasses.replace(make_plan(load_recipe("recipe.yaml"))["letters"], state=state, why="seed: 0 → 1")
-        monkeypatch.setattr(align.__main__, "make_plan", lambda recipe, step=step: {"evaluate": step})
+        monkeypatch.setattr(align.cli.recipe_verbs, "make_plan", lambda recipe, step=step: {"evaluate": step})
         assert main(["report", "recipe.yaml", "--set", "seed=1"]) == 0
         assert capsys.readouterr().err == told
 

@@ -1,11 +1,11 @@
-"""Folders of documents become numbered passages, or say what is wrong with them."""
+"""Folders of documents become numbered passages, or their faults are reported."""
 
 from pathlib import Path
 
 import pytest
 
-from align.constitution.constitution import load_constitution
-from align.constitution.documents import LONGEST, read_documents
+from align.constitution.documents import MAX_PASSAGE, read_documents
+from align.constitution.loading import load_constitution
 from align.errors import FileProblems, InputError
 
 
@@ -44,7 +44,7 @@ def test_long_paragraphs_are_cut_between_sentences_and_lose_nothing(tmp_path: Pa
     cut = read_documents(folder(tmp_path, a_txt=text)).passages
     endless = read_documents(folder(tmp_path, a_txt="x" * 2000)).passages
 
-    assert all(len(passage.text) <= LONGEST and passage.text.endswith("more.") for passage in cut)
+    assert all(len(passage.text) <= MAX_PASSAGE and passage.text.endswith("more.") for passage in cut)
     assert " ".join(passage.text for passage in cut) == text
     assert [len(passage.text) for passage in endless] == [800, 800, 400]
 
@@ -56,15 +56,15 @@ def test_a_byte_order_mark_hides_no_heading_and_no_row(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("target", [".", "nothing"])
-def test_a_link_that_is_not_followed_is_told(tmp_path: Path, target: str) -> None:
+def test_a_link_that_is_not_followed_is_reported(tmp_path: Path, target: str) -> None:
     directory = folder(tmp_path, a_txt="One.")
     (directory / "more").symlink_to(tmp_path / target)
 
-    with pytest.raises(InputError, match=r"more: a link to a folder, or to nothing"):
+    with pytest.raises(InputError, match=r"more: a link to a folder or to nothing"):
         read_documents(directory)
 
 
-def test_the_digest_is_of_names_and_texts_wherever_the_folder_stands(tmp_path: Path) -> None:
+def test_the_digest_covers_names_and_texts_but_not_the_folder_s_place(tmp_path: Path) -> None:
     (tmp_path / "x").mkdir()
     here = read_documents(folder(tmp_path, a_txt="One.", b_txt="Two."))
     there = read_documents(folder(tmp_path / "x", a_txt="One.", b_txt="Two."))
@@ -74,23 +74,23 @@ def test_the_digest_is_of_names_and_texts_wherever_the_folder_stands(tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "told"),
+    ("name", "content", "message"),
     [
-        ("a.pdf", b"x", "a.pdf: neither .txt nor .md nor .jsonl; convert it"),
+        ("a.pdf", b"x", "a.pdf: not one of .txt, .md, .jsonl; convert it"),
         ("a.txt", b"caf\xe9", "a.txt: not UTF-8 text (byte 3); save it as UTF-8"),
-        ("a.txt", b" \n", "facts: no document with text in it; add .txt, .md, .jsonl files"),
+        ("a.txt", b" \n", "facts: no document contains text; add .txt, .md, .jsonl files"),
         ("a.jsonl", b'{"words": "x"}', "a.jsonl, row 1: has no `text`"),
         ("a.jsonl", b"{", "a.jsonl, line 1: not JSON"),
-        ("a]\nb.txt", b"x", "a name to be cited by; rename it"),
+        ("a]\nb.txt", b"x", "its name cannot be cited; use only letters"),
     ],
 )
-def test_files_that_are_no_documents_are_told(tmp_path: Path, name: str, content: bytes, told: str) -> None:
+def test_files_that_are_not_documents_are_reported(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     directory = folder(tmp_path)
     (directory / name).write_bytes(content)
 
     with pytest.raises(InputError) as raised:
         read_documents(directory)
-    assert told in str(raised.value)
+    assert message in str(raised.value)
 
 
 def test_links_that_lead_out_of_the_folder_are_refused(tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def constitution(root: Path, text: str, name: str = "c.yaml") -> Path:
     return root / name
 
 
-def test_sources_are_of_the_constitution_or_of_a_principle_and_follow_it_to_a_child(tmp_path: Path) -> None:
+def test_sources_belong_to_the_constitution_or_a_principle_and_are_inherited(tmp_path: Path) -> None:
     for name in ("facts", "own"):
         (tmp_path / "deep" / name).mkdir(parents=True)
         (tmp_path / "deep" / name / f"{name}.txt").write_text("Text.")
@@ -133,7 +133,7 @@ def test_one_letter_of_a_document_changes_the_constitution(tmp_path: Path) -> No
     assert load_constitution(path).digest != before
 
 
-def test_faulty_sources_are_told_with_their_line(tmp_path: Path) -> None:
+def test_faulty_sources_are_reported_with_their_line(tmp_path: Path) -> None:
     folder(tmp_path, a_txt="One.")
     (tmp_path / "more").mkdir()
     (tmp_path / "more/a.txt").write_text("Two.")
@@ -146,11 +146,11 @@ def test_faulty_sources_are_told_with_their_line(tmp_path: Path) -> None:
         load_constitution(path)
     first, second = (str(problem) for problem in raised.value.problems)
     assert first == (
-        "line 4  sources[1]: more and facts both hold a.txt, so its ids would name two passages; rename one"
+        "line 4  sources[1]: more and facts both hold a.txt, so that its passages' ids are ambiguous; rename one file"
     )
     assert second.startswith("line 8  principles[0].sources[0]: ") and "none: no such folder" in second
 
 
-def test_null_bytes_are_no_text_though_they_are_utf_8(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"a\.txt: not text, for it has null bytes"):
+def test_null_bytes_are_not_text_although_they_are_utf_8(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"a\.txt: not text, as it contains null bytes"):
         read_documents(folder(tmp_path, a_txt="PK\0\0\0"))

@@ -5,15 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from align.constitution.constitution import load_constitution
+from align.constitution.loading import load_constitution
 from align.constitution.paper import (
     CRITIQUES,
     EXAMPLES,
     PROBES,
     QUESTIONS,
-    render_critique_request,
-    render_question,
-    render_revision_request,
+    framed,
 )
 from align.errors import InputError
 
@@ -26,8 +24,8 @@ def test_instructions_come_back_byte_for_byte() -> None:
     constitution = load_constitution(PAPER / CRITIQUES)
     rendered = {
         principle.id: {
-            "prompt": [render_critique_request(principle.critique or "")],
-            "edit_request": render_revision_request(principle.revision or ""),
+            "prompt": [framed("critique", principle.critique or "")],
+            "edit_request": framed("revision", principle.revision or ""),
         }
         for principle in constitution.principles
     }
@@ -40,7 +38,7 @@ def test_instructions_come_back_byte_for_byte() -> None:
 def test_questions_come_back_byte_for_byte() -> None:
     constitution = load_constitution(PAPER / QUESTIONS)
 
-    rendered = [render_question(principle.compare or "") for principle in constitution.principles]
+    rendered = [framed("compare", principle.compare or "") for principle in constitution.principles]
     assert rendered == json.loads((PAPER / QUESTIONS).read_text())
 
 
@@ -79,14 +77,14 @@ def test_worked_examples_lose_nothing_but_the_dangling_turn() -> None:
 
 
 @published
-def test_worked_examples_alone_are_no_constitution() -> None:
-    with pytest.raises(InputError, match="no principles in it"):
+def test_worked_examples_alone_are_not_a_constitution() -> None:
+    with pytest.raises(InputError, match="contains no principles"):
         load_constitution(PAPER / EXAMPLES)
 
 
 def test_files_of_the_paper_s_form_load_under_any_name(tmp_path: Path) -> None:
     path = tmp_path / "my principles.json"
-    entry = {"prompt": [render_critique_request("Is it kind?")], "edit_request": render_revision_request("Be kind.")}
+    entry = {"prompt": [framed("critique", "Is it kind?")], "edit_request": framed("revision", "Be kind.")}
     path.write_text(json.dumps({"kind0": entry}))
     constitution = load_constitution(path)
 
@@ -96,18 +94,18 @@ def test_files_of_the_paper_s_form_load_under_any_name(tmp_path: Path) -> None:
 
 def test_brackets_in_a_text_are_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "q.json"
-    path.write_text(json.dumps([render_question("Which is {better} {}?")]))
+    path.write_text(json.dumps([framed("compare", "Which is {better} {}?")]))
 
     assert load_constitution(path).principles[0].compare == "Which is {better} {}?"
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         ("{", "not JSON"),
-        ("[1]", "not as the Constitutional AI paper published it"),
+        ("[1]", "not in the form that the Constitutional AI paper published"),
         ('{"a": {"prompt": ["x"], "edit_request": "y"}}', "CritiqueRequest"),
-        ("[]", "no principles in it"),
+        ("[]", "contains no principles"),
         (
             '{"Bad Id": {"prompt": ["\\n\\nCritiqueRequest: x\\n\\nCritique:"], "edit_request": '
             '"\\n\\nRevisionRequest: y\\n\\nRevision:"}}',
@@ -115,11 +113,11 @@ def test_brackets_in_a_text_are_left_alone(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_other_json_is_refused(tmp_path: Path, content: str, told: str) -> None:
+def test_other_json_is_refused(tmp_path: Path, content: str, message: str) -> None:
     path = tmp_path / "x.json"
     path.write_text(content)
 
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=message):
         load_constitution(path)
 
 

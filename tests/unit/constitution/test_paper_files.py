@@ -1,14 +1,13 @@
-"""The paper's published files come back byte for byte, and our worked examples are its text."""
+"""The paper's published files come back byte for byte, and the loaded constitution has their worked examples."""
 
 from pathlib import Path
 
 import pytest
 
-from align.constitution.constitution import load_constitution
-from align.constitution.paper import CRITIQUES, EXAMPLES, PROBES, QUESTIONS
+from align.constitution.loading import load_constitution
+from align.constitution.paper import CRITIQUES, EXAMPLES, PROBES, QUESTIONS, REASONED
 from align.constitution.paper_files import (
     COMPARISONS,
-    THOUGHTS,
     Choice,
     parse_published,
     parse_transcript,
@@ -25,14 +24,14 @@ published = pytest.mark.skipif(not PAPER.is_dir(), reason="the paper's files are
 
 
 @published
-@pytest.mark.parametrize("name", [CRITIQUES, EXAMPLES, QUESTIONS, PROBES, THOUGHTS, COMPARISONS])
+@pytest.mark.parametrize("name", [CRITIQUES, EXAMPLES, QUESTIONS, PROBES, REASONED, COMPARISONS])
 def test_every_published_file_comes_back_byte_for_byte(name: str) -> None:
     assert render_published(name, parse_published(PAPER / name)) == (PAPER / name).read_bytes()
 
 
 @published
 def test_all_files_of_the_folder_are_known() -> None:
-    assert {file.name for file in PAPER.iterdir()} == {CRITIQUES, EXAMPLES, QUESTIONS, PROBES, THOUGHTS, COMPARISONS}
+    assert {file.name for file in PAPER.iterdir()} == {CRITIQUES, EXAMPLES, QUESTIONS, PROBES, REASONED, COMPARISONS}
 
 
 @published
@@ -48,48 +47,48 @@ def test_the_few_shot_prompts_of_the_loaded_constitution_are_the_paper_s_text() 
             example.completion,
             (example.critique_request or "", example.critique),
             (example.revision_request or "", example.revision),
-            goes_on=text.endswith("\n\nHuman:"),
+            open_turn=text.endswith("\n\nHuman:"),
         )
         assert rendered == text
 
 
 @published
-def test_the_worked_choices_of_the_loaded_constitution_are_the_paper_s() -> None:
+def test_the_worked_choices_of_the_loaded_constitution_are_those_of_the_paper() -> None:
     constitution = load_constitution(PAPER)
     rows = parse_published(PAPER / PROBES)
     worked = {each.prompt[0].content: each for each in constitution.worked_comparisons if not each.reasoning}
 
     assert len(worked) == len(rows) == 5
     for row in rows:
-        (_, said), (_, nothing) = row.talk
+        (_, said), (_, nothing) = row.transcript
         assert nothing == ""
         assert (worked[said].better, worked[said].worse) == (row.corrects[0], row.incorrects[0])
         assert constitution.principle(worked[said].principle or "").question
 
 
 @published
-def test_choices_are_put_as_the_paper_puts_them() -> None:
+def test_choices_are_rendered_as_in_the_paper() -> None:
     """Every question of the comparisons is one of the published sixteen, and each answer's letter is its text's."""
     questions = set(parse_published(PAPER / QUESTIONS))
     rows: list[Choice] = parse_published(PAPER / COMPARISONS)
 
     assert len(rows) == 219
     for row in rows:
-        letter = row.others["corrects"][0].strip(" ()")
+        letter = row.other_keys["corrects"][0].strip(" ()")
         chosen = {"A": row.a, "B": row.b}[letter]
-        assert row.others["text_correct"].endswith(chosen)
+        assert row.other_keys["text_correct"].endswith(chosen)
     assert {row.question for row in rows} & questions
 
 
 @published
-def test_a_thought_takes_its_principle_in_the_one_place() -> None:
-    thoughts = parse_published(PAPER / THOUGHTS)
+def test_a_reasoned_choice_takes_its_question_in_the_one_place() -> None:
+    choices = parse_published(PAPER / REASONED)
 
-    assert len(thoughts) == 6
-    assert all("Which {}?" in thought.about("Which {}?") for thought in thoughts)
+    assert len(choices) == 6
+    assert all("Which {}?" in choice.with_question("Which {}?") for choice in choices)
 
 
-def test_a_transcript_comes_back_with_its_open_turn() -> None:
+def test_a_transcript_keeps_its_open_turn() -> None:
     text = "\n\nHuman: Hi.\n\n\n\nAssistant: Hello\n\nHuman:"
 
     assert parse_transcript(text) == (("Human", "Hi.\n\n"), ("Assistant", "Hello"), ("Human", ""))
@@ -97,15 +96,15 @@ def test_a_transcript_comes_back_with_its_open_turn() -> None:
 
 
 @pytest.mark.parametrize("text", ["Human: Hi.", "\n\nHuman:Hi.", "x\n\nHuman: Hi."])
-def test_other_text_is_no_transcript(text: str) -> None:
-    with pytest.raises(ValueError, match="no transcript"):
+def test_other_text_is_not_a_transcript(text: str) -> None:
+    with pytest.raises(ValueError, match="not a transcript"):
         parse_transcript(text)
 
 
 def test_a_worked_example_and_a_choice_worked_by_hand() -> None:
     talk = (Message("user", "Hi {}."),)
 
-    assert render_example(talk, "Go.", ("Kind?", "No."), ("Mend.", "Hello."), goes_on=True) == (
+    assert render_example(talk, "Go.", ("Kind?", "No."), ("Mend.", "Hello."), open_turn=True) == (
         "\n\nHuman: Hi {}.\n\nAssistant: Go.\n\nCritiqueRequest: Kind?\n\nCritique: No."
         "\n\nRevisionRequest: Mend.\n\nRevision: Hello.\n\nHuman:"
     )
@@ -119,7 +118,7 @@ def test_files_that_are_not_the_paper_s_are_refused(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text("[]")
     (tmp_path / QUESTIONS).write_text('["Which?"]')
 
-    with pytest.raises(InputError, match="none of the paper's files"):
+    with pytest.raises(InputError, match="not one of the paper's files"):
         parse_published(tmp_path / "x.json")
-    with pytest.raises(InputError, match="not as the Constitutional AI paper published it"):
+    with pytest.raises(InputError, match="not in the form that the Constitutional AI paper published"):
         parse_published(tmp_path / QUESTIONS)

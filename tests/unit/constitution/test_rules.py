@@ -1,4 +1,4 @@
-"""Rules hold exactly where a reader would say so."""
+"""Rules hold for exactly the texts that a reader would expect."""
 
 import pytest
 from hypothesis import given
@@ -64,7 +64,7 @@ def test_full_width_twins_change_no_verdict(text: str, mark: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("written", "told"),
+    ("written", "message"),
     [
         ({}, "exactly one check, got none"),
         ({"ends_with": "?", "max_words": 3}, "exactly one check, got ends_with, max_words"),
@@ -75,8 +75,8 @@ def test_full_width_twins_change_no_verdict(text: str, mark: str) -> None:
         ({"endswith": "?"}, "Extra inputs"),
     ],
 )
-def test_a_rule_that_cannot_be_checked_is_refused(written: dict[str, object], told: str) -> None:
-    with pytest.raises(ValidationError, match=told):
+def test_a_rule_that_cannot_be_checked_is_refused(written: dict[str, object], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
         Rule.model_validate(written)
 
 

@@ -1,4 +1,4 @@
-"""Chat ids against what the tokenizer's own template renders."""
+"""Token ids compared with what the tokenizer's own chat template renders."""
 
 import pytest
 from hypothesis import given, settings
@@ -24,11 +24,11 @@ def whole_ids(conversation, **options):
     return TOKENIZER.apply_chat_template(as_dicts(conversation), tokenize=True, return_dict=False, **options)
 
 
-def test_prompt_ids_are_the_templates():
+def test_prompt_ids_equal_the_templates():
     assert prompt_ids(TOKENIZER, PROMPT) == whole_ids(PROMPT, add_generation_prompt=True)
 
 
-def test_prompt_and_completion_and_closing_are_the_templates_whole_conversation():
+def test_prompt_completion_and_closing_ids_make_up_the_templates_conversation():
     prompt, completion = conversation_ids(TOKENIZER, PROMPT, "In the garden.")
     whole = whole_ids((*PROMPT, Message("assistant", "In the garden.")))
     assert prompt + completion + list(closing_ids(TOKENIZER)) == whole
@@ -36,24 +36,24 @@ def test_prompt_and_completion_and_closing_are_the_templates_whole_conversation(
     assert TOKENIZER.decode(completion[:-1]) == "In the garden."
 
 
-def test_completion_ids_agree_with_the_conversations():
+def test_completion_ids_agree_with_conversation_ids():
     assert conversation_ids(TOKENIZER, PROMPT, "In the garden.")[1] == completion_ids(TOKENIZER, "In the garden.")
 
 
 @given(text=st.text(st.characters(exclude_categories=("Cs",)), max_size=60).map(str.strip))
 @settings(max_examples=60, deadline=None)
-def test_any_text_without_outer_spaces_tokenizes_as_in_the_template(text):
+def test_any_text_without_outer_white_space_gets_the_templates_ids(text):
     prompt, completion = conversation_ids(TOKENIZER, PROMPT, text)
     whole = whole_ids((*PROMPT, Message("assistant", text)))
     assert prompt + completion + list(closing_ids(TOKENIZER)) == whole
 
 
-def test_turn_ends_in_the_end_token_and_closes_with_a_newline():
+def test_a_turn_ends_with_the_eos_token_and_closes_with_a_newline():
     assert end_of_turn_ids(TOKENIZER) == (TOKENIZER.eos_token_id,)
     assert TOKENIZER.decode(list(closing_ids(TOKENIZER))) == "\n"
 
 
-def test_system_prompt_goes_first_and_yields_to_one_that_is_there():
+def test_the_system_prompt_comes_first_unless_the_conversation_has_one():
     own = (Message("system", "Be kind."), *PROMPT)
     assert with_system_prompt(PROMPT, "Be brief.") == (Message("system", "Be brief."), *PROMPT)
     assert with_system_prompt(own, "Be brief.") == own
@@ -62,7 +62,7 @@ def test_system_prompt_goes_first_and_yields_to_one_that_is_there():
     assert text.startswith(f"{START}system\nBe brief.{END}\n{START}user\n")
 
 
-def test_prefill_opens_the_assistants_turn():
+def test_the_prefill_starts_the_assistants_turn():
     text = TOKENIZER.decode(prompt_ids(TOKENIZER, PROMPT, prefill="The letter is ("))
     assert text.endswith(f"{START}assistant\nThe letter is (")
 
@@ -73,7 +73,7 @@ def with_template(template):
     return tokenizer
 
 
-def test_template_that_rewrites_the_prompt_is_refused():
+def test_a_template_that_rewrites_the_prompt_is_refused():
     tokenizer = with_template(
         "{% for m in messages %}{{ '<|im_start|>' + m['role'] + m['content'] + '<|im_end|>' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant<think>' }}{% endif %}"
@@ -82,19 +82,19 @@ def test_template_that_rewrites_the_prompt_is_refused():
         conversation_ids(tokenizer, PROMPT, "In the garden.")
 
 
-def test_template_without_a_token_that_ends_the_turn_is_refused():
+def test_a_template_without_a_token_that_ends_the_turn_is_refused():
     tokenizer = with_template("{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}")
     with pytest.raises(InputError, match="eos_token"):
         completion_ids(tokenizer, "In the garden.")
 
 
-def test_roles_that_the_template_refuses_are_named():
+def test_the_error_names_the_roles_that_the_template_refuses():
     tokenizer = with_template("{{ raise_exception('no system role') }}")
     with pytest.raises(InputError, match=r"user, assistant, user.*no system role"):
         prompt_ids(tokenizer, PROMPT)
 
 
-def test_template_that_trims_gives_the_trimmed_completion():
+def test_a_template_that_trims_gives_the_trimmed_completion():
     tokenizer = with_template(
         "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] | trim + '<|im_end|>\n' }}"
         "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"

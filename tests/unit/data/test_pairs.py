@@ -1,37 +1,26 @@
-"""Preference pairs and demonstrations from every format that people have them in."""
+"""Preference pairs and demonstrations of every supported format."""
 
 import gzip
 import json
 from collections import Counter
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from align.data.pairs import gather_pairs, mix_sizes, pairs_by_source, read_demonstrations, read_pairs
+from align.data.pairs import read_demonstrations, read_pairs
 from align.data.sources import parse_transcript
 from align.errors import InputError
-from align.records import Message, PreferencePair, write_rows
-from align.run.artefacts import Manifest, write_json
+from align.records import Message, write_rows
 from align.settings.blocks import PairSource
+from tests.unit.data.pair_files import one, write
 
 HH_RLHF = Path(__file__).parents[4] / "shared/data/hh-rlhf/harmless-base.jsonl.gz"
 HHH = HH_RLHF.parents[1] / "cai-paper/hhh_comparisons.jsonl"
 USER = {"role": "user", "content": "Say hello."}
 GOOD = {"role": "assistant", "content": "Hello: how are you?"}
 BAD = {"role": "assistant", "content": "No."}
-
-
-def write(path: Path, *rows: Any) -> PairSource:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return PairSource(path=str(path))
-
-
-def one(source: PairSource) -> PreferencePair:
-    (pair,) = read_pairs(source)
-    return pair
 
 
 @pytest.mark.parametrize(
@@ -110,7 +99,7 @@ def test_gzip_and_parquet_hold_the_same_rows_as_jsonl(tmp_path: Path) -> None:
     assert read_pairs(PairSource(path=str(tmp_path / "c.parquet"))) == plain
 
 
-def test_a_stage_s_own_pairs_come_back_unchanged(tmp_path: Path) -> None:
+def test_pairs_written_by_a_stage_are_read_back_unchanged(tmp_path: Path) -> None:
     pair = one(
         write(tmp_path / "in.jsonl", {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD], "probability": 0.75})
     )
@@ -119,7 +108,7 @@ def test_a_stage_s_own_pairs_come_back_unchanged(tmp_path: Path) -> None:
     assert read_pairs(PairSource(path=str(tmp_path / "out.jsonl"))) == [pair]
 
 
-def test_pairs_that_teach_nothing_are_left_out_and_counted(tmp_path: Path) -> None:
+def test_unusable_pairs_are_left_out_and_counted(tmp_path: Path) -> None:
     good = {"chosen": [USER, GOOD], "rejected": [USER, BAD]}
     source = write(
         tmp_path / "pairs.jsonl",
@@ -152,7 +141,7 @@ def test_a_limit_draws_from_all_of_a_file_and_keeps_its_order(tmp_path: Path) ->
     assert [row.prompt[0].content for row in read_demonstrations(some)] == drawn
 
 
-def test_a_transcript_s_later_turns_may_stand_beside_its_prompt(tmp_path: Path) -> None:
+def test_the_completion_column_of_a_transcript_may_hold_several_turns(tmp_path: Path) -> None:
     prompt = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
     row = {"prompt": prompt, "chosen": " d\n\nHuman: e\n\nAssistant: f", "rejected": " d\n\nHuman: e\n\nAssistant: g"}
     pair = one(write(tmp_path / "pairs.jsonl", row))
@@ -160,7 +149,7 @@ def test_a_transcript_s_later_turns_may_stand_beside_its_prompt(tmp_path: Path) 
     assert (pair.chosen[0].content, pair.rejected[0].content) == ("f", "g")
 
 
-def test_white_space_around_a_prompt_s_messages_does_not_double_them(tmp_path: Path) -> None:
+def test_white_space_around_the_prompt_does_not_make_it_appear_twice(tmp_path: Path) -> None:
     whole = "\n\nHuman: Say hello.\n\nAssistant: "
     row = {"prompt": [{**USER, "content": "Say hello.\n"}], "chosen": whole + "Hello.", "rejected": whole + "No."}
     assert one(write(tmp_path / "pairs.jsonl", row)).prompt == (Message("user", "Say hello."),)
@@ -176,31 +165,31 @@ def test_transcript_keeps_markers_inside_a_turn() -> None:
     )
 
 
-def test_neighbouring_turns_of_one_speaker_in_the_prompt_become_one(tmp_path: Path) -> None:
+def test_consecutive_prompt_turns_of_the_same_role_are_merged(tmp_path: Path) -> None:
     prompt = "\n\nHuman: a\n\nHuman: b\n\nAssistant: "
     pair = one(write(tmp_path / "pairs.jsonl", {"chosen": prompt + "yes", "rejected": prompt + "no"}))
     assert pair.prompt == (Message("user", "a\n\nb"),)
 
 
-def test_a_file_with_nothing_to_use_is_an_error_that_says_why(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"nothing in it can be used .1 pairs_with_odd_turns"):
+def test_a_file_without_a_usable_row_is_an_error_with_the_reasons(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no usable row .1 pairs_with_odd_turns"):
         read_pairs(write(tmp_path / "pairs.jsonl", {"chosen": [USER, GOOD, BAD], "rejected": [USER, GOOD, GOOD]}))
 
 
 @pytest.mark.parametrize(
-    ("row", "told"),
+    ("row", "message"),
     [
-        ({"prompt": "p", "winner": "a"}, "no column `chosen`, `rejected`; the columns there are prompt, winner"),
-        ({"chosen": "a", "rejected": "b"}, "no column `prompt`; the columns there are chosen, rejected"),
+        ({"prompt": "p", "winner": "a"}, "no column `chosen`, `rejected`; the row's columns are prompt, winner"),
+        ({"chosen": "a", "rejected": "b"}, "no column `prompt`; the row's columns are chosen, rejected"),
         ({"prompt": "p", "chosen": 3, "rejected": "b"}, "`chosen` must be a text or a list"),
         ({"prompt": "p", "chosen": [{"role": "assistant"}], "rejected": "b"}, "`chosen` must be a text or a list"),
         ({"chosen": "Human: a", "rejected": "Human: b"}, "no column `prompt`"),
         ({"prompt": "p", "chosen": "a", "rejected": "b", "probability": 0.2}, r"must lie in \[0.5, 1\], got 0.2"),
     ],
 )
-def test_a_bad_row_is_named_with_its_fault(tmp_path: Path, row: dict[str, Any], told: str) -> None:
+def test_the_error_names_the_bad_row(tmp_path: Path, row: dict[str, Any], message: str) -> None:
     fine = {"prompt": "p", "chosen": "a", "rejected": "b"}
-    with pytest.raises(InputError, match=told) as error:
+    with pytest.raises(InputError, match=message) as error:
         read_pairs(write(tmp_path / "pairs.jsonl", fine, row))
     assert "pairs.jsonl, line 2:" in str(error.value)
 
@@ -220,15 +209,15 @@ def test_an_empty_file_is_an_error(tmp_path: Path, name: str) -> None:
         read_pairs(PairSource(path=str(path)))
 
 
-def test_files_that_are_missing_broken_or_of_another_kind_are_errors(tmp_path: Path) -> None:
+def test_missing_damaged_and_unsupported_files_are_errors(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such file"):
         read_pairs(PairSource(path=str(tmp_path / "none.jsonl")))
     cut = tmp_path / "cut.jsonl.gz"
     cut.write_bytes(gzip.compress(b'{"prompt": "p", "chosen": "a", "rejected": "b"}\n' * 100)[:40])
-    with pytest.raises(InputError, match="not whole"):
+    with pytest.raises(InputError, match="damaged or incomplete"):
         read_pairs(PairSource(path=str(cut)))
     (tmp_path / "fake.parquet").write_bytes(b"hello")
-    with pytest.raises(InputError, match="not a parquet file"):
+    with pytest.raises(InputError, match="not a complete parquet file"):
         read_pairs(PairSource(path=str(tmp_path / "fake.parquet")))
     (tmp_path / "pairs.csv").write_text("chosen,rejected\n")
     with pytest.raises(InputError, match="cannot read this kind of file"):
@@ -265,45 +254,13 @@ def test_demonstrations_of_every_format(tmp_path: Path, row: dict[str, Any]) -> 
     assert counts["demonstrations_with_odd_turns"] == 1
 
 
-def test_demonstrations_without_a_completion_column_list_those_there(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no column `completion`; the columns there are prompt, text"):
+def test_the_error_about_a_missing_completion_column_lists_the_row_s_columns(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no column `completion`; the row's columns are prompt, text"):
         read_demonstrations(write(tmp_path / "rows.jsonl", {"prompt": "p", "text": "t"}))
 
 
-def test_gathered_pairs_are_the_judge_s_then_the_human_ones_each_once(tmp_path: Path) -> None:
-    ai = one(write(tmp_path / "ai.jsonl", {"prompt": "p", "chosen": "a", "rejected": "b", "probability": 0.8}))
-    write_rows(tmp_path / "pairs.jsonl", [ai])
-    human = write(
-        tmp_path / "human.jsonl",
-        {"prompt": "p", "chosen": "a", "rejected": "b"},
-        {"prompt": "q", "chosen": "a", "rejected": "b"},
-    )
-    counts: Counter[str] = Counter()
-    pairs = gather_pairs(tmp_path / "pairs.jsonl", [human], counts)
-    assert [pair.prompt[0].content for pair in pairs] == ["p", "q"]
-    assert pairs[0] == ai
-    assert (counts["pairs_ai"], counts["pairs_human"], counts["pairs_repeated"]) == (1, 2, 1)
-    assert len(gather_pairs(None, [human], Counter())) == 2
-
-
-def test_no_pair_from_anywhere_is_an_error(tmp_path: Path) -> None:
-    (tmp_path / "pairs.jsonl").touch()
-    with pytest.raises(InputError, match="no pair to train on"):
-        gather_pairs(tmp_path / "pairs.jsonl", [], Counter())
-
-
-def test_why_the_judge_made_no_pair_is_told_from_its_manifest_with_the_remedy(tmp_path: Path) -> None:
-    (tmp_path / "pairs.jsonl").touch()
-    counts = {"comparisons": 3, "undecided: cut": 1, "undecided: tie": 2, "pairs": 0}
-    write_json(tmp_path / "manifest.json", Manifest("compare", "f", {}, {}, {}, counts).__dict__)
-    with pytest.raises(InputError) as raised:
-        gather_pairs(tmp_path / "pairs.jsonl", [], Counter())
-    assert "undecided: 2 tie, 1 cut)" in str(raised.value)
-    assert "raise `compare.sampling.max_new_tokens`" in str(raised.value)
-
-
-@pytest.mark.skipif(not HH_RLHF.exists(), reason="hh-rlhf is not beside the project")
-def test_hh_rlhf_keeps_all_but_the_five_pairs_whose_contexts_differ_and_the_two_that_are_empty() -> None:
+@pytest.mark.skipif(not HH_RLHF.exists(), reason="hh-rlhf is not in shared/data")
+def test_of_hh_rlhf_only_five_pairs_with_different_contexts_and_two_empty_ones_are_left_out() -> None:
     counts: Counter[str] = Counter()
     pairs = read_pairs(PairSource(path=str(HH_RLHF)), counts)
     assert counts == {"pairs_with_different_contexts": 5, "pairs_with_empty_completion": 2}
@@ -316,49 +273,22 @@ def test_hh_rlhf_keeps_all_but_the_five_pairs_whose_contexts_differ_and_the_two_
         assert all(one != other for one, other in pairwise(roles))
 
 
-@pytest.mark.skipif(not HHH.exists(), reason="the paper's comparisons are not beside the project")
+@pytest.mark.skipif(not HHH.exists(), reason="the paper's comparisons are not in shared/data")
 def test_every_one_of_the_paper_s_comparisons_is_a_pair() -> None:
     pairs = read_pairs(PairSource(path=str(HHH)))
     assert (len(pairs), len({pair.prompt for pair in pairs})) == (219, 127)
 
 
-@pytest.mark.parametrize("share", [0.1, 0.43, 0.5, 0.9])
-@pytest.mark.parametrize(("ai", "human"), [(100, 1000), (1000, 100), (300, 300)])
-def test_a_mix_has_its_share_and_leaves_out_of_one_side_alone(share: float, ai: int, human: int) -> None:
-    some_ai, some_human = mix_sizes(ai, human, share)
-    assert some_human / (some_ai + some_human) == pytest.approx(share, abs=0.01)
-    assert some_ai == ai or some_human == human
-    assert some_ai <= ai and some_human <= human
-
-
-def test_human_pairs_are_mixed_in_by_a_share_that_keeps_what_a_smaller_one_took(tmp_path: Path) -> None:
-    rows = [{"prompt": f"ai {n}", "chosen": "a", "rejected": "b", "probability": 0.8} for n in range(20)]
-    labelled = [replace(pair, source="ai") for pair in read_pairs(write(tmp_path / "ai.jsonl", *rows))]
-    write_rows(tmp_path / "pairs.jsonl", labelled)
-    rows = [{"prompt": f"human {n}", "chosen": "a", "rejected": "b"} for n in range(100)]
-    human = write(tmp_path / "human.jsonl", *rows).model_copy(update={"name": "helpful"})
-    counts: Counter[str] = Counter()
-    quarter = gather_pairs(tmp_path / "pairs.jsonl", [human], counts, 0.25)
-    assert pairs_by_source(quarter) == {"ai": 20, "helpful": 7}
-    assert (counts["pairs_ai_left_out"], counts["pairs_human_left_out"]) == (0, 93)
-    half = gather_pairs(tmp_path / "pairs.jsonl", [human], Counter(), 0.5)
-    assert pairs_by_source(half) == {"ai": 20, "helpful": 20}
-    assert {pair.id for pair in quarter} < {pair.id for pair in half}
-    most = gather_pairs(tmp_path / "pairs.jsonl", [human], Counter(), 0.9)
-    assert pairs_by_source(most) == {"ai": 11, "helpful": 100}
-    assert pairs_by_source(gather_pairs(tmp_path / "pairs.jsonl", [human], Counter())) == {"ai": 20, "helpful": 100}
-
-
-def test_a_folder_of_a_hub_dataset_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_folder_and_split_of_a_hub_dataset_are_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
-    asked: list[Any] = []
+    calls: list[Any] = []
 
     def load_dataset(path: str, **options: Any) -> list[dict[str, str]]:
-        asked.append((path, options))
+        calls.append((path, options))
         return [{"prompt": "p", "chosen": "a", "rejected": "b"}]
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     source = PairSource(path="somebody/pairs", hub_folder="helpful-base", hub_split="test", name="helpful")
     assert one(source).source == "helpful"
-    assert asked == [("somebody/pairs", {"data_dir": "helpful-base", "split": "test"})]
+    assert calls == [("somebody/pairs", {"data_dir": "helpful-base", "split": "test"})]

@@ -1,4 +1,4 @@
-"""Prompts are found in every known format, whole, once each, in splits that never move."""
+"""Prompts are read from every supported format, without repeats, and their splits are stable."""
 
 import gzip
 import json
@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from align.data.prompts import drawn_prompts, read_prompts, split_of, split_problems, with_split
+from align.data.prompts import draw_prompts, read_prompts, split_of, split_problems, with_split
 from align.errors import InputError
 from align.records import SPLITS, Prompt
 from align.settings.blocks import PromptsBlock, PromptSource, SplitBlock
@@ -62,13 +62,13 @@ def conversation(prompt: Prompt) -> list[tuple[str, str]]:
         ),
     ],
 )
-def test_the_prompt_is_found_and_whole(tmp_path: Path, row: dict[str, Any], expected: list[tuple[str, str]]) -> None:
+def test_every_format_gives_its_prompt(tmp_path: Path, row: dict[str, Any], expected: list[tuple[str, str]]) -> None:
     [prompt] = read(write(tmp_path / "p.jsonl", row))
 
     assert conversation(prompt) == expected
 
 
-def test_a_named_column_comes_before_the_known_ones(tmp_path: Path) -> None:
+def test_a_column_that_the_source_names_takes_precedence(tmp_path: Path) -> None:
     path = write(tmp_path / "p.jsonl", {"prompt": "no", "goal": "yes"})
 
     assert conversation(read(path, column="goal")[0]) == [("user", "yes")]
@@ -89,7 +89,7 @@ def test_gzip_and_parquet_give_the_same_prompts_as_jsonl(tmp_path: Path) -> None
     assert found[0] == found[1] == found[2]
 
 
-def test_ids_come_from_the_content_and_repeats_are_one(tmp_path: Path) -> None:
+def test_ids_come_from_the_content_and_repeats_are_dropped(tmp_path: Path) -> None:
     path = write(tmp_path / "p.jsonl", {"prompt": "a", "category": "x"}, {"question": "a"}, {"prompt": "b"})
     prompts = read(path)
 
@@ -97,13 +97,13 @@ def test_ids_come_from_the_content_and_repeats_are_one(tmp_path: Path) -> None:
     assert len({each.id for each in prompts}) == 2
 
 
-def test_the_source_s_category_is_given_to_rows_without_one(tmp_path: Path) -> None:
+def test_rows_without_a_category_get_the_source_s(tmp_path: Path) -> None:
     path = write(tmp_path / "p.jsonl", {"prompt": "a", "category": "x"}, {"prompt": "b"})
 
     assert [each.category for each in read(path, category="mine")] == ["x", "mine"]
 
 
-def test_a_limit_draws_the_same_prompts_whatever_their_order(tmp_path: Path) -> None:
+def test_a_limit_draws_the_same_prompts_in_any_order(tmp_path: Path) -> None:
     rows = [{"prompt": str(number)} for number in range(90)]
     forwards, backwards = write(tmp_path / "a.jsonl", *rows), write(tmp_path / "b.jsonl", *rows[::-1])
     drawn = {each.id for each in read(forwards, limit=20)}
@@ -114,12 +114,12 @@ def test_a_limit_draws_the_same_prompts_whatever_their_order(tmp_path: Path) -> 
 
 def test_prompts_are_drawn_by_their_ids_in_their_own_order(tmp_path: Path) -> None:
     prompts = read(write(tmp_path / "p.jsonl", *({"prompt": str(number)} for number in range(90))))
-    some = drawn_prompts(prompts, 30, "a purpose")
+    some = draw_prompts(prompts, 30, "a purpose")
 
     assert some == [each for each in prompts if each in some] and len(some) == 30
-    assert {each.id for each in drawn_prompts(prompts[::-1], 30, "a purpose")} == {each.id for each in some}
-    assert drawn_prompts(prompts, 30, "another") != some
-    assert drawn_prompts(prompts, None, "a purpose") == prompts
+    assert {each.id for each in draw_prompts(prompts[::-1], 30, "a purpose")} == {each.id for each in some}
+    assert draw_prompts(prompts, 30, "another") != some
+    assert draw_prompts(prompts, None, "a purpose") == prompts
 
 
 def test_splits_are_disjoint_and_near_their_shares(tmp_path: Path) -> None:
@@ -148,16 +148,16 @@ def test_a_share_of_one_takes_everything(name: str) -> None:
     assert split_of(name, SplitBlock(sft=0, preference=0, rl=1, eval=0)) == "rl"
 
 
-def test_rows_with_a_split_of_their_own_keep_it(tmp_path: Path) -> None:
+def test_a_row_s_own_split_is_kept(tmp_path: Path) -> None:
     path = write(tmp_path / "p.jsonl", *({"prompt": str(number), "split": "eval"} for number in range(20)))
 
     assert {each.split for each in read(path)} == {"eval"}
 
 
 @pytest.mark.parametrize(
-    ("row", "told"),
+    ("row", "message"),
     [
-        ({"text": "a", "label": 1}, r"p\.jsonl, line 1: no column with a prompt .* the columns there are text, label"),
+        ({"text": "a", "label": 1}, r"p\.jsonl, line 1: no column with a prompt .* the row's columns are text, label"),
         ({"prompt": "  "}, "line 1: the prompt is empty"),
         ({"prompt": 3}, "line 1: `prompt` must be a text or a list"),
         ({"prompt": [{"role": "user"}]}, "line 1: `prompt` must be a text or a list"),
@@ -166,48 +166,48 @@ def test_rows_with_a_split_of_their_own_keep_it(tmp_path: Path) -> None:
         ({"messages": [TALK[1]]}, "the prompt is empty"),
     ],
 )
-def test_a_bad_row_is_named_with_its_fault(tmp_path: Path, row: dict[str, Any], told: str) -> None:
-    with pytest.raises(InputError, match=told):
+def test_the_error_names_the_bad_row(tmp_path: Path, row: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
         read(write(tmp_path / "p.jsonl", row))
 
 
 @pytest.mark.parametrize(
-    ("row", "told"),
+    ("row", "message"),
     [
         ({"chosen": "The answer is four.", "rejected": "No"}, "`chosen` is an answer without its prompt"),
-        ({"prompt": [{"role": 5, "content": "x"}, TALK[0]]}, r"has a turn of 5; a role is one of system, user, assis"),
-        ({"prompt": [{"role": "usr", "content": "x"}]}, "has a turn of 'usr'"),
+        ({"prompt": [{"role": 5, "content": "x"}, TALK[0]]}, r"has the role 5; use one of system, user, assistant"),
+        ({"prompt": [{"role": "usr", "content": "x"}]}, "has the role 'usr'"),
     ],
 )
-def test_what_would_be_misread_is_refused(tmp_path: Path, row: dict[str, Any], told: str) -> None:
-    with pytest.raises(InputError, match=rf"prompts.jsonl, line 1: .*{told}"):
+def test_ambiguous_rows_are_refused(tmp_path: Path, row: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=rf"prompts.jsonl, line 1: .*{message}"):
         read(write(tmp_path / "prompts.jsonl", row))
 
 
-def test_a_byte_order_mark_is_passed_over(tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_ignored(tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + json.dumps({"prompt": "Hi"}).encode())
     assert conversation(read(path)[0]) == [("user", "Hi")]
 
 
 @pytest.mark.parametrize(
-    ("line", "told"),
+    ("line", "message"),
     [
-        (b'{"prompt": "a \\ud800"}', "line 2: not JSON that can be read"),
-        (b'{"prompt": ' + b"[" * 100_000, "line 2: not JSON that can be read .nested too deep"),
+        (b'{"prompt": "a \\ud800"}', "line 2: JSON that cannot be read"),
+        (b'{"prompt": ' + b"[" * 100_000, "line 2: JSON that cannot be read .nested too deep"),
         (b'{"prompt": "b"', "line 2: not JSON .* column 15"),
         ("{'prompt': 'ü'}".encode("latin-1"), "not UTF-8 text .*; save it as UTF-8"),
     ],
 )
-def test_a_line_that_cannot_be_read_is_told(tmp_path: Path, line: bytes, told: str) -> None:
+def test_the_error_names_a_line_that_cannot_be_read(tmp_path: Path, line: bytes, message: str) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_bytes(b'{"prompt": "a"}\n' + line + b"\n")
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=message):
         read(path)
 
 
-def test_a_missing_named_column_is_told(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"expected `goal`\); the columns there are prompt"):
+def test_the_error_names_a_missing_column(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"expected `goal`\); the row's columns are prompt"):
         read(write(tmp_path / "p.jsonl", {"prompt": "a"}), column="goal")
 
 
@@ -246,7 +246,7 @@ def test_shares_must_add_up_to_one() -> None:
         read_prompts(PromptsBlock(sources=(PromptSource(path="x.jsonl"),), split=SplitBlock(sft=0.5)))
 
 
-@pytest.mark.skipif(not HH.exists(), reason="hh-rlhf is not on this machine")
+@pytest.mark.skipif(not HH.exists(), reason="hh-rlhf is not in shared/data")
 def test_hh_rlhf_keeps_whole_conversations() -> None:
     prompts = read(HH)
     with gzip.open(HH, "rt") as lines:

@@ -1,4 +1,4 @@
-"""Rows come from files of every kind, and what cannot be read is named."""
+"""Rows are read from every kind of file, and errors name what cannot be read."""
 
 import datetime
 import gzip
@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from align.data.sources import drawn_rows, is_file, merge_neighbours, parse_messages, parse_transcript, source_rows
+from align.data.sources import draw_rows, is_local_path, merge_turns, parse_messages, parse_transcript, source_rows
 from align.errors import InputError
 from align.records import Conversation, Message
 from align.settings.blocks import PromptSource
@@ -35,7 +35,7 @@ TURN = st.text(st.characters(codec="ascii", categories=["L", "P"]), min_size=1, 
 
 
 @given(st.lists(st.tuples(st.sampled_from(["Human", "Assistant"]), TURN), min_size=1, max_size=5))
-def test_transcripts_come_back_as_they_were_written(turns: list[tuple[str, str]]) -> None:
+def test_transcripts_are_read_as_they_were_written(turns: list[tuple[str, str]]) -> None:
     text = "".join(f"\n\n{speaker}: {words}" for speaker, words in turns)
 
     roles = {"Human": "user", "Assistant": "assistant"}
@@ -43,19 +43,19 @@ def test_transcripts_come_back_as_they_were_written(turns: list[tuple[str, str]]
 
 
 @pytest.mark.parametrize("text", ["", "Hello", "lead\n\nHuman: a"])
-def test_what_does_not_start_with_a_turn_is_no_transcript(text: str) -> None:
+def test_a_text_that_does_not_start_with_a_turn_is_refused(text: str) -> None:
     with pytest.raises(InputError, match=r"here: expected '\\n\\nHuman"):
         parse_transcript(text, "here")
 
 
-def test_neighbours_of_one_speaker_become_one() -> None:
+def test_consecutive_turns_of_the_same_role_are_merged() -> None:
     talk = [Message("user", "a"), Message("user", "b"), Message("assistant", "c"), Message("user", "d")]
 
-    assert as_pairs(merge_neighbours(talk)) == [("user", "a\n\nb"), ("assistant", "c"), ("user", "d")]
+    assert as_pairs(merge_turns(talk)) == [("user", "a\n\nb"), ("assistant", "c"), ("user", "d")]
 
 
 @pytest.mark.parametrize("value", [[], None, 3, [{"role": "user"}], ["user"], [{"role": "user", "content": None}]])
-def test_what_is_no_list_of_messages_is_refused(value: object) -> None:
+def test_anything_but_a_list_of_messages_is_refused(value: object) -> None:
     with pytest.raises(InputError, match="`messages` must be a text or a list"):
         parse_messages(value, "messages", "here")
 
@@ -64,7 +64,7 @@ def rows(path: Path | str, limit: int | None = None) -> list[tuple[str, Any]]:
     return list(source_rows(PromptSource(path=str(path), limit=limit)))
 
 
-def test_rows_are_placed_by_the_lines_that_an_editor_counts(tmp_path: Path) -> None:
+def test_rows_are_numbered_by_line(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"a": 1}\n\n{"a": 3}\n{"a": 4}\n')
 
@@ -72,7 +72,7 @@ def test_rows_are_placed_by_the_lines_that_an_editor_counts(tmp_path: Path) -> N
     assert all(place == f"{path}, line {row['a']}" for place, row in rows(path, limit=2))
 
 
-def test_rows_of_a_table_are_counted(tmp_path: Path) -> None:
+def test_rows_of_a_parquet_file_are_numbered(tmp_path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -81,17 +81,17 @@ def test_rows_of_a_table_are_counted(tmp_path: Path) -> None:
     assert [place for place, _ in rows(tmp_path / "a.parquet")] == [f"{tmp_path}/a.parquet, row {n}" for n in (1, 2)]
 
 
-def test_what_is_no_file_of_rows_is_told_without_reading_it(tmp_path: Path) -> None:
+def test_unsupported_paths_are_refused_without_reading_them(tmp_path: Path) -> None:
     (tmp_path / "folder.jsonl").mkdir()
     os.mkfifo(tmp_path / "pipe.jsonl")
     (tmp_path / "rows.txt").write_text("")
 
-    for name, told in {"folder.jsonl": "is a folder", "pipe.jsonl": "is a pipe", "rows.txt": "this kind"}.items():
-        with pytest.raises(InputError, match=f"{name}: .*{told}"):
+    for name, message in {"folder.jsonl": "is a folder", "pipe.jsonl": "is a pipe", "rows.txt": "this kind"}.items():
+        with pytest.raises(InputError, match=f"{name}: .*{message}"):
             rows(tmp_path / name)
 
 
-def test_a_limit_holds_no_more_rows_than_it_takes() -> None:
+def test_a_limit_bounds_the_rows_in_memory() -> None:
     class Counted(dict[str, int]):
         alive = most = 0
 
@@ -103,13 +103,13 @@ def test_a_limit_holds_no_more_rows_than_it_takes() -> None:
         def __del__(self) -> None:
             Counted.alive -= 1
 
-    drawn = drawn_rows(((number, Counted(number)) for number in range(1000)), 10)
+    drawn = draw_rows(((number, Counted(number)) for number in range(1000)), 10)
 
     assert len(drawn) == 10
     assert Counted.most <= 12
 
 
-def test_a_limit_draws_by_content_of_any_type_and_the_same_for_a_file_in_another_order(tmp_path: Path) -> None:
+def test_a_limit_draws_rows_of_any_type_by_content_and_not_by_order(tmp_path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -122,15 +122,16 @@ def test_a_limit_draws_by_content_of_any_type_and_the_same_for_a_file_in_another
     assert first == second[::-1] != table[:9]
 
 
-def test_files_that_broke_off_are_told(tmp_path: Path) -> None:
+def test_truncated_and_damaged_files_are_errors(tmp_path: Path) -> None:
     whole = gzip.compress(b'{"a": 1}\n' * 500)
     (tmp_path / "a.jsonl.gz").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "b.jsonl.gz").write_text("plain")
     (tmp_path / "c.parquet").write_text("plain")
     (tmp_path / "d.jsonl").write_bytes(b'{"a": "\xff"}\n')
 
-    for name, told in {"a.jsonl.gz": "not whole", "b.jsonl.gz": "not whole", "c.parquet": "not a parquet file"}.items():
-        with pytest.raises(InputError, match=told):
+    gzipped, parquet = "damaged or incomplete", "not a complete parquet file"
+    for name, message in {"a.jsonl.gz": gzipped, "b.jsonl.gz": gzipped, "c.parquet": parquet}.items():
+        with pytest.raises(InputError, match=message):
             rows(tmp_path / name)
     with pytest.raises(InputError, match=r"not UTF-8 text .*; save it as UTF-8"):
         rows(tmp_path / "d.jsonl")
@@ -140,11 +141,11 @@ def test_files_that_broke_off_are_told(tmp_path: Path) -> None:
     ("path", "local"),
     [("a.jsonl", True), ("data/a.parquet", True), ("./a", True), ("/a/b", True), ("org/name", False), ("squad", False)],
 )
-def test_files_and_hub_datasets_are_told_apart(path: str, local: bool) -> None:
-    assert is_file(path) == local
+def test_local_files_are_distinguished_from_hub_datasets(path: str, local: bool) -> None:
+    assert is_local_path(path) == local
 
 
-def test_a_path_may_start_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_path_may_start_with_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "a.jsonl").write_text('{"a": 1}\n')
 

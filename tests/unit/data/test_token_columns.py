@@ -1,10 +1,10 @@
-"""Token columns are what generation makes: prompt, completion, and the token that ends the turn."""
+"""Token columns equal what generation produces: prompt, completion, and the token that ends the turn."""
 
 from typing import Any
 
 import pytest
 
-from align.data.token_columns import IGNORED, demonstration_columns, pair_columns, whole_conversations
+from align.data.token_columns import IGNORE_INDEX, demonstration_columns, pair_columns, whole_conversations
 from align.records import Demonstration, Message, PreferencePair, as_dicts
 
 PROMPT = (Message("user", "Where is the cat?"),)
@@ -30,16 +30,16 @@ def pair(chosen: str, rejected: str, probability: float = 0.75, name: str = "p")
 def test_only_the_completion_and_its_end_of_turn_are_labelled(tokenizer: Any) -> None:
     columns = demonstration_columns(tokenizer, [demonstration("On the mat.")], 100)
     (row,) = columns.rows
-    asked = tokenizer.apply_chat_template(as_dicts(PROMPT), add_generation_prompt=True, tokenize=False)
-    assert tokenizer.decode(row["input_ids"]) == asked + "On the mat.<|im_end|>"
-    length = len(tokenizer(asked, add_special_tokens=False)["input_ids"])
-    assert row["labels"] == [IGNORED] * length + row["input_ids"][length:]
+    prompt = tokenizer.apply_chat_template(as_dicts(PROMPT), add_generation_prompt=True, tokenize=False)
+    assert tokenizer.decode(row["input_ids"]) == prompt + "On the mat.<|im_end|>"
+    length = len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+    assert row["labels"] == [IGNORE_INDEX] * length + row["input_ids"][length:]
     assert row["labels"][-1] == tokenizer.eos_token_id
     assert row["length"] == len(row["input_ids"])
     assert columns.too_long == ()
 
 
-def test_the_system_prompt_comes_first_where_there_is_none(tokenizer: Any) -> None:
+def test_the_system_prompt_comes_first_unless_the_conversation_has_one(tokenizer: Any) -> None:
     own = (Message("system", "Purr."), *PROMPT)
     rows = [demonstration("Yes."), Demonstration("s", own, "Yes.", "own")]
     without, with_own = demonstration_columns(tokenizer, rows, 200, "Be a cat.").rows
@@ -47,7 +47,7 @@ def test_the_system_prompt_comes_first_where_there_is_none(tokenizer: Any) -> No
     assert tokenizer.decode(with_own["input_ids"]).startswith("<|im_start|>system\nPurr.<|im_end|>")
 
 
-def test_a_row_as_long_as_the_limit_stays_and_one_token_more_is_named(tokenizer: Any) -> None:
+def test_a_row_at_the_limit_is_kept_and_a_longer_one_is_reported(tokenizer: Any) -> None:
     rows = [demonstration("Yes.", "short"), demonstration("Yes. " * 30, "long")]
     (length,) = {len(row["input_ids"]) for row in demonstration_columns(tokenizer, rows[:1], 1000).rows}
     at_limit = demonstration_columns(tokenizer, rows, length)
@@ -69,7 +69,7 @@ def test_pairs_share_the_prompt_and_keep_their_soft_label(tokenizer: Any) -> Non
 
 
 @pytest.mark.parametrize(("chosen", "rejected"), [("Yes. " * 50, "No."), ("Yes.", "No. " * 50)])
-def test_a_pair_is_too_long_where_either_side_is(tokenizer: Any, chosen: str, rejected: str) -> None:
+def test_a_pair_is_too_long_if_either_side_is(tokenizer: Any, chosen: str, rejected: str) -> None:
     columns = pair_columns(tokenizer, [pair(chosen, rejected)], 60)
     assert (columns.rows, columns.too_long) == ((), ("p",))
     assert whole_conversations(columns).too_long == ("p",)

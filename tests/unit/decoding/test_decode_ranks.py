@@ -1,4 +1,4 @@
-"""Sampling in two real processes, with weights that are sharded over them."""
+"""Decoding in two processes with weights sharded over both."""
 
 import json
 import subprocess
@@ -41,7 +41,7 @@ torch.distributed.destroy_process_group()
 """
 
 
-def test_processes_keep_step_whatever_each_has_to_do(tiny_model_dir, tmp_path):
+def test_processes_call_the_model_equally_often_with_different_work(tiny_model_dir, tmp_path):
     model = load_causal_lm(str(tiny_model_dir), torch.float32)
     prompts = [[1, 40, 41, 42], [1, 90], [1, 17, 18]]
     options = {"seeds": [0, 1, 2], "max_new_tokens": 10, "temperature": 1.0, "pad_id": 1}

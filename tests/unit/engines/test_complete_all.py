@@ -1,4 +1,4 @@
-"""Requests are answered once each, in chunks that neither a kill nor the number of processes changes."""
+"""Each request is answered once, and neither a kill nor the number of processes changes the answers."""
 
 import json
 from dataclasses import replace
@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from align.engines.complete_all import complete_all, score_all
-from align.engines.engine import ChoiceRequest, ChoiceScores, Completed, Request, unheard
+from align.engines.engine import ChoiceRequest, ChoiceScores, Completed, Request, no_progress
 from align.errors import AlignError
 from align.records import Message
 from align.run.progress import RowBar
@@ -21,7 +21,7 @@ def request(name: str, text: str = "hi") -> Request:
 
 
 def batch_dependent(engine: Engine) -> None:
-    """Make each answer tell which requests shared its batch: what a real engine's last bits do."""
+    """Make each answer name the requests of its batch, as a real engine's last bits depend on them."""
     engine.answer = lambda request: ",".join(engine.batches[-1])
 
 
@@ -71,7 +71,7 @@ def test_killed_anywhere_and_resumed_equals_undisturbed(
     assert len(lines) == len({line["id"] for line in lines}) == len(REQUESTS)
 
 
-def test_a_torn_line_is_made_again(tmp_path: Path) -> None:
+def test_the_row_of_a_torn_journal_line_is_regenerated(tmp_path: Path) -> None:
     undisturbed(tmp_path)
     journal = tmp_path / "undisturbed.journal.0"
     journal.write_bytes(journal.read_bytes()[:-9])
@@ -80,8 +80,8 @@ def test_a_torn_line_is_made_again(tmp_path: Path) -> None:
     assert len(journal.read_text().splitlines()) == len(REQUESTS)
 
 
-def test_an_engine_whose_rows_do_not_depend_on_each_other_is_asked_for_none_of_them_twice(tmp_path: Path) -> None:
-    asked: list[str] = []
+def test_an_engine_with_independent_rows_gets_no_request_twice(tmp_path: Path) -> None:
+    sent: list[str] = []
     for death in (4, 99):
         engine = Engine(lambda request: request.id, dies_after=death)
         engine.depends_on_batch = False
@@ -89,29 +89,29 @@ def test_an_engine_whose_rows_do_not_depend_on_each_other_is_asked_for_none_of_t
             done = complete_all(engine, REQUESTS, 3, tmp_path / "j", "test")
         except KeyboardInterrupt:
             assert death == 4
-        asked += [each.id for each in engine.requests]
+        sent += [each.id for each in engine.requests]
 
-    assert sorted(asked) == sorted(each.id for each in REQUESTS)
+    assert sorted(sent) == sorted(each.id for each in REQUESTS)
     assert {key: row.text for key, row in done.items()} == {name: name for name in done}
 
 
-def test_the_bar_follows_what_an_engine_tells_of_a_chunk_before_its_rows_come(
+def test_the_bar_follows_the_progress_that_an_engine_reports_within_a_chunk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Telling(Engine):
-        def complete(self, requests, progress=unheard, at_once=None):  # type: ignore[no-untyped-def]
+    class Reporting(Engine):
+        def complete(self, requests, progress=no_progress, at_once=None):  # type: ignore[no-untyped-def]
             for share in (0.25, 0.5, 1.0):
                 progress(share)
             yield from super().complete(requests)
 
     reached: list[float] = []
     monkeypatch.setattr(RowBar, "_reach", lambda self, rows: reached.append(rows))
-    complete_all(Telling(), REQUESTS[:8], 4, tmp_path / "j", "test")
+    complete_all(Reporting(), REQUESTS[:8], 4, tmp_path / "j", "test")
 
     assert reached == [0, 1, 2, 4, 1, 2, 3, 4, 4, 5, 6, 8, 5, 6, 7, 8]
 
 
-def test_finished_chunks_are_not_made_again(tmp_path: Path) -> None:
+def test_finished_chunks_are_not_regenerated(tmp_path: Path) -> None:
     complete_all(Engine(), REQUESTS, 3, tmp_path / "j", "test")
     again = Engine()
     complete_all(again, REQUESTS, 3, tmp_path / "j", "test")
@@ -131,13 +131,13 @@ def test_two_processes_share_the_chunks_and_give_the_same_rows(tmp_path: Path, m
         try:
             done = complete_all(engine, REQUESTS, 3, tmp_path / "j", "test")
         except AlignError:
-            # The first to come here finds the other's chunks missing, since nothing waits in this test.
+            # Without a barrier in this test, the first rank does not find the other's chunks.
             assert rank == "1"
     monkeypatch.delenv("WORLD_SIZE")
 
     assert done == undisturbed(tmp_path)
-    asked = [name for engine in engines for batch in engine.batches for name in batch]
-    assert sorted(asked) == sorted(each.id for each in REQUESTS)
+    sent = [name for engine in engines for batch in engine.batches for name in batch]
+    assert sorted(sent) == sorted(each.id for each in REQUESTS)
 
 
 def test_without_a_journal_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,23 +152,23 @@ def test_without_a_journal_nothing_is_written(tmp_path: Path, monkeypatch: pytes
 
 def test_an_engine_that_leaves_requests_out_is_an_error(tmp_path: Path) -> None:
     class Lazy(Engine):
-        def complete(self, requests, progress=unheard, at_once=None):  # type: ignore[no-untyped-def]
+        def complete(self, requests, progress=no_progress, at_once=None):  # type: ignore[no-untyped-def]
             return list(super().complete(requests))[1:]
 
     with pytest.raises(AlignError, match="left 4 requests unanswered"):
         complete_all(Lazy(), REQUESTS, 3, tmp_path / "j", "test")
 
 
-def test_requests_need_ids_of_their_own(tmp_path: Path) -> None:
+def test_requests_need_distinct_ids(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="same id"):
         complete_all(Engine(), [request("a"), request("a")], 3, tmp_path / "j", "test")
 
 
-def test_nothing_asked_is_nothing_answered(tmp_path: Path) -> None:
+def test_no_requests_give_no_answers(tmp_path: Path) -> None:
     assert complete_all(Engine(), [], 3, tmp_path / "j", "test") == {}
 
 
-def test_scores_come_back_from_the_journal_as_they_were(tmp_path: Path) -> None:
+def test_scores_are_read_back_from_the_journal_unchanged(tmp_path: Path) -> None:
     requests = [ChoiceRequest(f"c{n}", (Message("user", "?"),), ("A", "B b")) for n in range(3)]
     engine = Engine(score=lambda request, choice: float("-inf") if choice == "A" else -0.1)
     made = score_all(engine, requests, 2, tmp_path / "j", "test")
@@ -178,25 +178,25 @@ def test_scores_come_back_from_the_journal_as_they_were(tmp_path: Path) -> None:
     assert read["c1"] == ChoiceScores("c1", (float("-inf"), -0.1), (1, 2))
 
 
-def asked_twice(name: str) -> Request:
+def with_follow_up(name: str) -> Request:
     return replace(request(name), follow_up=lambda text: request(f"{name} after {text}"))
 
 
 @pytest.mark.parametrize("eager", [True, False])
-def test_follow_ups_are_asked_with_the_answer_and_answered_once(tmp_path: Path, eager: bool) -> None:
+def test_follow_ups_get_the_answer_and_are_answered_once(tmp_path: Path, eager: bool) -> None:
     class Eager(Engine):
-        """Answers follow-ups in the same call, where told to."""
+        """Answers follow-ups in the same call if `eager`."""
 
         depends_on_batch = eager
 
-        def complete(self, requests, progress=unheard, at_once=None):  # type: ignore[no-untyped-def]
+        def complete(self, requests, progress=no_progress, at_once=None):  # type: ignore[no-untyped-def]
             for each in requests:
                 (done,) = super().complete([each])
                 yield done
                 if eager and each.follow_up:
                     yield from super().complete([each.follow_up(done.text)])
 
-    requests = [asked_twice(f"r{number}") for number in range(5)]
+    requests = [with_follow_up(f"r{number}") for number in range(5)]
     engine = Eager()
     done = complete_all(engine, requests, 2, tmp_path / "j", "test")
     first = {each.id for each in requests}
@@ -205,15 +205,15 @@ def test_follow_ups_are_asked_with_the_answer_and_answered_once(tmp_path: Path, 
     assert complete_all(Eager(), requests, 2, None, "test") == done
 
 
-def test_a_chunk_whose_follow_up_is_missing_is_made_again_whole(tmp_path: Path) -> None:
-    requests = [asked_twice(f"r{number}") for number in range(4)]
+def test_a_chunk_whose_follow_up_is_missing_is_regenerated_whole(tmp_path: Path) -> None:
+    requests = [with_follow_up(f"r{number}") for number in range(4)]
     complete_all(Engine(), [replace(each, follow_up=None) for each in requests], 2, tmp_path / "j", "test")
     engine = Engine()
     complete_all(engine, requests, 2, tmp_path / "j", "test")
-    assert [len(batch) for batch in engine.batches] == [2, 2, 2, 2], "first turns again, and then their follow-ups"
+    assert [len(batch) for batch in engine.batches] == [2, 2, 2, 2], "the first turns again, then their follow-ups"
 
 
-def test_a_server_gets_all_that_is_missing_in_one_call(tmp_path: Path) -> None:
+def test_a_server_gets_all_missing_requests_in_one_call(tmp_path: Path) -> None:
     engine = Engine()
     engine.depends_on_batch = False
     complete_all(engine, REQUESTS[:5], 2, tmp_path / "j", "test")
@@ -225,7 +225,7 @@ def test_a_server_gets_all_that_is_missing_in_one_call(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("count", "sizes"), [(11, [2, 2, 2, 2, 2, 1]), (16, [4] * 4), (90, [16] * 5 + [10])])
-def test_a_chunk_is_several_batches_long_where_there_is_enough_to_do(
+def test_a_chunk_is_several_batches_long_if_there_are_enough_requests(
     tmp_path: Path, count: int, sizes: list[int]
 ) -> None:
     engine = Engine()
@@ -234,18 +234,18 @@ def test_a_chunk_is_several_batches_long_where_there_is_enough_to_do(
     assert [len(batch) for batch in engine.batches] == sizes
 
 
-def test_an_engine_is_told_how_many_rows_may_be_under_way(tmp_path: Path) -> None:
+def test_the_batch_size_bounds_the_rows_of_an_engine(tmp_path: Path) -> None:
     class Bounded(Engine):
-        def complete(self, requests, progress=unheard, at_once=None):  # type: ignore[no-untyped-def]
-            told.append(at_once)
+        def complete(self, requests, progress=no_progress, at_once=None):  # type: ignore[no-untyped-def]
+            bounds.append(at_once)
             return super().complete(requests)
 
-    told: list[int] = []
+    bounds: list[int] = []
     complete_all(Bounded(), REQUESTS, 6, tmp_path / "j", "test")
-    assert told == [6, 6]
+    assert bounds == [6, 6]
 
 
-def test_choices_that_begin_alike_are_scored_together(tmp_path: Path) -> None:
+def test_choices_with_a_common_prefix_are_scored_together(tmp_path: Path) -> None:
     texts = {f"{pair}{principle}": f"{'long ' * pair}{principle}" for pair in range(3) for principle in "xyz"}
     engine = Engine()
     requests = [ChoiceRequest(name, (Message("user", text),), ("A", "B")) for name, text in sorted(texts.items())]

@@ -1,4 +1,4 @@
-"""The local engine against generate and a full forward pass."""
+"""The local engine compared with `generate` and with full forward passes."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def requests(**options):
     return [Request("short", MESSAGES, **settings), Request("long", LONGER, **settings)]
 
 
-def test_greedy_completions_are_those_of_generate(parts, engine):
+def test_greedy_completions_equal_those_of_generate(parts, engine):
     model, tokenizer = parts
     found = {each.id: each for each in engine.complete(requests())}
     for request in requests():
@@ -52,30 +52,30 @@ def test_requests_with_different_settings_are_each_completed_once(engine):
     assert all(found[request.id].tokens <= request.max_new_tokens for request in mixed)
 
 
-def test_no_more_rows_are_under_way_than_the_caller_allows(parts, engine):
-    asked = [Request(str(number), MESSAGES, seed=number, max_new_tokens=6, temperature=0.0) for number in range(5)]
+def test_at_once_bounds_the_rows_of_a_forward_pass(parts, engine):
+    requested = [Request(str(number), MESSAGES, seed=number, max_new_tokens=6, temperature=0.0) for number in range(5)]
     rows = []
     watch = parts[0].register_forward_pre_hook(
         lambda _, args, inputs: rows.append(len(inputs["input_ids"])), with_kwargs=True
     )
-    bounded = {each.id: each for each in engine.complete(asked, at_once=2)}
+    bounded = {each.id: each for each in engine.complete(requested, at_once=2)}
     watch.remove()
     assert max(rows) == 2
-    assert bounded == {each.id: each for each in engine.complete(asked)}
+    assert bounded == {each.id: each for each in engine.complete(requested)}
 
 
-def test_progress_is_told_after_each_token_and_scored_batch_and_changes_no_row(engine, monkeypatch):
+def test_progress_is_reported_after_each_token_and_scored_batch_and_changes_no_row(engine, monkeypatch):
     mixed = [Request(str(number), MESSAGES, seed=number, max_new_tokens=4 + 4 * (number % 2)) for number in range(6)]
-    told = []
-    assert list(engine.complete(mixed, told.append)) == list(engine.complete(mixed))
-    assert told == sorted(told) and told[-1] == 1.0
-    assert 4 < len(told) <= 12 and told[0] <= 0.5 * (1 / 4 + 3 / 4), "half of the rows are of the first four tokens"
+    shares = []
+    assert list(engine.complete(mixed, shares.append)) == list(engine.complete(mixed))
+    assert shares == sorted(shares) and shares[-1] == 1.0
+    assert 4 < len(shares) <= 12 and shares[0] <= 0.5 * (1 / 4 + 3 / 4), "half of the rows are of the first four tokens"
 
     monkeypatch.setattr("align.engines.local.SCORED_TOKENS", 1)
-    asked = [ChoiceRequest(str(number), MESSAGES, ("A", "B b")) for number in range(3)]
-    told = []
-    assert list(engine.choice_logprobs(asked, told.append)) == list(engine.choice_logprobs(asked))
-    assert told == pytest.approx([number / 6 for number in range(1, 7)])
+    requested = [ChoiceRequest(str(number), MESSAGES, ("A", "B b")) for number in range(3)]
+    shares = []
+    assert list(engine.choice_logprobs(requested, shares.append)) == list(engine.choice_logprobs(requested))
+    assert shares == pytest.approx([number / 6 for number in range(1, 7)])
 
 
 def test_prefill_is_not_returned(parts, engine):
@@ -94,14 +94,14 @@ def by_hand(parts, messages, choice, system_prompt=None, prefill=""):
 
 
 @pytest.mark.parametrize("budget", [1, 100, 4096])
-def test_choices_are_scored_as_by_a_forward_pass_of_each(parts, engine, monkeypatch, budget):
+def test_choices_get_the_scores_of_separate_forward_passes(parts, engine, monkeypatch, budget):
     monkeypatch.setattr("align.engines.local.SCORED_TOKENS", budget)
-    asked = [
+    requested = [
         ChoiceRequest("a", MESSAGES, ("On the mat.", "In the garden, with the dog.")),
         ChoiceRequest("b", LONGER, ("A", "B", "C"), prefill="The letter is "),
     ]
-    found = {each.id: each for each in engine.choice_logprobs(asked)}
-    for request in asked:
+    found = {each.id: each for each in engine.choice_logprobs(requested)}
+    for request in requested:
         for number, choice in enumerate(request.choices):
             logprob, count = by_hand(parts, request.messages, choice, prefill=request.prefill)
             assert found[request.id].logprobs[number] == pytest.approx(logprob, abs=1e-3)
@@ -113,20 +113,20 @@ def test_empty_choice_is_certain(engine):
     assert scores.logprobs[0] == 0.0 and scores.tokens == (0, 1)
 
 
-def test_system_prompt_goes_before_conversations_that_have_none(parts):
+def test_the_system_prompt_precedes_conversations_without_one(parts):
     engine = LocalEngine(*parts, name="local:tiny", system_prompt="Purr.")
     [short, long] = engine.choice_logprobs([ChoiceRequest("a", MESSAGES, ("A",)), ChoiceRequest("b", LONGER, ("A",))])
     assert short.logprobs[0] == pytest.approx(by_hand(parts, MESSAGES, "A", "Purr.")[0], abs=1e-4)
     assert long.logprobs[0] == pytest.approx(by_hand(parts, LONGER, "A")[0], abs=1e-4)
 
 
-def test_batches_keep_every_choice_and_the_budget(monkeypatch):
+def test_batches_contain_every_choice_once_within_the_budget(monkeypatch):
     monkeypatch.setattr("align.engines.local.SCORED_TOKENS", 60)
     choices = [_Choice(0, number, [1] * (number % 13 + 1), [2] * (number % 5 + 1)) for number in range(50)]
     batches = list(_batches(choices))
-    assert sorted(each.number for batch in batches for each in batch) == list(range(50))
+    assert sorted(each.index for batch in batches for each in batch) == list(range(50))
     for batch in batches:
-        width = max(len(each.prompt) for each in batch) + max(len(each.choice) for each in batch)
+        width = max(len(each.prompt_ids) for each in batch) + max(len(each.choice_ids) for each in batch)
         assert len(batch) == 1 or len(batch) * width <= 60
 
 
@@ -137,7 +137,7 @@ def test_a_model_is_named_without_the_folders_above_it(tiny_model_dir):
     assert len(list(engine.complete(requests()))) == 2
 
 
-def test_names_of_files_of_homes_and_of_the_pipelines_own_models(tmp_path, monkeypatch):
+def test_names_of_local_hub_and_pipeline_models(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "sft/model").mkdir(parents=True)
     (tmp_path / "x.gguf").touch()
@@ -152,7 +152,7 @@ def test_names_of_files_of_homes_and_of_the_pipelines_own_models(tmp_path, monke
     assert {given: _name(*given) for given in named} == named
 
 
-def test_which_model_is_opened(tiny_model_dir, tmp_path):
+def test_the_models_path_is_the_callers_or_else_the_engines_or_else_the_recipes(tiny_model_dir, tmp_path):
     from align.errors import InputError
 
     here = str(tiny_model_dir)

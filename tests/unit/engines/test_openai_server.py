@@ -1,4 +1,4 @@
-"""The server engine against a server of our own on this machine."""
+"""The server engine on a local test server."""
 
 import json
 import math
@@ -20,12 +20,12 @@ KEY = "sk-secret-of-the-test"
 
 
 class Server(ThreadingHTTPServer):
-    """Answers chat requests by `answer(body) -> (status, body)`, and keeps what it was asked."""
+    """Answers chat requests by `answer(body) -> (status, body)`, and keeps the requests."""
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.answer = lambda body: (200, chat(body["messages"][-1]["content"].upper()))
-        self.asked = []
+        self.bodies = []
         self.keys = []
         self.together = self.most_together = 0
         self.lock = threading.Lock()
@@ -36,7 +36,7 @@ class Handler(BaseHTTPRequestHandler):
         server = self.server
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
         with server.lock:
-            server.asked.append(body)
+            server.bodies.append(body)
             server.keys.append(self.headers["authorization"])
             server.together += 1
             server.most_together = max(server.most_together, server.together)
@@ -91,10 +91,10 @@ def request(number=0, **options):
     return Request(str(number), MESSAGES, **{"seed": 7, "max_new_tokens": 9, **options})
 
 
-def test_completion_carries_the_requests_settings(server, engine):
+def test_a_completion_request_carries_the_sampling_settings(server, engine):
     [done] = OpenAIEngine(engine).complete([request(temperature=0.5, top_p=0.9)])
     assert (done.id, done.text, done.finish_reason, done.tokens) == ("0", "WHERE IS THE CAT?", "stop", 5)
-    [body] = server.asked
+    [body] = server.bodies
     assert body["messages"] == [{"role": "user", "content": "Where is the cat?"}]
     expected = {"model": "served", "max_tokens": 9, "temperature": 0.5, "top_p": 0.9, "seed": 7}
     assert {name: body[name] for name in expected} == expected
@@ -102,13 +102,13 @@ def test_completion_carries_the_requests_settings(server, engine):
 
 
 @pytest.mark.parametrize(("reason", "expected"), [("stop", "stop"), ("length", "length"), ("content_filter", "length")])
-def test_anything_but_a_stop_is_a_cut(server, engine, reason, expected):
+def test_any_finish_reason_but_stop_means_truncated(server, engine, reason, expected):
     server.answer = lambda body: (200, chat("x", reason))
     [done] = OpenAIEngine(engine).complete([request()])
     assert done.finish_reason == expected
 
 
-def test_requests_run_together_up_to_the_limit_and_each_once(server, engine):
+def test_requests_run_concurrently_up_to_the_limit_and_each_once(server, engine):
     def slowly(body):
         time.sleep(0.03)
         return 200, chat("x")
@@ -116,76 +116,76 @@ def test_requests_run_together_up_to_the_limit_and_each_once(server, engine):
     server.answer = slowly
     found = [done.id for done in OpenAIEngine(engine).complete([request(number) for number in range(12)])]
     assert sorted(found, key=int) == [str(number) for number in range(12)]
-    assert len(server.asked) == 12
+    assert len(server.bodies) == 12
     assert 1 < server.most_together <= 3
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])
-def test_a_passing_fault_is_tried_again(server, engine, monkeypatch, status):
-    monkeypatch.setattr("align.engines.server_faults.FIRST_PAUSE", 0.01)
+def test_a_transient_error_is_retried(server, engine, monkeypatch, status):
+    monkeypatch.setattr("align.engines.server_faults.INITIAL_DELAY", 0.01)
     answers = iter([(status, {"error": {"message": "busy"}}), (200, chat("fine"))])
     server.answer = lambda body: next(answers)
     [done] = OpenAIEngine(engine).complete([request()])
-    assert done.text == "fine" and len(server.asked) == 2
+    assert done.text == "fine" and len(server.bodies) == 2
 
 
-def test_a_lasting_fault_is_ours_to_wait_for_and_does_not_show_the_key(server, engine, monkeypatch):
-    monkeypatch.setattr("align.engines.server_faults.FIRST_PAUSE", 0.01)
+def test_a_lasting_server_error_has_exit_code_1_and_does_not_show_the_key(server, engine, monkeypatch):
+    monkeypatch.setattr("align.engines.server_faults.INITIAL_DELAY", 0.01)
     server.answer = lambda body: (500, {"error": {"message": f"broken for {KEY}"}})
     with pytest.raises(AlignError, match="run the same command again") as caught:
         list(OpenAIEngine(engine).complete([request()]))
     assert caught.value.exit_code == 1
     assert KEY not in str(caught.value)
-    assert len(server.asked) == 2
+    assert len(server.bodies) == 2
 
 
 @pytest.mark.parametrize(
     ("status", "said"), [(401, "TEST_KEY"), (404, r"engine\.model"), (400, "refused the request: .*too long")]
 )
-def test_what_the_person_can_mend_is_said(server, engine, status, said):
+def test_errors_that_the_user_can_fix_name_the_remedy_and_are_not_retried(server, engine, status, said):
     server.answer = lambda body: (status, {"error": {"message": f"{KEY} too long"}})
     with pytest.raises(InputError, match=said) as caught:
         list(OpenAIEngine(engine).complete([request()]))
     assert KEY not in str(caught.value)
-    assert len(server.asked) == 1
+    assert len(server.bodies) == 1
 
 
-def test_server_that_is_not_there(engine, monkeypatch):
-    monkeypatch.setattr("align.engines.server_faults.FIRST_PAUSE", 0.01)
+def test_an_unreachable_server_is_an_error(engine, monkeypatch):
+    monkeypatch.setattr("align.engines.server_faults.INITIAL_DELAY", 0.01)
     away = engine.model_copy(update={"base_url": "http://127.0.0.1:9/v1"})
     with pytest.raises(InputError, match=r"cannot be reached.*engine\.base_url"):
         list(OpenAIEngine(away).complete([request()]))
 
 
-def test_server_that_does_not_answer_in_time(server, engine, monkeypatch):
+def test_a_server_that_does_not_answer_in_time_is_an_error(server, engine, monkeypatch):
     server.answer = lambda body: (time.sleep(0.3), (200, chat("late")))[1]
     hurried = engine.model_copy(update={"timeout_seconds": 0.05, "max_retries": 0})
     with pytest.raises(AlignError, match=r"no answer in 0\.05 seconds"):
         list(OpenAIEngine(hurried).complete([request()]))
 
 
-def test_letters_are_scored_by_the_alternatives_of_one_token(server, engine):
+def test_letters_are_scored_by_the_alternatives_for_one_token(server, engine):
     top = [("A", 0.5), (" A", 0.1), ("B", 0.3), ("Z", 0.05)]
     content = [{"token": "A", "logprob": -1, "top_logprobs": [{"token": t, "logprob": math.log(p)} for t, p in top]}]
     server.answer = lambda body: (200, chat("A", "length", {"content": content}))
     [scores] = OpenAIEngine(engine).choice_logprobs([ChoiceRequest("q", MESSAGES, ("A", "B", "C"))])
     assert scores.logprobs[:2] == pytest.approx((math.log(0.6), math.log(0.3)))
-    assert scores.logprobs[2] == pytest.approx(math.log(0.05)), "what the least that is shown and the rest leave it"
+    assert scores.logprobs[2] == pytest.approx(math.log(0.05)), "the upper bound of a hidden letter"
     assert scores.tokens == (1, 1, 1)
-    assert server.asked[0]["max_tokens"] == 1 and server.asked[0]["top_logprobs"] == 20
-    assert server.asked[1]["top_logprobs"] == 4, "as many as it was found to show"
+    assert server.bodies[0]["max_tokens"] == 1 and server.bodies[0]["top_logprobs"] == 20
+    assert server.bodies[1]["top_logprobs"] == 4, "as many as the server was found to show"
 
 
 @pytest.mark.parametrize(
     ("shown", "expected"),
     [
-        ({"A": 0.5, "Z": 0.4}, (0.5, 0.05, 0.05)),  # two share the 0.1 that is left
-        ({"A": 0.02, "Z": 0.01}, (0.02, 0.01, 0.01)),  # none is likelier than the least that is shown
-        ({"A": 0.75, "Z": 0.25}, (0.75, 0.0, 0.0)),  # nothing is left
-        ({"Y": 0.5, "Z": 0.1}, (0.0, 0.0, 0.0)),  # no letter at all: the judge said something else
+        ({"A": 0.5, "Z": 0.4}, (0.5, 0.05, 0.05)),  # two share the remaining 0.1
+        ({"A": 0.02, "Z": 0.01}, (0.02, 0.01, 0.01)),  # no likelier than the least likely one shown
+        ({"A": 0.75, "Z": 0.25}, (0.75, 0.0, 0.0)),  # no mass remains
+        ({"Y": 0.5, "Z": 0.1}, (0.0, 0.0, 0.0)),  # no letter at all: the judge answered something else
     ],
 )
-def test_a_letter_that_is_not_shown_gets_the_most_that_it_can_have(server, engine, shown, expected):
+def test_a_hidden_letter_gets_the_upper_bound_of_its_probability(server, engine, shown, expected):
     top = [{"token": token, "logprob": math.log(p)} for token, p in shown.items()]
     content = [{"token": "A", "logprob": -1, "top_logprobs": top}]
     server.answer = lambda body: (200, chat("A", "length", {"content": content}))
@@ -197,18 +197,18 @@ def test_prefill_is_sent_as_an_unfinished_turn_and_not_returned(server, engine):
     server.answer = lambda body: (200, chat("The letter is A"))
     [done] = OpenAIEngine(engine).complete([request(prefill="The letter is ")])
     assert done.text == "A"
-    assert server.asked[0]["messages"][-1] == {"role": "assistant", "content": "The letter is "}
-    assert server.asked[0]["continue_final_message"] is True
+    assert server.bodies[0]["messages"][-1] == {"role": "assistant", "content": "The letter is "}
+    assert server.bodies[0]["continue_final_message"] is True
 
 
-def test_system_prompt_goes_first(server, engine):
+def test_the_system_prompt_comes_first(server, engine):
     engine = open_engine(engine, ModelBlock(path="unused", system_prompt="Purr."))
     assert engine.name == "openai:served"
     list(engine.complete([request()]))
-    assert server.asked[0]["messages"][0] == {"role": "system", "content": "Purr."}
+    assert server.bodies[0]["messages"][0] == {"role": "system", "content": "Purr."}
 
 
-def test_own_server_needs_no_key(server, engine, monkeypatch):
+def test_a_self_hosted_server_needs_no_key(server, engine, monkeypatch):
     monkeypatch.delenv("TEST_KEY")
     assert [done.text for done in OpenAIEngine(engine).complete([request()])] == ["WHERE IS THE CAT?"]
 

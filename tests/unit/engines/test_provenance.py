@@ -1,4 +1,4 @@
-"""Where rows come from: weights' digests, what servers say of themselves, and what never leaves the machine."""
+"""Provenance entries: digests of weights, what servers report about their models, and what is never written."""
 
 import dataclasses
 import json
@@ -17,9 +17,9 @@ from align.engines.open import open_engine
 from align.engines.openai_server import OpenAIEngine
 from align.engines.provenance import (
     Provenance,
+    pin_identity,
+    pin_judge,
     read_provenance,
-    settle_judge,
-    settled_identity,
     text_provenance,
     write_provenance,
 )
@@ -36,11 +36,11 @@ def shell(command: str, folder: Path) -> str:
     return subprocess.run(command, shell=True, cwd=folder, capture_output=True, text=True, check=True).stdout
 
 
-def test_the_digest_of_one_file_is_what_sha256sum_says_of_it(tiny_model_dir: Path) -> None:
+def test_the_digest_of_one_file_is_that_of_sha256sum(tiny_model_dir: Path) -> None:
     assert Weights(tiny_model_dir).digest() == shell("sha256sum model.safetensors", tiny_model_dir).split()[0]
 
 
-def test_the_digest_of_several_files_is_what_sha256sum_says_of_those_that_are_loaded(tmp_path: Path) -> None:
+def test_the_digest_of_several_files_is_that_of_sha256sum_over_the_loaded_ones(tmp_path: Path) -> None:
     names = [f"model-0000{number}-of-00002.safetensors" for number in (2, 1)]
     for name in (*names, "consolidated.safetensors"):
         (tmp_path / name).write_text(name)
@@ -49,8 +49,8 @@ def test_the_digest_of_several_files_is_what_sha256sum_says_of_those_that_are_lo
     assert Weights(tmp_path).digest() == shell("sha256sum model-*.safetensors | sha256sum", tmp_path).split()[0]
 
 
-def test_the_files_that_count_are_those_that_are_loaded(tiny_model_dir: Path, tmp_path: Path) -> None:
-    """Beside an index, one whole file is loaded all the same."""
+def test_only_files_that_are_loaded_count(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """A single weight file takes precedence over an index beside it."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -65,7 +65,7 @@ def test_the_files_that_count_are_those_that_are_loaded(tiny_model_dir: Path, tm
     assert loaded_files(tmp_path) == [tmp_path / "model.safetensors"]
 
 
-def test_weights_are_read_again_only_where_a_file_has_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_changed_weight_files_are_hashed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "model.safetensors"
     file.write_text("one")
     first = Weights(tmp_path)
@@ -79,13 +79,13 @@ def test_weights_are_read_again_only_where_a_file_has_changed(tmp_path: Path, mo
     assert again.digest() == "read" and read == [file]
 
 
-def test_of_a_model_that_a_stage_made_its_manifest_tells_unless_the_file_was_exchanged(tmp_path: Path) -> None:
+def test_the_digest_comes_from_the_stages_manifest_unless_the_file_was_replaced(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     file, manifest = tmp_path / "model/model.safetensors", tmp_path / "manifest.json"
     file.write_text("weights")
     write_json(manifest, Manifest("sft", "f", {}, {}, {"model/model.safetensors": "told"}).__dict__)
     assert Weights(file.parent).digest() == "told"
-    time.sleep(0.02)  # the clock of files is coarse
+    time.sleep(0.02)  # the resolution of file times is coarse
     other = tmp_path / "other.safetensors"
     other.write_text("other weights")
     os.utime(other, ns=(0, 0))
@@ -93,39 +93,39 @@ def test_of_a_model_that_a_stage_made_its_manifest_tells_unless_the_file_was_exc
     assert Weights(file.parent).digest() == shell("sha256sum model.safetensors", file.parent).split()[0]
 
 
-def test_a_stage_that_goes_on_with_other_weights_is_stopped(tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_resuming_with_other_weights_is_an_error(tiny_model_dir: Path, tmp_path: Path) -> None:
     model = tmp_path / "model"
     shutil.copytree(tiny_model_dir, model)
     output = tmp_path / "stage"
     output.mkdir()
-    first = settled_identity(local_engine(model), output, "label")
-    assert settled_identity(local_engine(model), output, "label") == first
+    first = pin_identity(local_engine(model), output, "label")
+    assert pin_identity(local_engine(model), output, "label") == first
     file = model / "model.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
     with pytest.raises(InputError, match=r"not the model that this stage began with \(digest \w+ before, \w+ now\)"):
-        settled_identity(local_engine(model), output, "label")
+        pin_identity(local_engine(model), output, "label")
 
 
 def local_engine(model: Path) -> Engine:
     return open_engine(EngineBlock(), ModelBlock(path=str(model), precision="fp32"))
 
 
-def test_a_local_engine_names_its_model_its_weights_and_its_precision(tiny_model_dir: Path) -> None:
+def test_a_local_engines_identity_is_its_model_weights_and_precision(tiny_model_dir: Path) -> None:
     identity = open_engine(EngineBlock(), ModelBlock(path=str(tiny_model_dir), precision="fp32")).identity()
     assert identity == EngineIdentity(
         "local", tiny_model_dir.name, Weights(tiny_model_dir).digest(), precision="float32"
     )
 
 
-def test_a_folder_of_the_hubs_cache_tells_its_commit() -> None:
+def test_the_revision_is_read_from_the_hub_caches_folder() -> None:
     assert hub_revision(Path("cache/models--a--b/snapshots/0123abc")) == "0123abc"
     assert hub_revision(Path("runs/mine/sft/model")) == ""
 
 
 @pytest.mark.parametrize("field", [each.name for each in dataclasses.fields(EngineIdentity)])
-def test_whatever_an_engine_is_known_by_changes_the_entrys_id(field: str) -> None:
+def test_every_field_of_the_identity_changes_the_entrys_id(field: str) -> None:
     others: dict[str, Any] = {"kind": "server", "said": {"id": "x"}}
     known = EngineIdentity("local", "m", "d", "r", "bf16")
     changed = dataclasses.replace(known, **{field: others.get(field, "other")})
@@ -133,7 +133,7 @@ def test_whatever_an_engine_is_known_by_changes_the_entrys_id(field: str) -> Non
     assert len(ids) == 2
 
 
-def test_entries_of_earlier_stages_are_kept_beside_a_stages_own(tmp_path: Path) -> None:
+def test_entries_of_earlier_stages_are_copied_beside_a_stages_own(tmp_path: Path) -> None:
     first, second = (Provenance.of(stage, "label", EngineIdentity("rule", ""), {}, 0) for stage in ("a", "b"))
     for folder in ("a", "b", "none"):
         (tmp_path / folder).mkdir()
@@ -154,7 +154,7 @@ def listing(server: FaultyServer, *models: dict[str, str], status: int = 200) ->
 
 
 def answering(server: FaultyServer, content: bytes, status: int = 200) -> None:
-    """Make the server answer this when it is asked for its models."""
+    """Make the server answer a request for its models with this."""
 
     def do_get(handler: Any) -> None:
         handler.wfile.write(handler._http(status, content))
@@ -162,7 +162,7 @@ def answering(server: FaultyServer, content: bytes, status: int = 200) -> None:
     server.RequestHandlerClass = type("Listing", (server.RequestHandlerClass,), {"do_GET": do_get})
 
 
-def test_a_server_tells_what_it_calls_its_model_and_nothing_is_verified() -> None:
+def test_a_servers_description_of_its_model_is_kept_as_unverified() -> None:
     with FaultyServer() as server:
         identity = OpenAIEngine(server_engine(server)).identity()
     assert identity == EngineIdentity("server", "asked-for", said={"id": "served"})
@@ -170,7 +170,7 @@ def test_a_server_tells_what_it_calls_its_model_and_nothing_is_verified() -> Non
     assert not entry.verified and entry.model_digest == ""
 
 
-def test_of_several_listed_models_the_one_asked_for_counts_and_no_folder_of_the_server_is_kept() -> None:
+def test_of_several_listed_models_the_requested_one_counts_and_no_server_path_is_kept() -> None:
     with FaultyServer() as server:
         named = {"id": "asked-for", "root": "/home/me/secret-project/weights", "owned_by": "vllm"}
         listing(server, {"id": "another"}, named)
@@ -181,7 +181,7 @@ def test_of_several_listed_models_the_one_asked_for_counts_and_no_folder_of_the_
     assert unnamed == {}
 
 
-def test_a_server_that_lists_no_models_is_no_fault() -> None:
+def test_a_server_that_lists_no_models_is_accepted() -> None:
     with FaultyServer() as server:
         listing(server, status=404)
         assert OpenAIEngine(server_engine(server)).identity().said == {}
@@ -190,18 +190,18 @@ def test_a_server_that_lists_no_models_is_no_fault() -> None:
 @pytest.mark.parametrize(
     "content", [b"", b"<html>", b"null", b"[]", b'{"data": ["a"]}', b'{"data": [{"name": "x"}]}', b'{"data": [{"id":']
 )
-def test_a_list_of_models_that_is_none_is_no_fault_and_can_be_looked_at(content: bytes) -> None:
+def test_a_malformed_list_of_models_gives_no_description_and_models_reports_it(content: bytes) -> None:
     with FaultyServer() as server:
         answering(server, content)
         engine = OpenAIEngine(server_engine(server))
         assert engine.identity().said == {}
-        with pytest.raises(AlignError, match=r"not of the protocol.*align engine check"):
+        with pytest.raises(AlignError, match=r"does not follow the protocol.*align engine check"):
             engine.models()
 
 
 @pytest.mark.parametrize("content", [b"", b'{"data": [{"id":'])
-def test_a_list_of_models_that_comes_garbled_is_asked_for_again(content: bytes, monkeypatch: Any) -> None:
-    monkeypatch.setattr("align.engines.server_faults.FIRST_PAUSE", 0.01)
+def test_a_garbled_list_of_models_is_requested_again(content: bytes, monkeypatch: Any) -> None:
+    monkeypatch.setattr("align.engines.server_faults.INITIAL_DELAY", 0.01)
     replies = iter([content, b'{"data": [{"id": "served"}]}'])
     with FaultyServer() as server:
         handler = server.RequestHandlerClass
@@ -210,37 +210,37 @@ def test_a_list_of_models_that_comes_garbled_is_asked_for_again(content: bytes, 
         assert OpenAIEngine(server_engine(server, max_retries=1)).identity().said == {"id": "served"}
 
 
-def test_a_judge_whose_server_shows_no_log_probabilities_any_more_is_stopped(tmp_path: Path) -> None:
+def test_resuming_a_judge_whose_server_no_longer_shows_log_probabilities_is_an_error(tmp_path: Path) -> None:
     shown = [{"token": letter, "logprob": -1.0} for letter in "AB"]
     scored = {"content": [{"token": "A", "logprob": -1.0, "top_logprobs": shown}]}
     with FaultyServer(lambda path, body: chat_reply("A", logprobs=scored)) as server:
-        settle_judge(OpenAIEngine(server_engine(server)), tmp_path)
-        settle_judge(OpenAIEngine(server_engine(server)), tmp_path)
-    settle_judge(OpenAIEngine(server_engine(server)), tmp_path)  # a server that is away
+        pin_judge(OpenAIEngine(server_engine(server)), tmp_path)
+        pin_judge(OpenAIEngine(server_engine(server)), tmp_path)
+    pin_judge(OpenAIEngine(server_engine(server)), tmp_path)  # the server has stopped
     with FaultyServer(lambda path, body: chat_reply("A")) as server:
         voting = OpenAIEngine(server_engine(server))
         with pytest.raises(InputError, match=r"by vote of 8 samples now, and by log-probabilities when"):
-            settle_judge(voting, tmp_path)
+            pin_judge(voting, tmp_path)
 
 
-def test_a_stage_that_goes_on_with_another_model_on_the_server_is_stopped(tmp_path: Path) -> None:
+def test_resuming_with_another_model_on_the_server_is_an_error(tmp_path: Path) -> None:
     with FaultyServer() as server:
         engine = OpenAIEngine(server_engine(server))
-        first = settled_identity(engine, tmp_path, "revision")
-        assert settled_identity(engine, tmp_path, "revision") == first
+        first = pin_identity(engine, tmp_path, "revision")
+        assert pin_identity(engine, tmp_path, "revision") == first
         listing(server, {"id": "exchanged"})
-        with pytest.raises(InputError, match=r"exchanged.*when this stage began it said .*served"):
-            settled_identity(engine, tmp_path, "revision")
+        with pytest.raises(InputError, match=r"exchanged.* reported .*served.*when this stage began"):
+            pin_identity(engine, tmp_path, "revision")
 
 
-def test_a_stage_that_goes_on_without_its_server_keeps_what_it_said(tmp_path: Path) -> None:
+def test_resuming_without_the_server_keeps_the_pinned_identity(tmp_path: Path) -> None:
     with FaultyServer() as server:
         engine = OpenAIEngine(server_engine(server))
-        first = settled_identity(engine, tmp_path, "revision")
-    assert settled_identity(engine, tmp_path, "revision") == first
+        first = pin_identity(engine, tmp_path, "revision")
+    assert pin_identity(engine, tmp_path, "revision") == first
 
 
-def test_an_entry_holds_no_address_no_key_and_no_text_of_further_keys(
+def test_an_entry_has_no_address_no_key_and_no_text_of_extra_keys(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")

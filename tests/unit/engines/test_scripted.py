@@ -1,4 +1,4 @@
-"""The engine of tests keeps to what an engine promises."""
+"""The scripted engine keeps the contract of an engine."""
 
 import pytest
 
@@ -17,7 +17,7 @@ def test_text_is_a_function_of_the_request():
     assert engine.completed == 1
 
 
-def test_a_long_text_is_cut_by_the_limit():
+def test_a_long_text_is_truncated_at_the_limit():
     engine = ScriptedEngine(lambda request: "one two three")
     [done] = engine.complete([Request("a", MESSAGES, seed=0, max_new_tokens=3)])
     assert (done.text, done.finish_reason, done.tokens) == ("one two three", "length", 3)
@@ -31,6 +31,6 @@ def test_choices_are_scored_one_by_one():
     assert scores.logprobs == (-2.0, -5.0) and scores.tokens == (1, 3)
 
 
-def test_without_scores_it_says_so():
+def test_without_a_scoring_function_choices_are_an_error():
     with pytest.raises(InputError, match="log-probabilities"):
         list(ScriptedEngine(lambda request: "").choice_logprobs([ChoiceRequest("a", MESSAGES, ("x",))]))

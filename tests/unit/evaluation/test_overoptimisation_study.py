@@ -1,4 +1,4 @@
-"""Studies of runs whose every row is written here: the curves, what is shown and written, and what is refused."""
+"""Studies of runs written by the tests: the curves, the tables and files, and what is refused."""
 
 import io
 import json
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from align.cli.overoptimisation import main
+from align.cli.overoptimisation import print_study
 from align.errors import InputError
 from align.evaluation.overoptimisation_study import load_study
 from align.evaluation.report import EvaluatedSample
@@ -34,7 +34,7 @@ CANDIDATES = {
     "p1": {"dddd": 5.0, "e": 4.0, "ff": 3.0},
     "p2": {"g": 1.0, "h": 2.0, "ii": 0.0},
 }
-"""The score of each completion of each prompt; gold is its length."""
+"""The proxy score of each completion of each prompt. The gold score is its length."""
 ROLLOUTS = [
     (1, "r0", 1.0, 2.0, 0.0), (1, "r1", 3.0, 4.0, 0.0), (1, "r2", 2.0, 3.0, 0.0),
     (2, "r0", 4.0, 5.0, 1.0), (2, "r1", 6.0, 7.0, 1.5), (2, "r2", 5.0, 6.0, 0.5),
@@ -116,11 +116,11 @@ def test_curves_worked_by_hand(tmp_path):
 
 def shown(run: Path, **options: Any) -> str:
     output = io.StringIO()
-    main(run, console=Console(file=output, width=120), **options)
+    print_study(run, console=Console(file=output, width=120), **options)
     return output.getvalue()
 
 
-def test_tables_and_json_say_the_same(tmp_path):
+def test_tables_and_json_agree(tmp_path):
     run = write_run(tmp_path / "run")
     text = shown(run, with_plot=False)
     study = json.loads((run / "overoptimisation.json").read_text())
@@ -133,7 +133,7 @@ def test_tables_and_json_say_the_same(tmp_path):
         study["curves"]["ppo"]["points"][2]["gold"],
     ):
         assert f"{number:.2f}" in text
-    assert "gold is highest at iteration 2 (d 1.00)" in text
+    assert "Gold is highest at iteration 2 (d 1.00)" in text
     assert not (run / "overoptimisation.svg").exists()
 
 
@@ -160,13 +160,13 @@ def test_the_plot_is_in_the_format_that_its_name_says(tmp_path, name, begins):
 
 
 @pytest.mark.parametrize("name", ["p.nonsense", "no-such-folder/p.svg"])
-def test_a_plot_that_cannot_be_written_says_where_to_choose_another_place(tmp_path, name):
+def test_a_plot_that_cannot_be_written_names_the_option_for_another_place(tmp_path, name):
     pytest.importorskip("matplotlib")
     with pytest.raises(InputError, match="choose another place with --plot"):
         shown(write_run(tmp_path / "run"), plot=tmp_path / name)
 
 
-def test_without_matplotlib_the_extra_is_named_before_anything_is_done(tmp_path, monkeypatch):
+def test_without_matplotlib_the_extra_is_named_before_any_work(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     run = write_run(tmp_path / "run")
     with pytest.raises(InputError, match=r"pip install 'align-rlhf\[plots\]'; or leave it out with --no-plot"):
@@ -179,36 +179,42 @@ def test_without_matplotlib_the_extra_is_named_before_anything_is_done(tmp_path,
     ("rewards", "gold", "fault"),
     [
         ((STAGE,), None, "no gold source"),
-        ((LENGTH | {"gold": False}, FLAT), None, "trained against length, while best-of-n chooses by the reward stage"),
-        ((STAGE, FLAT | {"gold": False}, LENGTH), None, "trained against reward, flat, while"),
+        (
+            (LENGTH | {"gold": False}, FLAT),
+            None,
+            "trained against length, but best-of-n chooses by the reward stage",
+        ),
+        ((STAGE, FLAT | {"gold": False}, LENGTH), None, "trained against reward, flat, but"),
         ((STAGE, LENGTH, FLAT), None, "--gold: name one of the gold sources: length, flat"),
         ((STAGE, LENGTH), "breadth", "--gold: name one of the gold sources: length"),
-        ((STAGE, FLAT), None, "the gold reward scores all completions of the SFT policy alike"),
+        ((STAGE, FLAT), None, "the gold reward gives every completion of the SFT policy the same score"),
     ],
 )
-def test_sources_that_make_no_study_are_refused(tmp_path, rewards, gold, fault):
+def test_unsuitable_sources_are_refused(tmp_path, rewards, gold, fault):
     with pytest.raises(InputError, match=fault):
         load_study(write_run(tmp_path / "run", rewards), gold, resamples=5)
 
 
-def test_one_of_several_gold_sources_is_taken_by_its_name(tmp_path):
+def test_one_of_several_gold_sources_is_chosen_by_name(tmp_path):
     run = write_run(tmp_path / "run", (STAGE, FLAT, LENGTH))
     assert load_study(run, "length", resamples=5).gold == "length"
 
 
 def test_too_few_candidates_or_iterations_are_refused_with_a_remedy(tmp_path):
     few = {prompt: dict(list(scores.items())[:2]) for prompt, scores in CANDIDATES.items()}
-    with pytest.raises(InputError, match=r"2 completions a prompt make no curve; raise `evaluate\.best_of`"):
+    with pytest.raises(
+        InputError, match=r"2 completions per prompt are too few for a curve; set `evaluate\.best_of` to 3 or more"
+    ):
         load_study(write_run(tmp_path / "few", candidates=few))
     with pytest.raises(InputError, match=r"ppo: a curve needs two or more points away.*train for longer"):
         load_study(write_run(tmp_path / "short", rollouts=ROLLOUTS[:6]), resamples=5)
 
 
-def test_what_is_missing_is_named_with_what_makes_it(tmp_path):
+def test_missing_results_are_reported_with_the_command_that_makes_them(tmp_path):
     with pytest.raises(InputError, match="nowhere: no such folder"):
         load_study(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match=r"ppo: not finished; run that run's recipe with `align run`"):
+    with pytest.raises(InputError, match=r"ppo: not finished; run its recipe with `align run`"):
         load_study(tmp_path / "empty")
     run = write_run(tmp_path / "run")
     (run / "evaluate" / "best_of.jsonl").unlink()
@@ -216,11 +222,11 @@ def test_what_is_missing_is_named_with_what_makes_it(tmp_path):
         load_study(run)
 
 
-def test_stages_with_other_models_are_not_set_side_by_side(tmp_path):
-    with pytest.raises(InputError, match="ppo and evaluate had different results of `reward`"):
+def test_stages_that_used_different_models_are_not_compared(tmp_path):
+    with pytest.raises(InputError, match="ppo and evaluate used different outputs of `reward`"):
         load_study(write_run(tmp_path / "run", inputs={"reward": "three"}))
 
 
-def test_other_sampling_is_told(tmp_path):
+def test_different_sampling_is_reported(tmp_path):
     run = write_run(tmp_path / "run", sampling=SAMPLING | {"temperature": 0.5})
-    assert "different temperature: the curves start apart" in shown(run, with_plot=False)
+    assert "different temperature, so the curves start apart" in shown(run, with_plot=False)

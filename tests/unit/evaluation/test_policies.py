@@ -1,4 +1,4 @@
-"""Measuring completions in chunks: the ids a sample stands for, the sums over its tokens, and what a kill leaves."""
+"""Measuring completions in chunks: a sample's token ids, the sums over them, and resuming after a kill."""
 
 import math
 
@@ -6,7 +6,7 @@ import pytest
 
 from align.data.chat import end_of_turn_ids, prompt_ids
 from align.errors import NotFinite
-from align.evaluation.policies import kl_sums, measure_all, padded, sample_ids
+from align.evaluation.policies import kl_sums, measure_all, pad_batch, sample_ids
 from align.evaluation.report import EvaluatedSample
 from align.records import Message
 
@@ -39,7 +39,7 @@ def test_a_finished_completion_ends_with_the_end_of_its_turn_and_a_cut_one_does_
     assert cut == words
 
 
-def test_the_prompt_has_the_recipes_system_prompt(tokenizer):
+def test_the_prompt_includes_the_recipes_system_prompt(tokenizer):
     before, _ = sample_ids(tokenizer, sample(1), "Be kind.")
     assert before == prompt_ids(tokenizer, (Message("system", "Be kind."), *sample(1).prompt))
 
@@ -47,7 +47,7 @@ def test_the_prompt_has_the_recipes_system_prompt(tokenizer):
 def test_prompts_end_and_completions_begin_in_one_column():
     import torch
 
-    input_ids, mask, length = padded([([1, 2, 3], [4]), ([5], [6, 7])], 0, torch.device("cpu"))
+    input_ids, mask, length = pad_batch([([1, 2, 3], [4]), ([5], [6, 7])], 0, torch.device("cpu"))
     assert input_ids.tolist() == [[1, 2, 3, 4, 0], [0, 0, 5, 6, 7]]
     assert mask.tolist() == [[1, 1, 1, 1, 0], [0, 0, 1, 1, 1]]
     assert length == 2
@@ -56,7 +56,7 @@ def test_prompts_end_and_completions_begin_in_one_column():
 def test_a_chunk_of_empty_completions_still_has_a_column():
     import torch
 
-    input_ids, mask, length = padded([([1, 2], [])], 0, torch.device("cpu"))
+    input_ids, mask, length = pad_batch([([1, 2], [])], 0, torch.device("cpu"))
     assert (input_ids.tolist(), mask.tolist(), length) == ([[1, 2, 0]], [[1, 1, 0]], 1)
 
 
@@ -89,14 +89,14 @@ def test_measured_samples_are_not_measured_again_and_no_model_is_loaded_for_them
 def test_a_number_that_is_not_finite_is_never_kept(tmp_path, broken):
     samples = [sample(number) for number in range(1, 4)]
     path = tmp_path / "scores.journal"
-    with pytest.raises(NotFinite, match="of ppo's answer to prompt '3' is not finite"):
+    with pytest.raises(NotFinite, match="a value measured on ppo's answer to prompt '3' is not finite"):
         measure_all(samples, lambda: lambda chunk: [broken for _ in chunk], 1, path, "scores")
     assert measure_all(samples, lambda: lambda chunk: [1.0 for _ in chunk], 1, path, "scores") == {
         each.id: 1.0 for each in samples
     }
 
 
-def test_a_chunk_that_a_kill_cut_in_two_is_measured_whole_again(tmp_path):
+def test_a_chunk_that_a_kill_interrupted_is_measured_again_as_a_whole(tmp_path):
     samples = [sample(number) for number in range(1, 7)]
     path = tmp_path / "values.journal"
     measure_all(samples, lambda: lambda chunk: [each.prompt_id for each in chunk], 3, path, "values")

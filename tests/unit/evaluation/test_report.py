@@ -1,4 +1,4 @@
-"""Figures of a policy, and how a report of them reads in a terminal."""
+"""A policy's figures, and how their report looks in a terminal."""
 
 import io
 from dataclasses import replace
@@ -95,12 +95,12 @@ def test_a_principle_that_applied_to_no_prompt_has_no_share():
     assert set(policy_report([sample(0, "Why?")], CHECKED, False, 1, 100).rules) == {"asks"}
 
 
-def test_a_report_survives_the_way_to_disk_and_back():
+def test_a_report_is_the_same_after_writing_and_reading():
     whole = report()
     assert Report.model_validate(whole.model_dump(mode="json", exclude_none=True)) == whole
 
 
-def test_a_figure_that_is_not_finite_never_gets_into_a_report():
+def test_a_report_rejects_figures_that_are_not_finite():
     with pytest.raises(ValueError, match="finite"):
         report(
             policies={"ppo": figures().model_dump() | {"reward": {"mean": float("nan"), "low": 0, "high": 0, "n": 1}}}
@@ -119,7 +119,7 @@ def test_best_of_n_has_a_bound_in_the_table_and_no_model(tmp_path):
     whole = report(policies={"base": figures(), "best-of-4": best}, settings={"best_of": 4})
     text = shown(print_report, whole, {})
     assert "≤ 0.6" in next(line for line in text.splitlines() if "KL to sft" in line)
-    assert "best-of-4: the completion of the highest reward among 4 of sft" in text
+    assert "best-of-4: the completion with the highest reward among 4 by sft" in text
     assert set(model_paths(whole, tmp_path)) == {"base"}
 
 
@@ -143,7 +143,7 @@ def test_what_was_skipped_has_a_reason_instead_of_a_row():
     assert not any(line.startswith("│ reward") for line in text.splitlines())
 
 
-def test_models_are_found_in_the_run_and_in_what_runs_share(tmp_path):
+def test_models_are_found_in_the_run_and_in_the_shared_folder(tmp_path):
     run = tmp_path / "quickstart" / "style-1234"
     (run / "ppo" / "model").mkdir(parents=True)
     (tmp_path / "quickstart" / "shared" / "sft" / "model").mkdir(parents=True)

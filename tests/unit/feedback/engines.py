@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 
-from align.engines.engine import ChoiceRequest, ChoiceScores, Completed, Progress, Request, unheard
+from align.engines.engine import ChoiceRequest, ChoiceScores, Completed, Progress, Request, no_progress
 
 
 class Engine:
@@ -27,7 +27,7 @@ class Engine:
         self.choices: list[ChoiceRequest] = []
 
     def complete(
-        self, requests: Sequence[Request], progress: Progress = unheard, at_once: int | None = None
+        self, requests: Sequence[Request], progress: Progress = no_progress, at_once: int | None = None
     ) -> Iterator[Completed]:
         self.batches.append([request.id for request in requests])
         for request in requests:
@@ -37,7 +37,7 @@ class Engine:
             yield made if isinstance(made, Completed) else Completed(request.id, made, "stop", len(made.split()) + 1)
 
     def choice_logprobs(
-        self, requests: Sequence[ChoiceRequest], progress: Progress = unheard
+        self, requests: Sequence[ChoiceRequest], progress: Progress = no_progress
     ) -> Iterator[ChoiceScores]:
         self.batches.append([request.id for request in requests])
         for request in requests:

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from align.constitution.constitution import Constitution, Example, Principle, Turn
+from align.constitution.constitution import Constitution
+from align.constitution.principles import Example, Principle, Turn
 from align.engines.engine import Completed, Request
-from align.feedback.critique import Chain, Loop, nearest_examples
+from align.feedback.critique import CritiqueLoop, RevisionChain, nearest_examples
 from align.feedback.judge import NO_PRINCIPLE
 from align.records import Message, Sample
 from align.settings.blocks import SamplingBlock
@@ -32,8 +33,8 @@ def numbered(request: Request) -> str:
     return f"{step} {number} of {name}"
 
 
-def loop(engine: Engine, made: Constitution | None = None, **options: object) -> Loop:
-    return Loop(made or constitution(KIND), engine, SAMPLING, seed=5, **options)  # type: ignore[arg-type]
+def loop(engine: Engine, made: Constitution | None = None, **options: object) -> CritiqueLoop:
+    return CritiqueLoop(made or constitution(KIND), engine, SAMPLING, seed=5, **options)  # type: ignore[arg-type]
 
 
 def texts(request: Request) -> list[tuple[str, str]]:
@@ -218,7 +219,7 @@ def test_the_principle_s_own_examples_are_taken_first_and_shown_last() -> None:
 def test_killed_and_resumed_equals_undisturbed(tmp_path: Path, death: int) -> None:
     samples = [sample(f"s{number}", "No!" * (number + 1)) for number in range(3)]
 
-    def run(engine: Engine) -> list[Chain]:
+    def run(engine: Engine) -> list[RevisionChain]:
         engine.answer = lambda request: f"{numbered(request)} with {' '.join(engine.batches[-1])}"
         return loop(engine, journal_path=tmp_path / "steps.journal").run(samples, rounds=2)
 

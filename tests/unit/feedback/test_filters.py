@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from align.feedback.filters import FILTERS, OPTIONAL, Revised, caught_by, refuses, without_preamble
+from align.feedback.filters import FILTERS, OPTIONAL, RevisionCandidate, refuses, rejecting_filter, without_preamble
 
 FAIR = [
     "Bake the bread for forty minutes. Do you have a thermometer?",
@@ -85,40 +85,40 @@ EXAMPLE = "You may enjoy The Hobbit, which is a gentle adventure. What did you r
 
 def revised(
     text: str, original: str = "An original that nobody wrote.", critique: str = "", cut: bool = False
-) -> Revised:
-    return Revised(original, critique, text, "length" if cut else "stop", (EXAMPLE,))
+) -> RevisionCandidate:
+    return RevisionCandidate(original, critique, text, "length" if cut else "stop", (EXAMPLE,))
 
 
 @pytest.mark.parametrize("text", FAIR)
 def test_fair_revisions_pass(text: str) -> None:
-    assert caught_by(revised(text)) == ""
+    assert rejecting_filter(revised(text)) == ""
 
 
 @pytest.mark.parametrize(("name", "text"), [(name, text) for name, texts in CAUGHT.items() for text in texts])
 def test_each_fault_is_caught_by_its_filter(name: str, text: str) -> None:
     assert FILTERS[name](revised(text))
-    assert caught_by(revised(text)) == name
+    assert rejecting_filter(revised(text)) == name
 
 
 def test_a_critique_given_once_more_is_caught() -> None:
     critique = "It ends with a full stop where a question was asked for, and that is a pity."
 
-    assert caught_by(revised(critique.replace("pity", "shame"), critique=critique)) == "critique"
-    assert caught_by(revised("Tea is made with hot water. Do you like it?", critique=critique)) == ""
+    assert rejecting_filter(revised(critique.replace("pity", "shame"), critique=critique)) == "critique"
+    assert rejecting_filter(revised("Tea is made with hot water. Do you like it?", critique=critique)) == ""
 
 
 def test_an_answer_to_a_worked_example_is_caught() -> None:
-    assert caught_by(revised(EXAMPLE.replace("last", "lately"))) == "example"
-    assert caught_by(revised("You may enjoy a walk, which is gentle. Where do you live?")) == ""
+    assert rejecting_filter(revised(EXAMPLE.replace("last", "lately"))) == "example"
+    assert rejecting_filter(revised("You may enjoy a walk, which is gentle. Where do you live?")) == ""
 
 
 @given(st.sampled_from(FAIR))
 def test_copies_are_caught_whatever_their_case_and_spacing(text: str) -> None:
-    assert caught_by(revised(text.upper().replace(" ", "  "), original=text)) == "copy"
+    assert rejecting_filter(revised(text.upper().replace(" ", "  "), original=text)) == "copy"
 
 
 def test_a_change_of_punctuation_is_no_copy() -> None:
-    assert caught_by(revised("That is nice.", original="That is nice!")) == ""
+    assert rejecting_filter(revised("That is nice.", original="That is nice!")) == ""
 
 
 @pytest.mark.parametrize(
@@ -135,12 +135,12 @@ def test_a_critique_that_is_empty_or_the_answer_itself_is_caught_where_one_was_a
 ) -> None:
     made = revised("Bake it.", critique=critique)
 
-    assert caught_by(replace(made, criticised=True)) == caught
-    assert caught_by(made) == ""
+    assert rejecting_filter(replace(made, criticised=True)) == caught
+    assert rejecting_filter(made) == ""
 
 
 def test_emoji_that_the_original_has_may_stay() -> None:
-    assert caught_by(revised("Bake it 🍞.", original="Bread 🥖, you say?")) == ""
+    assert rejecting_filter(revised("Bake it 🍞.", original="Bread 🥖, you say?")) == ""
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def test_a_refusal_is_told_by_its_first_sentence(text: str, refusal: bool) -> No
 
 @given(st.sampled_from(FAIR), st.sets(st.sampled_from(OPTIONAL)))
 def test_a_cut_revision_never_passes(text: str, optional: set[str]) -> None:
-    assert caught_by(revised(text, cut=True), optional) == "cut"
+    assert rejecting_filter(revised(text, cut=True), optional) == "cut"
 
 
 @pytest.mark.parametrize("name", OPTIONAL)
@@ -166,8 +166,8 @@ def test_filters_can_be_left_out(name: str) -> None:
     made = replace(revised(text or CAUGHT[name][0]), criticised=name == "no_critique")
     others = [other for other in OPTIONAL if other != name]
 
-    assert caught_by(made) == name
-    assert caught_by(made, others) != name
+    assert rejecting_filter(made) == name
+    assert rejecting_filter(made, others) != name
 
 
 def test_every_filter_is_tried() -> None:

@@ -9,23 +9,21 @@ from hypothesis import strategies as st
 
 from align.errors import GateClosed
 from align.feedback.gates import (
-    REMEDIES,
-    WORDS_FOR,
+    FAULTS,
     CompareGatesBlock,
+    FaultShare,
     ReviseGatesBlock,
-    Share,
+    TextFaultShares,
     TextGatesBlock,
-    TextShares,
     check_gates,
 )
-from align.feedback.near_duplicates import NearDuplicates
 
 CLOSINGS = ["Shall I go on?", "Is that clear?", "What do you think?"]
 
 
 @given(st.lists(st.sampled_from(CLOSINGS), min_size=1))
 def test_the_commonest_closing_sentence_is_counted_and_not_its_form(closings: list[str]) -> None:
-    texts = TextShares()
+    texts = TextFaultShares()
     for number, closing in enumerate(closings):
         texts.add(f"Answer {number}. {closing}")
 
@@ -35,7 +33,7 @@ def test_the_commonest_closing_sentence_is_counted_and_not_its_form(closings: li
 
 
 def test_one_ending_under_sentences_that_differ_is_counted() -> None:
-    texts = TextShares()
+    texts = TextFaultShares()
     for number in range(3):
         texts.add(f"Take {number} eggs and {number} spoons, and let me know how it goes!")
     texts.add("Let me know.")
@@ -46,7 +44,7 @@ def test_one_ending_under_sentences_that_differ_is_counted() -> None:
 
 
 def test_polite_endings_of_an_unspaced_script_are_no_common_ending() -> None:
-    texts = TextShares()
+    texts = TextFaultShares()
     for text in ("窓を開けて空気を入れ替えてください", "医師に相談してください", "明日の朝まで待ってください"):
         texts.add(text + "。")
 
@@ -54,7 +52,7 @@ def test_polite_endings_of_an_unspaced_script_are_no_common_ending() -> None:
 
 
 def test_openings_emoji_and_repetition_are_counted() -> None:
-    texts = TextShares()
+    texts = TextFaultShares()
     for text in ("As an AI model, I bake.", "As an AI model, I cook.", "Bake 🍞.", "Go on and on. " * 8):
         texts.add(text)
 
@@ -68,7 +66,7 @@ def test_openings_emoji_and_repetition_are_counted() -> None:
 
 
 def test_a_closed_gate_says_which_how_much_of_what_where_and_what_to_do() -> None:
-    shares = {"emoji": Share(30, 100, ["a 🙂", "b 🙂"]), "repetition": Share(5, 100)}
+    shares = {"emoji": FaultShare(30, 100, ["a 🙂", "b 🙂"]), "repetition": FaultShare(5, 100)}
 
     with pytest.raises(GateClosed) as told:
         check_gates("revise", ReviseGatesBlock(), shares, Path("x/revisions.jsonl"))
@@ -80,10 +78,10 @@ def test_a_closed_gate_says_which_how_much_of_what_where_and_what_to_do() -> Non
 
 
 def test_few_rows_or_no_limit_close_no_gate_and_few_rows_are_told(capsys: pytest.CaptureFixture[str]) -> None:
-    shares = {"emoji": Share(49, 49)}
+    shares = {"emoji": FaultShare(49, 49)}
 
     check_gates("sft", TextGatesBlock(), shares, "x")
-    told = "sft.gates: over the limit, but left open under 50 rows: emoji 100.0% of 49 (limit 25.0%)\n"
+    told = "sft.gates: over the limit, but no gate closes with fewer than 50 rows: emoji 100.0% of 49 (limit 25.0%)\n"
     assert capsys.readouterr().out == told
     check_gates("sft", TextGatesBlock(emoji=None, min_rows=1), shares, "x")
     with pytest.raises(GateClosed):
@@ -93,43 +91,18 @@ def test_few_rows_or_no_limit_close_no_gate_and_few_rows_are_told(capsys: pytest
 def test_every_gate_has_words_and_a_remedy() -> None:
     limits = {*ReviseGatesBlock.model_fields, *CompareGatesBlock.model_fields} - {"benign", "min_rows"}
 
-    assert limits == WORDS_FOR.keys() == REMEDIES.keys()
+    assert limits == FAULTS.keys() and all(map(all, FAULTS.values()))
 
 
-@pytest.mark.parametrize("name", WORDS_FOR)
+@pytest.mark.parametrize("name", FAULTS)
 def test_every_limit_closes_its_gate(name: str) -> None:
     kind = ReviseGatesBlock if name in ReviseGatesBlock.model_fields else CompareGatesBlock
 
-    check_gates("x", kind(**{name: 0.5}), {name: Share(100, 200)}, "rows")
+    check_gates("x", kind(**{name: 0.5}), {name: FaultShare(100, 200)}, "rows")
     with pytest.raises(GateClosed, match=f"x.gates.{name} is closed"):
-        check_gates("x", kind(**{name: 0.5}), {name: Share(101, 200)}, "rows")
-
-
-WORDS = [f"w{number}" for number in range(40)]
-
-
-@given(st.permutations(WORDS), st.integers(0, 39))
-def test_a_changed_word_among_forty_is_a_near_duplicate_and_other_words_are_not(words: list[str], place: int) -> None:
-    earlier = NearDuplicates(0.8)
-    changed = [*words[:place], "other", *words[place + 1 :]]
-    others = [f"{word}x" for word in words]
-
-    # Three of 41 different shingles go and three come: 35 in 41 are common at the least.
-    assert [earlier.is_repeated(" ".join(each)) for each in (words, changed, others, others)] == [
-        False,
-        True,
-        False,
-        True,
-    ]
-
-
-def test_groups_are_apart_and_short_texts_never_repeat() -> None:
-    earlier, text = NearDuplicates(0.8), " ".join(WORDS)
-
-    assert [earlier.is_repeated(text, group) for group in ("sft", "preference", "sft")] == [False, False, True]
-    assert [earlier.is_repeated("Yes, it is.") for _ in range(2)] == [False, False]
+        check_gates("x", kind(**{name: 0.5}), {name: FaultShare(101, 200)}, "rows")
 
 
 def test_one_row_of_few_is_not_told(capsys: pytest.CaptureFixture[str]) -> None:
-    check_gates("sft", TextGatesBlock(), {"emoji": Share(1, 3), "same_closing": Share(2, 3)}, "x")
-    assert capsys.readouterr().out.endswith("under 50 rows: same_closing 66.7% of 3 (limit 25.0%)\n")
+    check_gates("sft", TextGatesBlock(), {"emoji": FaultShare(1, 3), "same_closing": FaultShare(2, 3)}, "x")
+    assert capsys.readouterr().out.endswith("fewer than 50 rows: same_closing 66.7% of 3 (limit 25.0%)\n")

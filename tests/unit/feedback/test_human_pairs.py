@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from align.constitution.constitution import Constitution, Principle
+from align.constitution.constitution import Constitution
+from align.constitution.principles import Principle
 from align.engines.engine import ChoiceRequest
 from align.errors import JudgeAtChance
 from align.feedback.calibration import calibration_figures

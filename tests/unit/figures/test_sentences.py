@@ -51,7 +51,7 @@ SENTENCE = st.tuples(WORDS, st.sampled_from([".", "!", "?", "?!"])).map(
 
 
 @given(st.lists(SENTENCE, min_size=1, max_size=6), st.sampled_from([" ", "  ", "\n", "\n\n"]))
-def test_plain_sentences_are_counted_however_they_are_set(made: list[str], between: str) -> None:
+def test_plain_sentences_are_found_with_any_space_between_them(made: list[str], between: str) -> None:
     assert sentences(between.join(made)) == made
 
 
@@ -62,12 +62,12 @@ def test_white_space_around_a_text_changes_nothing(text: str) -> None:
 
 
 @given(st.text(max_size=80))
-def test_no_sentence_is_without_a_letter_or_digit(text: str) -> None:
+def test_every_sentence_has_a_letter_or_digit(text: str) -> None:
     assert all(any(character.isalnum() for character in sentence) for sentence in sentences(text))
 
 
 @given(st.text(max_size=60), SENTENCE)
-def test_a_paragraph_more_is_its_sentences_more(text: str, added: str) -> None:
+def test_another_paragraph_adds_its_sentences(text: str, added: str) -> None:
     assert count_sentences(f"{text}\n\n{added}") == count_sentences(text) + 1
 
 

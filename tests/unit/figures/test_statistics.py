@@ -1,4 +1,4 @@
-"""Intervals and calibration against figures worked by hand, brute force, and their definitions."""
+"""Intervals and calibration against values worked out by hand, brute force, and their definitions."""
 
 import itertools
 
@@ -40,7 +40,7 @@ def test_wilson_ends_are_the_shares_that_lie_z_standard_errors_away(case):
         assert abs(successes / n - end) == pytest.approx(Z95 * (end * (1 - end) / n) ** 0.5, abs=1e-6)
 
 
-def test_wilson_interval_knows_nothing_where_nothing_was_counted():
+def test_wilson_interval_of_no_counts_is_the_whole_range():
     assert wilson_interval(0, 0) == (0.0, 1.0)
 
 
@@ -75,7 +75,7 @@ def test_bootstrap_interval_follows_from_its_seed():
     assert bootstrap_interval(values, seed=3) != bootstrap_interval(values, seed=4)
 
 
-def test_bootstrap_interval_covers_the_mean_about_as_often_as_it_says():
+def test_bootstrap_interval_covers_the_mean_about_as_often_as_claimed():
     generator = np.random.default_rng(0)
     covered = 0
     for trial in range(300):
@@ -102,7 +102,7 @@ def test_mean_estimate_holds_mean_interval_and_count():
     assert 1.0 <= estimate.low < 3.0 < estimate.high <= 6.0
 
 
-def test_share_estimate_does_not_claim_certainty_where_all_are_alike():
+def test_share_estimate_does_not_claim_certainty_where_all_are_equal():
     for successes in (0, 30):
         estimate = share_estimate([successes / 30] * 30, seed=0)
         assert (estimate.mean, estimate.n) == (successes / 30, 30)
@@ -197,7 +197,7 @@ def test_the_interval_over_clusters_equals_the_quantiles_of_every_resample_enume
     ]
     found = clustered_share_estimate(values, names, seed=1, resamples=40_000, confidence=0.6)
     assert found.mean == pytest.approx(np.mean(values))
-    # Between two of the 27 means' quantiles that are near each other, drawn ones may fall on either.
+    # Two of the 27 means can be close to each other, and the quantile of drawn means can be either.
     low, high = (sorted(means)[round(share * 26)] for share in (0.2, 0.8))
     assert found.low == pytest.approx(low, abs=0.01) and found.high == pytest.approx(high, abs=0.01)
 
@@ -214,7 +214,7 @@ def test_a_cluster_written_twice_counts_no_more_than_once():
     once = clustered_share_estimate(values, names, 3)
     twice = clustered_share_estimate(values * 2, names * 2, 3)
     assert (once.low, once.high) == (twice.low, twice.high)
-    assert share_estimate(values * 2, 3).low > once.low, "as eight values they would claim to know more"
+    assert share_estimate(values * 2, 3).low > once.low, "as eight independent values they would claim more certainty"
 
 
 def test_clusters_that_are_all_alike_have_wilson_s_interval_of_as_many_values():
@@ -238,14 +238,14 @@ def test_wilson_over_clusters_is_wilson_s_where_each_value_is_a_cluster_of_its_o
 
 
 @pytest.mark.parametrize("right", [0, 7, 11])
-def test_copies_of_a_value_in_its_cluster_say_nothing_more(right: int) -> None:
+def test_copies_of_a_value_in_its_cluster_add_no_certainty(right: int) -> None:
     values, names = [1.0] * right + [0.0] * (11 - right), [str(n) for n in range(11)]
     copied = clustered_wilson_estimate(values * 3, names * 3)
     assert (copied.low, copied.high) == pytest.approx(wilson_interval(right, 11))
     assert copied.n == 33
 
 
-def test_clusters_whose_values_do_not_resemble_each_other_narrow_nothing() -> None:
+def test_uncorrelated_clusters_narrow_no_interval() -> None:
     found = clustered_wilson_estimate([1.0, 0.0] * 6, [str(n // 2) for n in range(12)])
     assert (found.low, found.high) == pytest.approx(wilson_interval(6, 12))
 

@@ -1,4 +1,4 @@
-"""Text figures counted by hand."""
+"""Text metrics against values worked out by hand."""
 
 import pytest
 from hypothesis import given
@@ -44,7 +44,7 @@ def test_same_ending_share_splits_japanese_sentences():
     assert same_ending_share(["はい。どうですか\uff1f", "いいえ。どうですか\uff1f"]) == 1.0
 
 
-def test_text_figures_put_together():
+def test_text_figures_of_two_completions():
     figures = text_figures(["a b", "a c d"], [3, 5], ["stop", "length"])
     assert figures.mean_tokens == 4.0
     assert figures.mean_words == 2.5
@@ -53,7 +53,7 @@ def test_text_figures_put_together():
     assert (figures.repetition, figures.same_ending, figures.stopped) == (0.0, 0.5, 0.5)
 
 
-def test_empty_completions_have_figures_and_none_at_all_are_refused():
+def test_empty_completions_have_figures_and_no_completions_are_refused():
     assert text_figures([""], [1], ["stop"]).distinct_1 == 0.0
     with pytest.raises(ValueError, match="no completions"):
         text_figures([], [], [])

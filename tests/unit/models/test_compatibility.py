@@ -1,4 +1,4 @@
-"""A model's files that do not fit each other are refused, and those that merely carry more are not."""
+"""Model files that do not fit each other are refused; files that merely contain more are accepted."""
 
 import json
 import shutil
@@ -31,23 +31,23 @@ def load(model: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
-        ({"num_hidden_layers": 1}, r"leaves \d+ of its weights unused, among them model\.layers\.1\."),
-        ({"num_hidden_layers": 3}, r"lack \d+ of the model's tensors, among them model\.layers\.2\."),
+        ({"num_hidden_layers": 1}, r"leaves \d+ of its weights unused, for example model\.layers\.1\."),
+        ({"num_hidden_layers": 3}, r"lack \d+ of the model's tensors, for example model\.layers\.2\."),
         ({"hidden_size": 32}, "cannot be loaded as a causal language model"),
     ],
 )
 def test_a_configuration_that_does_not_fit_the_weights_is_refused(
-    model: Path, changes: dict[str, object], told: str
+    model: Path, changes: dict[str, object], message: str
 ) -> None:
     configure(model, **changes)
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=message):
         load(model)
 
 
 @pytest.mark.parametrize("name", ["model.layers.0.self_attn.rotary_emb.inv_freq", "v_head.summary.weight"])
-def test_weights_that_a_text_model_may_leave_unused_are_no_fault(model: Path, name: str) -> None:
+def test_weights_that_a_text_model_may_leave_unused_are_accepted(model: Path, name: str) -> None:
     state = load_file(model / "model.safetensors")
     state |= {name: torch.ones(8), "lm_head.weight": state["model.embed_tokens.weight"].clone()}
     save_file(state, model / "model.safetensors", metadata={"format": "pt"})
@@ -69,8 +69,10 @@ def test_a_tokenizer_with_tokens_beyond_the_embedding_is_refused(model: Path) ->
     size = len(tokenizer)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     tokenizer.save_pretrained(model)
-    assert len(load_tokenizer(str(model))) == size + 1, "the chat template never brings the special token up"
+    assert len(load_tokenizer(str(model))) == size + 1, "the chat template does not use the special token"
     tokenizer.add_tokens(["garden-word"])
     tokenizer.save_pretrained(model)
-    with pytest.raises(InputError, match=rf"token id {size + 1}, and the model's vocabulary has {size} tokens"):
+    with pytest.raises(
+        InputError, match=rf"token id {size + 1}, but the model's vocabulary only has the ids 0 to {size - 1}"
+    ):
         load_tokenizer(str(model))

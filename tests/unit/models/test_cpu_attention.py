@@ -1,10 +1,10 @@
-"""Attention by plain products against PyTorch's own, and when which of them is taken."""
+"""Attention by plain products equals PyTorch's own, and models use it only where it is faster."""
 
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from align.models import cpu_attention as attention
+from align.models.cpu_attention import MAX_SHORT_POSITIONS, _PlainAttention, use_cpu_attention
 from align.models.loading import load_causal_lm
 
 
@@ -26,7 +26,7 @@ def slopes(result, *inputs):
 def test_plain_products_are_pytorchs_attention(length):
     query, key, value, mask = inputs(length, 6)
     mask[..., -1] = True  # every query attends to something
-    plain = attention._PlainAttention.apply(query, key, value, mask, 0.3)
+    plain = _PlainAttention.apply(query, key, value, mask, 0.3)
     repeated = (states.repeat_interleave(2, dim=1) for states in (key, value))
     expected = scaled_dot_product_attention(query, *repeated, attn_mask=mask, scale=0.3)
     assert torch.allclose(plain, expected, atol=1e-6)
@@ -37,30 +37,30 @@ def test_plain_products_are_pytorchs_attention(length):
 def test_queries_that_attend_to_nothing_stay_finite():
     query, key, value, mask = inputs(3, 6)
     mask[:] = False
-    result = attention._PlainAttention.apply(query, key, value, mask, 0.3)
+    result = _PlainAttention.apply(query, key, value, mask, 0.3)
     assert all(numbers.isfinite().all() for numbers in (result, *slopes(result, query, key, value)))
 
 
 @pytest.mark.parametrize(
-    ("dtype", "width", "grad", "taken"),
+    ("dtype", "width", "grad", "used"),
     [
         (torch.bfloat16, 12, True, True),
         (torch.bfloat16, 12, False, False),
         (torch.float32, 12, True, False),
-        (torch.bfloat16, attention.SHORT + 1, True, False),
+        (torch.bfloat16, MAX_SHORT_POSITIONS + 1, True, False),
     ],
 )
-def test_a_model_takes_them_where_they_are_quicker(tiny_model_dir, monkeypatch, dtype, width, grad, taken):
+def test_a_model_uses_plain_products_where_they_are_faster(tiny_model_dir, monkeypatch, dtype, width, grad, used):
     model = load_causal_lm(str(tiny_model_dir), dtype)
-    attention.use_cpu_attention(model)
+    use_cpu_attention(model)
     calls = []
-    apply = attention._PlainAttention.apply
-    monkeypatch.setattr(attention._PlainAttention, "apply", lambda *given: calls.append(1) or apply(*given))
+    apply = _PlainAttention.apply
+    monkeypatch.setattr(_PlainAttention, "apply", lambda *given: calls.append(1) or apply(*given))
     ids = torch.arange(width)[None] % 200 + 20
     mask = torch.ones_like(ids)
     mask[:, :2] = 0
     with torch.set_grad_enabled(grad):
         logits = model(input_ids=ids, attention_mask=mask).logits
-    assert bool(calls) == taken
+    assert bool(calls) == used
     plain = load_causal_lm(str(tiny_model_dir), dtype)(input_ids=ids, attention_mask=mask).logits
     assert torch.allclose(logits[:, 2:].float(), plain[:, 2:].float(), atol=0.05)

@@ -1,11 +1,12 @@
-"""Pooling by length, and the value head's start."""
+"""Scores are pooled by the attention mask, and the value head is initialised and computed as documented."""
 
 import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
 from align.models.heads import ValueHead, last_attended, pooled_scores
-from align.models.loading import add_lora, load_causal_lm
+from align.models.loading import load_causal_lm
+from align.models.lora import add_lora
 from align.settings.blocks import LoraBlock
 
 ROWS = [[1, 40, 41, 42, 2], [1, 90, 2], [1, 17, 18, 19, 20, 21, 2, 2]]
@@ -49,7 +50,7 @@ def test_bf16_model_gives_scores_finer_than_bf16(scorer):
     assert not torch.equal(scores, scores.bfloat16().float())
 
 
-def test_an_adapter_and_its_own_head_take_part_and_get_gradients(scorer):
+def test_an_adapter_and_its_head_are_applied_and_get_gradients(scorer):
     ids, mask = batch("right", pad_id=2)
     with torch.no_grad():
         before = pooled_scores(scorer, ids, mask)

@@ -1,11 +1,12 @@
-"""Fused LoRA layers against PEFT's own forward, and merges that keep a small adapter."""
+"""New adapters, fused LoRA layers against PEFT's own forward, and merges that keep a small adapter."""
 
 import pytest
 import torch
 from peft.tuners.lora import Linear as LoraLinear
 
-from align.models.loading import add_lora, load_causal_lm
-from align.models.lora import dithered, fuse_adapters, merged_weights
+from align.errors import InputError
+from align.models.loading import load_causal_lm
+from align.models.lora import add_lora, dithered, fuse_adapters, merged_weights
 from align.settings.blocks import LoraBlock
 
 
@@ -55,7 +56,7 @@ def test_layers_with_dropout_are_left_to_peft(tiny_model_dir):
 
 @pytest.mark.parametrize("std", [2e-6, 2e-5, 2e-4])
 def test_a_merge_in_bf16_moves_weights_by_the_adapter_on_average(std):
-    """By projection on what is to be added, of which rounding to the nearest loses a small one."""
+    """Measured by projection on the added delta, most of which rounding to the nearest loses where it is small."""
     generator = torch.Generator().manual_seed(0)
     weight = (torch.randn(1000, 1000, generator=generator) * 0.05).bfloat16()
     delta = torch.randn(1000, 1000, generator=generator) * std
@@ -69,7 +70,7 @@ def test_a_merge_in_bf16_moves_weights_by_the_adapter_on_average(std):
         assert kept((weight.float() + delta).bfloat16()) < 0.2
 
 
-def test_dithering_gives_neighbours_in_bf16_alone():
+def test_dithering_returns_only_neighbours_in_bf16():
     values = torch.tensor([1.0, 1.0 + 2**-9, -1.0 - 2**-9, 3.0])
     for number in (0, 1 << 14, (1 << 16) - 1):
         rounded = dithered(values, torch.full((4,), number, dtype=torch.int32)).float()
@@ -77,9 +78,46 @@ def test_dithering_gives_neighbours_in_bf16_alone():
         assert abs(rounded[1]) in (1.0, 1.0 + 2**-7) and rounded[2] == -rounded[1]
 
 
-def test_a_merge_is_a_function_of_its_weights(tiny_model_dir):
+def test_a_merge_depends_only_on_its_weights(tiny_model_dir):
     model = adapted(tiny_model_dir, fused=True).to(torch.bfloat16)
     layers = [module for module in model.modules() if isinstance(module, LoraLinear)]
     first, second = merged_weights(layers, "default"), merged_weights(layers, "default")
     assert all(torch.equal(one, two) for one, two in zip(first, second, strict=True))
     assert {weight.dtype for weight in first} == {torch.bfloat16}
+
+
+def load(directory, dtype=torch.float32):
+    return load_causal_lm(str(directory), dtype)
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(torch.tensor([[1, 40, 41, 42, 43]])).logits
+
+
+def test_new_adapter_changes_nothing_and_trains_in_fp32(tiny_model_dir):
+    plain = load(tiny_model_dir, torch.bfloat16)
+    before = logits(plain)
+    model = add_lora(plain, LoraBlock(r=4))
+    assert torch.equal(logits(model), before)
+    trained = {name: p.dtype for name, p in model.named_parameters() if p.requires_grad}
+    assert trained and set(trained.values()) == {torch.float32}
+    assert all("lora_" in name for name in trained)
+
+
+def test_second_adapter_is_added_beside_the_first(tiny_model_dir):
+    model = adapted(tiny_model_dir, fused=False)
+    before = logits(model)
+    assert add_lora(model, LoraBlock(r=2), adapter_name="value") is model
+    assert set(model.peft_config) == {"default", "value"}
+    assert torch.equal(logits(model), before)
+
+
+def test_unknown_target_modules_are_refused(tiny_model_dir):
+    with pytest.raises(InputError, match=r"model\.lora\.target_modules"):
+        add_lora(load(tiny_model_dir), LoraBlock(target_modules=("no_such_layer",)))
+
+
+def test_embeddings_cannot_be_adapted(tiny_model_dir):
+    with pytest.raises(InputError, match="embeddings"):
+        add_lora(load(tiny_model_dir), LoraBlock(target_modules=("embed_tokens",)))

@@ -1,4 +1,4 @@
-"""Where models come from, and what is said when they do not."""
+"""Models are found in folders, files, packages and on the hub, and errors say what to do where they are not."""
 
 import importlib.metadata
 import shutil
@@ -41,7 +41,7 @@ def gguf(monkeypatch, tmp_path, tiny_model_dir):
     return SimpleNamespace(path=path, calls=calls)
 
 
-def test_folder_is_itself(tiny_model_dir):
+def test_folder_resolves_to_itself(tiny_model_dir):
     assert resolve_model(str(tiny_model_dir)) == str(tiny_model_dir)
 
 
@@ -51,7 +51,7 @@ def test_missing_folder(path):
         resolve_model(path)
 
 
-def test_hub_id_while_offline_says_how_to_go_on(offline):
+def test_hub_id_while_offline_is_refused_with_what_to_do(offline):
     with pytest.raises(InputError, match=r"HF_HUB_OFFLINE.*local folder"):
         resolve_model("someone/no-such-model")
 
@@ -76,18 +76,18 @@ def test_hub_id_without_a_network_is_refused_at_once_with_what_to_do(monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("names", "said"),
+    ("names", "message"),
     [
         ([], r"no config\.json"),
         (["config.json"], "no weights"),
-        (["config.json", "pytorch_model.bin"], "pickled weights alone"),
-        (["adapter_config.json", "adapter_model.safetensors"], "adapter alone"),
+        (["config.json", "pytorch_model.bin"], "only pickled weights"),
+        (["adapter_config.json", "adapter_model.safetensors"], "only an adapter"),
     ],
 )
-def test_folders_that_hold_no_model(tmp_path, names, said):
+def test_folders_that_hold_no_model(tmp_path, names, message):
     for name in names:
         (tmp_path / name).write_text("{}")
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         resolve_model(str(tmp_path))
 
 
@@ -139,7 +139,7 @@ def test_missing_gguf(tmp_path):
         resolve_model(str(tmp_path / "none.gguf"))
 
 
-def test_file_that_is_no_gguf(cache, tmp_path):
+def test_file_that_is_not_gguf(cache, tmp_path):
     path = tmp_path / "bad.gguf"
     path.write_bytes(b"GGUF but not really")
     with pytest.raises(InputError, match="cannot be read"):

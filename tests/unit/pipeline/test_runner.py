@@ -19,7 +19,7 @@ from align.pipeline.plan import make_plan
 from align.pipeline.recipe import Recipe, load_recipe, recipe_model
 from align.pipeline.runner import run_stage
 from align.run.artefacts import PARTIAL, read_manifest
-from align.run.disk_faults import disk_faults_told
+from align.run.disk_faults import explained_disk_faults
 from align.stages import all_stages
 from tests.fakes import add_fake_stages, remove_fake_stages
 
@@ -46,14 +46,14 @@ def test_a_stage_is_published_with_its_outputs_and_a_manifest() -> None:
     assert (RUN / "letters/letters.txt").read_text() == "abc"
     manifest = read_manifest(RUN / "letters")
     assert manifest is not None
-    assert sorted(manifest.outputs) == ["folder/inner/file", "letters.txt"], "what is not there is left out"
+    assert sorted(manifest.outputs) == ["folder/inner/file", "letters.txt"], "unwritten outputs are left out"
     assert manifest.counts == {"letters": 3}
     assert manifest.settings["settings"]["text"] == "abc"
     assert manifest.processes == 1
     assert manifest.environment["python"].startswith("3.")
 
 
-def test_what_only_served_to_make_it_is_not_published() -> None:
+def test_working_files_are_not_published() -> None:
     run_stage(recipe(), "letters")
     assert sorted(path.name for path in (RUN / "letters").iterdir()) == ["folder", "letters.txt", "manifest.json"]
     assert [path.name for path in (RUN / PARTIAL).iterdir()] == ["letters.lock"]
@@ -68,7 +68,7 @@ def test_a_stage_reads_what_its_inputs_published_and_its_manifest_says_what_that
     assert capitals.inputs == {"letters": letters.content_digest}
 
 
-def test_what_is_up_to_date_is_left_alone_but_for_its_time(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_up_to_date_result_is_only_touched(capsys: pytest.CaptureFixture[str]) -> None:
     run_stage(recipe(), "letters")
     manifest = RUN / "letters/manifest.json"
     text, time = manifest.read_text(), manifest.stat().st_mtime_ns
@@ -116,7 +116,7 @@ def test_a_failing_stage_publishes_nothing_and_leaves_the_last_result(how: str, 
         pytest.param("torch_full", marks=pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")),
     ],
 )
-def test_a_full_disk_is_told_in_words_and_what_is_finished_is_kept(how: str) -> None:
+def test_a_full_disk_is_explained_and_the_finished_work_is_kept(how: str) -> None:
     with pytest.raises(InputError, match=r"the disk is full.*runs/recipe/shared/.partial") as raised:
         run_stage(recipe(f"letters.fail={how}"), "letters")
     assert raised.value.exit_code == 2
@@ -125,7 +125,7 @@ def test_a_full_disk_is_told_in_words_and_what_is_finished_is_kept(how: str) -> 
     assert not (RUN / "letters").exists()
 
 
-def test_an_interrupted_stage_goes_on_from_what_it_left() -> None:
+def test_an_interrupted_stage_resumes_from_its_finished_work() -> None:
     with pytest.raises(KeyboardInterrupt):
         run_stage(recipe("letters.fail=once"), "letters")
     run_stage(recipe("letters.fail=once"), "letters")
@@ -134,7 +134,7 @@ def test_an_interrupted_stage_goes_on_from_what_it_left() -> None:
     assert manifest.figures["went_on"] is True
 
 
-def test_what_another_recipe_left_unfinished_is_not_gone_on_with() -> None:
+def test_a_stage_does_not_resume_from_the_work_of_other_settings() -> None:
     with pytest.raises(KeyboardInterrupt):
         run_stage(recipe("letters.fail=once"), "letters")
     with pytest.raises(KeyboardInterrupt):
@@ -142,8 +142,8 @@ def test_what_another_recipe_left_unfinished_is_not_gone_on_with() -> None:
     assert len(list((RUN / PARTIAL).glob("letters-*"))) == 1, "the other one is removed"
 
 
-def test_another_limit_of_a_gate_goes_on_with_the_work_that_a_closed_one_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(type(all_stages()["letters"]), "only_gates", ("fail",))
+def test_after_a_closed_gate_another_limit_resumes_from_the_finished_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(all_stages()["letters"]), "gate_settings", ("fail",))
     with pytest.raises(NotFinite):
         run_stage(recipe("letters.fail=not_finite"), "letters")
     run_stage(recipe(), "letters")
@@ -162,23 +162,23 @@ def test_a_kill_between_manifest_and_publication_costs_no_work(monkeypatch: pyte
         run_stage(recipe(), "letters")
     partial = next((RUN / PARTIAL).glob("letters-*"))
     made = json.loads((partial / "manifest.json").read_text())
-    monkeypatch.setattr("align.pipeline.runner._work", killed)
+    monkeypatch.setattr("align.pipeline.runner._run_and_describe", killed)
     assert run_stage(recipe(), "letters")
     assert json.loads((RUN / "letters/manifest.json").read_text()) == made
 
 
-def test_a_stage_that_is_being_run_is_not_run_a_second_time() -> None:
+def test_a_stage_that_another_process_runs_is_refused() -> None:
     (RUN / PARTIAL).mkdir(parents=True)
     with (RUN / PARTIAL / "letters.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(InputError, match="being run by another process"):
+        with pytest.raises(InputError, match="another process is running letters"):
             run_stage(recipe(), "letters")
     assert run_stage(recipe(), "letters")
 
 
 def test_an_output_that_cannot_be_written_is_refused() -> None:
     Path("taken").write_text("a file where a folder should be")
-    with pytest.raises(InputError, match=r"taken.*cannot be made.*--set output=DIR"):
+    with pytest.raises(InputError, match=r"taken.*cannot be created.*--set output=DIR"):
         run_stage(recipe("output=taken"), "letters")
 
 
@@ -211,14 +211,14 @@ def test_a_refused_file_outside_the_run_is_named() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="takes root on Linux to make a small disk")
 @pytest.mark.parametrize("write", ["torch", "safetensors"])
-def test_a_disk_that_a_checkpoint_fills_is_told_in_words(tmp_path: Path, write: str) -> None:
+def test_a_disk_that_a_checkpoint_fills_is_explained(tmp_path: Path, write: str) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)], capture_output=True)
     if mounted.returncode:
         pytest.skip("no file system can be mounted here")
     try:
-        with pytest.raises(InputError, match="the disk is full"), disk_faults_told(disk, disk):
+        with pytest.raises(InputError, match="the disk is full"), explained_disk_faults(disk, disk):
             if write == "torch":
                 torch.save({"weights": torch.zeros(1 << 21)}, disk / "optimizer.pt")
             save_file({"weights": torch.zeros(1 << 21)}, disk / "model.safetensors")
@@ -226,16 +226,16 @@ def test_a_disk_that_a_checkpoint_fills_is_told_in_words(tmp_path: Path, write: 
         subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_a_failing_writer_is_put_down_to_the_disk_only_where_nothing_is_left(
+def test_a_failing_write_is_put_down_to_a_full_disk_only_if_nothing_is_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails() -> None:
-        with disk_faults_told(tmp_path, tmp_path):
+        with explained_disk_faults(tmp_path, tmp_path):
             raise RuntimeError("write failed")
 
     with pytest.raises(RuntimeError, match="write failed"):
         fails()
-    monkeypatch.setattr("align.run.disk_faults._free", lambda folder: 4096)
+    monkeypatch.setattr("align.run.disk_faults._free_bytes", lambda folder: 4096)
     with pytest.raises(InputError, match="the disk is full"):
         fails()
 

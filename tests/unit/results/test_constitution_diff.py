@@ -1,4 +1,4 @@
-"""`align constitution diff`, through the command line, by rule: what should flip flips, and nothing else."""
+"""`align constitution diff` on the command line with a rule judge: only the labels that should flip do."""
 
 import json
 import re
@@ -9,15 +9,17 @@ from typing import Any
 import pytest
 
 from align.__main__ import main
-from align.constitution.constitution import Constitution, Principle, load_constitution
+from align.constitution.constitution import Constitution
+from align.constitution.loading import load_constitution
+from align.constitution.principles import Principle
 from align.constitution.text_diff import text_changes, word_diff
 from align.engines.scripted import ScriptedEngine
 from align.feedback.agreement import Label
 from align.feedback.records import Comparison
 from align.records import Message, write_rows
 from align.results.constitution_diff import placebo_of
-from align.results.judged_pairs import drawn_pairs, named_judge, pairs_of, preferred_pairs
-from align.results.label_changes import Pair, beyond, largest, movement, pulls, shared_principles
+from align.results.judged_pairs import Pair, drawn_pairs, judge_from_options, pairs_of, preference_pairs
+from align.results.label_diff import label_movement, largest_changes, moved_beyond, principle_pulls, shared_principles
 from align.run.artefacts import Manifest, write_json
 from align.settings.blocks import JudgeBlock, ModelBlock
 
@@ -136,7 +138,7 @@ def test_a_judge_that_thinks_is_asked_again_with_another_seed(
     moved = diff(tmp_path, ASKING, TELLING, "--pairs", run)["moved"]
 
     assert moved["A with another seed"]["change"]["mean"] > 0
-    assert "draws nothing" not in capsys.readouterr().out
+    assert "samples nothing" not in capsys.readouterr().out
 
 
 def test_the_shipped_placebo_stands_beside_a_constitution_that_lies_elsewhere(
@@ -226,26 +228,26 @@ def test_movement_is_what_counting_by_hand_gives() -> None:
     pairs = [pair(name) for name in "vwxyz"]
     one = [label(0.9), label(0.2), label(None), label(0.7), label(None)]
     other = [label(0.1), label(0.3), label(0.8), label(None), label(None)]
-    found = movement(pairs, one, other)
+    found = label_movement(pairs, one, other)
     assert (found.pairs, found.one, found.other, found.both) == (5, 3, 3, 2)
     assert found.flipped is not None and found.flipped.mean == 0.5
     assert found.change.mean == pytest.approx((0.8 + 0.1 + 0.3 + 0.2 + 0) / 5)
-    assert movement(pairs, other, one).flipped == found.flipped
-    assert largest(one, other, 10) == [0, 2, 3, 1]
-    assert largest(one, other, 2) == [0, 2]
+    assert label_movement(pairs, other, one).flipped == found.flipped
+    assert largest_changes(one, other, 10) == [0, 2, 3, 1]
+    assert largest_changes(one, other, 2) == [0, 2]
 
 
 def test_few_flips_are_not_beyond_a_null_with_few_pairs() -> None:
     pairs = [pair(name) for name in "xy"]
-    flipped = movement(pairs, [label(0.9), label(0.9)], [label(0.1), label(0.1)])
-    still = movement(pairs, [label(0.9), label(0.9)], [label(0.9), label(0.9)])
-    assert not beyond(flipped, still)
+    flipped = label_movement(pairs, [label(0.9), label(0.9)], [label(0.1), label(0.1)])
+    still = label_movement(pairs, [label(0.9), label(0.9)], [label(0.9), label(0.9)])
+    assert not moved_beyond(flipped, still)
 
 
 def test_pulls_say_which_principles_side_with_which_label_where_they_flip() -> None:
     one = [label(0.9, asks=0.9, calm=0.5), label(0.8, asks=0.3, calm=0.9)]
     other = [label(0.1, tells=0.1), label(0.9, tells=0.8)]
-    found = {(each.owner, each.principle): each for each in pulls(one, other)}
+    found = {(each.owner, each.principle): each for each in principle_pulls(one, other)}
     asks, calm, tells = found["A", "asks"], found["A", "calm"], found["B", "tells"]
     assert (asks.decided, asks.with_a, asks.with_b, asks.to_a, asks.to_b) == (2, 0.5, 0.0, 1, 0)
     assert (calm.decided, calm.with_a, calm.with_b, calm.to_a, calm.to_b) == (1, 1.0, 1.0, 0, 0)
@@ -264,7 +266,7 @@ def test_preferences_stand_in_either_place_and_keep_who_was_preferred(tmp_path: 
     path = tmp_path / "pairs.jsonl"
     rows = [{"prompt": f"Question {n}", "chosen": "good", "rejected": "bad"} for n in range(40)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = preferred_pairs(path)
+    found = preference_pairs(path)
     assert all((each.a == "good") == each.a_preferred for each in found)
     assert 8 < sum(bool(each.a_preferred) for each in found) < 32
     assert pairs_of(path) == found
@@ -273,9 +275,9 @@ def test_preferences_stand_in_either_place_and_keep_who_was_preferred(tmp_path: 
 
 
 def test_a_named_model_judges_by_contrast_where_no_kind_is_named() -> None:
-    assert named_judge(None, None, None).block.kind == "rule"
-    assert named_judge(None, "some/model", None).block.kind == "contrast"
-    assert named_judge("choice", "some/model", None).block.engine.model == "some/model"
+    assert judge_from_options(None, None, None).block.kind == "rule"
+    assert judge_from_options(None, "some/model", None).block.kind == "contrast"
+    assert judge_from_options("choice", "some/model", None).block.engine.model == "some/model"
 
 
 def test_the_placebo_s_rules_hold_for_every_ordinary_completion() -> None:

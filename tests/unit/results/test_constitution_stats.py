@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from align.__main__ import main
-from align.constitution.constitution import load_constitution
+from align.constitution.loading import load_constitution
 from align.engines.provenance import write_constitution
 from align.feedback.records import Comparison, Critique, Revision
 from align.records import Message, write_rows

@@ -1,4 +1,4 @@
-"""The card of an exported data set, read back by other libraries: what others wrote stays text, and nothing leaks."""
+"""The card of an exported data set, parsed by other libraries: text from outside stays text, and nothing leaks."""
 
 import dataclasses
 import json
@@ -16,8 +16,9 @@ from align.constitution.constitution import Constitution
 from align.constitution.principles import Principle
 from align.engines.engine import EngineIdentity
 from align.engines.provenance import Provenance
-from align.results.export_card import CardContent, card_text, fenced, principle_text, public, shown
-from align.results.exported_rows import public_path
+from align.results.card_methods import principle_text
+from align.results.export_card import CardContent, card_text
+from align.results.public_text import escaped, fenced, public_path, public_settings
 from align.results.published import PublishedRun
 from align.run.artefacts import Manifest
 
@@ -40,7 +41,7 @@ MARKDOWN = MarkdownIt("commonmark").enable("table")
 
 
 class Tags(HTMLParser):
-    """How often each tag opens, and the text."""
+    """Counts how often each tag opens, and collects the text."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -56,7 +57,7 @@ class Tags(HTMLParser):
 
 
 def content(text: str, name: str = "run") -> CardContent:
-    """A card on which `text` stands wherever others write."""
+    """A card with `text` in every place that holds text from outside."""
     constitution = Constitution.model_validate(
         {
             "id": "c",
@@ -93,7 +94,7 @@ def tags(card: str) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("text", HOSTILE)
-def test_what_others_wrote_adds_no_markup_and_no_front_matter(text: str) -> None:
+def test_text_from_outside_adds_no_markup_and_no_front_matter(text: str) -> None:
     harmless, hostile = card_text(content("plain")), card_text(content(text))
     assert tags(hostile) == tags(harmless)
     assert DatasetCard(hostile).data.to_dict() == DatasetCard(harmless).data.to_dict()
@@ -121,7 +122,7 @@ def test_the_card_says_what_the_hub_needs_to_load_and_to_list_it() -> None:
         (9, ["found"], "no-annotation"),
     ],
 )
-def test_demonstrations_that_were_read_are_not_called_made_by_machines(
+def test_demonstrations_from_files_are_not_called_machine_generated(
     read: int, creators: list[str], annotations: str
 ) -> None:
     given = dataclasses.replace(
@@ -146,14 +147,14 @@ def test_a_block_shows_its_text_as_it_is() -> None:
 
 def test_a_line_shows_its_words_as_they_are() -> None:
     text = "a *b* _c_ `d` | [e](f) <g> &amp; ~h~ $i$ \\j"
-    assert Tags(MARKDOWN.renderInline(shown(text))).text == text
+    assert Tags(MARKDOWN.renderInline(escaped(text))).text == text
 
 
 def test_texts_are_shown_as_they_are_and_files_of_the_same_name_each() -> None:
     texts = {"system_prompt": "/no_think Answer in 1/2 lines", "stop": "/end", "target_modules": "../x"}
-    assert public(texts) == texts
+    assert public_settings(texts) == texts
     files = {"/home/a/rows.jsonl": "1", "/home/b/rows.jsonl": "2"}
-    assert public({"files": files}) == {"files": [["rows.jsonl", "1"], ["rows.jsonl", "2"]]}
+    assert public_settings({"files": files}) == {"files": [["rows.jsonl", "1"], ["rows.jsonl", "2"]]}
 
 
 def test_settings_are_shown_without_folders_addresses_and_texts_of_further_keys() -> None:
@@ -169,7 +170,7 @@ def test_settings_are_shown_without_folders_addresses_and_texts_of_further_keys(
             {"path": "~/secret/x"},
         ],
     }
-    told = json.dumps(public(given_settings))
+    told = json.dumps(public_settings(given_settings))
     assert not [word for word in ("secret", "hush", "inner.example", "/home") if word in told]
     assert all(word in told for word in ("model", "rows.jsonl", "Anthropic/hh-rlhf", '"top_k": 0', "token"))
 
@@ -207,7 +208,7 @@ def test_only_paths_that_lead_out_of_the_folder_are_cut(path: str, shown_path: s
 )
 def test_a_judge_is_named_without_folders(judge: str, shown_judge: str) -> None:
     figures = {"judge": judge, "n": 0, "accuracy": 0.5}
-    assert f"`{shown_judge}`: tested on no probes" in judged(judge=figures)
+    assert f"`{shown_judge}`: not tested on any probes" in judged(judge=figures)
 
 
 def judged(**figures: Any) -> str:
@@ -218,7 +219,7 @@ def judged(**figures: Any) -> str:
     return card_text(dataclasses.replace(plain, run=run))
 
 
-def test_a_judge_is_told_with_what_it_got_right_on_probes_and_beside_people() -> None:
+def test_a_judge_is_reported_with_its_accuracy_on_probes_and_on_human_pairs() -> None:
     probes = {"judge": "choice:m", "n": 24, "accuracy": 0.875, "low": 0.69, "high": 0.957, "position_bias": -0.125}
     told = judged(
         judge={**probes, "scored_by": "vote of 8 samples"},
@@ -229,7 +230,7 @@ def test_a_judge_is_told_with_what_it_got_right_on_probes_and_beside_people() ->
     assert "not calibrated" in judged(judge=probes), "a manifest of a version that did not say how it was scored"
 
 
-def test_the_card_says_how_much_a_principle_counts_and_what_it_is_for() -> None:
+def test_the_card_shows_a_principle_s_weight_and_scope() -> None:
     principle = Principle(
         id="p",
         text="Be kind.",
@@ -248,7 +249,7 @@ def test_the_card_says_how_much_a_principle_counts_and_what_it_is_for() -> None:
     assert principle_text(french, "en").splitlines()[0] == "language: fr"
 
 
-def test_a_share_over_its_limit_is_told_with_the_rows_that_the_limit_is_for() -> None:
+def test_a_share_over_its_limit_is_reported_with_the_least_rows_of_the_limit() -> None:
     given = content("plain")
     manifest = given.run.manifests["revise"]
     manifest.settings["settings"]["gates"] = {"emoji": 0.25, "min_rows": 50}
@@ -260,18 +261,18 @@ def test_a_share_over_its_limit_is_told_with_the_rows_that_the_limit_is_for() ->
     assert "none of which closed" not in card
 
 
-def test_the_card_tells_of_labels_where_there_are_any() -> None:
+def test_the_card_explains_labels_only_if_there_are_any() -> None:
     labelled = dataclasses.replace(content("plain"), rows={"preferences": {"train": 9}})
     assert "soft label" in card_text(labelled)
     assert "soft label" not in card_text(content("plain"))
 
 
 @pytest.mark.parametrize("standing", [0, 7])
-def test_labels_that_stand_as_they_were_are_not_called_made_again(standing: int) -> None:
+def test_unchanged_labels_are_not_called_recomputed(standing: int) -> None:
     given = content("plain")
     counts = {"pairs": 3, "revision_pairs": 7, "revision_pairs_not_relabelled": standing}
     compare = dataclasses.replace(given.run.manifests["revise"], stage="compare", counts=counts)
     run = dataclasses.replace(given.run, manifests={"compare": compare}, relabelled=True)
     told = card_text(dataclasses.replace(given, run=run))
-    assert "made again by `align relabel`" in told
-    assert (f"Those of {standing} revisions beside their originals stand as" in told) == (standing > 0)
+    assert "recomputed by `align relabel`" in told
+    assert (f"{standing} revision pairs keep the label that" in told) == (standing > 0)

@@ -1,4 +1,4 @@
-"""When a run is stopped and which checkpoint it goes back to, worked by hand."""
+"""When a run stops and which checkpoint it publishes, worked by hand."""
 
 import pytest
 from pydantic import ValidationError
@@ -32,7 +32,7 @@ def test_the_mean_over_a_window_decides_and_not_a_single_lucky_iteration():
     assert stop_reason(history, block(patience=3, window=3)) is None
 
 
-def test_before_a_window_is_whole_nothing_stops():
+def test_nothing_stops_before_a_window_is_full():
     assert stop_reason(history_of([3, 2, 1], kl=[9, 9, 9]), block(patience=1, kl_above=1, window=4)) is None
 
 
@@ -49,25 +49,25 @@ def test_a_checkpoint_is_judged_by_the_rollout_that_its_policy_wrote():
     assert best_checkpoint(history, [2, 3, 5], block()) == 2
 
 
-def test_the_last_checkpoint_which_nothing_followed_is_judged_by_the_mean_up_to_it():
+def test_the_last_checkpoint_is_judged_by_the_mean_that_ends_with_it():
     assert best_checkpoint(history_of([1, 2, 3, 4]), [2, 4], block()) == 4
 
 
-def test_checkpoints_over_the_kl_limit_are_not_gone_back_to():
+def test_checkpoints_over_the_kl_limit_are_not_published():
     history = history_of([1, 2, 3, 4, 5], kl=[0, 1, 2, 7, 9])
     assert best_checkpoint(history, [1, 2, 3, 5], block(kl_above=5)) == 2
     assert best_checkpoint(history, [1, 2, 3, 5], block()) == 5
 
 
-def test_of_equally_good_checkpoints_it_is_the_earlier():
+def test_the_earlier_of_equally_good_checkpoints_is_best():
     assert best_checkpoint(history_of([1, 5, 1, 5, 1]), [1, 3, 4], block()) == 1
 
 
-def test_where_no_checkpoint_was_measured_it_is_the_newest():
+def test_the_newest_checkpoint_is_best_if_none_can_be_judged():
     assert best_checkpoint(history_of([1, 2]), [1, 2], block(window=5)) == 2
 
 
-def test_dropping_all_but_the_best_and_the_newest_as_they_come_finds_the_best_of_all():
+def test_keeping_only_the_best_and_the_newest_checkpoint_finds_the_best_of_all():
     scores = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9]
     kept = []
     for iteration in range(1, len(scores) + 1):
@@ -108,8 +108,11 @@ def test_a_run_can_be_stopped_by_any_score(figure):
 @pytest.mark.parametrize(
     ("settings", "fault"),
     [
-        ({"rewards": TWO, "early_stop": {"figure": "score/long"}}, "there are score, .*, score/reward, score/short"),
-        ({"early_stop": {"figure": "score/reward"}}, "no figure 'score/reward' to stop by"),
+        (
+            {"rewards": TWO, "early_stop": {"figure": "score/long"}},
+            "choose one of score, .*, score/reward, score/short",
+        ),
+        ({"early_stop": {"figure": "score/reward"}}, "no figure 'score/reward' to follow"),
         ({"early_stop": {"roll_back": False}}, "early_stop has no rule: set patience, kl_above or roll_back"),
     ],
 )

@@ -1,4 +1,4 @@
-"""What a minibatch's prompts have in common goes through each model once, and the gradient is the same."""
+"""Each model encodes the prefixes that a minibatch's prompts share once, and the gradient is the same."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -9,13 +9,13 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 
 from align.records import Message, Prompt
-from align.rl.batches import common_prefixes, micro_batches, positions, with_common_prefixes
+from align.rl.batches import common_prefixes, micro_batches, position_counts, with_common_prefixes
 from align.rl.rollout import Completion, TokenizedPrompt
 from align.settings.blocks import LoraBlock, OptimizerBlock
 from tests.rl.tiny_ppo import build_trainer, settings
 
 CPU = torch.device("cpu")
-OPENINGS = [list(range(20, 60)), list(range(60, 110))]
+PREFIXES = [list(range(20, 60)), list(range(60, 110))]
 
 
 def completions_of(prompts: Sequence[Sequence[int]]) -> list[Completion]:
@@ -27,25 +27,25 @@ def completions_of(prompts: Sequence[Sequence[int]]) -> list[Completion]:
     return rows
 
 
-ROWS = completions_of([[*OPENINGS[number % 2], *range(5, 6 + number % 4)] for number in range(8)])
+ROWS = completions_of([[*PREFIXES[number % 2], *range(5, 6 + number % 4)] for number in range(8)])
 
 
-def test_passes_of_a_minibatch_have_one_set_of_openings():
+def test_passes_of_a_minibatch_have_one_set_of_prefixes():
     batches = with_common_prefixes(ROWS, range(8), 3, 1, CPU)
     common = common_prefixes(batches)
     assert common is not None and [len(batch.rows) for batch in batches] == [3, 3, 2]
     for batch in batches:
-        rest, mask = batch.sequences.input_ids, batch.sequences.attention_mask.bool()
-        for place, (row, opening) in enumerate(
-            zip(batch.rows.tolist(), batch.sequences.openings.of_row.tolist(), strict=True)
+        remaining, mask = batch.sequences.input_ids, batch.sequences.attention_mask.bool()
+        for place, (row, prefix) in enumerate(
+            zip(batch.rows.tolist(), batch.sequences.prefixes.of_row.tolist(), strict=True)
         ):
-            ids = [*common.ids[opening][common.mask[opening].bool()], *rest[place][mask[place]]]
+            ids = [*common.ids[prefix][common.mask[prefix].bool()], *remaining[place][mask[place]]]
             assert ids == [*ROWS[row].prompt.ids, *ROWS[row].tokens]
-    computed, _ = positions(batches)
+    computed, _ = position_counts(batches)
     assert computed == common.ids.numel() + sum(batch.sequences.input_ids.numel() for batch in batches)
 
 
-def test_a_pass_has_its_own_openings_where_there_are_more_of_them_than_rows_in_a_pass():
+def test_each_pass_has_its_own_prefixes_if_a_pass_has_fewer_rows_than_there_are_prefixes():
     batches = with_common_prefixes(ROWS, range(8), 1, 1, CPU)
     assert common_prefixes(batches) is None and len(batches) == 8
     assert common_prefixes(micro_batches(ROWS, range(8), 3, 1, CPU, share=True)) is None
@@ -53,7 +53,7 @@ def test_a_pass_has_its_own_openings_where_there_are_more_of_them_than_rows_in_a
 
 @pytest.fixture
 def fresh_accelerate():
-    """Without what an earlier accelerator of this process left: its precision, and whether gradients are to be kept."""
+    """Resets the state that an earlier accelerator of this process left: precision and gradient accumulation."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     yield
@@ -62,7 +62,7 @@ def fresh_accelerate():
 
 @pytest.mark.usefixtures("fresh_accelerate")
 @pytest.mark.parametrize("arrangement", ["adapters", "head", "full"])
-def test_a_gradient_through_common_openings_is_that_of_whole_rows(tiny_model_dir, tmp_path, arrangement):
+def test_the_gradient_through_common_prefixes_is_that_of_whole_rows(tiny_model_dir, tmp_path, arrangement):
     block = settings(
         rollout_batch=8,
         value="head" if arrangement == "head" else "adapter",
@@ -78,14 +78,14 @@ def test_a_gradient_through_common_openings_is_that_of_whole_rows(tiny_model_dir
     experience = replace(experience, completions=ROWS, mask=_mask(ROWS, experience.mask.shape[1]))
     found = []
     for share in (False, True):
-        trainer.batches = replace(trainer.batches, share=share)
-        batches = trainer.batches.cut(ROWS, range(8))
+        trainer.learner.batches = replace(trainer.learner.batches, share=share)
+        batches = trainer.learner.batches.cut(ROWS, range(8))
         roles = Counter[str]()
         with _counted(trainer, roles), _kept_gradients(trainer) as gradients:
-            trainer._optimizer_step(experience, batches, [], first=True)
+            trainer.learner._optimizer_step(experience, batches, [], first=True)
         found.append(gradients)
-        readers = 2 if arrangement == "adapters" else 1
-        assert roles["openings"] == (readers if share else 0)
+        networks = 2 if arrangement == "adapters" else 1
+        assert roles["prefixes"] == (networks if share else 0)
     assert found[0].keys() == found[1].keys() and found[0]
     assert any(gradient.abs().max() > 1e-4 for gradient in found[0].values())
     for name, gradient in found[0].items():
@@ -111,7 +111,7 @@ class _counted:
 
 
 class _kept_gradients:
-    """The gradients that an optimizer step was taken with."""
+    """Records the gradients of an optimizer step."""
 
     def __init__(self, trainer):
         self.trainer = trainer

@@ -1,4 +1,4 @@
-"""Policy, value, reference and reward on one trunk: each role is what it would be alone; the trunk never changes."""
+"""Policy, value, reference and reward on one trunk: each role computes what a separate model would."""
 
 import copy
 
@@ -7,8 +7,8 @@ import torch
 
 from align.errors import InputError
 from align.models.loading import load_causal_lm
-from align.rl.loading import RewardFolder, load_shared_trunk
-from align.rl.sequences import lay_out, lay_out_rows
+from align.rl.loading import RewardFolder, load_models
+from align.rl.sequences import lay_out
 from align.settings.blocks import LoraBlock
 
 
@@ -20,7 +20,7 @@ def sequences():
 def trunk(tiny_model_dir, tmp_path):
     torch.manual_seed(0)
     reward = RewardFolder(tmp_path, on_policy_trunk=False, mean=0.0, std=1.0)
-    models = load_shared_trunk(
+    models = load_models(
         str(tiny_model_dir), reward, LoraBlock(r=4), value="adapter", dtype=torch.float32, temperature=0.7
     )
     for name, parameter in models.named_parameters():
@@ -72,9 +72,7 @@ def test_the_merged_policy_is_the_policy(trunk):
 
 
 def test_a_bf16_trunk_is_merged_and_put_back_bitwise(tiny_model_dir):
-    models = load_shared_trunk(
-        str(tiny_model_dir), None, LoraBlock(r=4), value=None, dtype=torch.bfloat16, temperature=1.0
-    )
+    models = load_models(str(tiny_model_dir), None, LoraBlock(r=4), value=None, dtype=torch.bfloat16, temperature=1.0)
     for name, parameter in models.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.02)
@@ -104,13 +102,13 @@ def test_models_that_scale_their_logits_are_refused(tiny_model_dir, tmp_path, mo
     monkeypatch.setattr(ppo_loading, "load_causal_lm", capped)
     reward = RewardFolder(tmp_path, on_policy_trunk=False, mean=0.0, std=1.0)
     with pytest.raises(InputError, match="final_logit_softcapping"):
-        load_shared_trunk(str(tiny_model_dir), reward, LoraBlock(), value=None, dtype=torch.float32, temperature=1.0)
+        load_models(str(tiny_model_dir), reward, LoraBlock(), value=None, dtype=torch.float32, temperature=1.0)
 
 
-def rows_with_a_common_opening():
-    """Two system prompts of 40 and 50 tokens, each before several prompts."""
-    openings = [list(range(20, 60)), list(range(60, 110))]
-    prompts = [[*opening, *range(5, 5 + length)] for opening in openings for length in (1, 4, 2)]
+def rows_with_a_common_prefix():
+    """Prompts that begin with one of two system prompts, of 40 and 50 tokens."""
+    prefixes = [list(range(20, 60)), list(range(60, 110))]
+    prompts = [[*prefix, *range(5, 5 + length)] for prefix in prefixes for length in (1, 4, 2)]
     return prompts, [[7] * length for length in (3, 1, 5, 2, 4, 4)]
 
 
@@ -120,8 +118,8 @@ def gradients(models):
     return found
 
 
-def test_rows_that_share_an_opening_get_what_they_would_alone(trunk):
-    prompts, completions = rows_with_a_common_opening()
+def test_rows_that_share_a_prefix_give_the_same_outputs_and_gradients_as_alone(trunk):
+    prompts, completions = rows_with_a_common_prefix()
     passes, slopes = [], []
     for share in (False, True):
         batch = lay_out(prompts, completions, 1, torch.device("cpu"), share=share)
@@ -132,7 +130,7 @@ def test_rows_that_share_an_opening_get_what_they_would_alone(trunk):
         with torch.no_grad():
             assert torch.allclose(trunk("reference", sequences=batch).result, reference(trunk, prompts, completions))
             assert torch.allclose(trunk("values", sequences=batch).result, values, atol=1e-6)
-    assert batch.input_ids.numel() == 6 * (4 + 5) and batch.openings.ids.shape == (2, 50)
+    assert batch.input_ids.numel() == 6 * (4 + 5) and batch.prefixes.ids.shape == (2, 50)
     for alone, shared in zip(*passes, strict=True):
         assert torch.allclose(alone, shared, atol=1e-5)
     for name, slope in slopes[0].items():
@@ -149,15 +147,3 @@ def reference(models, prompts, completions):
             torch.nn.functional.pad(models("reference", sequences=batch).result[0], (0, width - len(completion)))
         )
     return torch.stack(rows)
-
-
-def test_an_opening_too_short_to_pay_for_a_pass_is_not_shared():
-    batch = lay_out([[1, 2, 3, 4], [1, 2, 3, 5]], [[7], [8]], 1, torch.device("cpu"), share=True)
-    assert batch.openings.width == 0 and batch.input_ids.numel() == 10
-
-
-def test_rows_to_score_end_together():
-    rows = lay_out_rows([[3, 4, 5], [6]], 1, torch.device("cpu"), share=False)
-    assert rows.input_ids.tolist() == [[3, 4, 5], [1, 1, 6]]
-    assert rows.attention_mask.tolist() == [[1, 1, 1], [0, 0, 1]]
-    assert rows.position_ids.tolist() == [[0, 1, 2], [0, 0, 0]]

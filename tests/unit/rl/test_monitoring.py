@@ -1,4 +1,4 @@
-"""What a person sees of a run in the terminal, and what of it the terminal must not obey."""
+"""What the terminal shows of a run, and that no text in it can control the terminal."""
 
 import json
 
@@ -78,7 +78,7 @@ def test_wandb_gets_the_samples_whole(watch, monkeypatch):
     assert rows[1] == ("ask 1", "word " * 1000, 0.25, 1.5, 7)
 
 
-def test_an_alarm_is_a_sentence_a_row_and_a_figure_in_its_iteration_alone(watch, tmp_path, capsys):
+def test_an_alarm_gives_a_sentence_a_row_and_a_figure_in_its_iteration_alone(watch, tmp_path, capsys):
     watching = watch(watch={"window": 2, "repeat_after": 10})
     found = [watching.observe(step, figures(sampling_gap=0.3)).figures for step in range(1, 5)]
     assert [each.get("alarm/sampling_gap") for each in found] == [None, 1.0, None, None]

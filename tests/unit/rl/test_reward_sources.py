@@ -109,7 +109,7 @@ def test_an_output_that_is_not_named_is_asked_for(encoder_dir, label, fault):
 
 
 def test_a_model_without_a_trained_head_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"is no trained sequence classifier, it lacks score\.weight"):
+    with pytest.raises(InputError, match=r"is not a trained sequence classifier: it lacks score\.weight"):
         load(build_tiny_model(tmp_path), None)
 
 
@@ -193,8 +193,8 @@ def test_running_moments_of_each_source_survive_a_checkpoint():
     [
         ({}, "named: none"),
         ({"stage": "reward", "function": "a:b"}, "named: stage, function"),
-        ({"function": "brevity"}, "function is module:function"),
-        ({"function": "a:b", "label": "x"}, "label: for a `model` alone"),
+        ({"function": "brevity"}, "function must be module:function"),
+        ({"function": "a:b", "label": "x"}, "label: only a `model` reads this"),
     ],
 )
 def test_a_source_is_one_thing(given, fault):
@@ -206,9 +206,9 @@ def test_a_source_is_one_thing(given, fault):
     ("given", "fault"),
     [
         ({"rewards": [{"stage": "reward", "gold": True}]}, "every source is gold"),
-        ({"rewards": [{"function": "a:f"}, {"function": "b:f"}]}, r"called the same \(f, f\)"),
-        ({"rewards": [{"function": "a:f", "weight": 2}], "score": {"combine": "minimum"}}, "the minimum knows no"),
-        ({"score": {"combine": "minimum", "disagreement_coef": 1}}, "disagreement_coef goes with the mean"),
+        ({"rewards": [{"function": "a:f"}, {"function": "b:f"}]}, r"have the same name \(f, f\)"),
+        ({"rewards": [{"function": "a:f", "weight": 2}], "score": {"combine": "minimum"}}, "the minimum uses no"),
+        ({"score": {"combine": "minimum", "disagreement_coef": 1}}, "disagreement_coef needs the mean"),
     ],
 )
 def test_sources_must_fit_together(given, fault):

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, whatever happens in between."""
+"""Files are whole or absent, whatever happens while they are written."""
 
 import hashlib
 import json
@@ -104,7 +104,7 @@ def test_a_partial_folder_survives_and_those_of_other_recipes_go(tmp_path: Path)
 
 def test_a_partial_folder_that_cannot_be_made_is_an_input_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match=r"cannot be written.*output"):
+    with pytest.raises(InputError, match=r"cannot be created.*output"):
         partial_directory(tmp_path / "file", "sft", "1")
 
 
@@ -122,7 +122,7 @@ def test_a_journal_keeps_rows_over_processes_and_the_first_of_each_id(tmp_path: 
     assert (tmp_path / "rows.journal.0").read_text().count("\n") == 1
 
 
-def test_a_last_line_that_a_kill_cut_short_is_dropped_and_written_again(tmp_path: Path) -> None:
+def test_a_last_line_that_a_kill_cut_short_is_dropped(tmp_path: Path) -> None:
     path = tmp_path / "rows.journal"
     with Journal(path) as journal:
         journal.append({"id": "a", "text": "whole — with a dash"})
@@ -137,7 +137,7 @@ def test_a_last_line_that_a_kill_cut_short_is_dropped_and_written_again(tmp_path
         own.write_bytes(whole)
 
 
-def test_another_process_cut_short_is_not_mended_by_us(tmp_path: Path) -> None:
+def test_the_torn_line_of_another_process_is_left_in_its_file(tmp_path: Path) -> None:
     other = tmp_path / "rows.journal.1"
     other.write_bytes(b'{"id": "a"}\n{"id": "b')
     with Journal(tmp_path / "rows.journal", 0) as journal:

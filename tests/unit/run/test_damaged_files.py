@@ -1,4 +1,4 @@
-"""Files of ours that were cut short or overwritten are named, with what to remove."""
+"""A run's files that were truncated or overwritten are named, with what to remove."""
 
 import json
 import shutil
@@ -39,7 +39,7 @@ DAMAGES = pytest.mark.parametrize("damage", [cut, overwrite, empty])
 
 @DAMAGES
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json"])
-def test_a_checkpoint_is_opened_before_anything_goes_on_from_it(tmp_path: Path, name: str, damage: Damage) -> None:
+def test_a_checkpoint_is_checked_before_anything_resumes_from_it(tmp_path: Path, name: str, damage: Damage) -> None:
     save_file({"a": torch.ones(5), "b": torch.ones(3)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
     for other in ("optimizer.pt", "rng_state.pth"):
         torch.save({"a": torch.ones(3)}, tmp_path / other)
@@ -51,7 +51,7 @@ def test_a_checkpoint_is_opened_before_anything_goes_on_from_it(tmp_path: Path, 
 
 
 @DAMAGES
-def test_a_damaged_checkpoint_of_ppo_is_named_and_without_it_the_one_before_goes_on(
+def test_a_damaged_checkpoint_of_ppo_is_named_and_without_it_the_one_before_is_used(
     tmp_path: Path, damage: Damage
 ) -> None:
     for iteration in (1, 2):
@@ -72,7 +72,8 @@ def test_a_damaged_manifest_is_named(tmp_path: Path, damage: Damage) -> None:
     write_json(tmp_path / "manifest.json", Manifest("sft", "0", {}, {}, {}).__dict__)
     assert read_manifest(tmp_path) is not None
     damage(tmp_path / "manifest.json")
-    with pytest.raises(InputError, match=f"manifest.json: not a manifest .*; remove {tmp_path} to make it again"):
+    remedy = f"remove {tmp_path} and run the stage again"
+    with pytest.raises(InputError, match=f"manifest.json: not a manifest .*; {remedy}"):
         read_manifest(tmp_path)
 
 
@@ -89,7 +90,7 @@ def test_a_journals_damaged_line_is_named_and_nothing_is_lost(tmp_path: Path, li
 
 
 @pytest.mark.parametrize("value", ["NaN", "Infinity", "[0.5, NaN]"])
-def test_a_kept_score_that_is_not_finite_is_told_and_never_reported(tmp_path: Path, value: str) -> None:
+def test_a_stored_score_that_is_not_finite_is_refused(tmp_path: Path, value: str) -> None:
     sample = EvaluatedSample("sft/p", "p", (Message("user", "Why?"),), "", "sft", "So.", "stop", 2)
     (tmp_path / "scores.journal.0").write_text(f'{{"id": "sft/p", "value": {value}}}\n')
     with pytest.raises(InputError, match=r"scores\.journal\.0, line 1: damaged \(a number in it is not finite\)"):

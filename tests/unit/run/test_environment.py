@@ -1,4 +1,4 @@
-"""What launchers put into the environment is checked like any other input."""
+"""The variables that launchers set are checked like any other input."""
 
 import os
 import subprocess
@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 
 from align.errors import InputError
-from align.pipeline.world_size import ASKED, asked_processes
+from align.pipeline.world_size import PROCESSES_VARIABLE, requested_processes
 from align.run import processes
 
 
 @pytest.mark.parametrize("text", ["two", "-1", "1.5", "٣x"])
 @pytest.mark.parametrize(
     ("name", "read"),
-    [("WORLD_SIZE", processes.world_size), ("RANK", processes.rank), (ASKED, asked_processes)],
+    [("WORLD_SIZE", processes.world_size), ("RANK", processes.rank), (PROCESSES_VARIABLE, requested_processes)],
 )
-def test_a_number_that_is_none_is_told_by_the_variables_name(
+def test_a_variable_that_is_not_a_number_is_named(
     name: str, read: object, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(name, text)
@@ -25,7 +25,7 @@ def test_a_number_that_is_none_is_told_by_the_variables_name(
         read()  # type: ignore[operator]
 
 
-@pytest.mark.parametrize("name", ["WORLD_SIZE", "RANK", ASKED])
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "RANK", PROCESSES_VARIABLE])
 def test_the_command_ends_with_two_and_no_traceback(name: str, tmp_path: Path) -> None:
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "Why?"}\n')
     recipe = "{model: {path: org/model}, prompts: {sources: [{path: prompts.jsonl}]}, sample: {}}"
@@ -39,5 +39,5 @@ def test_the_command_ends_with_two_and_no_traceback(name: str, tmp_path: Path) -
         check=False,
     )
     assert done.returncode == 2
-    assert done.stderr.startswith(f"{name}: this environment variable must be a whole number, and is 'two'")
+    assert done.stderr.startswith(f"{name}: this environment variable must be a whole number, but is 'two'")
     assert "Traceback" not in done.stderr

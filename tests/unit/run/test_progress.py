@@ -8,10 +8,10 @@ from align.run.progress import RowBar
 
 
 @given(st.lists(st.lists(st.floats(0, 1), max_size=5), min_size=1, max_size=4), st.integers(1, 6), st.integers(0, 9))
-def test_parts_and_rows_only_ever_move_it_forwards(told: list[list[float]], rows: int, done: int) -> None:
+def test_parts_and_rows_only_ever_move_it_forwards(parts: list[list[float]], rows: int, done: int) -> None:
     reached = [float(done)]
-    with RowBar(done + rows * len(told), done, "test") as bar:
-        for shares in told:
+    with RowBar(done + rows * len(parts), done, "test") as bar:
+        for shares in parts:
             bar.begin(rows)
             for share in shares:
                 bar.part(share)
@@ -19,7 +19,7 @@ def test_parts_and_rows_only_ever_move_it_forwards(told: list[list[float]], rows
             for _ in range(rows):
                 bar.row()
                 reached.append(bar.reached)
-        assert bar.reached == done + rows * len(told)
+        assert bar.reached == done + rows * len(parts)
     assert reached == sorted(reached)
 
 

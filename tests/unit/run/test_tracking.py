@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from align.run.tracking import Tracker, flat, truncate_rows, wandb_mode
+from align.run.tracking import Tracker, flatten_figures, truncate_rows, wandb_mode
 from align.settings.blocks import TrackingBlock
 
 
@@ -26,7 +26,7 @@ def no_login(monkeypatch, tmp_path):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr("align.run.tracking._answers", lambda host: True)
+    monkeypatch.setattr("align.run.tracking._is_reachable", lambda host: True)
     return tmp_path / "netrc"
 
 
@@ -112,7 +112,7 @@ def test_wandb_gets_one_run_a_stage_grouped_by_the_recipes_run(tmp_path, fake_wa
     assert finished == ("finish", 0)
 
 
-def test_a_resumed_stage_goes_on_in_its_wandb_run(tmp_path, fake_wandb):
+def test_a_resumed_stage_continues_its_wandb_run(tmp_path, fake_wandb):
     for _ in range(2):
         tracker(tmp_path / "ppo-abc", wandb=True).close()
     first, second = (settings["id"] for name, settings in (call for call in fake_wandb.calls if call[0] == "init"))
@@ -125,7 +125,7 @@ def test_an_exception_finishes_the_wandb_run_as_failed(tmp_path, fake_wandb):
     assert fake_wandb.calls[-1] == ("finish", 1)
 
 
-def test_a_failing_wandb_warns_once_and_the_file_goes_on(tmp_path, fake_wandb):
+def test_a_failing_wandb_warns_once_and_logging_continues_to_the_file(tmp_path, fake_wandb):
     def fail(**settings):
         raise RuntimeError("no space on the server")
 
@@ -139,7 +139,7 @@ def test_a_failing_wandb_warns_once_and_the_file_goes_on(tmp_path, fake_wandb):
     assert len(rows(tmp_path)) == 1
 
 
-def test_a_wandb_that_fails_midway_is_left_out_of_what_follows(tmp_path, fake_wandb):
+def test_a_wandb_that_fails_midway_is_not_called_again(tmp_path, fake_wandb):
     log = tracker(tmp_path, wandb=True)
     fake_wandb.Table = None
     with pytest.warns(UserWarning, match="wandb"):
@@ -177,13 +177,13 @@ def test_mode_is_offline_where_the_network_does_not_answer(no_login, monkeypatch
     assert wandb_mode() == "offline"
 
 
-def test_mode_that_the_person_set_is_kept(no_login, monkeypatch):
+def test_mode_that_the_user_set_is_kept(no_login, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "disabled")
     assert wandb_mode() == "disabled"
 
 
 @pytest.mark.parametrize("chosen", ["online", "shared"])
-def test_mode_that_needs_a_login_is_offline_without_one_so_nobody_is_asked(no_login, monkeypatch, chosen):
+def test_mode_that_needs_a_login_is_offline_without_one_so_that_wandb_never_prompts(no_login, monkeypatch, chosen):
     monkeypatch.setenv("WANDB_MODE", chosen)
     with pytest.warns(UserWarning, match=f"WANDB_MODE is {chosen} and there is no login.*offline.*wandb login"):
         assert wandb_mode() == "offline"
@@ -201,4 +201,4 @@ def test_real_wandb_offline_leaves_a_run_outside_the_stage_folder(tmp_path, no_l
 
 def test_nested_figures_are_logged_by_their_paths_and_numbers_alone() -> None:
     nested = {"a": 1, "judge": {"name": "rule", "right": {"x": 0.5}}, "bins": [1, 2], "none": None, "yes": True}
-    assert flat(nested) == {"a": 1, "judge/right/x": 0.5, "yes": True}
+    assert flatten_figures(nested) == {"a": 1, "judge/right/x": 0.5, "yes": True}

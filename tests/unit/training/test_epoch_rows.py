@@ -1,4 +1,4 @@
-"""The rows of an epoch: each once, in an order that only seed and epoch decide."""
+"""The rows of an epoch: each once, in an order that depends only on seed and epoch."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from accelerate.data_loader import SeedableRandomSampler
 from hypothesis import given
 from hypothesis import strategies as st
 
-from align.training.epoch_rows import EpochRows, order_by_length, random_order, written_order
+from align.training.epoch_rows import EpochRows, order_by_length, random_order, sequential_order
 
 
 @given(st.integers(1, 40), st.integers(1, 12), st.integers(0, 3))
@@ -32,7 +32,7 @@ def test_an_epoch_s_order_depends_on_nothing_drawn_before_it() -> None:
     assert list(EpochRows(50, order_by_length(list(range(50)), 4), 1, lambda: 3)) != first
 
 
-def test_rows_of_like_lengths_come_together() -> None:
+def test_rows_of_similar_lengths_come_together() -> None:
     lengths = [number % 10 for number in range(400)]
     rows = list(EpochRows(400, order_by_length(lengths, 4), 1, lambda: 0))
     spreads = [max(some) - min(some) for some in _batches([lengths[row] for row in rows], 4)]
@@ -41,7 +41,7 @@ def test_rows_of_like_lengths_come_together() -> None:
 
 @pytest.mark.parametrize("epoch", [0, 1])
 def test_rows_may_come_as_they_were_written(epoch: int) -> None:
-    assert list(EpochRows(3, written_order(3), 0, lambda: epoch, 4)) == [0, 1, 2, 3]
+    assert list(EpochRows(3, sequential_order(3), 0, lambda: epoch, 4)) == [0, 1, 2, 3]
 
 
 def _batches(values: list[int], size: int) -> list[list[int]]:

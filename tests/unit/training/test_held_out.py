@@ -1,4 +1,4 @@
-"""What a reward model is worth on pairs that it has not seen, by hand and against the bootstrap's own properties."""
+"""How well a reward model does on unseen pairs, by hand and against the bootstrap's own properties."""
 
 import io
 import math
@@ -10,9 +10,9 @@ from rich.console import Console
 from align.run.artefacts import MANIFEST, Manifest, write_json
 from align.training.held_out import (
     ScoredPair,
-    agreement,
     held_out_figures,
     held_out_sheet,
+    pair_accuracy,
     print_held_out,
     print_published_held_out,
 )
@@ -46,11 +46,11 @@ def test_a_certain_model_that_is_right_is_calibrated_and_one_that_is_wrong_is_no
 
 
 def test_ties_count_for_a_half() -> None:
-    assert agreement([scored(0.0)] * 4, [1.0, 0.0, -1.0, 0.0], 1)["mean"] == 0.5
+    assert pair_accuracy([scored(0.0)] * 4, [1.0, 0.0, -1.0, 0.0], 1)["mean"] == 0.5
 
 
 def test_pairs_of_one_prompt_narrow_no_interval() -> None:
-    """Each of 12 prompts has three pairs that go the same way: no more is known than from one pair of each."""
+    """Each of 12 prompts has three pairs with the same outcome, which say no more than one pair of each."""
     one = [scored(1.0 if number % 3 else -1.0, prompt=str(number)) for number in range(12)]
     three = held_out_figures(one * 3, 1)["accuracy"]
     alone = held_out_figures(one, 1)["accuracy"]
@@ -77,7 +77,7 @@ def test_the_table_has_the_model_beside_what_lengths_alone_would_say() -> None:
 def test_without_held_out_pairs_the_table_says_so() -> None:
     console = Console(file=io.StringIO(), width=100)
     print_held_out(held_out_figures([], 1), "r", console)
-    assert console.file.getvalue() == "r: no pair was held out, so nothing tests the reward model\n"
+    assert console.file.getvalue() == "r: no pair was held out, so the reward model was not tested\n"
 
 
 def test_the_table_is_shown_again_from_what_was_published(tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
-"""Our settings in TRL's terms, and what surrounds its trainers."""
+"""The recipe's training settings as configs of TRL."""
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,7 @@ from align.errors import FileProblems, InputError
 from align.run.reproducibility import derive_seed
 from align.settings.blocks import OptimizerBlock
 from align.stages.sft import STAGE
-from align.training.trainers import soft_label_loss
-from align.training.trl_configs import COMPLETE, accumulation_steps, check_options, last_checkpoint, training_config
+from align.training.trl_configs import accumulation_steps, check_options, training_config
 from align.training.trl_options import TABLE
 from tests.stages.training import context
 
@@ -81,7 +79,7 @@ def test_every_faulty_option_is_reported_at_once_with_its_remedy() -> None:
         "packing": True,
     }
     with pytest.raises(FileProblems) as error:
-        check_options(SFTConfig, "sft", options, {})
+        check_options(SFTConfig, "sft", options)
     text = str(error.value)
     assert "6 problems" in text
     assert "sft.trl.adam_bet2: no such option; did you mean `adam_beta2`?" in text
@@ -89,17 +87,18 @@ def test_every_faulty_option_is_reported_at_once_with_its_remedy() -> None:
     assert "sft.trl.dataloader_num_workers: expected int, got 2.5" in text
     assert "sft.trl.learning_rate: not set here; set `optimizer.learning_rate`" in text
     assert "sft.trl.output_dir: the stage decides this itself" in text
-    assert "`activation_checkpointing` now" in text
+    assert "not set here; use `activation_checkpointing`" in text
 
 
 @pytest.mark.parametrize("kind", [SFTConfig, RewardConfig, DPOConfig])
 def test_no_default_of_trl_s_is_called_a_wrong_type(kind: type) -> None:
-    from align.training.trl_configs import INSTEAD, OUT_OF_PLACE, _option_types
+    from align.training.trl_configs import _option_types
+    from align.training.trl_options import RESERVED, SET_ELSEWHERE
 
     config = kind(use_cpu=True, bf16=False)
     changed_while_reading = {"accelerator_config", "fsdp_config", "debug", "include_for_metrics", "disable_tqdm"}
-    free = set(_option_types(kind)) - set(INSTEAD) - set(OUT_OF_PLACE) - changed_while_reading
-    check_options(kind, "stage", {name: getattr(config, name) for name in free}, {})
+    free = set(_option_types(kind)) - set(SET_ELSEWHERE) - RESERVED - changed_while_reading
+    check_options(kind, "stage", {name: getattr(config, name) for name in free})
     assert len(free) > 50
 
 
@@ -118,52 +117,7 @@ def test_a_batch_that_cannot_be_divided_is_an_error() -> None:
         accumulation_steps("dpo", OptimizerBlock(batch_size=16, micro_batch_size=8), 3)
 
 
-def test_the_newest_whole_checkpoint_counts_and_half_written_ones_do_not(tmp_path: Path) -> None:
-    assert last_checkpoint(tmp_path) is None
-    for step, whole in ((5, True), (10, True), (15, False)):
-        folder = tmp_path / f"checkpoint-{step}"
-        folder.mkdir()
-        (folder / "trainer_state.json").write_text("{}")
-        if whole:
-            (folder / COMPLETE).touch()
-    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
-
-
-def test_soft_label_loss_by_hand() -> None:
-    margin = torch.tensor([0.0, 2.0, -1.0, 2.0])
-    probability = torch.tensor([0.5, 1.0, 0.75, 0.6])
-
-    def sigmoid(x: float) -> float:
-        return 1 / (1 + math.exp(-x))
-
-    expected = [
-        math.log(2),
-        -math.log(sigmoid(2)),
-        -(0.75 * math.log(sigmoid(-1)) + 0.25 * math.log(sigmoid(1))),
-        -(0.6 * math.log(sigmoid(2)) + 0.4 * math.log(sigmoid(-2))),
-    ]
-    torch.testing.assert_close(soft_label_loss(margin, probability), torch.tensor(expected))
-
-
-@pytest.mark.parametrize("probability", [0.5, 0.6, 0.9])
-def test_soft_label_loss_is_least_where_the_model_says_the_label(probability: float) -> None:
-    label = torch.tensor([probability])
-    best = torch.logit(label)
-    least = soft_label_loss(best, label)
-    assert soft_label_loss(best + 0.1, label) > least
-    assert soft_label_loss(best - 0.1, label) > least
-
-
-def test_soft_label_loss_stays_finite_at_huge_margins() -> None:
-    margin = torch.tensor([1e4, -1e4], requires_grad=True)
-    loss = soft_label_loss(margin, torch.tensor([0.9, 0.9]))
-    torch.testing.assert_close(loss.detach(), torch.tensor([1e3, 9e3]))
-    loss.sum().backward()
-    assert margin.grad is not None
-    torch.testing.assert_close(margin.grad, torch.tensor([0.1, -0.9]))
-
-
 def test_the_shipped_table_of_options_is_the_installed_trl_s() -> None:
     from align.training.trl_configs import option_table
 
-    assert json.loads(TABLE.read_text()) == option_table(), "write it anew: python -m align.training.trl_configs"
+    assert json.loads(TABLE.read_text()) == option_table(), "rewrite it: python -m align.training.trl_configs"

@@ -10,7 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from align.constitution.constitution import Constitution, Principle, WorkedComparison, load_constitution
+from align.constitution.constitution import Constitution
+from align.constitution.loading import load_constitution
+from align.constitution.principles import Principle, WorkedComparison
 from align.engines.engine import ChoiceRequest, Request
 from align.feedback.judge import Judge, judge_problems
 from align.records import as_dicts
@@ -101,8 +103,8 @@ def test_a_broken_hard_rule_is_certain_all_the_same() -> None:
     ("block", "told"),
     [
         ({"chain_of_thought_range": [0.4, 0.7]}, "evenly about one half"),
-        ({"kind": "rule", "chain_of_thought": True}, "kind rule takes no chain_of_thought"),
-        ({"kind": "contrast", "examples": 2}, "kind contrast reads no examples"),
+        ({"kind": "rule", "chain_of_thought": True}, "kind rule does not read chain_of_thought"),
+        ({"kind": "contrast", "examples": 2}, "kind contrast does not read examples"),
         ({"chain_of_thought": True, "min_margin": 0.2}, "nothing but ties"),
     ],
 )
@@ -142,8 +144,8 @@ def test_with_a_chain_of_thought_worked_choices_are_those_that_reason() -> None:
     said = [message.content for message in engine_of(made).choices[0].messages[1:8:2]]
     assert said == ["Thought 3: (B) is right.", "B", "Thought 1: (B) is right.", "B"]
     assert judge_problems(made.constitution, JudgeBlock(chain_of_thought=True, examples=3)) == [
-        "judge.examples: 3 are asked for, and constitution 'test' has 2 worked `comparisons` with a `reasoning`; add "
-        "some, or ask for fewer"
+        "judge.examples: set to 3, but constitution 'test' has 2 worked `comparisons` with a `reasoning`; add some, or "
+        "lower the number"
     ]
 
 

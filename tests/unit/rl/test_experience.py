@@ -1,4 +1,4 @@
-"""What is said of a number that is NaN or infinite."""
+"""The error about a number that is NaN or infinite."""
 
 from pathlib import Path
 from types import SimpleNamespace

@@ -1,0 +1,130 @@
+"""Saving models with their tokenizers, so that plain `from_pretrained` loads them."""
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from align.models.loading import stop_token_ids
+from align.models.lora import dither, dithered
+
+
+def save_model(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: Path,
+    dtype: torch.dtype,
+    *,
+    adapter_name: str = "default",
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write `directory/model`, which plain `from_pretrained` loads, and the adapter, if any, to `directory/adapter`.
+
+    An adapter is merged in fp32, and the sums are cast to `dtype`. The cast to bf16 is dithered, so that rounding does
+    not erase a small adapter. `model` itself is not changed. Call this in one process only.
+
+    Args:
+        state_dict: the whole state, needed where `model` holds only a shard (FSDP, ZeRO-3).
+    """
+    state = dict(state_dict if state_dict is not None else model.state_dict())
+    base: Any = model
+    if isinstance(model, PeftModel):
+        _save_adapter(model, state, directory / "adapter", adapter_name)
+        state = merged_state(model, state, adapter_name)
+        base = model.get_base_model()
+    is_merged = base is not model
+    plain = _plain_copy(base, {name: _cast(tensor, dtype, is_merged) for name, tensor in state.items()})
+    if plain.can_generate():
+        plain.generation_config = _generation_config(base, tokenizer)
+    plain.config.pad_token_id = tokenizer.pad_token_id
+    plain.save_pretrained(directory / "model")
+    tokenizer.save_pretrained(directory / "model")
+
+
+def merged_state(model: PeftModel, state: Mapping[str, Tensor], adapter_name: str) -> dict[str, Tensor]:
+    """The base model's state with one adapter merged in fp32: W + (alpha / r) B A (Hu et al. 2021).
+
+    Layers that are trained in full beside the adapter (a score head) come from the adapter's copy.
+    """
+    prefix = "base_model.model."
+    merged: dict[str, Tensor] = {}
+    for key, tensor in state.items():
+        name = key.removeprefix(prefix)
+        if ".lora_" in name or ".modules_to_save." in name:
+            continue
+        if ".original_module." in name:
+            own = name.replace(".original_module.", f".modules_to_save.{adapter_name}.")
+            tensor = state.get(prefix + own, tensor)
+            name = name.replace(".original_module.", ".")
+        if name.endswith(".base_layer.weight"):
+            tensor = tensor.float() + _delta(model, state, key.removesuffix(".base_layer.weight"), adapter_name)
+        merged[name.replace(".base_layer.", ".")] = tensor
+    return merged
+
+
+def _delta(model: PeftModel, state: Mapping[str, Tensor], layer: str, adapter_name: str) -> Tensor | float:
+    down, up = (state.get(f"{layer}.lora_{factor}.{adapter_name}.weight") for factor in "AB")
+    if down is None or up is None:
+        return 0.0
+    module = model.get_submodule(layer)
+    delta = (up.float() @ down.float()) * module.scaling[adapter_name]
+    return delta.T if module.fan_in_fan_out else delta
+
+
+def _save_adapter(model: PeftModel, state: dict[str, Tensor], directory: Path, adapter_name: str) -> None:
+    weights = get_peft_model_state_dict(model, state_dict=state, adapter_name=adapter_name, save_embedding_layers=False)
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()},
+        directory / "adapter_model.safetensors",
+        metadata={"format": "pt"},
+    )
+    config = copy.deepcopy(model.peft_config[adapter_name])
+    config.inference_mode = True
+    config.base_model_name_or_path = _portable(config.base_model_name_or_path)
+    # PEFT keeps the targets as a set, whose order differs between processes.
+    if isinstance(config.target_modules, set):
+        config.target_modules = sorted(config.target_modules)
+    config.save_pretrained(directory)
+
+
+def _portable(path: str | None) -> str | None:
+    """A path inside the working directory relative to it; any other path unchanged."""
+    if path and Path(path).is_absolute() and Path(path).is_relative_to(Path.cwd()):
+        return str(Path(path).relative_to(Path.cwd()))
+    return path
+
+
+def _plain_copy(base: Any, state: Mapping[str, Tensor]) -> PreTrainedModel:
+    """A model of `base`'s class and configuration with the given state, even where `base` is wrapped or sharded."""
+    kind = next(kind for kind in type(base).__mro__ if not kind.__name__.startswith("FSDP"))
+    with torch.device("meta"):
+        plain = kind(copy.deepcopy(base.config))
+    _, unknown = plain.load_state_dict(state, strict=False, assign=True)
+    plain.tie_weights()
+    lacking = [name for name, parameter in plain.named_parameters() if parameter.is_meta]
+    if lacking or unknown:
+        raise ValueError(f"the state does not fit the model: it lacks {lacking[:3]} and also has {unknown[:3]}")
+    return plain
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype, is_merged: bool) -> Tensor:
+    """Cast floats on the CPU. A merged model's float32 is dithered to bf16; numbers that bf16 can represent stay."""
+    tensor = tensor.detach().cpu()
+    if is_merged and dtype == torch.bfloat16 and tensor.dtype == torch.float32:
+        return dithered(tensor, dither(tensor.numel(), tensor.device))
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def _generation_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+    config = copy.deepcopy(model.generation_config) or GenerationConfig()
+    config.eos_token_id = list(stop_token_ids(model, tokenizer))
+    config.pad_token_id = tokenizer.pad_token_id
+    return config
