@@ -9,20 +9,19 @@ Shapes: R slots, T tokens a completion may have, V vocabulary.
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from align.decoding.continuous_batching import Task
-from align.decoding.decode import evaluating
-from align.decoding.shared_prefixes import can_share, right_padded
+from align.decoding.sampling import sample_without_waiting, uniform_numbers
+from align.decoding.shared_prefixes import can_share_prefixes
 from align.decoding.slot_cache import ATTENTION, SlotCache
 from align.errors import NotFinite
-from align.models.wrappers import inner_model, without_ddp
+from align.models.padding import right_padded
+from align.models.wrappers import eval_mode, inner_model, without_ddp
 from align.records import FinishReason
 
 STEPS_BETWEEN_LOOKS = 16
@@ -31,15 +30,22 @@ STEPS_BETWEEN_LOOKS = 16
 PREFILL_POSITIONS = 2**14
 """Positions, padding included, of one pass over waiting prompts."""
 
+ROWS_ON_GPU = 256
+"""Completions that a GPU writes at a time, memory allowing: up to here a step takes hardly longer for more rows."""
+
 CACHE_SHARE = 0.7
 """Share of the GPU's free memory that the KV cache may take."""
+
+LARGEST_DIFFERENCE = 0.1
+"""Nats by which bf16's rounding may let a log-prob differ from that of a plain pass."""
+
+CHECKED = "_align_can_use_slots"
 
 ROUNDED_TO = 64
 """Slots have room for a multiple of this many positions, so that few shapes occur."""
 
 
-@dataclass(frozen=True)
-class Finished:
+class Finished(NamedTuple):
     """A completion: tokens (stop token included), their log-probs in nats and, when kept, the values before them."""
 
     task: Task
@@ -50,18 +56,35 @@ class Finished:
 
 
 def can_use_slots(model: Any) -> bool:
-    """Whether a model on a GPU keeps plain keys and values in all layers and lets its attention be replaced."""
+    """Whether a model on a GPU can be decoded so, found out by trying: its log-probs must be those of a plain pass."""
     inner = inner_model(model)
-    config = inner.config
-    plain = not any(getattr(config, name, None) for name in ("attn_logit_softcapping", "alibi"))
-    replaceable = config._attn_implementation in ("sdpa", "short_rows", "flash_attention_2", "eager")
-    return bool(getattr(inner, "_supports_attention_backend", False)) and plain and replaceable and can_share(config)
+    if inner.device.type != "cuda" or not can_share_prefixes(inner.config):
+        return False
+    if not hasattr(inner, CHECKED):
+        setattr(inner, CHECKED, _computes_the_same(model))
+    return bool(getattr(inner, CHECKED))
+
+
+def _computes_the_same(model: Any) -> bool:
+    options: dict[str, Any] = {"max_new_tokens": 2, "temperature": 0.0, "top_p": 1.0, "stop_ids": [], "pad_id": 0}
+    tasks = [Task(number, list(range(1, 4 + 3 * number)), 0) for number in range(2)]
+    try:
+        for task, tokens, _, logprobs, _ in SlotBatcher(model, rows=2, **options).run(deque(tasks)):
+            ids = torch.tensor([[*task.prompt, *tokens]], device=inner_model(model).device)
+            with torch.no_grad(), eval_mode(model):
+                scores = without_ddp(model)(input_ids=ids, use_cache=False, logits_to_keep=3).logits[0, :-1].float()
+            plain = scores.log_softmax(-1).gather(-1, ids[0, -2:, None])[:, 0].tolist()
+            if max(abs(a - b) for a, b in zip(plain, logprobs, strict=True)) > LARGEST_DIFFERENCE:
+                return False
+    except (RuntimeError, TypeError, ValueError, KeyError):  # a model of another kind may refuse in any way
+        return False
+    return True
 
 
 class SlotBatcher:
     """Completes any number of prompts in at most `rows` slots; on a GPU by replaying a captured step.
 
-    `read` counts the prompt tokens that went through the model.
+    `prefilled` counts the prompt tokens that went through the model.
 
     Raises:
         NotFinite: the model's logits are NaN or infinite.
@@ -79,7 +102,7 @@ class SlotBatcher:
         pad_id: int,
         keep_values: bool = False,
     ) -> None:
-        self.read = 0
+        self.prefilled = 0
         self._model = without_ddp(model)
         inner = inner_model(model)
         self._config, self._device = inner.config, inner.device
@@ -92,7 +115,7 @@ class SlotBatcher:
 
     def run(self, waiting: deque[Task]) -> Iterator[Finished]:
         """Complete all tasks, the first first. The caller may append more tasks after any result."""
-        with torch.no_grad(), evaluating(self._model):
+        with torch.no_grad(), eval_mode(self._model):
             while waiting or any(self._tasks):
                 self._admit(waiting)
                 self._advance()
@@ -158,7 +181,7 @@ class SlotBatcher:
             self._read(batch, slots_of)
         where = torch.tensor(list(admitted), device=self._device)
         tasks = list(admitted.values())
-        uniforms = np.stack([np.random.default_rng(task.seed).random(self._limit) for task in tasks])
+        uniforms = np.stack([uniform_numbers(task.seed, self._limit) for task in tasks])
         self._uniforms[where] = torch.from_numpy(uniforms).to(self._device)
         self._next[where] = torch.tensor([task.prompt[-1] for task in tasks], device=self._device)
         self._positions[where] = torch.tensor([len(task.prompt) - 1 for task in tasks], device=self._device)
@@ -173,7 +196,7 @@ class SlotBatcher:
         # Causal attention needs no mask: what comes before a token is never padding.
         positions = torch.arange(ids.shape[1], device=self._device).expand_as(ids)
         self._model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        self.read += sum(map(len, batch))
+        self.prefilled += sum(map(len, batch))
         rows = [row for row, prompt in enumerate(batch) for _ in slots_of[prompt]]
         self._cache.fill([slot for prompt in batch for slot in slots_of[prompt]], cache, rows, ids.shape[1])
 
@@ -208,7 +231,7 @@ class SlotBatcher:
                 logits_to_keep=1,
             )
         place = self._counts.clamp(max=self._limit - 1)[:, None]
-        tokens, logprobs, finite = sample(
+        tokens, logprobs, finite = sample_without_waiting(
             given.logits[:, -1], self._uniforms.gather(1, place)[:, 0], self._temperature, self._top_p
         )
         writing = ~self._done
@@ -242,38 +265,3 @@ class SlotBatcher:
             self._tasks[slot] = None
             written, logs, valued = (kept[:count] for kept in each)
             yield Finished(task, written, "stop" if written[-1] in stops else "length", logs, valued)
-
-
-def sample(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor, Tensor]:
-    """One token a row by the inverse of the cumulative distribution, without waiting for the device.
-
-    Args:
-        logits: (R, V), of any float dtype.
-        uniforms: (R,) float64 numbers in [0, 1).
-
-    Returns:
-        (R,) tokens, (R,) float32 log-probabilities under the temperature, and (R,) whether the row's logits are finite.
-    """
-    scores = logits.float()
-    if temperature not in (0.0, 1.0):
-        scores = scores / temperature
-    peak = scores.amax(-1, keepdim=True)
-    weights = (scores - peak).exp_()
-    total = weights.sum(-1)
-    if temperature == 0:
-        tokens = scores.argmax(-1)
-    elif top_p < 1:
-        kept, ids = weights.sort(descending=True, stable=True)
-        before = kept.cumsum(-1) - kept
-        tokens = ids.gather(-1, _inverse_cdf(kept.where(before < top_p * total[:, None], 0.0), uniforms)[:, None])[:, 0]
-    else:
-        tokens = _inverse_cdf(weights, uniforms)
-    return tokens, (scores.gather(-1, tokens[:, None]) - peak)[:, 0] - total.log(), total.isfinite()
-
-
-def _inverse_cdf(weights: Tensor, uniforms: Tensor) -> Tensor:
-    # In float64, as a parallel sum in float32 need not be monotone.
-    cumulative = weights.double().cumsum(-1)
-    total = cumulative[:, -1]
-    target = (total * uniforms).minimum(total.nextafter(torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, target[:, None], right=True)[:, 0].clamp_(max=weights.shape[-1] - 1)

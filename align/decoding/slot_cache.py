@@ -83,11 +83,10 @@ class SlotCache:
         self.writes = self.first.clone()
         self.cache: Cache = DynamicCache(config=config)
         self.cache.layers = [SlotLayer(self) for _ in self.cache.layers]
-        heads = config.num_attention_heads // (
-            getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        )
+        heads = config.num_attention_heads
+        group = heads // (getattr(config, "num_key_value_heads", None) or heads)
         starts = torch.arange(slots + 1, dtype=torch.int32, device=device)
-        self._query_starts, self._slot_starts = starts * heads, starts * capacity
+        self._query_starts, self._slot_starts = starts * group, starts * capacity
 
     def fill(self, slots: Sequence[int], source: Cache, rows: Sequence[int], length: int) -> None:
         """Copy the first `length` positions of rows of an ordinary cache into slots."""

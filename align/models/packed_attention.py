@@ -27,13 +27,26 @@ LARGEST_ERROR = 0.05
 _IS_PACKED: ContextVar[bool] = ContextVar("packed rows", default=False)
 
 
-def use_packed_attention(model: PreTrainedModel) -> None:
-    """Let a model on a GPU that uses PyTorch's attention take packed rows, if it then computes the same."""
-    if model.config._attn_implementation != "sdpa" or model.dtype not in HALF_PRECISION:
-        return
+def use_packed_attention(model: PreTrainedModel, dtype: torch.dtype) -> bool:
+    """Let a model on a GPU that uses PyTorch's attention take packed rows; whether it then computes the same.
+
+    If it does not, it is left as it was.
+
+    Args:
+        dtype: of its computation, under the autocast around this call.
+    """
+    if model.config._attn_implementation != "sdpa" or dtype not in HALF_PRECISION:
+        return False
     model.set_attn_implementation(NAME)
-    if not _computes_the_same(model):
-        model.set_attn_implementation("sdpa")
+    if _computes_the_same(model):
+        return True
+    model.set_attn_implementation("sdpa")
+    return False
+
+
+def takes_packed_rows(backbone: Any) -> bool:
+    """Whether `use_packed_attention` succeeded with the model."""
+    return bool(backbone.config._attn_implementation == NAME)
 
 
 def packed_states(backbone: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
