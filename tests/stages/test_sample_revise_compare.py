@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from scripted_engine import ScriptedEngine
 
 from align.constitution.loading import load_constitution
 from align.engines.engine import ChoiceRequest, Request
-from align.engines.scripted import ScriptedEngine
 from align.errors import InputError, JudgeAtChance
 from align.feedback.calibration import JudgedPair
 from align.feedback.records import Comparison, Critique, Revision
