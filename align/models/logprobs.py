@@ -17,10 +17,15 @@ from transformers import PreTrainedModel
 from align.models.padding import position_ids
 from align.models.wrappers import inner_model, replaced_forward
 
-CHUNK = 128
+CHUNK = {"cpu": 128, "cuda": 4096}
 """The number of positions whose logits are in memory at a time."""
-IN_CACHE = 16
-"""The number of positions whose float32 logits are in memory at a time: 3 MB with SmolLM2's 49,152 tokens."""
+IN_FLOAT32 = {"cpu": 16, "cuda": 1024}
+"""The number of positions whose float32 logits are in memory at a time: in a CPU's cache, or enough to fill a GPU."""
+
+
+def positions_at_once(device: torch.device) -> int:
+    """The number of positions whose logits are computed together on a device."""
+    return CHUNK.get(device.type, CHUNK["cpu"])
 
 
 class LogprobsOut(NamedTuple):
@@ -31,7 +36,7 @@ class LogprobsOut(NamedTuple):
 
 
 def gather_logprobs(
-    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0, *, chunk_size: int = CHUNK
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0, *, chunk_size: int | None = None
 ) -> LogprobsOut:
     """log softmax(hidden weightᵀ / temperature) at the targets, and the distributions' entropy.
 
@@ -57,11 +62,12 @@ class _FrozenHead(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, chunk_size: int
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, chunk_size: int | None
     ) -> tuple[Tensor, Tensor]:
         states, flat_targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
         logprobs, entropies = states.new_empty(2, len(states), dtype=torch.float32)
         slopes = torch.empty_like(states)
+        chunk_size = chunk_size or positions_at_once(states.device)
         for start in range(0, len(states), chunk_size):
             chunk = slice(start, start + chunk_size)
             logits = nn.functional.linear(states[chunk], weight)
@@ -81,8 +87,9 @@ class _FrozenHead(torch.autograd.Function):
 def _score_in_place(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """(C,) log-probabilities of the targets and entropies. Overwrites the (C, V) logits with the probabilities."""
     logprobs, entropies = logits.new_empty(2, len(targets), dtype=torch.float32)
-    for start in range(0, len(targets), IN_CACHE):
-        rows = slice(start, start + IN_CACHE)
+    count = IN_FLOAT32.get(logits.device.type, IN_FLOAT32["cpu"])
+    for start in range(0, len(targets), count):
+        rows = slice(start, start + count)
         scores = _scaled(logits[rows], temperature)
         probabilities = scores.softmax(-1)
         largest, most_likely = probabilities.max(-1, keepdim=True)
@@ -100,7 +107,7 @@ def completion_logprobs(
     attention_mask: Tensor,
     completion_length: int,
     temperature: float = 1.0,
-    chunk_size: int = CHUNK,
+    chunk_size: int | None = None,
 ) -> LogprobsOut:
     """Log-probabilities and entropies (B, T) of the last T = `completion_length` tokens under a causal LM.
 
@@ -161,7 +168,7 @@ def _run_with_head(
 
 
 def _gather(
-    logits_of: Callable[[Tensor], Tensor], states: Tensor, targets: Tensor, temperature: float, chunk_size: int
+    logits_of: Callable[[Tensor], Tensor], states: Tensor, targets: Tensor, temperature: float, chunk_size: int | None
 ) -> LogprobsOut:
     """Score the targets chunk by chunk. With gradients on, each chunk's logits are recomputed in the backward pass."""
 
