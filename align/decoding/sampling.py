@@ -83,7 +83,8 @@ def _inverse_cdf(weights: Tensor, uniforms: Tensor) -> Tensor:
     target = (total.double() * uniforms).to(total.dtype)
     # Rounding must not raise the target to the total itself, past the last index that has any weight.
     target = target.minimum(total.nextafter(torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, target[:, None], right=True)[:, 0]
+    tokens = torch.searchsorted(cumulative, target[:, None], right=True)[:, 0]
+    return tokens.clamp(max=weights.shape[-1] - 1)  # past the end where weights are not numbers
 
 
 def _nucleus(weights: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:

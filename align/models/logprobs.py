@@ -180,6 +180,7 @@ def _gather(
         entropy = torch.special.entr(logprobs.detach().exp()).sum(-1)
         return logprobs.gather(-1, targets[:, None])[:, 0], entropy
 
+    chunk_size = chunk_size or positions_at_once(states.device)
     flat_states, flat_targets = states.reshape(-1, states.shape[-1]), targets.reshape(-1)
     found: list[tuple[Any, ...]] = []
     # Without any positions, one empty chunk gives the results their shape and their autograd graph.
