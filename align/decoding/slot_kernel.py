@@ -7,8 +7,6 @@ Gimelshein 2018; Dao et al. 2022), so that the time is that of reading the cache
 Shapes: R rows, S positions of a slot, H heads, K key-value heads, G = H / K, D features of a head.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -22,20 +20,20 @@ BLOCK = 64
 
 
 @triton.jit
-def _attend(
-    query: Any,
-    keys: Any,
-    values: Any,
-    lengths: Any,
-    result: Any,
-    scale: Any,
-    capacity: Any,
+def _attend(  # type: ignore[no-untyped-def]  # Triton takes no other annotations
+    query,
+    keys,
+    values,
+    lengths,
+    result,
+    scale,
+    capacity,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     QUERIES: tl.constexpr,
     SIZE: tl.constexpr,
     POSITIONS: tl.constexpr,
-) -> None:
+):
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     length = tl.load(lengths + row)
     features, members = tl.arange(0, SIZE), tl.arange(0, QUERIES)

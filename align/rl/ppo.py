@@ -91,7 +91,7 @@ class PpoTrainer:
         self.updates = open_updates(accelerator, models, settings.optimizer)
         self.models = self.updates.models
         self.models.sharded = self.updates.sharded
-        longest = settings.max_prompt_tokens + settings.sampling.max_new_tokens
+        longest = max(len(prompt.ids) for prompt in prompts) + settings.sampling.max_new_tokens
         prepare_gpu_passes(self.models, settings.optimizer.micro_batch_size * longest)
         batches = Batches(
             settings.optimizer, seed, tokenizer.pad_token_id, self.device, share=self.models.shares_prefixes

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from align.decoding.decode import decode
 from align.decoding.slot_batching import can_use_slots
+from align.models.wrappers import eval_mode
 from align.records import Prompt
 from align.rl.models import PpoModels
 from align.run.reproducibility import derive_seed
@@ -78,7 +79,7 @@ def sample_completions(
         synced: the weights are sharded; every process then passes equally many chunks, some possibly empty.
     """
     completions: list[Completion] = []
-    with torch.no_grad(), models.generation():
+    with torch.no_grad(), eval_mode(models), models.generation():
         if not synced and can_use_slots(models.generator):
             # A GPU keeps as many rows under way as its memory holds, whatever the chunks.
             chunks = [[row for chunk in chunks for row in chunk]]
