@@ -20,7 +20,7 @@ from torch import Tensor
 from align.decoding.prefix_cache import common_prefix_length
 from align.decoding.shared_prefixes import can_share_prefixes
 from align.models.cpu_attention import SHORT_ROWS_ATTENTION
-from align.models.logprobs import CHUNK
+from align.models.logprobs import positions_at_once
 from align.models.wrappers import inner_model
 
 MASKABLE = ("sdpa", "eager", SHORT_ROWS_ATTENTION)
@@ -131,7 +131,8 @@ def _next_logprobs(model: Any, tree: Tree, scored: Sequence[int], which: Tensor,
             logits_to_keep=torch.tensor(scored, device=device),
         ).logits[0]  # (K, V)
     parts = []
-    for nodes, tokens in zip(which.split(CHUNK), targets.split(CHUNK), strict=True):
+    chunk = positions_at_once(which.device)
+    for nodes, tokens in zip(which.split(chunk), targets.split(chunk), strict=True):
         scores = logits[nodes.to(device)].float()
         parts.append((scores.gather(-1, tokens.to(device)[:, None])[:, 0] - scores.logsumexp(-1)).cpu())
     return torch.cat(parts)

@@ -45,6 +45,11 @@ def _bf16_is_faster() -> bool:
     return bool(getattr(torch.cpu, "get_capabilities", dict[str, bool])().get("amx_bf16"))  # missing in older torch
 
 
+# On Hopper, PyTorch prefers cuDNN's attention, which takes about 60 ms to plan each new shape: every token of a growing
+# cache, and every width of a micro-batch.
+torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def default_device() -> torch.device:
     """This process's device: its GPU, or the CPU where there is no GPU or `ACCELERATE_USE_CPU` is set."""
     if on_cpu():

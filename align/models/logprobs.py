@@ -17,10 +17,15 @@ from align.models.logits import OutputHead, find_head
 from align.models.padding import position_ids
 from align.models.wrappers import inner_model
 
-CHUNK = 128
+CHUNK = {"cpu": 128, "cuda": 4096}
 """The number of positions whose logits are in memory at a time."""
-IN_CACHE = 16
-"""The number of positions whose float32 logits are in memory at a time: 3 MB with SmolLM2's 49,152 tokens."""
+IN_FLOAT32 = {"cpu": 16, "cuda": 1024}
+"""The number of positions whose float32 logits are in memory at a time: in a CPU's cache, or enough to fill a GPU."""
+
+
+def positions_at_once(device: torch.device) -> int:
+    """The number of positions whose logits are computed together on a device."""
+    return CHUNK.get(device.type, CHUNK["cpu"])
 
 
 class LogprobsOut(NamedTuple):
@@ -31,7 +36,7 @@ class LogprobsOut(NamedTuple):
 
 
 def gather_logprobs(
-    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0, *, chunk_size: int = CHUNK
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0, *, chunk_size: int | None = None
 ) -> LogprobsOut:
     """log softmax(hidden weightᵀ / temperature) at the targets, and the distributions' entropy.
 
@@ -57,7 +62,7 @@ def head_logprobs(head: OutputHead, hidden: Tensor, targets: Tensor, temperature
     the backward pass, however frozen it is."""
     if head.is_plain:
         return gather_logprobs(hidden, head.weight, targets, temperature)
-    return _gather(head.logits, hidden, targets, temperature, CHUNK)
+    return _gather(head.logits, hidden, targets, temperature, None)
 
 
 class _FrozenHead(torch.autograd.Function):
@@ -65,11 +70,12 @@ class _FrozenHead(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, chunk_size: int
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, chunk_size: int | None
     ) -> tuple[Tensor, Tensor]:
         states, flat_targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
         logprobs, entropies = states.new_empty(2, len(states), dtype=torch.float32)
         slopes = torch.empty_like(states)
+        chunk_size = chunk_size or positions_at_once(states.device)
         for start in range(0, len(states), chunk_size):
             chunk = slice(start, start + chunk_size)
             logits = nn.functional.linear(states[chunk], weight)
@@ -93,8 +99,9 @@ def _score_in_place(logits: Tensor, targets: Tensor, temperature: float) -> tupl
     subtracted in float32: of a probability of 0.999 rounded to bf16 nothing would be left, nor of its gradient.
     """
     logprobs, entropies = logits.new_empty(2, len(targets), dtype=torch.float32)
-    for start in range(0, len(targets), IN_CACHE):
-        rows = slice(start, start + IN_CACHE)
+    count = IN_FLOAT32.get(logits.device.type, IN_FLOAT32["cpu"])
+    for start in range(0, len(targets), count):
+        rows = slice(start, start + count)
         scores = _scaled(logits[rows], temperature)
         probabilities = scores.softmax(-1)
         largest, most_likely = probabilities.max(-1, keepdim=True)
@@ -113,7 +120,7 @@ def completion_logprobs(
     attention_mask: Tensor,
     completion_length: int,
     temperature: float = 1.0,
-    chunk_size: int = CHUNK,
+    chunk_size: int | None = None,
 ) -> LogprobsOut:
     """Log-probabilities and entropies (B, T) of the last T = `completion_length` tokens under a causal LM.
 
@@ -149,7 +156,7 @@ def completion_logprobs(
 
 
 def _gather(
-    logits_of: Callable[[Tensor], Tensor], states: Tensor, targets: Tensor, temperature: float, chunk_size: int
+    logits_of: Callable[[Tensor], Tensor], states: Tensor, targets: Tensor, temperature: float, chunk_size: int | None
 ) -> LogprobsOut:
     """Score the targets chunk by chunk. With gradients on, each chunk's logits are recomputed in the backward pass."""
 
@@ -161,6 +168,7 @@ def _gather(
         entropy = torch.special.entr(logprobs.detach().exp()).sum(-1)
         return logprobs.gather(-1, targets[:, None])[:, 0], entropy
 
+    chunk_size = chunk_size or positions_at_once(states.device)
     flat_states, flat_targets = states.reshape(-1, states.shape[-1]), targets.reshape(-1)
     found: list[tuple[Any, ...]] = []
     # Without any positions, one empty chunk gives the results their shape and their autograd graph.

@@ -9,7 +9,7 @@ Shapes: B completions, T completion tokens, V vocabulary, H hidden size.
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -54,6 +54,19 @@ class TrainPass(NamedTuple):
     values: Tensor | None
 
 
+class GenerationView:
+    """Presents the models' "generate" role as a causal LM to the decoder."""
+
+    def __init__(self, models: "PpoModels") -> None:
+        self.models = models
+        self.config = models.causal_lm.config
+        self.device = models.causal_lm.device
+        self.dtype = models.causal_lm.dtype
+
+    def __call__(self, **inputs: object) -> object:
+        return self.models("generate", **inputs)
+
+
 class PpoModels(nn.Module):
     """What both arrangements have in common. Subclasses provide the backbones and the heads.
 
@@ -73,11 +86,15 @@ class PpoModels(nn.Module):
         self.temperature = temperature
         self.compute_dtype = compute_dtype
         self.sharded = False
+        self.packs_rows = False
 
     @property
     def shares_prefixes(self) -> bool:
-        """Whether rows may share one prefill of their common prefix. Sharded weights need each layer called once."""
-        return not self.sharded and can_share_prefixes(self.config)
+        """Whether rows may share one prefill of their common prefix.
+
+        Sharded weights need each layer called once, and packed rows have no cache to hold the prefix.
+        """
+        return not self.sharded and not self.packs_rows and can_share_prefixes(self.config)
 
     @property
     def reuses_sampled_logprobs(self) -> bool:
@@ -108,6 +125,16 @@ class PpoModels(nn.Module):
         return self.causal_lm._no_split_modules
 
     @property
+    def language_models(self) -> list[Any]:
+        """Every transformers model that passes run through."""
+        return [self.causal_lm]
+
+    @cached_property
+    def generator(self) -> "GenerationView":
+        """The models' "generate" role as a causal LM."""
+        return GenerationView(self)
+
+    @property
     def causal_lm(self) -> PreTrainedModel:
         """The transformers model that writes completions."""
         return inner_model(self.policy)
@@ -118,7 +145,7 @@ class PpoModels(nn.Module):
         "generate" takes the inputs of a causal LM; "prefixes" encodes shared prefixes for several later passes; the
         others take `sequences`. "reference" and "score" compute no gradient.
         """
-        with self._autocast():
+        with self.autocast():
             if role == "generate":
                 return self._generate_pass(**inputs)
             if role == "train":
@@ -134,7 +161,8 @@ class PpoModels(nn.Module):
             }
             return SinglePass(passes[role](**inputs))
 
-    def _autocast(self) -> Any:
+    def autocast(self) -> Any:
+        """Surrounds every pass."""
         if self.compute_dtype == torch.float32:
             return nullcontext()
         return torch.autocast(self.causal_lm.device.type, dtype=self.compute_dtype)

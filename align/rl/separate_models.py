@@ -1,6 +1,7 @@
 """Policy and value trained in all their weights, beside a frozen reference: PPO without LoRA."""
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -40,6 +41,26 @@ class SeparateModels(PpoModels):
     @property
     def value_on_policy(self) -> bool:
         return self.value_head is not None and self.value_backbone is None
+
+    @property
+    def language_models(self) -> list[Any]:
+        return [each for each in (self.policy, self.value_backbone, self.reference) if each is not None]
+
+    @contextmanager
+    def generation(self) -> Iterator[None]:
+        """On a GPU, half-precision copies of the weights, which autocast would otherwise cast anew for every token."""
+        if self.causal_lm.device.type != "cuda" or self.compute_dtype == torch.float32 or self.sharded:
+            yield
+            return
+        parameters = [parameter for parameter in self.policy.parameters() if parameter.ndim > 1]
+        originals = [parameter.data for parameter in parameters]
+        try:
+            for parameter in parameters:
+                parameter.data = parameter.data.to(self.compute_dtype)
+            yield
+        finally:
+            for parameter, original in zip(parameters, originals, strict=True):
+                parameter.data = original
 
     def backbone(self, network: Network) -> AbstractContextManager[Any]:
         value_backbone = self.value_backbone if network == "value" else None

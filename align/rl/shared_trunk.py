@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from align.models.cpu_attention import use_cpu_attention
 from align.models.heads import head_output, last_attended
+from align.models.loading import default_device
 from align.models.logits import output_head
 from align.models.lora import fuse_adapters, merged_weights
 from align.models.wrappers import is_sharded
@@ -49,7 +50,8 @@ class SharedTrunk(PpoModels):
         self._layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
         self._fused = fuse_adapters(model)
         self._merged = False
-        use_cpu_attention(self.causal_lm)
+        if default_device().type == "cpu":
+            use_cpu_attention(self.causal_lm)
         with self._adapter(None):
             self.policy_head = self.reference_head = output_head(self.causal_lm)
         for name, parameter in model.named_parameters():
@@ -57,9 +59,9 @@ class SharedTrunk(PpoModels):
         if reward_head is not None:
             reward_head.requires_grad_(False)
 
-    def _autocast(self) -> Any:
+    def autocast(self) -> Any:
         # Fused adapters already compute in the trunk's dtype, and autocast's lookups cost as much as small operations.
-        return nullcontext() if self._fused and not self.sharded else super()._autocast()
+        return nullcontext() if self._fused and not self.sharded else super().autocast()
 
     def _use(self, adapter: str | None) -> None:
         # peft's set_adapter also sets requires_grad, which would freeze the other adapter before its backward pass.
