@@ -22,11 +22,11 @@ from align.models.loading import load_causal_lm
 from align.models.saving import save_model
 from align.records import Message, Prompt, read_jsonl
 from align.rl.loading import RewardFolder, load_models, trunk_scores
-from align.rl.models import PpoModels
+from align.rl.models import GenerationView, PpoModels
 from align.rl.ppo import PpoTrainer
 from align.rl.reward_sources import load_classifier_reward
 from align.rl.rewards import Rewards, RewardSource
-from align.rl.rollout import GenerationView, TokenizedPrompt
+from align.rl.rollout import TokenizedPrompt
 from align.rl.sequences import lay_out
 from align.rl.settings import PpoBlock, ScoreBlock
 from align.run.tracking import Tracker
