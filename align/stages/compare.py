@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from align.constitution.loading import load_constitution, try_load_constitution
-from align.data.pairs import gather_pairs
+from align.data.pair_mixing import gather_pairs
 from align.data.prompts import stream_drawn_prompts
+from align.data.sources import Intake
 from align.engines.provenance import CONSTITUTION, PROVENANCE, text_provenance, write_constitution, write_provenance
 from align.errors import InputError
 from align.feedback.calibration import JudgedPair, calibration_figures, print_calibration
@@ -31,7 +32,8 @@ from align.run.reproducibility import derive_seed
 from align.run.stage import Context, Outcome, Stage
 from align.run.streaming import DEFAULT_WINDOW, WINDOW_HELP, windows
 from align.run.tracking import METRICS
-from align.settings.blocks import Block, EngineBlock, Fraction, Integer, PairSource, Positive, SamplingBlock
+from align.settings.blocks import Block, EngineBlock, Fraction, Integer, Positive, SamplingBlock
+from align.settings.data import PairSource
 
 if TYPE_CHECKING:
     from align.engines.engine import Engine
@@ -188,7 +190,7 @@ def calibrate(judge: "Judge", context: Context) -> tuple[list[JudgedPair], dict[
 
     block: CalibrationBlock = context.settings.calibration
     left_out: Counter[str] = Counter()
-    pairs = gather_pairs(None, block.human, left_out)
+    pairs = gather_pairs(None, block.human, Intake(left_out))
     judged = judge_pairs(judge, pairs, context.output / "calibration.journal")
     figures = calibration_figures(judged, judge.settings.min_margin)
     if processes.is_first():

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from align.data.prompts import read_prompts
-from align.data.sources import is_local_path
+from align.data.reading import is_local_path
 from align.feedback.records import Revision
 from align.pipeline.recipe import load_recipe
 from align.records import Sample, write_rows

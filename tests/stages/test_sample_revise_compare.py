@@ -22,7 +22,8 @@ from align.feedback.records import Comparison, Critique, Revision
 from align.records import Message, PreferencePair, Prompt, Sample, read_jsonl, read_rows
 from align.run.artefacts import output_digests
 from align.run.stage import Context, Outcome, Stage
-from align.settings.blocks import JudgeBlock, ModelBlock, PromptsBlock, SplitBlock, TrackingBlock
+from align.settings.blocks import JudgeBlock, ModelBlock, TrackingBlock
+from align.settings.data import PromptsBlock, SplitBlock
 from align.stages.compare import STAGE as COMPARE
 from align.stages.compare import CompareBlock
 from align.stages.revise import STAGE as REVISE
