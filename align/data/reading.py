@@ -51,7 +51,7 @@ def is_local_path(path: str) -> bool:
     if is_remote(path):
         return False
     looks_local = path.startswith((".", "/", "~")) or file_format(path) is not None or not _HUB_ID.fullmatch(path)
-    return looks_local or Path(path).exists()
+    return looks_local or os.path.exists(path)
 
 
 def file_format(path: str) -> str | None:
@@ -67,7 +67,7 @@ def file_format(path: str) -> str | None:
 def local_files(source: DataSource) -> tuple[str, ...]:
     """The files and folders on this machine that a source reads and that are there."""
     local = (path for path in source.paths if is_local_path(path))
-    return tuple(file for path in local for file in expanded(path) if Path(file).exists())
+    return tuple(file for path in local for file in expanded(path) if os.path.exists(file))
 
 
 def expanded(path: str) -> list[str]:
@@ -75,7 +75,7 @@ def expanded(path: str) -> list[str]:
     from fsspec.core import url_to_fs
 
     here = str(Path(path).expanduser()) if not is_remote(path) else path
-    if not _PATTERN.search(path) or (not is_remote(path) and Path(here).exists()):
+    if not _PATTERN.search(path) or (not is_remote(path) and os.path.exists(here)):
         return [here]
     files, pattern = url_to_fs(here)
     found = sorted(files.glob(pattern))
@@ -94,11 +94,8 @@ def file_fault(path: str) -> str | None:
 
 
 def _one_file_fault(local: Path) -> str | None:
-    try:
-        if not local.exists():
-            return f"no such file (looked in {Path.cwd()}); check the path"
-    except OSError as error:
-        return f"no such file ({error.strerror}); check the path"
+    if not os.path.exists(local):
+        return f"no such file (looked in {Path.cwd()}); check the path"
     if local.is_dir():
         return None if _is_dataset_folder(local) else f"is a folder without data; name files in it that end in {KINDS}"
     if not local.is_file():
@@ -279,9 +276,8 @@ def _hub_rows(source: DataSource, path: str) -> Iterator[Row]:
 
 def _hub_fault(path: str, error: Exception) -> str:
     why = f"{type(error).__name__}: {first_line(error)}"
-    configurations = re.findall(r"'([\w.-]+)'", str(error)) if "onfig name is missing" in str(error) else []
-    if configurations:
-        return f"{path}: has several configurations; set `hub_config` to one of {', '.join(configurations)}"
+    if "onfig name is missing" in str(error) and (listed := re.search(r"\[(.*?)\]", str(error), re.DOTALL)):
+        return f"{path}: has several configurations; set `hub_config` to one of {listed[1]}"
     if os.environ.get("HF_HUB_OFFLINE", "").lower() in {"1", "true", "yes", "on"}:
         remedy = "HF_HUB_OFFLINE is set: unset it, or give a local file"
     else:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from align.data.layouts import selected
 from align.data.reading import BrokenRow, Row, numbered_rows
@@ -36,6 +36,12 @@ class LeftOut(Record):
     row: str
 
 
+class RowSink(Protocol):
+    """What takes the rows left out, such as a file."""
+
+    def add(self, row: Record) -> None: ...
+
+
 @dataclass
 class Intake:
     """What became of the rows that a stage reads.
@@ -45,7 +51,7 @@ class Intake:
     """
 
     counts: Counter[str] = field(default_factory=Counter)
-    file: RowFile | None = None
+    file: RowSink | None = None
     places: dict[str, str] = field(default_factory=dict)
     left_out: Counter[str] = field(default_factory=Counter)
 

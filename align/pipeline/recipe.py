@@ -115,6 +115,12 @@ class Recipe:
         blocks = self._inner_blocks(stage)
         return [file for block in blocks if isinstance(block, DataSource) for file in local_files(block)]
 
+    def sources(self) -> list[DataSource]:
+        """Every source of data in the recipe."""
+        blocks = [*self.settings.values(), *self.shared.values()]
+        inner = [block for outer in blocks for _, block in _data_and_model_blocks(outer)]
+        return [block for block in inner if isinstance(block, DataSource)]
+
     def models(self, stage: str) -> list[str]:
         """The models, except those of servers, that the blocks read by the stage name."""
         named = [_model_key(block) for block in self._inner_blocks(stage)]
