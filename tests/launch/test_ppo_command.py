@@ -1,4 +1,4 @@
-"""PPO by the real command: what must not change its result does not, and what it leaves can be used."""
+"""PPO by the real command: its result does not depend on batching or processes, and can be loaded elsewhere."""
 
 import json
 import math
@@ -28,12 +28,12 @@ DRAWN = ("iteration", "prompt_id", "completion", "tokens", "finish_reason")
 
 @pytest.fixture
 def run(finished: Run, tmp_path: Path) -> Run:
-    """The finished pipeline with its PPO yet to be run."""
+    """The finished pipeline without PPO's results."""
     return finished.copy(tmp_path / "copy", without=["ppo", "evaluate"])
 
 
 def drawn(run: Run) -> list[dict[str, Any]]:
-    """What was sampled, row by row."""
+    """The sampled completions, row by row."""
     return [{name: row[name] for name in DRAWN} for row in run.rows("ppo/rollouts.jsonl")]
 
 
@@ -54,7 +54,7 @@ def assert_same_training(first: Run, second: Run) -> None:
 
 
 def moved(run: Run) -> float:
-    """How far PPO moved the policy: what the differences above are to be measured by."""
+    """How far PPO moved the policy, the scale for the differences above."""
     before, after = (weights(run.stage(stage) / "model") for stage in ("sft", "ppo"))
     return max(float((before[name] - after[name]).abs().max()) for name in before)
 
@@ -68,7 +68,7 @@ def test_training_moves_the_policy_and_measures_itself(finished: Run) -> None:
     assert all(0 < row["sampling_gap"] < 1e-5 for row in metrics), "log-probs are kept from sampling"
 
 
-def test_the_reference_is_the_policy_at_first_and_stays_as_it_was(finished: Run) -> None:
+def test_the_reference_is_the_initial_policy_and_never_changes(finished: Run) -> None:
     first, *later = finished.rows("ppo/metrics.jsonl")
     assert abs(first["kl_to_reference_k1"]) < 1e-5
     assert abs(first["kl_to_reference_k3"]) < 1e-5
@@ -98,7 +98,7 @@ def test_the_size_of_a_micro_batch_does_not_matter(finished: Run, run: Run) -> N
     assert_same_training(finished, run)
 
 
-def test_what_is_sampled_together_does_not_matter(finished: Run, run: Run) -> None:
+def test_the_size_of_a_sampling_batch_does_not_matter(finished: Run, run: Run) -> None:
     run.run_stage("ppo", ppo__sampling__batch_size=3)
     assert_same_training(finished, run)
 
@@ -109,7 +109,7 @@ def test_the_number_of_processes_does_not_matter(finished: Run, run: Run) -> Non
     assert_same_training(finished, run)
 
 
-def test_a_run_killed_twice_ends_as_an_undisturbed_one(finished: Run, run: Run) -> None:
+def test_a_run_killed_twice_ends_like_an_undisturbed_one(finished: Run, run: Run) -> None:
     command = ("run", "ppo", "--recipe", "tiny.yaml")
     for iteration in (1, 3):
         checkpoint = f".partial/ppo-*/checkpoint/iteration-{iteration:06d}"
@@ -123,12 +123,12 @@ def test_a_run_killed_twice_ends_as_an_undisturbed_one(finished: Run, run: Run) 
 
 
 def repeated(run: Run) -> list[dict[str, Any]]:
-    """Every figure but those of time and memory."""
+    """Every figure except those of time and memory."""
     metrics = run.rows("ppo/metrics.jsonl")
     return [{name: value for name, value in row.items() if not name.startswith(NOT_REPEATED)} for row in metrics]
 
 
-def test_the_policy_opens_in_plain_transformers_and_answers(finished: Run) -> None:
+def test_the_policy_loads_in_plain_transformers_and_answers(finished: Run) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -1,4 +1,4 @@
-"""Runs in two real processes, by the commands that people type."""
+"""Runs in two real processes, by the commands that users type."""
 
 import json
 import os

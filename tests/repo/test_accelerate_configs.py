@@ -1,4 +1,4 @@
-"""The shipped configurations of accelerate mean what they say: it drops what it does not know of their inner blocks."""
+"""accelerate reads every key of the shipped configurations; it silently drops unknown keys of their inner blocks."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ CONFIGS = sorted((Path(__file__).parent.parent.parent / "recipes/accelerate").gl
 
 
 def launched(config: Path) -> Any:
-    """What `accelerate launch` makes of a configuration."""
+    """The arguments that `accelerate launch` derives from a configuration."""
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
     words = ["--config_file", str(config), "-m", "align"]

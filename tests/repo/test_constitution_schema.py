@@ -1,4 +1,4 @@
-"""The published schema is as the code has it, accepts what `check` accepts, and finds faults of form by itself."""
+"""The published schema matches the code, accepts what `check` accepts, and detects faults of form."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ FILES = sorted(FOLDER.glob("*.yaml"))
 VALIDATOR = Draft202012Validator(constitution_schema())
 
 
-def test_the_published_schema_is_as_the_format_is_now() -> None:
+def test_the_published_schema_is_up_to_date() -> None:
     published = (FOLDER / "schema.json").read_text(encoding="utf-8")
     assert published == schema_page(), "run `align constitution schema > constitutions/schema.json`"
     Draft202012Validator.check_schema(constitution_schema())
@@ -30,7 +30,7 @@ def test_every_key_is_described() -> None:
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_shipped_constitutions_name_the_schema_and_keep_it(file: Path) -> None:
+def test_shipped_constitutions_name_the_schema_and_satisfy_it(file: Path) -> None:
     text = file.read_text(encoding="utf-8")
     assert text.splitlines()[0] == "# yaml-language-server: $schema=schema.json"
     assert [error.message for error in VALIDATOR.iter_errors(YAML(typ="safe").load(text))] == []
@@ -72,7 +72,7 @@ FAULTS = [
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_faults_of_form_are_found_by_check_and_by_the_schema_alike(tmp_path: Path, fault: str) -> None:
+def test_both_check_and_the_schema_find_faults_of_form(tmp_path: Path, fault: str) -> None:
     whole = {"title": "title: x", "principles": "principles: [{id: a, text: b}]"}
     text = "\n".join((whole | {fault.partition(":")[0]: fault}).values())
     (tmp_path / "c.yaml").write_text(text)

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "constitutions").rglob("*.yaml"))
 
 
-def test_there_are_constitutions() -> None:
+def test_constitutions_are_shipped() -> None:
     assert FILES
 
 
@@ -20,7 +20,7 @@ def constitution(request: pytest.FixtureRequest) -> Constitution:
     return load_constitution(request.param)
 
 
-def test_it_says_what_it_is(constitution: Constitution) -> None:
+def test_it_describes_itself(constitution: Constitution) -> None:
     assert constitution.licence
     assert constitution.source
     assert constitution.preamble
@@ -53,6 +53,6 @@ def test_worked_examples_end_better_than_they_began(constitution: Constitution) 
             assert principle.rule is None or not principle.keeps_rule(example.completion), example.completion
 
 
-def test_constitutions_have_identities_of_their_own() -> None:
+def test_constitutions_have_distinct_identities() -> None:
     keys = [load_constitution(file).digest for file in FILES]
     assert len(set(keys)) == len(keys)

@@ -1,4 +1,4 @@
-"""What importing costs: modules that recipes are read with are light, and formulas need torch alone."""
+"""Imports stay light: reading a recipe imports no tensor library, and formulas import only torch."""
 
 import ast
 import subprocess

@@ -1,4 +1,4 @@
-"""The direction of imports is declared for every module, and kept."""
+"""The import contract covers every module."""
 
 import tomllib
 from pathlib import Path
@@ -25,18 +25,18 @@ def test_every_module_has_its_layer(module: str) -> None:
     assert sum(module in layer for layer in LAYERS) == 1, "give the new module its layer in pyproject.toml"
 
 
-def test_no_layer_names_a_module_that_is_not_there() -> None:
+def test_no_layer_names_a_missing_module() -> None:
     assert set().union(*LAYERS) - set(MODULES) == set()
 
 
-def test_the_linter_itself_checks_stages_engines_and_rooms() -> None:
+def test_the_linter_has_its_contracts_for_stages_engines_and_rooms() -> None:
     kinds = [contract["type"] for contract in CONTRACTS]
     assert kinds.count("independence") == 2
     assert kinds.count("forbidden") == 2
     assert all(contract.get("exhaustive") for contract in CONTRACTS if contract["type"] == "layers")
 
 
-def test_every_engine_is_held_apart_from_the_others() -> None:
+def test_every_engine_is_independent_of_the_others() -> None:
     named = {name for contract in CONTRACTS if contract["type"] == "independence" for name in contract["modules"]}
     helpers = {"__init__", "check", "complete_all", "engine", "open", "provenance"} | {
         "server_faults",

@@ -1,4 +1,4 @@
-"""The over-optimisation recipe's gold reward: what it holds for better, worked by hand."""
+"""The gold reward of the over-optimisation recipe, against values computed by hand."""
 
 import sys
 from pathlib import Path
@@ -11,7 +11,7 @@ PROMPT = "How do I keep fresh bread from going stale?"
 
 @pytest.fixture(scope="module")
 def module():
-    """As PPO finds it: from the project's folder."""
+    """The module as PPO imports it, from the project's folder."""
     from importlib import import_module
 
     sys.path.insert(0, str(ROOT))
@@ -23,12 +23,12 @@ def gold(module, *completions: str) -> list[float]:
     return module.gold([[{"role": "user", "content": PROMPT}]] * len(completions), completions)
 
 
-def test_an_answer_in_style_gets_all_there_is(module):
+def test_a_full_answer_in_style_gets_the_highest_reward(module):
     text = "Fresh bread keeps from going stale in a paper bag at room temperature. How soon will you eat it?"
     assert gold(module, text) == [1.0]
 
 
-def test_the_rules_count_by_their_weights(module):
+def test_rules_count_by_their_weights(module):
     """Three for the closing question, one for no exclamation mark, one for two sentences at most."""
     assert module.followed("Wrap it up. Is it stale?") == 1
     assert module.followed("Wrap it up! Is it stale?") == pytest.approx(4 / 5)
@@ -36,8 +36,8 @@ def test_the_rules_count_by_their_weights(module):
     assert module.followed("One! Two. Three. Four.") == 0
 
 
-def test_the_share_of_the_prompt_taken_up_worked_by_hand(module):
-    """Of keep, fresh, bread, going and stale it takes up bread and stale; bag and paper are its own."""
+def test_the_share_of_the_prompts_words_that_an_answer_uses(module):
+    """Of keep, fresh, bread, going and stale it uses bread and stale; bag and paper are new."""
     assert module.content_words(PROMPT) == {"keep", "fresh", "bread", "going", "stale"}
     assert module.answered(PROMPT, "A paper bag? The bread is stale.") == pytest.approx(2 / 5)
     # Of its three words only one is its own, a third where a half is asked for.
@@ -56,7 +56,7 @@ def test_the_share_of_the_prompt_taken_up_worked_by_hand(module):
     ],
     ids=["a generic question", "the prompt itself", "no question", "a mark", "words of the prompt", "nothing"],
 )
-def test_answers_in_style_beat_what_a_weak_proxy_may_be_content_with(module, better, worse):
+def test_answers_in_style_beat_answers_that_may_satisfy_a_weak_proxy(module, better, worse):
     one, other = gold(module, better, worse)
     assert 0 <= other < one <= 1
 

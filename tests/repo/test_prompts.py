@@ -19,7 +19,7 @@ def rows_of(name: str) -> list[dict[str, Any]]:
 
 
 def words_of(row: dict[str, Any]) -> list[str]:
-    """Lower-case words of a whole conversation, so that case and punctuation make no prompt a new one."""
+    """The lower-case words of a whole conversation: prompts that differ only in case or punctuation are equal."""
     return re.findall(r"[a-z0-9']+", " ".join(message["content"] for message in row["prompt"]).lower())
 
 
@@ -51,7 +51,7 @@ def test_no_prompt_appears_twice_within_or_across_the_files() -> None:
     assert [text for text, count in texts.items() if count > 1] == []
 
 
-def test_no_prompt_is_another_one_with_a_word_or_two_changed() -> None:
+def test_no_prompt_is_a_near_duplicate_of_another() -> None:
     bags = [frozenset(words_of(row)) for name in NAMES for row in rows_of(name)]
     close = [(a, b) for a, b in combinations(bags, 2) if len(a & b) > 0.75 * len(a | b)]
     assert close == []

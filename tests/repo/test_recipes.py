@@ -1,4 +1,4 @@
-"""Every recipe that is shipped can be run as it stands, and reading one is quick."""
+"""Every shipped recipe is valid and documented, and reading a recipe is quick."""
 
 import dataclasses
 import os
@@ -44,7 +44,7 @@ def _root(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
 
 
-def test_there_are_the_recipes_that_the_documents_name() -> None:
+def test_the_recipes_that_the_documents_name_are_shipped() -> None:
     names = {path.stem for path in RECIPES}
     assert names >= {"quickstart", "hh-rlhf", "full-fsdp2", "constitutional-server"}
     assert {path.stem for path in LAUNCHERS} == {"ddp", "fsdp2", "zero3"}
@@ -64,7 +64,7 @@ def test_a_recipe_says_at_its_top_how_to_run_it_and_what_to_expect(path: Path) -
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=name)
-def test_the_commands_in_a_recipe_name_files_that_are_there(path: Path) -> None:
+def test_the_commands_in_a_recipe_name_existing_files(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     files = re.findall(r"\b(?:recipes|constitutions)/[\w./-]+\.(?:ya?ml|jsonl)", text)
     assert name(path) in files
@@ -88,11 +88,11 @@ def test_planning_takes_less_than_two_seconds(tmp_path: Path) -> None:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    # The processor's time: what the machine does besides is not what is measured.
+    # CPU time, so that other load on the machine is not measured.
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2
 
 
-def test_the_quickstart_has_every_stage_there_is() -> None:
+def test_the_quickstart_has_every_stage() -> None:
     assert set(load_recipe("recipes/quickstart.yaml").settings) == set(all_stages())
 
 
@@ -100,8 +100,8 @@ WITH_REVISIONS = [path for path in RECIPES if re.search(r"^revise:", path.read_t
 
 
 @pytest.mark.parametrize("path", WITH_REVISIONS, ids=name)
-def test_no_recipe_teaches_the_base_model_s_own_answer_to_a_harmful_prompt(path: Path, tmp_path: Path) -> None:
-    """Even where every revision but one was rejected, so that all the originals are to be had."""
+def test_no_recipe_trains_on_the_base_models_own_answers_to_harmful_prompts(path: Path, tmp_path: Path) -> None:
+    """Even if all revisions but one were rejected, so that sft could take all the original answers."""
     recipe = load_recipe(path.relative_to(ROOT))
     block = recipe.shared["prompts"]
     files = tuple(source for source in block.sources if is_local_path(source.path))  # the hub is out of reach

@@ -1,4 +1,4 @@
-"""No setting is parsed and ignored: each is read somewhere, and stands in docs/settings.md as it is."""
+"""Every setting is read somewhere, and docs/settings.md describes it."""
 
 import importlib
 import pkgutil
@@ -19,7 +19,7 @@ SOURCE = Path(align.__file__).parent
 
 
 def recipe_blocks() -> Iterator[type[Block]]:
-    """Every block that a recipe is made of."""
+    """Every class of block that a recipe can contain."""
     for module in pkgutil.walk_packages(align.__path__, "align."):
         if not module.name.endswith("__main__"):
             importlib.import_module(module.name)
@@ -33,7 +33,7 @@ def recipe_blocks() -> Iterator[type[Block]]:
 
 BLOCKS = sorted(set(recipe_blocks()), key=lambda kind: kind.__name__)
 TEXT = "\n".join(path.read_text(encoding="utf-8") for path in SOURCE.rglob("*.py"))
-# The shares of splits are read by the splits' names, and the limits of gates by the gates'.
+# Shares of splits and limits of gates are read by name with getattr.
 READ_BY_NAME = {"SplitBlock", "TextGatesBlock", "ReviseGatesBlock", "CompareGatesBlock"}
 
 
@@ -47,7 +47,7 @@ PAGE = SOURCE.parent / "docs/settings.md"
 SETTINGS = list(settings_of(list(recipe_model().model_fields)))
 
 
-def test_the_page_of_settings_is_as_the_schema_is_now() -> None:
+def test_the_page_of_settings_is_up_to_date() -> None:
     assert PAGE.read_text(encoding="utf-8") == settings_page(), "run `align settings > docs/settings.md`"
 
 
@@ -70,11 +70,11 @@ def test_a_setting_is_described_and_its_default_is_accepted(setting: Setting) ->
     for name in outer:
         content, without = {name: content}, {name: without}
     given, left_out = (recipe_model().model_validate(_with_required(each)) for each in (content, without))
-    assert given == left_out, "what is called the default is what holds without the key"
+    assert given == left_out, "the documented default is the value without the key"
 
 
 def _with_required(content: dict[str, Any]) -> dict[str, Any]:
-    """The content with the keys that its blocks cannot do without."""
+    """The content with the required keys of its blocks filled in."""
     required = {"model": {"path": "m"}, "prompts": {"sources": [{"path": "p"}]}}
     filled = {
         name: value | required.get(name, {}) if isinstance(value, dict) else value for name, value in content.items()
@@ -84,7 +84,7 @@ def _with_required(content: dict[str, Any]) -> dict[str, Any]:
     return filled
 
 
-def test_naming_one_key_of_a_block_leaves_the_defaults_of_the_others() -> None:
+def test_setting_one_key_of_a_block_keeps_the_defaults_of_the_others() -> None:
     given = recipe_model().model_validate({"dpo": {"optimizer": {"batch_size": 8}}, "ppo": {"sampling": {"top_p": 1}}})
     assert (given.dpo.optimizer.batch_size, given.dpo.optimizer.learning_rate) == (8, 1e-5)  # type: ignore[attr-defined]
     assert given.ppo.sampling.max_new_tokens == 128  # type: ignore[attr-defined]

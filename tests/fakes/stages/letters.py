@@ -32,23 +32,23 @@ class Letters(Stage):
 
     def run(self, context: Context) -> Outcome:
         journal = context.output / f"letters.journal.{processes.rank()}"
-        went_on = journal.exists()
+        resumed = journal.exists()
         journal.write_text("begun")
         if processes.rank() == context.settings.fail_in:
-            _fail(context.settings.fail, went_on)
+            _fail(context.settings.fail, resumed)
         processes.barrier()
         if processes.is_first():
             (context.output / "folder" / "inner").mkdir(parents=True, exist_ok=True)
             (context.output / "folder" / "inner" / "file").write_text("inside")
             (context.output / "letters.txt").write_text(context.settings.text + _read(context.settings.source))
-        return Outcome({"letters": len(context.settings.text)}, {"went_on": went_on, "pid": os.getpid() > 0})
+        return Outcome({"letters": len(context.settings.text)}, {"resumed": resumed, "pid": os.getpid() > 0})
 
 
 def _read(source: str | None) -> str:
     return Path(source).read_text() if source else ""
 
 
-def _fail(how: str, went_on: bool) -> None:
+def _fail(how: str, resumed: bool) -> None:
     failures: dict[str, Any] = {
         "input": InputError("letters.txt, line 3: not a letter; mend it"),
         "not_finite": NotFinite("letters: loss is NaN at step 3"),
@@ -61,7 +61,7 @@ def _fail(how: str, went_on: bool) -> None:
         _save_onto_a_full_disk()
     if how == "refused":
         raise PermissionError(errno.EACCES, "Permission denied", "/elsewhere/weights")
-    if how == "once" and not went_on:
+    if how == "once" and not resumed:
         raise KeyboardInterrupt
 
 

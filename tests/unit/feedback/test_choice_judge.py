@@ -102,10 +102,10 @@ def test_a_broken_hard_rule_is_certain_all_the_same() -> None:
 @pytest.mark.parametrize(
     ("block", "told"),
     [
-        ({"chain_of_thought_range": [0.4, 0.7]}, "evenly about one half"),
+        ({"chain_of_thought_range": [0.4, 0.7]}, "symmetric about one half"),
         ({"kind": "rule", "chain_of_thought": True}, "kind rule does not read chain_of_thought"),
         ({"kind": "contrast", "examples": 2}, "kind contrast does not read examples"),
-        ({"chain_of_thought": True, "min_margin": 0.2}, "nothing but ties"),
+        ({"chain_of_thought": True, "min_margin": 0.2}, "makes every verdict a tie"),
     ],
 )
 def test_settings_that_do_not_fit_are_told(block: dict[str, Any], told: str) -> None:

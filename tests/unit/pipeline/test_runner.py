@@ -131,7 +131,7 @@ def test_an_interrupted_stage_resumes_from_its_finished_work() -> None:
     run_stage(recipe("letters.fail=once"), "letters")
     manifest = read_manifest(RUN / "letters")
     assert manifest is not None
-    assert manifest.figures["went_on"] is True
+    assert manifest.figures["resumed"] is True
 
 
 def test_a_stage_does_not_resume_from_the_work_of_other_settings() -> None:
@@ -149,7 +149,7 @@ def test_after_a_closed_gate_another_limit_resumes_from_the_finished_work(monkey
     run_stage(recipe(), "letters")
 
     manifest = read_manifest(RUN / "letters")
-    assert manifest is not None and manifest.figures["went_on"]
+    assert manifest is not None and manifest.figures["resumed"]
     assert make_plan(recipe("letters.fail=input"))["letters"].state == "stale", "a gate is asked again"
 
 

@@ -191,8 +191,8 @@ def test_running_moments_of_each_source_survive_a_checkpoint():
 @pytest.mark.parametrize(
     ("given", "fault"),
     [
-        ({}, "named: none"),
-        ({"stage": "reward", "function": "a:b"}, "named: stage, function"),
+        ({}, "; set: none"),
+        ({"stage": "reward", "function": "a:b"}, "; set: stage, function"),
         ({"function": "brevity"}, "function must be module:function"),
         ({"function": "a:b", "label": "x"}, "label: only a `model` reads this"),
     ],

@@ -1,4 +1,4 @@
-"""The variables that launchers set are checked like any other input."""
+"""The number in a variable that launchers set is checked like any other input."""
 
 import os
 import subprocess
