@@ -65,10 +65,9 @@ class Intake:
 
 @contextmanager
 def open_intake(folder: Path, counts: Counter[str]) -> Iterator[Intake]:
-    """An intake that keeps rows in the folder; the file goes if there is none."""
+    """An intake that keeps the rows left out in a file of the folder, which is empty if there are none."""
     with RowFile(folder / LEFT_OUT) as file:
         yield Intake(counts, file)
-    file.remove_if_empty()
 
 
 class Unusable:

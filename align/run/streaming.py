@@ -51,17 +51,11 @@ class RowFile:
     """A new JSONL file to which records are added one by one. Only the first rank writes."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
         self._file = path.open("w", encoding="utf-8") if processes.is_first() else None
 
     def add(self, row: Row) -> None:
         if self._file is not None:
             self._file.write(as_line(row))
-
-    def remove_if_empty(self) -> None:
-        """Remove the file, once it is closed, if no row was added."""
-        if self._file is not None and self._path.stat().st_size == 0:
-            self._path.unlink()
 
     def __enter__(self) -> Self:
         return self

@@ -94,12 +94,12 @@ def prompt_fit(context: Context, engine: "Engine") -> Fit | None:
     from align.data.prompt_fit import PromptFit
 
     block: PromptsBlock = context.shared["prompts"]
-    tokenizer = getattr(engine, "tokenizer", None)
-    if tokenizer is None:
+    from align.engines.local import LocalEngine
+
+    if not isinstance(engine, LocalEngine):
         return None
-    positions = getattr(engine, "positions", None)
-    room = positions and positions - context.settings.sampling.max_new_tokens
-    return PromptFit(tokenizer, context.shared["model"].system_prompt, block.max_tokens or room, block.cut)
+    room = engine.positions and engine.positions - context.settings.sampling.max_new_tokens
+    return PromptFit(engine.tokenizer, context.shared["model"].system_prompt, block.max_tokens or room, block.cut)
 
 
 def _write_prompts(context: Context, fit: Fit | None, counts: Counter[str], categories: Counter[str]) -> None:

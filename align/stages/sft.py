@@ -132,7 +132,7 @@ class Sft(Stage):
             kept = (demonstration for demonstration in demonstrations if demonstration.id not in left_out)
             write_rows(context.output / "demonstrations.jsonl", kept)
         write_provenance(context.output, (), context.inputs.values())
-        counts.update(demonstrations=len(columns), too_long=len(columns.too_long), steps=result.steps)
+        counts.update(demonstrations=len(columns), demonstrations_too_long=0, steps=result.steps)
         return Outcome(
             counts,
             {"too_long": list(columns.too_long), "last_step": dict(result.last_step), "gates": gate_figures(shares)},

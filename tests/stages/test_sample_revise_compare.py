@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from align.constitution.loading import load_constitution
+from align.data.sources import LEFT_OUT
 from align.engines.engine import ChoiceRequest, Request
 from align.engines.scripted import ScriptedEngine
 from align.errors import InputError, JudgeAtChance
@@ -134,12 +135,13 @@ def test_sample_says_when_every_prompt_fell_into_other_splits(
     assert capsys.readouterr().err == ""
 
 
-def test_sample_leaves_nothing_of_prompts_that_it_refuses(world: World) -> None:
+def test_sample_leaves_no_prompts_of_a_source_that_it_refuses(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    scripted(monkeypatch, reply)
     (world.root / "bad.jsonl").write_text('{"prompt": "Why?"}\n{\n')
     world.shared["prompts"] = PromptsBlock.model_validate({"sources": [{"path": str(world.root / "bad.jsonl")}]})
-    with pytest.raises(InputError, match="nothing was written"):
+    with pytest.raises(InputError, match=r"1 of 2 rows cannot be used(.|\n)*bad\.jsonl, line 2: not JSON"):
         world.run(SAMPLE, SampleBlock())
-    assert list((world.root / "sample").iterdir()) == []
+    assert [path.name for path in (world.root / "sample").iterdir()] == [LEFT_OUT]
 
 
 def test_sample_writes_every_prompt_and_the_samples_of_its_splits(

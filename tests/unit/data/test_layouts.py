@@ -259,13 +259,6 @@ def test_a_source_of_which_nothing_fits_ends_early(tmp_path: Path) -> None:
         prompts(tmp_path, *({"text": "a"} for _ in range(1000)))
 
 
-def test_no_file_is_kept_where_nothing_was_left_out(tmp_path: Path) -> None:
-    with open_intake(tmp_path, Counter()) as intake:
-        read_pairs(source(tmp_path, *PAIRS["hh-rlhf"]), intake)
-
-    assert not (tmp_path / LEFT_OUT).exists()
-
-
 def test_bad_values_in_a_known_layout_name_the_row(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"line 1: has the columns of KTO.*`label` must be true or false"):
         read_pairs(source(tmp_path, {"prompt": "p", "completion": "c", "label": "maybe"}))
