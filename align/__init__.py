@@ -7,42 +7,32 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from align.constitution.constitution import Constitution as Constitution
-    from align.constitution.loading import load_constitution as load_constitution
-    from align.errors import AlignError as AlignError
-    from align.errors import InputError as InputError
-    from align.feedback.judge import Judge as Judge
-    from align.pipeline.recipe import Recipe as Recipe
-    from align.pipeline.recipe import load_recipe as load_recipe
-    from align.rl.ppo import PpoTrainer as PpoTrainer
-    from align.rl.settings import PpoBlock as PpoBlock
-    from align.settings.blocks import EngineBlock as EngineBlock
-    from align.settings.blocks import JudgeBlock as JudgeBlock
-    from align.settings.blocks import ModelBlock as ModelBlock
+    from align.constitution.constitution import Constitution
+    from align.constitution.loading import load_constitution
+    from align.errors import AlignError, InputError
+    from align.feedback.judge import Judge
+    from align.pipeline.recipe import Recipe, load_recipe
+    from align.rl.ppo import PpoTrainer
+    from align.rl.settings import PpoBlock
+    from align.settings.blocks import EngineBlock, JudgeBlock, ModelBlock
 
-_HOMES = {
-    "AlignError": "align.errors",
-    "Constitution": "align.constitution.constitution",
-    "EngineBlock": "align.settings.blocks",
-    "InputError": "align.errors",
-    "Judge": "align.feedback.judge",
-    "JudgeBlock": "align.settings.blocks",
-    "ModelBlock": "align.settings.blocks",
-    "PpoBlock": "align.rl.settings",
-    "PpoTrainer": "align.rl.ppo",
-    "Recipe": "align.pipeline.recipe",
-    "load_constitution": "align.constitution.loading",
-    "load_recipe": "align.pipeline.recipe",
+__all__ = ["AlignError", "Constitution", "EngineBlock", "InputError", "Judge", "JudgeBlock", "ModelBlock", "PpoBlock"]
+__all__ += ["PpoTrainer", "Recipe", "load_constitution", "load_recipe"]
+
+_EXPORTS = {
+    "align.constitution.constitution": "Constitution",
+    "align.constitution.loading": "load_constitution",
+    "align.errors": "AlignError InputError",
+    "align.feedback.judge": "Judge",
+    "align.pipeline.recipe": "Recipe load_recipe",
+    "align.rl.ppo": "PpoTrainer",
+    "align.rl.settings": "PpoBlock",
+    "align.settings.blocks": "EngineBlock JudgeBlock ModelBlock",
 }
-
-__all__ = list(_HOMES)
+_HOMES = {name: module for module, names in _EXPORTS.items() for name in names.split()}
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'align' has no attribute {name!r}; it exports {', '.join(_HOMES)}")
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES])

@@ -43,8 +43,9 @@ def write_prompts(path: Path, rows: int) -> None:
 
 def run_stages(folder: Path) -> Iterator[dict[str, Any]]:
     """Run the three stages in turn. A process's peak memory never falls, so a stage's peak covers those before it."""
+    from scripted_engine import ScriptedEngine
+
     import align.engines.open
-    from align.engines.scripted import ScriptedEngine
     from align.run.reproducibility import peak_resident_gb
     from align.run.stage import Context
     from align.settings.blocks import JudgeBlock, ModelBlock, TrackingBlock

@@ -21,7 +21,7 @@ def test_every_exported_name_is_the_object_of_its_own_module(name: str) -> None:
 def test_type_checkers_see_the_same_names() -> None:
     tree = ast.parse(Path(align.__file__).read_text(encoding="utf-8"))
     [typed] = [node for node in tree.body if isinstance(node, ast.If)]
-    assert {alias.asname for node in typed.body for alias in node.names} == set(align.__all__)
+    assert {alias.name for node in typed.body for alias in node.names} == set(align.__all__)
     assert (Path(align.__file__).parent / "py.typed").exists()
 
 

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from scripted_engine import ScriptedEngine
 
 from align.engines.engine import EngineIdentity, Request
 from align.engines.provenance import read_provenance
-from align.engines.scripted import ScriptedEngine
 from align.errors import InputError
 from align.feedback.records import Comparison, Critique, Revision
 from align.records import PreferencePair, Sample

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from scripted_engine import ScriptedEngine
 
 from align.constitution.loading import load_constitution
 from align.data.sources import LEFT_OUT
 from align.engines.engine import ChoiceRequest, Request
-from align.engines.scripted import ScriptedEngine
 from align.errors import InputError, JudgeAtChance
 from align.feedback.calibration import JudgedPair
 from align.feedback.records import Comparison, Critique, Revision

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from faulty_server import FaultyServer, chat_reply
+from scripted_engine import ScriptedEngine
 
 from align.engines.engine import Engine, EngineIdentity
 from align.engines.open import open_engine
@@ -23,7 +24,6 @@ from align.engines.provenance import (
     text_provenance,
     write_provenance,
 )
-from align.engines.scripted import ScriptedEngine
 from align.errors import AlignError, InputError
 from align.models.weights import Weights, hub_revision, loaded_files
 from align.run.artefacts import Manifest, write_json

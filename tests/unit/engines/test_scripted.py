@@ -1,9 +1,9 @@
 """The scripted engine keeps the contract of an engine."""
 
 import pytest
+from scripted_engine import ScriptedEngine
 
 from align.engines.engine import ChoiceRequest, Request
-from align.engines.scripted import ScriptedEngine
 from align.errors import InputError
 from align.records import Message
 

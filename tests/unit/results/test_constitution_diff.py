@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from scripted_engine import ScriptedEngine
 
 from align.__main__ import main
 from align.constitution.constitution import Constitution
 from align.constitution.loading import load_constitution
 from align.constitution.principles import Principle
 from align.constitution.text_diff import text_changes, word_diff
-from align.engines.scripted import ScriptedEngine
 from align.feedback.agreement import Label
 from align.feedback.records import Comparison
 from align.records import Message, write_rows
