@@ -1,5 +1,6 @@
 """What a row in one of the forms of `layouts` says: the conversation up to an answer, and the answer."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -70,6 +71,21 @@ def category_of(row: Row) -> str:
     if isinstance(given, Mapping):
         given = [name for name, holds in given.items() if holds]
     return ", ".join(map(str, given)) if isinstance(given, list | tuple) else str(given or "")
+
+
+def number(value: Any, column: str, place: str) -> float:
+    """A score as a number; tables keep it as text.
+
+    Raises:
+        InputError: it is none, or not a finite one.
+    """
+    try:
+        found = float("nan") if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        found = float("nan")
+    if not math.isfinite(found):
+        raise InputError(f"{place}: `{column}` must be a number, got {value!r}")
+    return found
 
 
 def _conversation(row: Row, column: str, place: str) -> Conversation:

@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeVar
 
 from align.data.conversations import merge_turns
 from align.data.demonstrations import read_demonstrations
-from align.data.layouts import canonical, recognise, selected
+from align.data.layouts import RANKED, canonical, recognise, selected
 from align.data.pairs import read_pairs
 from align.data.prompt_fit import require_whole
 from align.data.prompts import CUT, ODD_SPLIT, stream_prompts
@@ -150,7 +150,7 @@ def _survey(source: DataSource) -> tuple[int, Counter[str], Counter[str]]:
 
 
 def _kind_of(form: dict[str, Any]) -> str:
-    if form.get("chosen") is not None or "answers" in form or "score" in form:
+    if form.get("chosen") is not None or RANKED in form or "score" in form:
         return "pairs"
     if form.get("messages") is not None or form.get("completion") is not None:
         return "demonstrations"

@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from typing import Any
 
-from align.data.answers import is_answered, refuse_tools, require, split_answer, whole_conversation
+from align.data.answers import is_answered, number, refuse_tools, require, split_answer, whole_conversation
 from align.data.conversations import parse_messages, with_system
-from align.data.layouts import canonical
+from align.data.layouts import RANKED, canonical
 from align.data.reading import Row
 from align.data.sources import Intake, usable
 from align.errors import InputError
@@ -63,8 +63,8 @@ def _demonstration(row: dict[str, Any], place: str, source: str) -> Demonstratio
 def _conversation(row: dict[str, Any], place: str) -> Conversation:
     if row.get("messages") is not None:
         return whole_messages(row, place)
-    if "answers" in row:
-        row = {**row, "completion": max(row["answers"], key=lambda answer: float(answer[1]))[0]}
+    if RANKED in row:
+        row = {**row, "completion": max(row[RANKED], key=lambda answer: number(answer[1], "score", place))[0]}
     elif row.get("chosen") is not None:
         return whole_conversation(row, "chosen", place)
     require(row, ("prompt", "completion"), place)

@@ -3,7 +3,7 @@
 | form | columns |
 |---|---|
 | pair | prompt, chosen, rejected (the prompt may be implicit); score_chosen and score_rejected, or margin |
-| ranked answers | prompt, answers: a list of (text, score), the better the higher |
+| ranked answers | prompt; a list of (text, score), the better the higher, under `RANKED` |
 | rated answer | prompt, completion, score: the best and the worst of one prompt's rows make a pair |
 | demonstration | prompt, completion; or messages |
 | prompt | prompt |
@@ -33,6 +33,8 @@ SCORES = (
 )
 """Names of the columns with the scores of a pair's two sides."""
 _USUAL = ("prompt", "chosen", "rejected", "completion", "messages", "margin")
+RANKED = "ranked answers"
+"""Where a row in that form has its answers; no column is called so."""
 GIVEN = "columns of the row"
 """Where a row in one of the forms keeps the names that its columns had, for messages."""
 ALWAYS = ("category", "source", "split", "probability", "tools")
@@ -158,11 +160,11 @@ def _ultrafeedback(row: Row) -> dict[str, Any]:
         return answer["overall_score"] if answer.get("fine-grained_score") is None else answer["fine-grained_score"]
 
     answers = [(answer["response"], score(answer)) for answer in row["completions"]]
-    return {"prompt": row["instruction"], "answers": answers}
+    return {"prompt": row["instruction"], RANKED: answers}
 
 
 def _nectar(row: Row) -> dict[str, Any]:
-    return {"prompt": row["prompt"], "answers": [(each["answer"], -float(each["rank"])) for each in row["answers"]]}
+    return {"prompt": row["prompt"], RANKED: [(each["answer"], -float(each["rank"])) for each in row["answers"]]}
 
 
 def _safe_rlhf(row: Row) -> dict[str, Any]:
@@ -176,7 +178,7 @@ def _preference(prompt: str, first: str, second: str, strength: str) -> Convert:
 
     def convert(row: Row) -> dict[str, Any]:
         answers = [(row[first], 0.0), (row[second], float(row[strength]))]
-        return {"prompt": _helpsteer_prompt(row[prompt]), "answers": answers}
+        return {"prompt": _helpsteer_prompt(row[prompt]), RANKED: answers}
 
     return convert
 

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from itertools import combinations
 from typing import Any
 
-from align.data.answers import category_of, is_answered, require, split_answer, whole_conversation
+from align.data.answers import category_of, is_answered, number, require, split_answer, whole_conversation
 from align.data.demonstrations import no_usable_row, whole_messages
-from align.data.layouts import canonical
+from align.data.layouts import RANKED, canonical
 from align.data.reading import Row
 from align.data.sources import Intake, usable
 from align.errors import InputError
@@ -60,7 +60,7 @@ class _Reader:
 
     def _of_row(self, row: Row, place: str, path: str) -> Iterator[PreferencePair]:
         form = canonical(row, place)
-        if "answers" in form:
+        if RANKED in form:
             for pair in ranked_rows(form, place, self.source.ranked_pairs):
                 yield from self._kept(pair, place)
         elif "score" in form and form.get("chosen") is None:
@@ -104,8 +104,8 @@ def ranked_rows(row: dict[str, Any], place: str, which: str) -> list[dict[str, A
     Raises:
         InputError: it has fewer than two answers, or a score is no number.
     """
-    kept = {key: value for key, value in row.items() if key != "answers"}
-    scored = [(text, number(score, "score", place)) for text, score in row["answers"]]
+    kept = {key: value for key, value in row.items() if key != RANKED}
+    scored = [(text, number(score, "score", place)) for text, score in row[RANKED]]
     if len(scored) < 2:
         raise InputError(f"{place}: has {len(scored)} answers, and a pair takes two")
     scored.sort(key=lambda answer: -answer[1])
@@ -162,21 +162,6 @@ def soft_label(row: Row, place: str, margin_scale: float | None) -> float | str:
     if margin == 0:
         return "with_equal_scores"
     return 1.0 if margin > 0 else "scored_the_other_way"
-
-
-def number(value: Any, column: str, place: str) -> float:
-    """A score as a number; tables keep it as text.
-
-    Raises:
-        InputError: it is none, or not a finite one.
-    """
-    try:
-        found = float("nan") if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
-        found = float("nan")
-    if not math.isfinite(found):
-        raise InputError(f"{place}: `{column}` must be a number, got {value!r}")
-    return found
 
 
 def _margin(row: Row, place: str) -> float | None:

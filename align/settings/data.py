@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from align.settings.blocks import AboveZero, Block, Fraction, Positive
 
@@ -68,6 +68,12 @@ class PromptSource(DataSource):
 
     column: str | None = Field(None, description="column that holds the prompt; null finds it in the known layouts")
     category: str | None = Field(None, description="category of rows that name none")
+
+    @model_validator(mode="after")
+    def _names_the_prompt_once(self) -> "PromptSource":
+        if self.column and self.columns:
+            raise ValueError("column: `columns` says which column holds what; name the prompt there, as `prompt`")
+        return self
 
 
 class SplitBlock(Block):

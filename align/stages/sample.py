@@ -55,7 +55,11 @@ class SampleStage(Stage):
         return ()
 
     def check(self, settings: SampleBlock, shared: Mapping[str, Any]) -> list[str]:
-        return split_problems(shared["prompts"].split)
+        prompts: PromptsBlock = shared["prompts"]
+        faults = split_problems(prompts.split)
+        if prompts.cut and prompts.max_tokens is None and settings.engine.kind == "openai":
+            faults.append("prompts.cut: a server does not say how much it can read; set `prompts.max_tokens` too")
+        return faults
 
     def run(self, context: Context) -> Outcome:
         from align.engines.open import open_engine
@@ -90,16 +94,23 @@ class _Made(NamedTuple):
 
 
 def prompt_fit(context: Context, engine: "Engine") -> Fit | None:
-    """What becomes of prompts that the engine's model cannot read; None for a server, which refuses them itself."""
+    """What becomes of prompts that the recipe's model cannot read.
+
+    None for a server without `prompts.max_tokens`: it refuses what it cannot read itself.
+    """
     from align.data.prompt_fit import PromptFit
+    from align.engines.local import LocalEngine
+    from align.models.loading import load_tokenizer
 
     block: PromptsBlock = context.shared["prompts"]
-    from align.engines.local import LocalEngine
-
-    if not isinstance(engine, LocalEngine):
+    model: ModelBlock = context.shared["model"]
+    if isinstance(engine, LocalEngine):
+        room = engine.positions and engine.positions - context.settings.sampling.max_new_tokens
+        return PromptFit(engine.tokenizer, model.system_prompt, block.max_tokens or room, block.cut)
+    if block.max_tokens is None:
         return None
-    room = engine.positions and engine.positions - context.settings.sampling.max_new_tokens
-    return PromptFit(engine.tokenizer, context.shared["model"].system_prompt, block.max_tokens or room, block.cut)
+    tokenizer = load_tokenizer(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    return PromptFit(tokenizer, model.system_prompt, block.max_tokens, block.cut)
 
 
 def _write_prompts(context: Context, fit: Fit | None, counts: Counter[str], categories: Counter[str]) -> None:
@@ -132,7 +143,8 @@ def _tell_prompts(intake: Intake) -> None:
             "or give other prompts"
         )
     if told:
-        print(f"sample: {counts['prompts']} prompts; {listed} ({LEFT_OUT} has the rows left out)", flush=True)
+        kept = f" ({LEFT_OUT} will have the rows left out)" if intake.left_out else ""
+        print(f"sample: {counts['prompts']} prompts; {listed}{kept}", flush=True)
 
 
 def _warn_of_empty_splits(splits: Sequence[Split], counts: Mapping[str, int]) -> None:

@@ -81,9 +81,15 @@ class Sft(Stage):
 
     def check(self, settings: SftBlock, shared: Mapping[str, Any]) -> list[str]:
         helpful = settings.helpful
-        if settings.revisions:
-            return _mix_problems(helpful)
         faults = [
+            f"sft.helpful.sources[{number}].{name}: makes pairs, and sft reads demonstrations; leave it out"
+            for number, source in enumerate(helpful.sources)
+            for name in ("margin_scale", "ranked_pairs")
+            if name in source.model_fields_set
+        ]
+        if settings.revisions:
+            return faults + _mix_problems(helpful)
+        faults += [
             f"sft.helpful.{name}: has no effect with `revisions: false`; leave it out"
             for name in ("own_samples", "harmless", "share")
             if name in helpful.model_fields_set

@@ -1,5 +1,6 @@
 """Every layout is recognised without a word, and gives the same pair, demonstration and prompt."""
 
+import contextlib
 import copy
 import math
 from collections import Counter
@@ -7,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from align.data.demonstrations import read_demonstrations
 from align.data.layouts import LAYOUTS, recognise
@@ -270,3 +273,51 @@ def test_bad_values_in_a_known_layout_name_the_row(tmp_path: Path) -> None:
 def test_demonstrations_are_no_pairs(tmp_path: Path, name: str) -> None:
     with pytest.raises(InputError, match="line 1: no column `chosen`, `rejected`"):
         read_pairs(source(tmp_path, *DEMONSTRATIONS[name]))
+
+
+def paths(value: Any, above: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Where every value inside a row stands."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [above, *(path for key, item in inner for path in paths(item, (*above, key)))][0 if above else 1 :]
+
+
+ODD_VALUES = st.sampled_from(
+    [
+        None,
+        "",
+        " ",
+        0,
+        -1,
+        2.5,
+        float("nan"),
+        True,
+        [],
+        {},
+        [None],
+        [{}],
+        "[{",
+        [[]],
+        {"role": 3},
+        "\n\nHuman:",
+        "x" * 99,
+    ]
+)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.sampled_from(sorted(EVERY)), st.data())
+def test_a_row_with_any_odd_value_is_read_or_refused_in_words(tmp_path: Path, name: str, data: st.DataObject) -> None:
+    rows = copy.deepcopy(EVERY[name])
+    row = data.draw(st.sampled_from(rows))
+    *outer, last = data.draw(st.sampled_from(paths(row)))
+    place = row
+    for key in outer:
+        place = place[key]
+    place[last] = data.draw(ODD_VALUES)
+    found = source(tmp_path, *rows, max_unusable=1.0, ranked_pairs="all")
+
+    for read in (read_pairs, read_demonstrations):
+        with contextlib.suppress(InputError):
+            read(found)
+    with contextlib.suppress(InputError):
+        prompts(tmp_path, *rows, max_unusable=1.0)
