@@ -8,6 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 ROOMS = sorted(path.name for path in (ROOT / "align").iterdir() if (path / "__init__.py").exists())
+SYMBOLS = sorted(set(re.findall(r"`(\w+)` (?:in|\()\s*`([\w/]+\.py)`", TEXT)))
 NAMED = sorted(set(re.findall(r"`([\w./-]+/[\w.-]+\.\w+)`", TEXT)))
 
 
@@ -19,3 +20,13 @@ def test_every_room_has_its_line(room: str) -> None:
 @pytest.mark.parametrize("place", NAMED)
 def test_every_file_that_is_named_is_there(place: str) -> None:
     assert (ROOT / place).exists() or (ROOT / "align" / place).exists()
+
+
+@pytest.mark.parametrize(("symbol", "place"), SYMBOLS)
+def test_every_symbol_is_in_the_file_that_it_is_said_to_be_in(symbol: str, place: str) -> None:
+    assert re.search(rf"\b{symbol}\b", (ROOT / "align" / place).read_text(encoding="utf-8"))
+
+
+def test_symbols_are_found() -> None:
+    assert ("TextFigures", "figures/text_metrics.py") in SYMBOLS
+    assert len(SYMBOLS) > 5
