@@ -7,7 +7,7 @@ answer each the best and the worst of a prompt, of answers labelled good or bad 
 import math
 from collections.abc import Iterator
 from itertools import combinations
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 from align.data.answers import category_of, is_answered, number, require, split_answer, whole_conversation
 from align.data.demonstrations import no_usable_row, whole_messages
@@ -18,6 +18,8 @@ from align.errors import InputError
 from align.records import PreferencePair, as_dicts, digest, pair_id
 from align.settings.data import PairSource
 
+T = TypeVar("T")
+Which = Literal["best_worst", "all"]
 Rated = tuple[str, dict[str, Any]]
 """A row with one answer and its score, and its place."""
 
@@ -72,22 +74,14 @@ class _Reader:
             yield from self._kept(form, place)
 
     def _of_rated(self, rated: list[Rated]) -> Iterator[PreferencePair]:
-        rated = sorted(rated, key=lambda each: -each[1]["score"])
-        good = [each for each in rated if each[1].get("is_label") and each[1]["score"]]
-        bad = [each for each in rated if each[1].get("is_label") and not each[1]["score"]]
-        scored = [each for each in rated if not each[1].get("is_label")]
-        couples = [*zip(good, bad, strict=False), *self._couples(scored)]
-        if len(scored) == 1 or len(good) != len(bad):
-            matched = min(len(good), len(bad))
-            for place, row in (*good[matched:], *bad[matched:], *(scored if len(scored) == 1 else ())):
-                self.intake.leave_out("pairs_without_a_counterpart", place, row)
-        for (place, better), (_, worse) in couples:
-            yield from self._kept(_joined(better, worse), place)
-
-    def _couples(self, scored: list[Rated]) -> list[tuple[Rated, Rated]]:
-        if len(scored) < 2:
-            return []
-        return list(combinations(scored, 2)) if self.source.ranked_pairs == "all" else [(scored[0], scored[-1])]
+        matched, alone = match_rated(rated, self.source.ranked_pairs)
+        for place, row in alone:
+            self.intake.leave_out("pairs_without_a_counterpart", place, row)
+        for (place, better), (_, worse) in matched:
+            try:
+                yield from self._kept(_joined(better, worse), place)
+            except InputError as error:
+                self.intake.leave_out("pairs_unusable", place, better, str(error))
 
     def _kept(self, row: Row, place: str) -> Iterator[PreferencePair]:
         pair = pair_of(row, place, self.source)
@@ -98,7 +92,29 @@ class _Reader:
             yield pair
 
 
-def ranked_rows(row: dict[str, Any], place: str, which: str) -> list[dict[str, Any]]:
+def match_rated(rated: list[Rated], which: Which) -> tuple[list[tuple[Rated, Rated]], list[Rated]]:
+    """(The better and the worse) of one prompt's rows with an answer each, and the rows that have no counterpart.
+
+    Answers labelled good are matched with those labelled bad in their order; scored ones by their scores.
+    """
+    labelled = [each for each in rated if each[1].get("is_label")]
+    scored = sorted((each for each in rated if not each[1].get("is_label")), key=lambda each: -each[1]["score"])
+    good, bad = ([each for each in labelled if bool(each[1]["score"]) == wanted] for wanted in (True, False))
+    matched = list(zip(good, bad, strict=False))
+    alone = good[len(matched) :] + bad[len(matched) :]
+    if len(scored) == 1:
+        return matched, alone + scored
+    return matched + couples(scored, which), alone
+
+
+def couples(ordered: list[T], which: Which) -> list[tuple[T, T]]:
+    """Of answers from the best to the worst, the pairs that the recipe asks for."""
+    if which == "all" or not ordered:
+        return list(combinations(ordered, 2))
+    return [(ordered[0], ordered[-1])]
+
+
+def ranked_rows(row: dict[str, Any], place: str, which: Which) -> list[dict[str, Any]]:
     """The pairs of a row with several answers, as rows.
 
     Raises:
@@ -109,10 +125,9 @@ def ranked_rows(row: dict[str, Any], place: str, which: str) -> list[dict[str, A
     if len(scored) < 2:
         raise InputError(f"{place}: has {len(scored)} answers, and a pair takes two")
     scored.sort(key=lambda answer: -answer[1])
-    couples = combinations(scored, 2) if which == "all" else [(scored[0], scored[-1])]
     return [
         {**kept, "chosen": chosen, "rejected": rejected, "score_chosen": high, "score_rejected": low}
-        for (chosen, high), (rejected, low) in couples
+        for (chosen, high), (rejected, low) in couples(scored, which)
     ]
 
 

@@ -88,6 +88,18 @@ def test_implicit_prompts_are_found_as_trl_finds_them(tmp_path: Path) -> None:
         assert [message.as_dict() for message in getattr(pair, key)] == expected[key]
 
 
+def test_ratings_that_trl_makes_of_pairs_give_the_pairs_back(tmp_path: Path) -> None:
+    import datasets
+    from trl.data_utils import unpair_preference_dataset
+
+    rows = [{"prompt": f"p{n}", "chosen": f"good {n}", "rejected": f"bad {n}"} for n in range(5)]
+    unpaired = unpair_preference_dataset(datasets.Dataset.from_list(rows)).to_list()
+
+    assert {row["label"] for row in unpaired} == {True, False}
+    made = read_pairs(source(tmp_path, *unpaired))
+    assert {pair.id for pair in made} == {pair.id for pair in read_pairs(source(tmp_path, *rows))}
+
+
 def test_all_pairs_of_ranked_answers_where_the_recipe_asks(tmp_path: Path) -> None:
     pairs = read_pairs(source(tmp_path, *PAIRS["Nectar"], ranked_pairs="all"))
 
