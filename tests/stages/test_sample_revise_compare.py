@@ -493,7 +493,9 @@ def test_sampling_from_a_model_resumes_after_a_kill_to_the_same_bytes(
 ) -> None:
     undisturbed = tiny_sample(world, str(tiny_model_dir), "undisturbed")
     command = [sys.executable, "-c", KILLED, str(world.root), str(tiny_prompts), str(tiny_model_dir)]
-    process = subprocess.Popen(command, cwd=Path(__file__).parents[2])
+    # The process needs what pytest adds to the path.
+    path = os.pathsep.join(sys.path)
+    process = subprocess.Popen(command, cwd=Path(__file__).parents[2], env={**os.environ, "PYTHONPATH": path})
     journal = world.root / "killed" / "windows" / "000001" / "samples.journal.0"
     deadline = time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline:
