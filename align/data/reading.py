@@ -1,9 +1,9 @@
 """Rows of files, folders and hub datasets, one by one, in the memory that one of them takes.
 
-Parquet and Arrow files, folders that `save_to_disk` wrote and hub datasets are read by the `datasets` library. Text
-formats are read here, value for value: `datasets` guesses types, so an answer `2020-01-01` would become a date, `007`
-the number 7 and `None` a missing value; and it does not say on which line a row stands. Any file may be compressed and
-may lie wherever `fsspec` reaches (`hf://`, `s3://`).
+Hub datasets, folders that `save_to_disk` wrote and Arrow files are read by the `datasets` library, Parquet files by
+pyarrow. Text formats are read here, value for value: `datasets` guesses types, so an answer `2020-01-01` would become a
+date, `007` the number 7 and `None` a missing value; and it does not say on which line a row stands. Text files may be
+compressed, and files may lie wherever `fsspec` reaches (`hf://`, `s3://`).
 """
 
 import csv
@@ -18,19 +18,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from align.data.paths import BINARY_FORMATS, PATTERN, expanded, file_fault, file_format, is_local_path, is_remote
 from align.errors import InputError, first_line
 from align.records import json_object
 from align.settings.data import DataSource
 
 Row = Mapping[str, Any]
-TEXT_FORMATS = ("jsonl", "json", "csv", "tsv", "txt")
-BINARY_FORMATS = {"parquet": "parquet", "arrow": "arrow"}
-COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
-ALIASES = {"ndjson": "jsonl"}
-KINDS = ", ".join(f".{kind}" for kind in (*TEXT_FORMATS, *BINARY_FORMATS))
 CHUNK = 2**20
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_PATTERN = re.compile(r"[*?\[]")
+"""Characters of a JSON array read at once."""
+BATCH = 1024
+"""Rows of a parquet file read at once."""
 
 
 class BrokenRow(dict[str, Any]):
@@ -41,86 +38,13 @@ class BrokenRow(dict[str, Any]):
         self.fault = fault
 
 
-def is_remote(path: str) -> bool:
-    """Whether a path has a scheme, such as hf://."""
-    return "://" in path
-
-
-def is_local_path(path: str) -> bool:
-    """Whether a source's path names local files or a folder, existing or not, rather than something on the hub."""
-    if is_remote(path):
-        return False
-    looks_local = path.startswith((".", "/", "~")) or file_format(path) is not None or not _HUB_ID.fullmatch(path)
-    return looks_local or os.path.exists(path)
-
-
-def file_format(path: str) -> str | None:
-    """The format that a file's name tells, such as 'jsonl' of rows.jsonl.gz; None of an unknown one."""
-    name = path.lower()
-    for ending in COMPRESSIONS:
-        name = name.removesuffix(ending)
-    kind = name.rpartition(".")[2] if "." in name else ""
-    kind = ALIASES.get(kind, kind)
-    return kind if kind in TEXT_FORMATS or kind in BINARY_FORMATS else None
-
-
-def local_files(source: DataSource) -> tuple[str, ...]:
-    """The files and folders on this machine that a source reads and that are there."""
-    local = (path for path in source.paths if is_local_path(path))
-    return tuple(file for path in local for file in expanded(path) if os.path.exists(file))
-
-
-def expanded(path: str) -> list[str]:
-    """The files that a path or a pattern names, in the order of their names; the path itself if it is no pattern."""
-    from fsspec.core import url_to_fs
-
-    here = str(Path(path).expanduser()) if not is_remote(path) else path
-    if not _PATTERN.search(path) or (not is_remote(path) and os.path.exists(here)):
-        return [here]
-    files, pattern = url_to_fs(here)
-    found = sorted(files.glob(pattern))
-    if is_remote(path):
-        return [files.unstrip_protocol(file) for file in found]
-    return [file if Path(here).is_absolute() else os.path.relpath(file) for file in found]
-
-
-def file_fault(path: str) -> str | None:
-    """What is wrong with local files of rows, as far as can be told without reading them; None if nothing is."""
-    found = expanded(path)
-    if not found:
-        return f"no file matches this pattern (looked in {Path.cwd()}); check it"
-    faults = ((name, _one_file_fault(Path(name))) for name in found)
-    return next((fault if len(found) == 1 else f"{name}: {fault}" for name, fault in faults if fault), None)
-
-
-def _one_file_fault(local: Path) -> str | None:
-    if not os.path.exists(local):
-        return f"no such file (looked in {Path.cwd()}); check the path"
-    if local.is_dir():
-        return None if _is_dataset_folder(local) else f"is a folder without data; name files in it that end in {KINDS}"
-    if not local.is_file():
-        return "is a pipe or a device, which cannot be read twice; write the rows to a regular file"
-    if file_format(local.name) is None:
-        return f"cannot read this kind of file; convert it to one of {KINDS}"
-    return None
-
-
-def _is_dataset_folder(folder: Path) -> bool:
-    saved = (folder / "dataset_info.json", folder / "dataset_dict.json")
-    return any(path.is_file() for path in saved) or any(
-        file_format(name) in BINARY_FORMATS or file_format(name) in TEXT_FORMATS[:4]
-        for _, _, names in os.walk(folder)
-        for name in names
-    )
-
-
 def numbered_rows(source: DataSource, path: str) -> Iterator[tuple[str, Row]]:
     """The rows of one of a source's paths, each with its place for messages.
 
     Raises:
         InputError: the file, folder or dataset is missing, damaged or of an unknown kind.
     """
-    if not is_local_path(path) and not (is_remote(path) and (file_format(path) or _PATTERN.search(path))):
+    if not is_local_path(path) and not (is_remote(path) and (file_format(path) or PATTERN.search(path))):
         yield from _placed(path, "row", enumerate(_hub_rows(source, path), start=1))
         return
     if is_local_path(path) and (fault := file_fault(path)):
@@ -227,14 +151,28 @@ def _table_rows(lines: Iterable[str], separator: str) -> Iterator[tuple[int, Row
 
 
 def _binary_rows(path: str, kind: str) -> Iterator[Row]:
-    import datasets
-
     try:
-        yield from datasets.load_dataset(BINARY_FORMATS[kind], data_files=_literal(path), split="train", streaming=True)
+        yield from _parquet_rows(path) if kind == "parquet" else _arrow_rows(path)
     except PermissionError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); make it readable for this user") from None
     except Exception as error:
         raise InputError(f"{path}: not a complete {kind} file ({first_line(error)}); download it again") from None
+
+
+def _parquet_rows(path: str) -> Iterator[Row]:
+    """Read as `datasets` reads them, by pyarrow, and in smaller batches: a row group may be the whole file."""
+    import fsspec
+    import pyarrow.parquet as pq
+
+    with fsspec.open(path, "rb") as file:
+        for batch in pq.ParquetFile(file).iter_batches(batch_size=BATCH):
+            yield from batch.to_pylist()
+
+
+def _arrow_rows(path: str) -> Iterator[Row]:
+    import datasets
+
+    yield from datasets.load_dataset("arrow", data_files=_literal(path), split="train", streaming=True)
 
 
 def _literal(path: str) -> str:

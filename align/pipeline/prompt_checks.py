@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from align.constitution.constitution import Constitution
-from align.data.reading import file_fault, is_local_path, local_files
+from align.data.paths import file_fault, is_local_path, local_files
 from align.records import Split
 from align.settings.data import PromptsBlock, PromptSource
 from align.settings.validation import nearest

@@ -17,7 +17,7 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationError, create_m
 
 from align.constitution.constitution import Constitution
 from align.constitution.loading import load_constitution
-from align.data.reading import file_fault, is_local_path, local_files
+from align.data.paths import file_fault, is_local_path, local_files
 from align.errors import InputError, Problem
 from align.models.sources import model_fault
 from align.pipeline.prompt_checks import empty_splits, misspelt_categories

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from align.data.pair_mixing import gather_pairs, mix_faults
-from align.data.reading import local_files
+from align.data.paths import local_files
 from align.data.sources import LEFT_OUT, Intake
 from align.data.token_columns import TokenColumns
 from align.records import PreferencePair

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from align.data.paths import is_local_path
 from align.data.prompts import read_prompts
-from align.data.reading import is_local_path
 from align.data.sources import Intake
 from align.feedback.records import Revision
 from align.pipeline.recipe import load_recipe

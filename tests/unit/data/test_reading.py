@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from align.data.reading import CHUNK, expanded, file_fault, file_format, is_local_path, local_files
+from align.data.paths import expanded, file_fault, file_format, is_local_path, local_files
+from align.data.reading import CHUNK
 from align.data.sources import source_rows
 from align.errors import InputError
 from align.settings.data import DataSource

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from align.data.conversations import merge_turns, parse_messages, parse_transcript
-from align.data.reading import is_local_path
+from align.data.paths import is_local_path
 from align.data.sources import draw_rows, source_rows
 from align.errors import InputError
 from align.records import Conversation, Message
