@@ -114,7 +114,11 @@ class Prompt(Row):
 
 @dataclass(frozen=True)
 class Sample(Row):
-    """A completion of a prompt. If `finish_reason` is 'length', the limit truncated it, and it is not trained on."""
+    """A completion of a prompt. If `finish_reason` is 'length', the limit truncated it, and it is not trained on.
+
+    A thinking model's `thought` is kept apart (`align.data.answers`). If no answer follows it, the completion is empty
+    and its `finish_reason` 'length'.
+    """
 
     id: str
     prompt_id: str
@@ -126,6 +130,7 @@ class Sample(Row):
     engine: str = ""
     seed: int = 0
     provenance: str = ""
+    thought: str = ""
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ def run_ours(setting: dict[str, Any]) -> dict[str, Any]:
     from align.models.loading import compute_dtype, load_tokenizer, stop_token_ids
     from align.rl.loading import load_models
     from align.rl.ppo import PpoTrainer
-    from align.rl.rewards import Rewards, RewardSource
+    from align.rl.rewards import Response, Rewards, RewardSource
     from align.rl.rollout import TokenizedPrompt
     from align.run.tracking import Tracker
     from align.settings.blocks import LoraBlock, TrackingBlock
@@ -80,8 +80,8 @@ def run_ours(setting: dict[str, Any]) -> dict[str, Any]:
         temperature=setting["temperature"],
     )
 
-    def reward(_: Sequence[Any], completions: Sequence[str]) -> torch.Tensor:
-        return torch.tensor([plain_words(text) for text in completions])
+    def reward(responses: Sequence[Response]) -> torch.Tensor:
+        return torch.tensor([plain_words(response.answer) for response in responses])
 
     with tempfile.TemporaryDirectory() as folder, Tracker(Path(folder), TrackingBlock(), "learning", "ppo") as tracker:
         PpoTrainer(

@@ -95,11 +95,8 @@ def measure(
             dtype=compute_dtype("auto"),
             temperature=TEMPERATURE,
         )
-        scores = RewardModel(
-            trunk_scores(models, tokenizer.pad_token_id),
-            tokenizer,
-            batch_size=micro_batch * ROWS_WITHOUT_GRADIENT,
-        )
+        batch_size = micro_batch * ROWS_WITHOUT_GRADIENT
+        scores = RewardModel(trunk_scores(models, tokenizer.pad_token_id), batch_size)
         # By storage, since tied parameters share one. A second trunk would double it; adapters and heads are small.
         weights = sum({each.data_ptr(): each.numel() for each in models.parameters()}.values())
         output = Path(made) / "ppo"

@@ -3,13 +3,14 @@
 import math
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
+from align.data.answers import AnswerReader
 from align.data.chat import prompt_ids
 from align.errors import InputError
 from align.models.loading import compute_dtype, default_device, load_causal_lm, load_tokenizer, stop_token_ids
@@ -18,19 +19,26 @@ from align.run.progress import hide_loading_bars
 
 NEW = "/new"
 HELP = f"{NEW} starts a new conversation, Ctrl-C stops an answer, Ctrl-D ends the chat."
+NO_ANSWER = "No answer followed this thought, so it is not part of the conversation; --max-new-tokens sets the limit."
 _COMMAND = re.compile(r"/[a-z]+(?=\s|$)", re.IGNORECASE)
 
 
 class _Stream(TextStreamer):
-    """Prints an answer while it is generated, and keeps it."""
+    """Prints a completion while it is generated, and keeps its tokens without the stop token.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.text = ""
+    The completions of models that think are printed with their special tokens, which mark where the answer begins.
+    """
 
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        self.text += text
-        super().on_finalized_text(text, stream_end)
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, reader: AnswerReader, stop_ids: Sequence[int]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=not reader.thinks)
+        self.tokens: list[int] = []
+        self._stop_ids = stop_ids
+
+    def put(self, value: torch.Tensor) -> None:
+        written = [] if self.next_tokens_are_prompt else value.flatten().tolist()
+        if not set(written) & set(self._stop_ids):
+            self.tokens += written
+            super().put(value)
 
 
 def chat(
@@ -64,27 +72,33 @@ def chat(
     tokenizer: Any = load_tokenizer(folder)
     model: Any = load_causal_lm(folder, compute_dtype(precision)).to(default_device())
     sampling = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
+    stop_ids = list(stop_token_ids(model, tokenizer))
     options = {
         "max_new_tokens": max_new_tokens,
-        "eos_token_id": list(stop_token_ids(model, tokenizer)),
+        "eos_token_id": stop_ids,
         "pad_token_id": tokenizer.pad_token_id,
         **(sampling if temperature else {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}),
     }
     if seed is not None:
         torch.manual_seed(seed)
+    reader = AnswerReader(tokenizer)
     conversation: Conversation = ()
     for line in _lines():
         if line == NEW:
             conversation = ()
             continue
         asked = (*conversation, Message("user", line))
-        ids = torch.tensor([prompt_ids(tokenizer, asked, system_prompt)], device=model.device)
-        answer = _answer(model, ids, _Stream(tokenizer), options)
-        conversation = (*asked, Message("assistant", answer)) if answer else conversation
+        opening = prompt_ids(tokenizer, asked, system_prompt)
+        written = _written(model, opening, _Stream(tokenizer, reader, stop_ids), options)
+        answer = reader.read(opening, written)
+        if not answer.given:
+            print(NO_ANSWER, file=sys.stderr)
+        conversation = (*asked, Message("assistant", words)) if (words := answer.text.strip()) else conversation
 
 
-def _answer(model: Any, ids: torch.Tensor, stream: _Stream, options: dict[str, Any]) -> str:
-    """Print an answer and return it; in a terminal, Ctrl-C stops it and the part before is returned."""
+def _written(model: Any, opening: Sequence[int], stream: _Stream, options: dict[str, Any]) -> list[int]:
+    """Print a completion and return its tokens; in a terminal, Ctrl-C stops it and the part before is returned."""
+    ids = torch.tensor([opening], device=model.device)
     try:
         with torch.no_grad():
             model.generate(ids, attention_mask=torch.ones_like(ids), streamer=stream, **options)
@@ -92,7 +106,7 @@ def _answer(model: Any, ids: torch.Tensor, stream: _Stream, options: dict[str, A
         if not sys.stdin.isatty():
             raise
         stream.end()
-    return stream.text.strip()
+    return stream.tokens
 
 
 def model_folder(path: str) -> str:

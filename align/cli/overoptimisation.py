@@ -63,6 +63,7 @@ def study_json(study: Study) -> dict[str, Any]:
         "sft": {name: asdict(moments) for name, moments in study.sft.items()},
         "prompts": study.prompts,
         "candidates": study.candidates,
+        "unscored": dict(study.unscored),
         "sampled_differently": list(study.sampled_differently),
         "curves": {
             curve.name: {
@@ -134,6 +135,9 @@ def _remarks(study: Study) -> tuple[str, ...]:
         " in standard deviations of the rewards of the SFT policy's completions. Intervals are 95%, over prompts.",
         "The KL of best-of-n is its bound log n - (n - 1)/n; that of PPO is estimated from its rollouts (k1).",
     ]
+    if any(study.unscored.values()):
+        counts = ", ".join(f"{count} by {name}" for name, count in study.unscored.items())
+        remarks.append(f"Candidates without a score, which count as the mean of the others: {counts}.")
     if study.sampled_differently:
         settings = ", ".join(study.sampled_differently)
         remarks.append(f"`ppo` and `evaluate` sample with different {settings}, so the curves start apart.")

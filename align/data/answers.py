@@ -1,117 +1,122 @@
-"""What a row in one of the forms of `layouts` says: the conversation up to an answer, and the answer."""
+"""Which part of what a model wrote is its answer: what it says after its thought (docs/thinking.md).
 
-import math
-from collections.abc import Mapping
+Thinking models write a thought first, between two marks. Channel models such as gpt-oss write every message to a
+channel; what they write to the channel `final` is the answer, and all before it counts as thought.
+"""
+
+import re
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from align.data.conversations import (
-    is_text,
-    is_transcript,
-    merge_turns,
-    parse_conversation,
-    parse_transcript,
-    with_system,
+PROMPT_TAIL = 24
+"""The tokens at a prompt's end in which the template may have opened the thought."""
+
+
+@dataclass(frozen=True)
+class Marks:
+    """What a thought begins with, and what its answer follows."""
+
+    opening: str
+    closing: str
+
+
+MARKS = (
+    Marks("<think>", "</think>"),
+    Marks("<|channel|>", "<|channel|>final<|message|>"),
+    Marks("<|channel>", "<channel|>"),
+    Marks("[THINK]", "[/THINK]"),
+    Marks("<|START_THINKING|>", "<|END_THINKING|>"),
+    Marks("<seed:think>", "</seed:think>"),
 )
-from align.data.layouts import GIVEN
-from align.errors import InputError
-from align.records import Conversation, Message
-
-Row = Mapping[str, Any]
+"""Qwen3, DeepSeek-R1, GLM-4.5, SmolLM3 and others; gpt-oss; Gemma 4; Magistral; Command A Reasoning; Seed-OSS."""
 
 
-def whole_conversation(row: Row, column: str, place: str) -> Conversation:
-    """The conversation that ends with the answer in `column`, with the row's `system` text before it.
+@dataclass(frozen=True)
+class Answer:
+    """A completion in its two parts.
 
-    Raises:
-        InputError: the column, or the prompt that it needs, is missing or no conversation.
+    Args:
+        text: the answer without special tokens; empty if there is none.
+        thought: what was written before it, as it was written, with its marks.
+        given: False if the completion ended, or was cut, before an answer began.
     """
-    refuse_tools(row, place)
-    return with_system(_conversation(row, column, place), row.get("system"), place)
+
+    text: str
+    thought: str = ""
+    given: bool = True
 
 
-def split_answer(conversation: Conversation, place: str) -> tuple[Conversation, Message]:
-    """The prompt, with consecutive turns of the same role merged, and the last turn.
+class AnswerReader:
+    """Reads the answers in the completions of models that use a tokenizer.
 
-    Raises:
-        InputError: the last turn calls tools, which no stage can teach.
+    Marks count if the chat template or the tokenizer's added tokens have them. All text of other models is answer.
     """
-    if '"tool_calls"' in conversation[-1].extras:
-        raise InputError(f"{place}: the answer calls tools, and only texts can be taught; remove the row")
-    return merge_turns(conversation[:-1]), conversation[-1]
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        template = str(tokenizer.chat_template or "")
+        self._marks = [each for each in MARKS if each.opening in template or each.opening in _added_tokens(tokenizer)]
+
+    @property
+    def thinks(self) -> bool:
+        """Whether completions may hold a thought."""
+        return bool(self._marks)
+
+    def read(self, prompt_ids: Sequence[int], tokens: Sequence[int]) -> Answer:
+        """The answer in a completion's tokens, given without the stop token."""
+        tokens = list(tokens)
+        if not self._marks:
+            return Answer(self._words(tokens))
+        written = self._tokenizer.decode(tokens)
+        before = self._tokenizer.decode(list(prompt_ids)[-PROMPT_TAIL:])
+        length = thought_length(written, self._marks, before)
+        if length is None:
+            return Answer("", written, given=False)
+        if length == 0:
+            return Answer(self._words(tokens))
+        count = bisect_left(range(len(tokens)), length, key=lambda count: len(self._tokenizer.decode(tokens[:count])))
+        words = self._words(tokens[count:]).lstrip()
+        return Answer(words, self._tokenizer.decode(tokens[:count]), given=bool(words))
+
+    def _words(self, tokens: list[int]) -> str:
+        return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
 
 
-def is_answered(prompt: Conversation, completion: Message) -> bool:
-    """Whether the completion is an assistant's turn, to a user or to what a tool returned."""
-    return bool(prompt) and prompt[-1].role in ("user", "tool") and completion.role == "assistant"
+def answer_in_text(text: str) -> Answer:
+    """The answer in a text whose model is not known, such as a server's reply."""
+    length = thought_length(text, MARKS)
+    if length is None:
+        return Answer("", text, given=False)
+    words = text[length:].lstrip() if length else text
+    return Answer(words, text[:length], given=bool(words) or not length)
 
 
-def require(row: Row, columns: tuple[str, ...], place: str) -> None:
-    """Raise an InputError unless the row has the columns."""
-    missing = [column for column in columns if row.get(column) is None]
-    if missing:
-        names = ", ".join(f"`{name}`" for name in missing)
-        raise InputError(
-            f"{place}: no column {names}; the row's columns are {', '.join(row.get(GIVEN, row)) or 'none'}; `columns` "
-            "in the source can say which column holds what"
-        )
+def thought_length(written: str, marks: Sequence[Marks], before: str = "") -> int | None:
+    """How many characters of a completion come before its answer; None if the thought does not end.
 
-
-def refuse_tools(row: Row, place: str) -> None:
-    """Raise an InputError if the row declares tools."""
-    if row.get("tools") not in (None, "", "[]", []):
-        raise InputError(
-            f"{place}: declares `tools`, which no stage gives to the chat template; name the columns to read in "
-            "`columns` to train without them"
-        )
-
-
-def category_of(row: Row) -> str:
-    """The row's category; of a map from names to true or false, or of a list, the names that hold."""
-    given = row.get("category")
-    if isinstance(given, Mapping):
-        given = [name for name, holds in given.items() if holds]
-    return ", ".join(map(str, given)) if isinstance(given, list | tuple) else str(given or "")
-
-
-def number(value: Any, column: str, place: str) -> float:
-    """A score as a number; tables keep it as text.
-
-    Raises:
-        InputError: it is none, or not a finite one.
+    A thought begins where the completion does, or in the template's text before it. A closing mark without an opening
+    one ends a thought too: some templates open it in a place that only they know.
     """
-    try:
-        found = float("nan") if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
-        found = float("nan")
-    if not math.isfinite(found):
-        raise InputError(f"{place}: `{column}` must be a number, got {value!r}")
-    return found
+    for each in marks:
+        closing = written.find(each.closing)
+        opened = _ends_in(before, each.opening) or (closing >= 0 and each.opening not in written[:closing])
+        end = 0
+        while opened or written[end:].lstrip().startswith(each.opening):
+            closing = written.find(each.closing, end)
+            if closing < 0:
+                return None
+            end, opened = closing + len(each.closing), False
+        if end:
+            return end
+    return 0
 
 
-def _conversation(row: Row, column: str, place: str) -> Conversation:
-    require(row, (column,), place)
-    completion, prompt = row[column], row.get("prompt")
-    if is_text(completion):
-        require(row, ("prompt",), place)
-        if is_transcript(prompt):
-            opening = str(prompt).rstrip().removesuffix("\n\nAssistant:")
-            return parse_transcript(f"{opening}\n\nAssistant: {completion}", place)
-        return *_prompt(prompt, place), Message("assistant", completion)
-    messages = parse_conversation(completion, column, place)
-    if prompt is None or (len(messages) > 1 and is_text(prompt)):
-        return messages
-    before = _prompt(prompt, place)
-    return messages if _starts_with(messages, before) else before + messages
+def _ends_in(before: str, opening: str) -> bool:
+    """Whether a prompt ends in an opened thought; Gemma 4 names the channel after its mark."""
+    return re.search(re.escape(opening) + r"\w*\s*$", before) is not None
 
 
-def _prompt(value: object, place: str) -> Conversation:
-    if isinstance(value, str) and is_text(value):
-        return (Message("user", value),)
-    messages = parse_conversation(value, "prompt", place)
-    return messages[:-1] if messages[-1] == Message("assistant", "") else messages
-
-
-def _starts_with(messages: Conversation, prompt: Conversation) -> bool:
-    """Whether the messages begin with the prompt, apart from outer white space, which transcripts do not keep."""
-    whole, start = ([(each.role, each.content.strip()) for each in some] for some in (messages, prompt))
-    return whole[: len(start)] == start
+def _added_tokens(tokenizer: Any) -> Sequence[str]:
+    return tuple(getattr(tokenizer, "added_tokens_encoder", ()))

@@ -74,6 +74,36 @@ def conversation_ids(
     return token_ids(tokenizer, opening), completion_ids(tokenizer, answer)
 
 
+def whole_ids(
+    tokenizer: ChatTokenizer,
+    prompt: Conversation,
+    completion: str,
+    system_prompt: str | None = None,
+    *,
+    finished: bool = True,
+) -> list[int]:
+    """Ids of the whole conversation as the template writes it, what follows the end of the turn included.
+
+    Args:
+        finished: whether the completion ended its turn; if not, what the template writes after it is left out.
+
+    Raises:
+        InputError: the template refuses the conversation, or writes something unexpected after the completion.
+    """
+    whole = _render(tokenizer, (*with_system_prompt(prompt, system_prompt), Message("assistant", completion)))
+    if finished:
+        return token_ids(tokenizer, whole)
+    ending = _turn_ending(tokenizer)
+    if not whole.endswith(ending):
+        raise InputError(f"chat template: does not end the conversation with {ending!r}, which ends another")
+    return token_ids(tokenizer, whole.removesuffix(ending))
+
+
+def same_tokens(one: Any, other: Any) -> bool:
+    """Whether two tokenizers have the same ids and chat template, so that a model of one reads the other's ids."""
+    return one.chat_template == other.chat_template and one.get_vocab() == other.get_vocab()
+
+
 def end_of_turn_ids(tokenizer: ChatTokenizer) -> tuple[int, ...]:
     """What the template writes after the assistant's answer, up to and including the token that ends the turn.
 

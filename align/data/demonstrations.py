@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 from typing import Any
 
-from align.data.answers import is_answered, number, refuse_tools, require, split_answer, whole_conversation
 from align.data.conversations import parse_messages, with_system
 from align.data.layouts import RANKED, canonical
 from align.data.reading import Row
+from align.data.row_conversations import is_answered, number, refuse_tools, require, split_answer, whole_conversation
 from align.data.sources import Intake, usable
 from align.errors import InputError
 from align.records import Conversation, Demonstration, as_dicts, digest

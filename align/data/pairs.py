@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from itertools import combinations
 from typing import Any, Literal, TypeVar
 
-from align.data.answers import category_of, is_answered, number, require, split_answer, whole_conversation
 from align.data.demonstrations import no_usable_row, whole_messages
 from align.data.layouts import RANKED, canonical
 from align.data.reading import Row
+from align.data.row_conversations import category_of, is_answered, number, require, split_answer, whole_conversation
 from align.data.sources import Intake, usable
 from align.errors import InputError
 from align.records import PreferencePair, as_dicts, digest, pair_id

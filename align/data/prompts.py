@@ -9,10 +9,10 @@ import heapq
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate
 
-from align.data.answers import category_of, refuse_tools
 from align.data.conversations import is_text, merge_turns, parse_conversation, with_system
 from align.data.layouts import GIVEN, canonical
 from align.data.reading import Row
+from align.data.row_conversations import category_of, refuse_tools
 from align.data.sources import Intake, usable
 from align.errors import InputError
 from align.records import SPLITS, Conversation, Message, Prompt, Split, as_dicts, digest

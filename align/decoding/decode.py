@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from align.decoding.cache import reserved_cache
+from align.decoding.cache import reserved_cache, select_rows
 from align.decoding.sampling import sample, uniform_numbers
 from align.decoding.shared_prefixes import SharedPrefixes, can_share_prefixes, find_shared_prefixes, prefix_batch
 from align.models.padding import left_padded, position_ids
+from align.models.positions import check_length
 from align.models.wrappers import eval_mode, inner_model, without_ddp
 from align.records import FinishReason
 
@@ -64,11 +65,15 @@ def decode(
         progress: called after each token with the share of work done, in (0, 1], as if unfinished rows had the limit.
 
     Raises:
+        InputError: a row may become longer than the positions that the model has learned.
         ValueError: a prompt is empty, or the numbers of prompts and seeds differ.
         NotFinite: the model's logits contain NaN or plus infinity.
     """
     if len(prompts) != len(seeds) or not all(prompts):
         raise ValueError("decode needs one seed per prompt, and no empty prompt")
+    if isinstance(model, nn.Module):
+        longest = max(map(len, prompts), default=0) + max_new_tokens
+        check_length(inner_model(model), longest, "shorten the prompts, or lower max_new_tokens")
     completions = _Completions(len(prompts), stop_ids)
     if not prompts and not synced:
         return completions.decoded(keep_logprobs, keep_values)
@@ -166,7 +171,7 @@ class _Batch:
         indices = torch.tensor(kept, device=self.ids.device)
         self.rows = [self.rows[slot] for slot in kept]
         self.ids, self.positions, self.mask = self.ids[indices], self.positions[indices], self.mask[indices]
-        self.cache.batch_select_indices(indices)
+        select_rows(self.cache, indices)
 
 
 def _in_any_process(flag: bool, synced: bool, device: torch.device) -> bool:

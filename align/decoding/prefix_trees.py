@@ -8,6 +8,7 @@ its answers), and nothing is padded.
 Shapes: N nodes of a tree, K nodes whose next token is scored, V vocabulary.
 """
 
+import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -73,9 +74,14 @@ def build_tree(rows: Sequence[Sequence[int]]) -> Tree:
 
 
 def can_score_trees(model: Any) -> bool:
-    """Whether all layers attend to every earlier token, with an attention implementation that takes any mask."""
-    config = inner_model(model).config
-    return can_share_prefixes(config) and config._attn_implementation in MASKABLE
+    """Whether all layers attend to every earlier token, with an attention implementation that takes any mask.
+
+    Positions must be given, not read off a mask with two axes, as models with ALiBi do (Bloom, some Falcon).
+    """
+    inner = inner_model(model)
+    takes_positions = "position_ids" in inspect.signature(inner.forward).parameters
+    takes_positions = takes_positions and not getattr(inner.config, "alibi", False)
+    return can_share_prefixes(inner.config) and inner.config._attn_implementation in MASKABLE and takes_positions
 
 
 def tree_batches(continuations: Sequence[Continuation], max_nodes: int) -> Iterator[list[int]]:

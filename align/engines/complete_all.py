@@ -65,7 +65,7 @@ def score_all(
 
 
 def _completed(row: Mapping[str, Any]) -> Completed:
-    return Completed(**row)
+    return Completed(**{**row, "token_ids": tuple(row.get("token_ids", ()))})
 
 
 def _scores(row: Mapping[str, Any]) -> ChoiceScores:

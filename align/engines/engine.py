@@ -14,7 +14,8 @@ class Request:
     `prefill` is text that opens the assistant's turn; the completion does not repeat it. All randomness comes from
     `seed`, so the same request in the same batch gives the same completion. `follow_up` takes this request's completion
     and returns the conversation's next request. An engine that still has the conversation in its cache may answer the
-    follow-up in the same call; the caller submits it again if the engine did not.
+    follow-up in the same call; the caller submits it again if the engine did not. With `keep_token_ids`, an engine that
+    has the completion's tokens returns them.
     """
 
     id: str
@@ -25,16 +26,29 @@ class Request:
     top_p: float = 1.0
     prefill: str = ""
     follow_up: "Callable[[str], Request] | None" = None
+    keep_token_ids: bool = False
 
 
 @dataclass(frozen=True)
 class Completed:
-    """A completed request. `text` has no special tokens; `tokens` counts the stop token too."""
+    """A completed request.
+
+    Args:
+        text: the answer (`align.data.answers`), without special tokens.
+        finish_reason: 'length' where the limit cut the text, or where there is no answer.
+        tokens: how many were generated, thought and stop token included.
+        thought: what a thinking model wrote before its answer.
+        answered: False if only a thought was written.
+        token_ids: the generated tokens, if the request asks for them and the engine has them.
+    """
 
     id: str
     text: str
     finish_reason: FinishReason
     tokens: int
+    thought: str = ""
+    answered: bool = True
+    token_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

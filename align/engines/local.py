@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from align.data.answers import AnswerReader
 from align.data.chat import prompt_ids, token_ids
 from align.decoding.continuous_batching import ContinuousBatcher, Task
 from align.decoding.decode import decode
@@ -17,6 +18,7 @@ from align.decoding.shared_prefixes import can_share_prefixes
 from align.engines.engine import ChoiceRequest, ChoiceScores, Completed, EngineIdentity, Progress, Request, no_progress
 from align.models.loading import stop_token_ids
 from align.models.logprobs import completion_logprobs
+from align.models.positions import check_length
 from align.models.weights import Weights, hub_revision
 from align.models.wrappers import inner_model
 from align.records import FinishReason
@@ -66,6 +68,7 @@ class LocalEngine:
         self._tokenizer = tokenizer
         self._system_prompt = system_prompt
         self._stop_ids = stop_token_ids(model, tokenizer)
+        self._answers = AnswerReader(tokenizer)
 
     @property
     def tokenizer(self) -> Any:
@@ -119,10 +122,12 @@ class LocalEngine:
             **_as_options(settings),
         )
         tasks = [Task(request, self._prompt(request), request.seed) for request in requests]
+        longest = max(len(task.prompt) for task in tasks) + settings[0]
+        check_length(inner_model(self._model), longest, "shorten the prompts, or lower max_new_tokens")
         waiting = deque(sorted(tasks, key=lambda task: -len(task.prompt)))
         turns = sum(2 if request.follow_up else 1 for request in requests)
         for answered, (task, tokens, reason) in enumerate(batcher.run(waiting), start=1):
-            completed = self._completed(task.key, tokens, reason)
+            completed = self._completed(task.key, task.prompt, tokens, reason)
             if task.key.follow_up:
                 request = task.key.follow_up(completed.text)
                 if _sampling(request) == settings:
@@ -137,21 +142,30 @@ class LocalEngine:
         """Complete them in static batches, for models from whose KV cache single rows cannot be selected."""
         for start in range(0, len(requests), at_once):
             batch = requests[start : start + at_once]
+            prompts = [self._prompt(request) for request in batch]
             decoded = decode(
                 self._model,
-                [self._prompt(request) for request in batch],
+                prompts,
                 seeds=[request.seed for request in batch],
                 stop_ids=self._stop_ids,
                 pad_id=self._tokenizer.pad_token_id,
                 progress=_part_of(progress, start, len(batch), len(requests)),
                 **_as_options(settings),
             )
-            for request, tokens, reason in zip(batch, decoded.tokens, decoded.finish_reasons, strict=True):
-                yield self._completed(request, tokens, reason)
+            rows = zip(batch, prompts, decoded.tokens, decoded.finish_reasons, strict=True)
+            yield from (self._completed(*row) for row in rows)
 
-    def _completed(self, request: Request, tokens: list[int], reason: FinishReason) -> Completed:
-        text_ids = tokens[:-1] if reason == "stop" else tokens
-        return Completed(request.id, self._tokenizer.decode(text_ids, skip_special_tokens=True), reason, len(tokens))
+    def _completed(self, request: Request, prompt: Sequence[int], tokens: list[int], reason: FinishReason) -> Completed:
+        answer = self._answers.read(prompt, tokens[:-1] if reason == "stop" else tokens)
+        return Completed(
+            request.id,
+            answer.text,
+            reason if answer.given else "length",
+            len(tokens),
+            answer.thought,
+            answer.given,
+            tuple(tokens) if request.keep_token_ids else (),
+        )
 
     def choice_logprobs(
         self, requests: Sequence[ChoiceRequest], progress: Progress = no_progress

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import openai
 
+from align.data.answers import answer_in_text
 from align.data.chat import with_system_prompt
 from align.engines import server_scores
 from align.engines.engine import ChoiceRequest, ChoiceScores, Completed, EngineIdentity, Progress, Request, no_progress
@@ -180,7 +181,10 @@ class OpenAIEngine:
         )
         text = reply.text.removeprefix(request.prefill)
         tokens = reply.usage.completion_tokens if reply.usage else len(text.split())
-        return Completed(request.id, text, reply.finish_reason, tokens)
+        answer = answer_in_text(text)
+        given = answer.given and not (reply.thought and not text)
+        reason = reply.finish_reason if given else "length"
+        return Completed(request.id, answer.text, reason, tokens, reply.thought + answer.thought, given)
 
     async def _reply(self, shape: type[Shape], send: Callable[[], Awaitable[Any]]) -> Shape:
         async def send_once() -> Shape:

@@ -33,7 +33,11 @@ class Reply(BaseModel):
 
 
 class _Message(BaseModel):
+    """A message; the servers that separate a thought from its answer call it by one of two names."""
+
     content: str | None = None
+    reasoning_content: Any = None
+    reasoning: Any = None
 
 
 class _Alternative(BaseModel):
@@ -84,6 +88,12 @@ class ChatReply(Reply):
     @property
     def text(self) -> str:
         return self.choices[0].message.content or ""
+
+    @property
+    def thought(self) -> str:
+        """The thought that the server separated; empty if there is none, or if it has another form than text."""
+        message = self.choices[0].message
+        return next((each for each in (message.reasoning_content, message.reasoning) if isinstance(each, str)), "")
 
     @property
     def finish_reason(self) -> FinishReason:

@@ -1,5 +1,6 @@
 """Best-of-n: the one of a policy's n completions that a reward model scores highest. Training has to beat it."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -28,11 +29,17 @@ def candidate_id(request_id: str, number: int) -> str:
 
 
 def best_of_each(candidates: Sequence[EvaluatedSample], policy: str) -> list[EvaluatedSample]:
-    """Each prompt's candidate with the highest score (the first among equals), as a completion of `policy`."""
+    """Each prompt's candidate with the highest score (the first among equals), as a completion of `policy`.
+
+    A candidate without an answer has no score, and is taken only if the others have none either.
+    """
     best: dict[str, EvaluatedSample] = {}
     for candidate in candidates:
-        score, highest = candidate.score, best.get(candidate.prompt_id, candidate).score
-        assert score is not None and highest is not None
-        if candidate.prompt_id not in best or score > highest:
+        held = best.get(candidate.prompt_id)
+        if held is None or _order(candidate) > _order(held):
             best[candidate.prompt_id] = candidate
     return [replace(sample, id=f"{policy}/{prompt_id}", policy=policy) for prompt_id, sample in best.items()]
+
+
+def _order(candidate: EvaluatedSample) -> float:
+    return -math.inf if candidate.score is None else candidate.score

@@ -60,7 +60,11 @@ class Moments:
 
 @dataclass(frozen=True)
 class Study:
-    """A run's over-optimisation. `sampled_differently` names the sampling settings in which PPO and evaluate differ."""
+    """A run's over-optimisation.
+
+    `unscored` counts the candidates without a score, which count as the mean of the others. `sampled_differently` names
+    the sampling settings in which PPO and evaluate differ.
+    """
 
     run: str
     proxy: str
@@ -69,6 +73,7 @@ class Study:
     candidates: int
     sft: Mapping[str, Moments]
     curves: tuple[Curve, ...]
+    unscored: Mapping[str, int]
     sampled_differently: tuple[str, ...]
 
 
@@ -89,7 +94,11 @@ def load_study(run: Path, gold: str | None = None, resamples: int = 2000) -> Stu
     _check_same_inputs(trained, evaluated, run)
     proxy, gold_source = proxy_and_gold(trained, gold)
     candidates = _by_prompt(read_candidates(evaluate), evaluate)
-    tables = {"proxy": _proxy_scores(candidates), "gold": _gold_scores(candidates, gold_source, trained)}
+    scores = {
+        "proxy": _proxy_scores(candidates),
+        "gold": _gold_scores(candidates, gold_source, trained, stage_folder(run, "sft")),
+    }
+    tables = {name: _filled(table) for name, table in scores.items()}
     sft = {name: Moments(float(table.mean()), float(table.std())) for name, table in tables.items()}
     if alike := [name for name, moments in sft.items() if moments.std == 0]:
         raise InputError(
@@ -118,6 +127,7 @@ def load_study(run: Path, gold: str | None = None, resamples: int = 2000) -> Stu
             curve("best-of-n", "n", sizes, best_of_sums(tables["proxy"], tables["gold"], sizes), BEST_OF_N_LAW),
             curve("ppo", "iteration", iterations, rollouts, RL_LAW),
         ),
+        unscored={name: int(np.isnan(table).sum()) for name, table in scores.items()},
         sampled_differently=tuple(_sampling_differences(trained, evaluated)),
     )
 
@@ -142,7 +152,13 @@ def proxy_and_gold(trained: Manifest, gold: str | None) -> tuple[RewardSourceBlo
         raise InputError("ppo.rewards: no gold source; add one such as {function: module:function, gold: true}")
     if (gold is None and len(golds) > 1) or (gold is not None and gold not in golds):
         raise InputError(f"--gold: name one of the gold sources: {', '.join(golds)}")
-    return proxies[0], golds[gold] if gold else next(iter(golds.values()))
+    chosen = golds[gold] if gold else next(iter(golds.values()))
+    if chosen.judge is not None:
+        raise InputError(
+            f"ppo.rewards: the gold source {chosen.key} is the recipe's judge, which this command does not ask again "
+            "about best-of-n's candidates; use a `model` or a `function` as the gold source"
+        )
+    return proxies[0], chosen
 
 
 def _by_prompt(candidates: Sequence[EvaluatedSample], folder: Path) -> Candidates:
@@ -158,22 +174,42 @@ def _by_prompt(candidates: Sequence[EvaluatedSample], folder: Path) -> Candidate
 
 
 def _proxy_scores(candidates: Candidates) -> Array:
-    """(P, N) scores by the reward stage's model."""
+    """(P, N) scores by the reward stage's model; NaN without an answer."""
     return np.array([[sample.score for sample in row] for row in candidates], dtype=np.float64)
 
 
-def _gold_scores(candidates: Candidates, source: RewardSourceBlock, trained: Manifest) -> Array:
-    """(P, N) scores by the gold source."""
-    from align.models.loading import compute_dtype, default_device
+def _gold_scores(candidates: Candidates, source: RewardSourceBlock, trained: Manifest, sft: Path) -> Array:
+    """(P, N) scores by the gold source; NaN where it has none."""
+    from align.models.loading import compute_dtype, default_device, load_tokenizer
     from align.rl.reward_sources import open_reward
+    from align.rl.rewards import Response, Rewards, RewardSource
+    from align.rl.settings import ScoreBlock
 
     block = ModelBlock(**trained.settings["model"])
     batch_size = trained.settings["settings"]["optimizer"]["micro_batch_size"]
-    dtype, device = compute_dtype(block.precision), default_device()
-    reward = open_reward(source, block, batch_size=batch_size, dtype=dtype, device=device)
-    flat = [sample for row in candidates for sample in row]
-    scores = reward([sample.prompt for sample in flat], [sample.completion for sample in flat])
+    tokenizer = None
+    if source.model is not None:
+        tokenizer = load_tokenizer(str(sft / "model"), trust_remote_code=block.trust_remote_code)
+    reward = open_reward(
+        source,
+        block,
+        policy_tokenizer=tokenizer,
+        batch_size=batch_size,
+        dtype=compute_dtype(block.precision),
+        device=default_device(),
+    )
+    responses = [
+        Response(each.prompt, each.completion, each.finish_reason == "stop", each.answered, token_ids=each.token_ids)
+        for row in candidates
+        for each in row
+    ]
+    scores = Rewards([RewardSource(source.key, reward, gold=True)], ScoreBlock()).scores(responses)
     return np.asarray(scores.double().numpy().reshape(len(candidates), -1))
+
+
+def _filled(scores: Array) -> Array:
+    """(P, N) scores. As in training, completions without one count as the mean of the others."""
+    return np.where(np.isnan(scores), np.nanmean(scores), scores)
 
 
 def _rollouts(ppo: Path, proxy: str, gold: str) -> tuple[list[int], PromptSums]:

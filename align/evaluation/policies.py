@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from align.engines.engine import Completed, Engine, Request
 from align.engines.provenance import Provenance
-from align.errors import NotFinite
+from align.errors import InputError, NotFinite
 from align.evaluation.report import EvaluatedSample
 from align.run import processes
 from align.run.artefacts import Journal
@@ -85,8 +85,7 @@ def measure_all(
 def policy_logprobs(path: str, block: ModelBlock, temperature: float, revision: str | None = None) -> Measure:
     """Measures the log-probabilities of a completion's tokens under a policy, in nats, as a list for each sample.
 
-    The completion's text is tokenized again, with the end of the turn if the policy generated it. The tokens may differ
-    from the sampled ones, but they are the same for every policy.
+    The tokens are those that were sampled, with the stop token that was drawn.
 
     Args:
         temperature: divides the logits; 0 (greedy) counts as 1.
@@ -112,23 +111,26 @@ def policy_logprobs(path: str, block: ModelBlock, temperature: float, revision: 
 
 
 def reward_scores(path: Path, block: ModelBlock, batch_size: int) -> Measure:
-    """Measures a reward model's score of each sample's whole conversation."""
+    """Measures a reward model's score of each conversation as the policy read and wrote it; None without an answer."""
     from align.models.loading import compute_dtype, default_device, load_tokenizer
     from align.rl.loading import classifier_scores, load_classifier
-    from align.rl.rewards import RewardModel
+    from align.rl.rewards import Response, RewardModel
 
     device, dtype = default_device(), compute_dtype(block.precision)
     tokenizer = load_tokenizer(str(path), trust_remote_code=block.trust_remote_code)
     classifier = load_classifier(path, dtype, trust_remote_code=block.trust_remote_code).to(device)
-    reward = RewardModel(
-        classifier_scores(classifier, dtype, tokenizer.pad_token_id),
-        tokenizer,
-        batch_size=batch_size,
-        system_prompt=block.system_prompt,
-    )
-    return lambda samples: reward(
-        [sample.prompt for sample in samples], [sample.completion for sample in samples]
-    ).tolist()
+    reward = RewardModel(classifier_scores(classifier, dtype, tokenizer.pad_token_id), batch_size)
+
+    def measure(samples: Sequence[EvaluatedSample]) -> list[float | None]:
+        rows = [sample_ids(tokenizer, sample, block.system_prompt) for sample in samples]
+        responses = [
+            Response(sample.prompt, sample.completion, prompt_ids=opening, token_ids=written)
+            for sample, (opening, written) in zip(samples, rows, strict=True)
+        ]
+        scores = reward(responses).tolist()
+        return [score if sample.answered else None for sample, score in zip(samples, scores, strict=True)]
+
+    return measure
 
 
 def kl_sums(logprobs: Sequence[float], ref_logprobs: Sequence[float]) -> tuple[float, float]:
@@ -143,13 +145,19 @@ def kl_sums(logprobs: Sequence[float], ref_logprobs: Sequence[float]) -> tuple[f
 
 
 def sample_ids(tokenizer: Any, sample: EvaluatedSample, system_prompt: str | None) -> tuple[list[int], list[int]]:
-    """(prompt ids, completion ids) of a sample. A completion cut off by the token limit has no end of turn."""
-    from align.data.chat import completion_ids, end_of_turn_ids, prompt_ids
+    """(prompt ids, completion ids) of a sample, as the policy read and wrote them.
 
-    completion = completion_ids(tokenizer, sample.completion)
-    if sample.finish_reason == "length":
-        completion = completion[: -len(end_of_turn_ids(tokenizer))]
-    return prompt_ids(tokenizer, sample.prompt, system_prompt), completion
+    Raises:
+        InputError: the tokens were not kept.
+    """
+    from align.data.chat import prompt_ids
+
+    if len(sample.token_ids) != sample.tokens:
+        raise InputError(
+            f"evaluate: the tokens of {sample.policy}'s answer to prompt '{sample.prompt_id}' were not kept, because "
+            "another version of align wrote it; remove the stage's unfinished folder and run it again"
+        )
+    return prompt_ids(tokenizer, sample.prompt, system_prompt), list(sample.token_ids)
 
 
 def pad_batch(

@@ -36,7 +36,7 @@ def policy_report(
     kl_bound: float | None = None,
 ) -> PolicyReport:
     """One policy's figures over its samples. `kl_bound` bounds its KL to the reference where that is not estimated."""
-    outcomes = [rule_outcomes(checked, sample) for sample in samples]
+    outcomes = [rule_outcomes(checked, sample) for sample in samples if sample.answered]
     by_rule = {each.id: [found[each.id] for found in outcomes if each.id in found] for each in checked}
     over_rules = [sum(found.values()) / len(found) for found in outcomes if found]
 
@@ -52,6 +52,7 @@ def policy_report(
         kl_to_reference_k1=mean("kl_to_reference_k1"),
         kl_to_reference_k3=mean("kl_to_reference_k3"),
         kl_to_reference_bound=kl_bound,
+        answered=sum(sample.answered for sample in samples) / len(samples),
         text=text_figures(
             [sample.completion for sample in samples],
             [sample.tokens for sample in samples],

@@ -19,9 +19,9 @@ from align.settings.blocks import Block
 
 REPORT = "report.json"
 SAMPLES = "samples.jsonl"
-CANDIDATES = "best_of.jsonl"
-"""The file of all candidates of best-of-n, with their scores."""
+CANDIDATES = "best_of.jsonl"  # all candidates of best-of-n, with their scores
 BASE = "base"
+KL_ROW = "KL to {} (nats)"
 TIED = 0.5
 """The probability of being better that counts as a tie."""
 _TEXT_ROWS = (
@@ -38,9 +38,11 @@ _TEXT_ROWS = (
 class EvaluatedSample(Row):
     """One policy's completion of one held-out prompt, and what was measured on it (None if not measured).
 
-    `tokens` includes the stop token. `score` is the reward model's. `p_better` is the judge's probability that the
-    completion is better than the base model's. `kl_to_reference_k1` and `_k3` are sums over its tokens, in nats. `seed`
-    and `provenance` are those of the completion. `judged_by` lists the principles that decided the verdict.
+    `completion` is the answer and `thought` what a thinking model wrote before it; `answered` is False if it wrote
+    nothing else. `tokens` counts all that was generated, the stop token included, and `token_ids` are those tokens.
+    `score` is the reward model's. `p_better` is the judge's probability that the completion is better than the base
+    model's. `kl_to_reference_k1` and `_k3` are sums over its tokens, in nats. `seed` and `provenance` are those of the
+    completion. `judged_by` lists the principles that decided the verdict.
     """
 
     id: str
@@ -59,6 +61,9 @@ class EvaluatedSample(Row):
     provenance: str = ""
     judged_by: tuple[str, ...] = ()
     judge_provenance: str = ""
+    thought: str = ""
+    answered: bool = True
+    token_ids: tuple[int, ...] = ()
 
 
 class Part(Block):
@@ -103,7 +108,8 @@ class WinRate(Part):
 class PolicyReport(Part):
     """One policy's figures. `rules` has the principles that applied to at least one prompt.
 
-    For best-of-n, an upper bound of the KL to the reference replaces the estimates, which need log-probabilities.
+    `answered` is the share of the completions that have an answer; the others are neither scored nor judged. For
+    best-of-n, an upper bound of the KL to the reference replaces the estimates, which need log-probabilities.
     """
 
     rules: dict[str, Estimate] = Field(default_factory=dict)
@@ -113,6 +119,7 @@ class PolicyReport(Part):
     kl_to_reference_k1: Estimate | None = None
     kl_to_reference_k3: Estimate | None = None
     kl_to_reference_bound: float | None = None
+    answered: float = 1.0
     text: TextFigures
 
 
@@ -186,9 +193,9 @@ def rule_outcomes(checked: Iterable[CheckedPrinciple], sample: EvaluatedSample) 
 
 def _in_recipe_order(report: Report) -> Report:
     """The report with its policies in the recipe's order; in the file they are sorted by name."""
-    listed = [name for name in report.settings.get("policies", ()) if name in report.policies]
-    names = [*listed, *(name for name in report.policies if name not in listed)]
-    return report.model_copy(update={"policies": {name: report.policies[name] for name in names}})
+    names = dict.fromkeys((*report.settings.get("policies", ()), *report.policies))
+    policies = {name: report.policies[name] for name in names if name in report.policies}
+    return report.model_copy(update={"policies": policies})
 
 
 def print_published_report(directory: Path, console: Console | None = None) -> None:
@@ -218,9 +225,11 @@ def report_sheet(report: Report) -> Sheet:
         *([("mean of the rules", *(share_text(each.all_rules) for each in policies))] if len(principles) > 1 else []),
         ("win rate vs base", *(_win_rate_text(each.win_rate) for each in policies)),
         ("reward", *(number_text(each.reward) for each in policies)),
-        (f"KL to {report.reference} (nats)", *(_divergence_text(each) for each in policies)),
+        (KL_ROW.format(report.reference), *(_divergence_text(each) for each in policies)),
         *((name, *(style.format(getattr(each.text, key)) for each in policies)) for name, key, style in _TEXT_ROWS),
     ]
+    if any(each.answered < 1 for each in policies):
+        rows.append(("with an answer", *(f"{each.answered:.0%}" for each in policies)))
     return Sheet(
         f"{report.run}: {report.prompts} held-out prompts, with 95% intervals",
         ("", *report.policies),

@@ -53,9 +53,14 @@ def draw_candidates(
 
 
 def with_divergence(samples: Sequence[EvaluatedSample], context: Context) -> list[EvaluatedSample]:
-    """The samples with estimates of their policy's KL to the SFT policy, at the sampling temperature."""
+    """The samples with estimates of their policy's KL to the SFT policy, at the sampling temperature.
+
+    They stay without where `no_kl_estimate` has a reason.
+    """
     block: ModelBlock = context.shared["model"]
     sampling: SamplingBlock = context.settings.sampling
+    if no_kl_estimate(sampling):
+        return list(samples)
 
     def logprobs(of: Sequence[EvaluatedSample], under: str, name: str) -> dict[str, Any]:
         path, revision = str(context.inputs.get(under, Path()) / "model"), None
@@ -78,6 +83,19 @@ def with_divergence(samples: Sequence[EvaluatedSample], context: Context) -> lis
     ]
 
 
+def no_kl_estimate(sampling: SamplingBlock) -> str:
+    """Why the completions' log-probabilities estimate no KL to the reference; empty if they do.
+
+    k1 and k3 average to the KL over completions drawn from the policy's own distribution. Others estimate something
+    else, which may even be negative.
+    """
+    if sampling.temperature == 0:
+        return "greedy completions are not drawn from the policy's distribution; set `evaluate.sampling.temperature`"
+    if sampling.top_p < 1:
+        return "with `evaluate.sampling.top_p` below 1, completions are drawn from a part of the policy's distribution"
+    return ""
+
+
 def with_scores(samples: Sequence[EvaluatedSample], context: Context) -> list[EvaluatedSample]:
     """The samples with the reward model's scores."""
     batch_size = context.settings.sampling.batch_size
@@ -95,7 +113,10 @@ def _requests(context: Context, prompts: Sequence[Prompt]) -> list[Request]:
     sampling: SamplingBlock = context.settings.sampling
     how = (sampling.max_new_tokens, sampling.temperature, sampling.top_p)
     seeds = [derive_seed(context.seed, "evaluate", prompt.id) for prompt in prompts]
-    return [Request(prompt.id, prompt.prompt, seed, *how) for prompt, seed in zip(prompts, seeds, strict=True)]
+    return [
+        Request(prompt.id, prompt.prompt, seed, *how, keep_token_ids=True)
+        for prompt, seed in zip(prompts, seeds, strict=True)
+    ]
 
 
 def _completions(
@@ -126,4 +147,7 @@ def _sample(policy: str, prompt: Prompt, completed: Completed, seed: int, proven
         tokens=completed.tokens,
         seed=seed,
         provenance=provenance,
+        thought=completed.thought,
+        answered=completed.answered,
+        token_ids=completed.token_ids,
     )

@@ -17,16 +17,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Judged:
-    """The judge, and its verdicts by sample id. Samples with the same text as the base model's have none."""
+    """The judge, and its verdicts by sample id. There is none on a text that is the base model's, or on no answer."""
 
     judge: str
     probes: Estimate | None
     provenance: Provenance
     verdicts: "Mapping[str, Verdict]"
+    unanswered: frozenset[str]
+    """The prompts to which the base model gave no answer."""
 
     def annotate(self, sample: EvaluatedSample) -> EvaluatedSample:
-        """The sample with its verdict; a tie if its text is the same as the base model's."""
-        if sample.policy == BASE:
+        """The sample with its verdict: none without an answer, a tie if its text is the base model's."""
+        if sample.policy == BASE or sample.prompt_id in self.unanswered or not sample.answered:
             return sample
         if sample.id not in self.verdicts:
             return replace(sample, p_better=TIED)
@@ -63,18 +65,20 @@ def judge_samples(
     entry = label_provenance(context, judge.engine, block, constitution, principle="all", scored_by=found.scored_by)
     questions = _questions_against_base(samples)
     verdicts = judge.compare(list(questions.values()), context.output / "verdicts.journal", "judge")
-    return Judged(judge.name, probes, entry, dict(zip(questions, verdicts, strict=True)))
+    unanswered = frozenset(sample.prompt_id for sample in samples if sample.policy == BASE and not sample.answered)
+    return Judged(judge.name, probes, entry, dict(zip(questions, verdicts, strict=True)), unanswered)
 
 
 def _questions_against_base(samples: Sequence[EvaluatedSample]) -> "dict[str, Question]":
-    """The judge's questions, by sample id, about the samples whose text differs from the base model's."""
+    """The judge's questions, by sample id, about the answers that differ from the base model's."""
     from align.feedback.opinions import Question
 
-    base = {sample.prompt_id: sample.completion for sample in samples if sample.policy == BASE}
+    base = {sample.prompt_id: sample.completion for sample in samples if sample.policy == BASE and sample.answered}
     return {
         sample.id: Question(sample.id, sample.prompt, sample.completion, base[sample.prompt_id], sample.category)
         for sample in samples
-        if sample.policy != BASE and sample.completion.strip() != base[sample.prompt_id].strip()
+        if sample.policy != BASE and sample.answered and sample.prompt_id in base
+        if sample.completion.strip() != base[sample.prompt_id].strip()
     }
 
 

@@ -2,10 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from math import sqrt
 from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+from align.figures.student import student_quantile
 
 _DRAWN_AT_ONCE = 4_000_000
 """The most indices in memory while resampling, which bounds memory for any number of values and resamples."""
@@ -54,10 +57,10 @@ def _wilson(share: float, n: float, confidence: float) -> tuple[float, float]:
 def clustered_wilson_estimate(values: ArrayLike, clusters: Sequence[str], confidence: float = 0.95) -> Estimate:
     """A share with Wilson's interval, widened where values of a cluster (such as one prompt's pairs) are correlated.
 
-    n is divided by the design effect (Kish 1965; Korn and Graubard 1998), but never by less than 1. This is the ratio
-    of the share's variance over clusters to its binomial variance. With one value per cluster, the interval is
-    Wilson's; with copies of a value in each cluster, it is Wilson's for one value per cluster. Unlike resampling, it
-    stays wide for few clusters.
+    n is divided by the design effect (Kish 1965), the ratio of the share's variance over clusters to its binomial
+    variance, but never by less than 1. Since few clusters say little about that variance, n is also multiplied by
+    (t of n − 1 / t of C − 1 degrees of freedom)², with C clusters (Korn and Graubard 1998). With one value per cluster,
+    the interval is Wilson's; with copies of a value in each cluster, it is Wilson's for one value per cluster.
 
     Args:
         values: (N,) in [0, 1].
@@ -69,16 +72,23 @@ def clustered_wilson_estimate(values: ArrayLike, clusters: Sequence[str], confid
     sample, place = _clustered(values, clusters)
     mean, n = float(sample.mean()), len(sample)
     binomial = n * mean * (1 - mean)
-    # Where all values are equal there is no variance to compare, and each cluster counts once.
+    count = int(place.max()) + 1
     between = float((np.bincount(place, weights=sample - mean) ** 2).sum())
-    effect = max(1.0, between / binomial) if binomial > 0 else n / (place.max() + 1)
-    return Estimate(mean, *_wilson(mean, n / effect, confidence), n)
+    if binomial == 0 or count == 1:  # without variance to compare, each cluster counts once
+        return Estimate(mean, *_wilson(mean, count, confidence), n)
+    independent = n / max(1.0, between / binomial)
+    effect = max(1.0, between / binomial * count / (count - 1) * (n - 1) / n)  # both variances without their bias
+    certain = n / effect * (student_quantile(confidence, n - 1) / student_quantile(confidence, count - 1)) ** 2
+    # Even if its values are copies, each cluster is worth one value.
+    return Estimate(mean, *_wilson(mean, max(certain, min(independent, count)), confidence), n)
 
 
 def bootstrap_interval(
     values: ArrayLike, seed: int, resamples: int = 2000, confidence: float = 0.95
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean (Efron 1979). The same seed gives the same interval.
+    """Bootstrap interval of the mean (Efron 1979). The same seed gives the same interval.
+
+    Its percentiles are expanded for small samples (`_percentile_interval`).
 
     Args:
         values: (N,) finite numbers, at least one.
@@ -90,7 +100,7 @@ def bootstrap_interval(
     if resamples < 1:
         raise ValueError(f"resamples must be 1 or more, got {resamples}")
     means = np.concatenate([sample[rows].mean(axis=1) for rows in _resamples(len(sample), seed, resamples)])
-    return _percentile_interval(means, confidence)
+    return _percentile_interval(means, confidence, len(sample))
 
 
 def mean_estimate(values: ArrayLike, seed: int, resamples: int = 2000, confidence: float = 0.95) -> Estimate:
@@ -131,7 +141,7 @@ def clustered_share_estimate(
         return replace(_bounded(means, 0, 1, seed, resamples, confidence), n=len(sample))
     drawn = _resamples(len(sums), seed, resamples)
     resampled = np.concatenate([sums[rows].sum(axis=1) / sizes[rows].sum(axis=1) for rows in drawn])
-    return Estimate(float(sample.mean()), *_percentile_interval(resampled, confidence), len(sample))
+    return Estimate(float(sample.mean()), *_percentile_interval(resampled, confidence, len(sums)), len(sample))
 
 
 def paired_difference(
@@ -239,9 +249,17 @@ def _check_within(sample: NDArray[np.float64], lower: float, upper: float) -> No
         raise ValueError(f"values must lie in [{lower}, {upper}], got {sample.min():g} to {sample.max():g}")
 
 
-def _percentile_interval(means: NDArray[np.float64], confidence: float) -> tuple[float, float]:
+def _percentile_interval(means: NDArray[np.float64], confidence: float, count: int) -> tuple[float, float]:
+    """The interval of resampled means of `count` values, with expanded percentiles (Hesterberg 2015, section 4.1.3).
+
+    Means of few values vary less over resamples than over samples, and normal quantiles are less than Student's. The
+    percentiles are those at which a normal distribution, so corrected, ends the t interval.
+    """
     _check_confidence(confidence)
-    low, high = np.quantile(means, [0.5 - confidence / 2, 0.5 + confidence / 2])
+    outside = 0.5 - confidence / 2
+    if count > 1:
+        outside = NormalDist().cdf(-sqrt(count / (count - 1)) * student_quantile(confidence, count - 1))
+    low, high = np.quantile(means, [outside, 1 - outside])
     return float(low), float(high)
 
 

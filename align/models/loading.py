@@ -124,6 +124,10 @@ def load_causal_lm(
         raise InputError(f"model {path}: cannot be loaded as a causal language model ({first_line(error)})") from error
     if fault := weights_fault(model.config, loading):
         raise InputError(f"model {path}: {fault}; give the folder of a complete causal language model")
+    # TRL asks for the experts' router logits itself in training; elsewhere their loss would only cost time.
+    config = model.config.get_text_config()
+    if getattr(config, "output_router_logits", False):
+        config.output_router_logits = False
     zero_dropout(model)
     return model.eval()
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
 
+from align.models.logits import OutputHead, find_head
 from align.models.padding import position_ids
-from align.models.wrappers import inner_model, replaced_forward
+from align.models.wrappers import inner_model
 
 CHUNK = 128
 """The number of positions whose logits are in memory at a time."""
@@ -50,6 +50,14 @@ def gather_logprobs(
     if torch.is_grad_enabled() and hidden.requires_grad and not weight.requires_grad:
         return LogprobsOut(*_FrozenHead.apply(hidden, weight, targets, temperature, chunk_size))
     return _gather(partial(nn.functional.linear, weight=weight), hidden, targets, temperature, chunk_size)
+
+
+def head_logprobs(head: OutputHead, hidden: Tensor, targets: Tensor, temperature: float = 1.0) -> LogprobsOut:
+    """`gather_logprobs` under a model's own head. Where that is more than a product, its logits are computed again in
+    the backward pass, however frozen it is."""
+    if head.is_plain:
+        return gather_logprobs(hidden, head.weight, targets, temperature)
+    return _gather(head.logits, hidden, targets, temperature, CHUNK)
 
 
 class _FrozenHead(torch.autograd.Function):
@@ -126,43 +134,18 @@ def completion_logprobs(
         attention_mask=attention_mask,
         position_ids=position_ids(attention_mask),
         use_cache=False,
-        logits_to_keep=completion_length + 1,
     )
-    inner = inner_model(model)
-    logits_of = inner.get_output_embeddings().forward
-
-    def score(hidden: Tensor) -> Tensor:
-        found = _gather(logits_of, hidden[:, predicting], targets, temperature, chunk_size)
-        return torch.stack(found, dim=-1)  # (B, T, 2)
-
-    scored = _run_with_head(inner, score, forward)
-    if scored is not None:
-        return LogprobsOut(scored[..., 0], scored[..., 1])
-    return _gather(lambda chunk: chunk, forward().logits[:, predicting], targets, temperature, chunk_size)
-
-
-def _run_with_head(
-    inner: PreTrainedModel, head_forward: Callable[[Tensor], Tensor], forward: Callable[[], Any]
-) -> Tensor | None:
-    """Run a model with another forward of its output embedding, and return what the model outputs as its logits.
-
-    None where the architecture then scales or caps what its head returns (Gemma 2, Cohere, Granite), so that only its
-    own logits are right.
-    """
-    returned: list[Tensor] = []
-    unchanged: list[bool] = []
-
-    def recorded(hidden: Tensor) -> Tensor:
-        returned.append(head_forward(hidden))
-        return returned[-1]
-
-    hook = inner.register_forward_hook(lambda _, __, output: unchanged.append(output.logits is returned[-1]))
+    head = find_head(inner_model(model))
+    if head is None:
+        logits = forward(logits_to_keep=completion_length + 1).logits[:, predicting]
+        return _gather(lambda chunk: chunk, logits, targets, temperature, chunk_size)
+    found: list[Tensor] = []
+    hook = head.backbone.register_forward_hook(lambda _, __, output: found.append(output.last_hidden_state))
     try:
-        with replaced_forward(inner.get_output_embeddings(), recorded):
-            logits: Tensor = forward().logits
+        forward(logits_to_keep=1)  # the head is run below, chunk by chunk
     finally:
         hook.remove()
-    return logits if unchanged[-1] else None
+    return _gather(head.logits, found[-1][:, predicting], targets, temperature, chunk_size)
 
 
 def _gather(

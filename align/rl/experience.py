@@ -12,6 +12,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from align.data.answers import AnswerReader
 from align.errors import NotFinite
 from align.figures.tables import printable, shortened
 from align.rl.advantages import (
@@ -44,6 +45,7 @@ class Experience:
         kl: (N,) nats per completion, for each of the estimators 'k1', 'k2' and 'k3', from sampling's log-probs.
         raw_scores: (N, S) as the sources give them; where a source abstained, the mean of its other scores.
         unscored: share of the completions from which a source abstained, by the source's name.
+        cut: share of the conversations that were longer than a source reads, by the source's name.
         standardised: (N, trained sources) scores on one scale.
         scores: (N,) combined, less the penalties for length and for a missing stop token.
     """
@@ -59,6 +61,7 @@ class Experience:
     kl: Mapping[str, Tensor]
     raw_scores: Tensor
     unscored: Mapping[str, float]
+    cut: Mapping[str, float]
     standardised: Tensor
     scores: Tensor
     rewards: Tensor
@@ -88,6 +91,7 @@ class Collector:
         with self.timer.phase("reward"):
             given = self._score(completions, iteration)
             raw_scores, unscored = self.rewards.fill_unscored(given)
+            cut = self._cut_shares(len(completions))
             self._check_finite(raw_scores, completions, iteration)
         with self.timer.phase("forward"):
             passes = self._forward_passes(completions, iteration)
@@ -105,6 +109,7 @@ class Collector:
             kl={name: (term * mask).sum(dim=1) for name, term in kl.items()},
             raw_scores=raw_scores,
             unscored=unscored,
+            cut=cut,
             standardised=standardised,
             scores=scores,
             rewards=rewards,
@@ -132,7 +137,7 @@ class Collector:
             max_new_tokens=settings.sampling.max_new_tokens,
             stop_ids=self.stop_ids,
             pad_id=self.tokenizer.pad_token_id,
-            to_text=lambda tokens: self.tokenizer.decode(tokens, skip_special_tokens=True),
+            read=AnswerReader(self.tokenizer).read,
             synced=self.models.sharded,
         )
         order = [row for chunk in mine for row in chunk]
@@ -141,18 +146,21 @@ class Collector:
     def _score(self, completions: Sequence[Completion], iteration: int) -> Tensor:
         """(N, S) raw scores; each completion is scored by one process."""
         mine = list(processes.shard(range(len(completions))))
-        scores = self.rewards.scores(
-            [completions[row].prompt.prompt.prompt for row in mine], [completions[row].text for row in mine]
-        )
+        scores = self.rewards.scores([completions[row].response for row in mine])
         raw = torch.zeros(len(completions), len(self.rewards.names))
         for row, each in gather_items(list(zip(mine, scores.tolist(), strict=True))):
             raw[row] = torch.tensor(each)
         return raw
 
+    def _cut_shares(self, count: int) -> dict[str, float]:
+        """By source, the share of the conversations that were too long for it."""
+        counts = gather_items([self.rewards.cut()])
+        return {name: sum(each[name] for each in counts) / count for name in counts[0]}
+
     def _check_finite(self, scores: Tensor, completions: Sequence[Completion], iteration: int) -> None:
         if not scores.isfinite().all():
             row, source = (~scores.isfinite()).nonzero()[0].tolist()
-            fault = f"reward of source '{self.rewards.names[source]}' is {scores[row, source].item()}"
+            fault = f"reward of source '{self.rewards.names[source]}' is not finite (NaN or infinity)"
             raise not_finite(fault, iteration, completions[row], self.output)
 
     @torch.no_grad()

@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 
 from align.decoding.shared_prefixes import EncodedPrefixes, PrefixBatch, can_share_prefixes
 from align.models.heads import head_output
-from align.models.logprobs import gather_logprobs
+from align.models.logits import OutputHead
+from align.models.logprobs import head_logprobs
 from align.models.wrappers import inner_model
 from align.rl.sequences import Rows, Sequences, completion_hidden, encode_prefixes
 
@@ -56,11 +57,14 @@ class TrainPass(NamedTuple):
 class PpoModels(nn.Module):
     """What both arrangements have in common. Subclasses provide the backbones and the heads.
 
-    `policy` is the model that the run publishes: a `PeftModel` or a causal LM.
+    `policy` is the model that the run publishes: a `PeftModel` or a causal LM. `policy_head` and `reference_head` make
+    logits of the two models' hidden states.
     """
 
     policy: Any
     value_head: nn.Linear | None
+    policy_head: OutputHead
+    reference_head: OutputHead
     adam_epsilon: float
     """Adam's epsilon if the recipe names none."""
 
@@ -138,12 +142,12 @@ class PpoModels(nn.Module):
     def _generate_pass(self, logits_to_keep: int = 0, **inputs: Any) -> GeneratePass:
         states = self.generation_states(**inputs)[:, -logits_to_keep:]
         # Flattened, because a product with three axes may copy the output embedding for every row.
-        logits = nn.functional.linear(states.flatten(0, 1), self.policy_output_weight())
+        logits = self.policy_head.logits(states.flatten(0, 1))
         return GeneratePass(logits.unflatten(0, states.shape[:2]), self._policy_head_values(states))
 
     def _train_pass(self, sequences: Sequences) -> TrainPass:
         hidden = self.policy_hidden(sequences)
-        logprobs, entropy = self._completion_logprobs(hidden, sequences, self.policy_output_weight())
+        logprobs, entropy = self._completion_logprobs(hidden, sequences, self.policy_head)
         values = self._policy_head_values(hidden)
         return TrainPass(logprobs, entropy, None if values is None else values * sequences.completion_mask)
 
@@ -160,22 +164,22 @@ class PpoModels(nn.Module):
 
     def _policy_logprobs(self, sequences: Sequences, temperature: float | None = None) -> Tensor:
         hidden = self.policy_hidden(sequences)
-        return self._completion_logprobs(hidden, sequences, self.policy_output_weight(), temperature)[0]
+        return self._completion_logprobs(hidden, sequences, self.policy_head, temperature)[0]
 
     @torch.no_grad()
     def _reference_logprobs(self, sequences: Sequences) -> Tensor:
         hidden = self.reference_hidden(sequences)
-        return self._completion_logprobs(hidden, sequences, self.reference_output_weight())[0]
+        return self._completion_logprobs(hidden, sequences, self.reference_head)[0]
 
     def _completion_logprobs(
-        self, hidden: Tensor, sequences: Sequences, weight: Tensor, temperature: float | None = None
+        self, hidden: Tensor, sequences: Sequences, head: OutputHead, temperature: float | None = None
     ) -> tuple[Tensor, Tensor]:
         """Log-prob and entropy of each completion token, (B, T) each, zero where masked.
 
         Logits are computed for unmasked positions only. The temperature is that of sampling unless given.
         """
         mask = sequences.completion_mask
-        picked = gather_logprobs(hidden[mask], weight, sequences.targets[mask], temperature or self.temperature)
+        picked = head_logprobs(head, hidden[mask], sequences.targets[mask], temperature or self.temperature)
         empty = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
         return empty.masked_scatter(mask, picked.logprobs), empty.masked_scatter(mask, picked.entropy)
 
@@ -199,14 +203,6 @@ class PpoModels(nn.Module):
 
     def reference_hidden(self, sequences: Sequences) -> Tensor:
         """(B, T, H) the same for the reference."""
-        raise NotImplementedError
-
-    def policy_output_weight(self) -> Tensor:
-        """(V, H) the policy's output embedding."""
-        return self.causal_lm.get_output_embeddings().weight
-
-    def reference_output_weight(self) -> Tensor:
-        """(V, H) the reference's output embedding."""
         raise NotImplementedError
 
     def reward_scores(self, sequences: Rows) -> Tensor:

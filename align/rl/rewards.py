@@ -5,53 +5,68 @@ Shapes: N completions, S sources.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
-from align.data.chat import conversation_ids
 from align.errors import AlignError
 from align.records import Conversation
 from align.rl.settings import ScoreBlock
 
 
-class Reward(Protocol):
-    """Scores completions of prompts, one float per completion; higher is better.
+@dataclass(frozen=True)
+class Response:
+    """What a policy wrote after a prompt.
 
-    A reward whose attribute `may_abstain` is true gives NaN where it has no score.
+    Args:
+        answer: the text that it says (`align.data.answers`); rewards that read text read this.
+        finished: the policy ended its turn; otherwise the limit cut it.
+        answered: False if only a thought was written, or less. It gets no score.
+        prompt_ids, token_ids: what the policy read and wrote, its thought and stop token included. Rewards that read
+            the policy's own tokens read these.
     """
 
-    def __call__(self, prompts: Sequence[Conversation], completions: Sequence[str]) -> Tensor:
+    prompt: Conversation
+    answer: str
+    finished: bool = True
+    answered: bool = True
+    prompt_ids: Sequence[int] = ()
+    token_ids: Sequence[int] = ()
+
+
+class Reward(Protocol):
+    """Scores responses, one float for each; higher is better.
+
+    A reward whose attribute `may_abstain` is true gives NaN where it has no score. One whose attribute `passes_all` is
+    true is shown responses without an answer too.
+    """
+
+    def __call__(self, responses: Sequence[Response]) -> Tensor:
         """(B,) float32."""
 
 
 @dataclass(frozen=True)
 class RewardModel:
-    """A reward stage's model, whose score of a conversation is read at the token that ends the assistant's turn.
+    """A reward stage's model, whose score of a conversation is read at its last token: the end of the assistant's turn.
 
-    Conversations are tokenized as text by the reward model's own tokenizer and template, exactly as in its training. So
-    the model may be of another family than the policy.
+    It was trained from the policy's base model with the same tokenizer, so it reads the policy's own tokens. Rendering
+    their text again could make other tokens: a template may rewrite a thought, and ends a turn that the limit cut.
 
     Args:
         scores: maps B conversations, as token ids, to (B,) scores.
-        tokenizer: the reward model's.
         batch_size: conversations per pass.
-        system_prompt: prepended to conversations that have none, as in the reward model's training.
     """
 
+    passes_all: ClassVar[bool] = True
+    """With sharded weights, every process has to make equally many passes."""
+
     scores: Callable[[Sequence[Sequence[int]]], Tensor]
-    tokenizer: Any
     batch_size: int
-    system_prompt: str | None = None
 
-    def __call__(self, prompts: Sequence[Conversation], completions: Sequence[str]) -> Tensor:
-        rows = [self._ids(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
+    def __call__(self, responses: Sequence[Response]) -> Tensor:
+        rows = [[*response.prompt_ids, *response.token_ids] for response in responses]
         return score_by_length(self.scores, rows, [len(row) for row in rows], self.batch_size)
-
-    def _ids(self, prompt: Conversation, completion: str) -> list[int]:
-        prompt_ids, completion_ids = conversation_ids(self.tokenizer, prompt, completion, self.system_prompt)
-        return [*prompt_ids, *completion_ids]
 
 
 def score_by_length(
@@ -66,6 +81,11 @@ def score_by_length(
     return result
 
 
+def nan_as_infinity(scores: Tensor) -> Tensor:
+    """Scores of a model that does not abstain. NaN would count as an abstention; infinity is reported as a fault."""
+    return scores.masked_fill(scores.isnan(), torch.inf)
+
+
 @dataclass
 class RunningMoments:
     """Mean and variance of all values seen, updated batch by batch (Chan et al. 1979, parallel variance)."""
@@ -77,6 +97,8 @@ class RunningMoments:
     def update(self, values: Tensor) -> None:
         """Add the values of a batch. Pass the batch of all processes."""
         batch = values.double()
+        if not batch.numel():
+            return
         count, mean = batch.numel(), float(batch.mean())
         delta, total = mean - self.mean, self.count + count
         self.squares += float((batch - mean).square().sum()) + delta**2 * self.count * count / total
@@ -114,6 +136,27 @@ class RewardSource:
     gold: bool = False
     seen: RunningMoments = field(default_factory=RunningMoments)
 
+    def neutral(self, scored: Tensor) -> float:
+        """The score of a completion that has none, given the batch's others.
+
+        Raises:
+            AlignError: there are no others, and no mean is known.
+        """
+        if scored.numel():
+            return float(scored.mean())
+        if self.seen.count or self.moments:
+            return self.seen.mean if self.seen.count else self.moments[0]  # type: ignore[index]
+        raise AlignError(
+            f"ppo.rewards: {self.name} scored no completion: the limit cut every thought (raise "
+            "ppo.sampling.max_new_tokens), no principle applies to their prompts (check the principles' `applies`), or "
+            "the judge abstained (choose another model in `judge.engine`, or lower `judge.min_option_mass`)"
+        )
+
+
+def may_abstain(reward: Reward) -> bool:
+    """Whether NaN among a reward's scores means that it has none."""
+    return bool(getattr(reward, "may_abstain", False))
+
 
 class Rewards:
     """The sources of scores, and how their scores become one. Gold sources come last among the columns of scores."""
@@ -129,32 +172,41 @@ class Rewards:
         """The sources' names, in the order of the columns of scores."""
         return [source.name for source in self.sources]
 
-    def scores(self, prompts: Sequence[Conversation], completions: Sequence[str]) -> Tensor:
-        """(N, S) raw scores; NaN where a source abstained."""
-        return torch.stack([source.reward(prompts, completions).float() for source in self.sources], dim=1)
+    def scores(self, responses: Sequence[Response]) -> Tensor:
+        """(N, S) raw scores: NaN where a source abstained or nothing was answered, infinite where it is broken."""
+        scores = torch.full((len(responses), len(self.sources)), torch.nan)
+        answered = [row for row, response in enumerate(responses) if response.answered]
+        for column, source in enumerate(self.sources):
+            asked = range(len(responses)) if getattr(source.reward, "passes_all", False) else answered
+            if asked:
+                given = source.reward([responses[row] for row in asked]).float()
+                scores[asked, column] = given if may_abstain(source.reward) else nan_as_infinity(given)
+        scores[[row for row, response in enumerate(responses) if not response.answered]] = torch.nan
+        return scores
+
+    def cut(self) -> dict[str, int]:
+        """By name, how many prompts each source had to shorten in this process since the last call."""
+        counted = {source.name: source.reward for source in self.sources if hasattr(source.reward, "take_cut")}
+        return {name: reward.take_cut() for name, reward in counted.items()}
 
     def fill_unscored(self, scores: Tensor) -> tuple[Tensor, dict[str, float]]:
         """Replace a source's missing scores by the mean of its others, which is neutral. Pass all processes' scores.
 
+        Where there are no others, the mean is that of the source's earlier scores, or of the held-out pairs.
+
         Returns:
-            (N, S) scores, and by name the share of completions from which each source that may abstain did.
+            (N, S) scores, and by name the share of completions that each source that may abstain left unscored.
 
         Raises:
-            AlignError: a source scored nothing.
+            AlignError: a source scored nothing, and no mean of its scores is known.
         """
         filled, shares = scores.clone(), {}
         for column, source in enumerate(self.sources):
-            if not getattr(source.reward, "may_abstain", False):
-                continue
             unscored = scores[:, column].isnan()
-            if unscored.all():
-                raise AlignError(
-                    f"ppo.rewards: {source.name} scored none of {len(scores)} completions: no principle applies to "
-                    "their prompts, or the judge abstained; check the principles' `applies`, choose another model in "
-                    "`judge.engine`, or lower `judge.min_option_mass`"
-                )
-            filled[unscored, column] = scores[~unscored, column].mean()
-            shares[source.name] = float(unscored.float().mean())
+            if unscored.any():
+                filled[unscored, column] = source.neutral(scores[~unscored, column])
+            if unscored.any() or may_abstain(source.reward):
+                shares[source.name] = float(unscored.float().mean())
         return filled, shares
 
     def standardised(self, scores: Tensor, scored: Tensor | None = None) -> Tensor:

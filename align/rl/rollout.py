@@ -10,9 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from align.data.answers import Answer
 from align.decoding.decode import decode
 from align.records import Prompt
 from align.rl.models import PpoModels
+from align.rl.rewards import Response
 from align.run.reproducibility import derive_seed
 
 
@@ -26,8 +28,9 @@ class TokenizedPrompt:
 
 @dataclass(frozen=True)
 class Completion:
-    """One completion: its tokens (stop token included), its text, and whether it ended with a stop token.
+    """One completion: its tokens (stop token included), its answer's text, and whether it ended with a stop token.
 
+    `thought` is what a thinking model wrote before its answer; `answered` is False if it wrote nothing else.
     `sampled_logprobs` and `sampled_values` (the value before each token) come from the passes that sampled it; without
     a value head on the policy there are no values. `seed` is None for a completion that was not sampled.
     """
@@ -39,6 +42,14 @@ class Completion:
     sampled_logprobs: tuple[float, ...]
     sampled_values: tuple[float, ...] = ()
     seed: int | None = None
+    thought: str = ""
+    answered: bool = True
+
+    @property
+    def response(self) -> Response:
+        """What the rewards are shown."""
+        prompt = self.prompt.prompt.prompt
+        return Response(prompt, self.text, self.stopped, self.answered, self.prompt.ids, self.tokens)
 
     @property
     def length(self) -> int:
@@ -81,12 +92,13 @@ def sample_completions(
     max_new_tokens: int,
     stop_ids: Sequence[int],
     pad_id: int,
-    to_text: Callable[[Sequence[int]], str],
+    read: Callable[[Sequence[int], Sequence[int]], Answer],
     synced: bool,
 ) -> list[Completion]:
     """Sample one completion of each (prompt, seed) from the policy, chunk by chunk.
 
     Args:
+        read: the answer in a completion's tokens without the stop token, given the prompt's ids.
         synced: the weights are sharded; every process then passes equally many chunks, some possibly empty.
     """
     completions: list[Completion] = []
@@ -111,8 +123,9 @@ def sample_completions(
                 chunk, drawn.tokens, drawn.finish_reasons, drawn.logprobs or [], values, strict=True
             ):
                 stopped = reason == "stop"
-                text = to_text(tokens[:-1] if stopped else tokens)
-                completions.append(Completion(prompt, tuple(tokens), text, stopped, tuple(logprobs), tuple(each), seed))
+                answer = read(prompt.ids, tokens[:-1] if stopped else tokens)
+                sampled = tuple(tokens), answer.text, stopped, tuple(logprobs), tuple(each), seed
+                completions.append(Completion(prompt, *sampled, answer.thought, answer.given))
     return completions
 
 

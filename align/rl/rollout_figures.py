@@ -23,6 +23,7 @@ def rollout_figures(experience: Experience, rewards: Rewards, settings: PpoBlock
         **_advantage_figures(experience, settings),
         "completion_length": int(experience.mask.sum()) / count,
         "stopped_share": sum(completion.stopped for completion in completions) / count,
+        "answered_share": sum(completion.answered for completion in completions) / count,
         "repetition": sum(repetition(completion.text) for completion in completions) / count,
     }
 
@@ -41,6 +42,7 @@ def _score_figures(experience: Experience, rewards: Rewards) -> dict[str, float]
         means = experience.raw_scores.mean(dim=0).tolist()
         figures |= {f"score/{name}": mean for name, mean in zip(rewards.names, means, strict=True)}
     figures |= {f"unscored/{name}": share for name, share in experience.unscored.items()}
+    figures |= {f"prompts_cut/{name}": share for name, share in experience.cut.items()}
     if rewards.trained > 1:
         figures["score_disagreement"] = float(weighted_moments(experience.standardised, rewards.weights)[1].mean())
     return figures
@@ -83,6 +85,7 @@ def rollout_rows(
             "prompt_id": completion.prompt.prompt.id,
             "prompt": as_dicts(completion.prompt.prompt.prompt),
             "completion": completion.text,
+            **({"thought": completion.thought} if completion.thought else {}),
             "score": float(scores[row]),
             **({"scores": each} if len(each) > 1 else {}),
             "kl_to_reference_k1": float(experience.kl["k1"][row]),

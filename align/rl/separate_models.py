@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from align.models.logits import output_head
 from align.rl.models import Network, PpoModels
 from align.rl.sequences import Sequences, completion_hidden
 
@@ -34,6 +35,7 @@ class SeparateModels(PpoModels):
         self.value_backbone = value_backbone.requires_grad_(True) if value_backbone is not None else None
         self.value_head = value_head
         self.reference = reference.requires_grad_(False)
+        self.policy_head, self.reference_head = output_head(self.causal_lm), output_head(reference)
 
     @property
     def value_on_policy(self) -> bool:
@@ -45,6 +47,3 @@ class SeparateModels(PpoModels):
 
     def reference_hidden(self, sequences: Sequences) -> Tensor:
         return completion_hidden(self.reference.base_model, sequences)
-
-    def reference_output_weight(self) -> Tensor:
-        return self.reference.get_output_embeddings().weight

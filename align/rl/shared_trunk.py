@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from align.models.cpu_attention import use_cpu_attention
 from align.models.heads import head_output, last_attended
+from align.models.logits import output_head
 from align.models.lora import fuse_adapters, merged_weights
 from align.models.wrappers import is_sharded
 from align.rl.models import Network, PpoModels
@@ -49,7 +50,8 @@ class SharedTrunk(PpoModels):
         self._fused = fuse_adapters(model)
         self._merged = False
         use_cpu_attention(self.causal_lm)
-        self._use("policy")
+        with self._adapter(None):
+            self.policy_head = self.reference_head = output_head(self.causal_lm)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(".lora_" in name and (".policy." in name or ".value." in name))
         if reward_head is not None:
@@ -90,9 +92,6 @@ class SharedTrunk(PpoModels):
         with self._adapter(None):
             return completion_hidden(self.causal_lm.base_model, sequences)
 
-    def reference_output_weight(self) -> Tensor:
-        return self.policy_output_weight()
-
     def reward_scores(self, sequences: Rows) -> Tensor:
         if self.reward_head is None:
             raise ValueError("this trunk has no reward adapter")
@@ -105,11 +104,11 @@ class SharedTrunk(PpoModels):
         """Merges the policy's adapter into the trunk, and restores the trunk's exact weights afterwards.
 
         Subtracting the adapter again would leave rounding errors, so the original weights are kept while completions
-        are sampled. Sums in bf16 are dithered (`align.models.lora`). A sharded trunk is not merged.
+        are sampled. Sums in bf16 are dithered (`align.models.lora`). A sharded trunk is not merged, nor are experts.
         """
-        layers = [layer for layer in self._layers if "policy" in layer.lora_A]
+        layers = [layer for layer in self._layers if "policy" in layer.lora_A] if self._fused else []
         weights = [layer.get_base_layer().weight for layer in layers]
-        if not self._fused or any(is_sharded(weight) for weight in weights):
+        if not weights or any(is_sharded(weight) for weight in weights):
             yield
             return
         originals = [weight.data for weight in weights]

@@ -22,6 +22,7 @@ from align.evaluation.policy_figures import constitution_used, policy_report
 from align.evaluation.report import (
     BASE,
     CANDIDATES,
+    KL_ROW,
     REPORT,
     SAMPLES,
     EvaluatedSample,
@@ -29,7 +30,14 @@ from align.evaluation.report import (
     Report,
     print_report,
 )
-from align.evaluation.samples import REFERENCE, draw_candidates, draw_samples, with_divergence, with_scores
+from align.evaluation.samples import (
+    REFERENCE,
+    draw_candidates,
+    draw_samples,
+    no_kl_estimate,
+    with_divergence,
+    with_scores,
+)
 from align.evaluation.verdicts import Judged, judge_samples
 from align.records import Prompt, Split, read_rows, write_rows
 from align.run import processes
@@ -146,6 +154,9 @@ def make_report(
         skipped["reward"] = "`evaluate.reward` is off"
     if not checked:
         skipped["rule shares"] = "no principle with a rule" if used else "the recipe names no constitution"
+    if reason := no_kl_estimate(settings.sampling):
+        # Best-of-n has a bound in that row, so only the estimates are missing then.
+        skipped["estimate of the KL" if settings.best_of else KL_ROW.format(REFERENCE)] = reason
     seed = derive_seed(context.seed, "evaluate", "bootstrap")
     by_policy = {name: [each for each in samples if each.policy == name] for name in settings.reported}
     bounds = {best_of_name(settings.best_of): best_of_kl(settings.best_of)} if settings.best_of else {}

@@ -76,7 +76,9 @@ class Ppo(Stage):
                 models,
                 tokenizer,
                 prompts,
-                Rewards(_sources(context, models, reward, judged, dtype, accelerator.device), settings.score),
+                Rewards(
+                    _sources(context, models, reward, judged, tokenizer, dtype, accelerator.device), settings.score
+                ),
                 settings,
                 stop_ids=stop_token_ids(models.causal_lm, tokenizer),
                 seed=context.seed,
@@ -112,6 +114,7 @@ def _reward_folder(context: Context) -> Any:
 
 def _models(context: Context, policy: Path, reward: Any, dtype: Any, accelerator: Any) -> Any:
     """Policy, reference and value model, on the accelerator's device."""
+    from align.models.positions import check_length
     from align.rl.loading import load_models
     from align.rl.updates import is_sharding
 
@@ -125,6 +128,8 @@ def _models(context: Context, policy: Path, reward: Any, dtype: Any, accelerator
         temperature=settings.sampling.temperature,
         trust_remote_code=model_block.trust_remote_code,
     )
+    longest = settings.max_prompt_tokens + settings.sampling.max_new_tokens
+    check_length(models.causal_lm, longest, "lower ppo.max_prompt_tokens or ppo.sampling.max_new_tokens")
     if not is_sharding(accelerator):  # sharding moves each process's shard by itself; the whole model may not fit
         models.to(accelerator.device)
     return models
@@ -222,12 +227,18 @@ def _direct_scores(context: Context, prompts: Sequence[Prompt]) -> tuple[dict[st
 
 
 def _sources(
-    context: Context, models: Any, reward: Any, judged: Mapping[str, Any], dtype: Any, device: Any
+    context: Context,
+    models: Any,
+    reward: Any,
+    judged: Mapping[str, Any],
+    tokenizer: Any,
+    dtype: Any,
+    device: Any,
 ) -> list[Any]:
     """The sources of the reward, in the recipe's order."""
     from align.rl.batches import ROWS_WITHOUT_GRADIENT
     from align.rl.reward_sources import JudgeReward, open_reward
-    from align.rl.rewards import RewardSource
+    from align.rl.rewards import RewardModel, RewardSource
 
     settings, model_block = context.settings, context.shared["model"]
     batch_size = settings.optimizer.micro_batch_size * ROWS_WITHOUT_GRADIENT
@@ -237,28 +248,24 @@ def _sources(
         if source.judge is not None:
             scores: Any = JudgeReward(judged[source.principle])
         elif source.stage is None:
-            scores = open_reward(source, model_block, batch_size=batch_size, dtype=dtype, device=device)
+            options = {"batch_size": batch_size, "dtype": dtype, "device": device}
+            scores = open_reward(source, model_block, policy_tokenizer=tokenizer, **options)
         else:
             moments = (reward.mean, reward.std)
-            scores = _reward_stage_scores(models, reward, model_block, dtype, batch_size, device)
+            read = _reward_stage_scores(models, reward, model_block, dtype, device, tokenizer.pad_token_id)
+            scores = RewardModel(read, batch_size)
         sources.append(RewardSource(source.key, scores, source.weight, moments, source.gold))
     return sources
 
 
-def _reward_stage_scores(models: Any, reward: Any, model_block: Any, dtype: Any, batch_size: int, device: Any) -> Any:
+def _reward_stage_scores(models: Any, reward: Any, model_block: Any, dtype: Any, device: Any, pad_id: int) -> Any:
     """Scores by the reward adapter on the policy's trunk, or by the reward stage's model, loaded separately."""
-    from align.models.loading import load_tokenizer
     from align.rl.loading import classifier_scores, load_classifier, trunk_scores
-    from align.rl.rewards import RewardModel
 
-    folder = reward.path / "model"
-    tokenizer = load_tokenizer(str(folder), trust_remote_code=model_block.trust_remote_code)
     if reward.shares_trunk and model_block.lora is not None:
-        scores = trunk_scores(models, tokenizer.pad_token_id)
-    else:
-        classifier = load_classifier(folder, dtype, trust_remote_code=model_block.trust_remote_code)
-        scores = classifier_scores(classifier.to(device), dtype, tokenizer.pad_token_id)
-    return RewardModel(scores, tokenizer, batch_size=batch_size, system_prompt=model_block.system_prompt)
+        return trunk_scores(models, pad_id)
+    classifier = load_classifier(reward.path / "model", dtype, trust_remote_code=model_block.trust_remote_code)
+    return classifier_scores(classifier.to(device), dtype, pad_id)
 
 
 STAGE = Ppo()

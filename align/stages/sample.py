@@ -177,6 +177,8 @@ def _samples(context: Context, engine: "Engine", provenance: str, counts: Counte
                 out.add(sample)
                 counts["samples"] += 1
                 counts["samples_cut"] += sample.finish_reason == "length"
+                if not completed.answered:
+                    counts["samples_without_answer"] += 1
                 yield _Made(sample, completed.tokens)
 
 
@@ -210,6 +212,7 @@ def _sample(prompt: Prompt, completed: Completed, engine: str, seed: int) -> Sam
         category=prompt.category,
         engine=engine,
         seed=sample_seed(seed, prompt.id),
+        thought=completed.thought,
     )
 
 

@@ -89,7 +89,6 @@ def build(
     tokenizer = load_tokenizer(str(reward_dir))
     reward = RewardModel(
         classifier_scores(load_classifier(reward_dir, dtype), dtype, tokenizer.pad_token_id),
-        tokenizer,
         batch_size=4,
     )
     # DeepSpeed clips the gradients of policy and value together, unlike one process.
@@ -101,7 +100,7 @@ def build(
         BLOCK.model_copy(update={"iterations": iterations, "early_stop": rule, "optimizer": optimizer}),
         lora=ADAPTERS if arrangement.startswith("lora") else None,
         dtype=dtype,
-        reward=lambda prompts, completions: reward(prompts, completions).float(),
+        reward=reward,
         reward_folder=RewardFolder(reward_dir.parent, on_policy_trunk=True, mean=0.0, std=1.0),
         accelerator=accelerator,
     )

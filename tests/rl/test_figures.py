@@ -2,13 +2,15 @@
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
 from align.rl.alarms import CHECKS
 from align.rl.reward_sources import JudgeReward
-from align.rl.rewards import RewardSource
+from align.rl.rewards import Response, RewardSource
 from align.rl.rollout import Completion
 from align.rl.settings import WatchBlock
 from tests.rl.tiny_ppo import build_trainer, settings, share_of_letters
@@ -28,6 +30,16 @@ def documented(heading: str) -> dict[str, str]:
     return {re.sub(r"<\w+>", r"\\w+", name): healthy for name, healthy in names.items()}
 
 
+class Cutting:
+    """A reward that shortens some prompts."""
+
+    def __call__(self, responses: Sequence[Response]) -> torch.Tensor:
+        return share_of_letters(responses)
+
+    def take_cut(self) -> int:
+        return 2
+
+
 @pytest.fixture(scope="module")
 def run(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with everything that adds figures."""
@@ -44,8 +56,8 @@ def run(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         optimizer={"batch_size": 8},
     )
     gold = RewardSource("gold", share_of_letters, gold=True)
-    abstains = JudgeReward(lambda prompts, texts: [None, *share_of_letters(prompts, texts).tolist()[1:]])
-    sources = [RewardSource("one", share_of_letters), RewardSource("two", abstains), gold]
+    abstains = JudgeReward(lambda prompts, texts: [None, *(len(text) for text in texts[1:])])
+    sources = [RewardSource("one", Cutting()), RewardSource("two", abstains), gold]
     trainer = build_trainer(tiny_model_dir, output, block, sources=sources)
     words = tuple(trainer.tokenizer("the cat").input_ids)
     trainer.learner.demonstrations = [Completion(trainer.prompts[0], words, "the cat", True, ())]

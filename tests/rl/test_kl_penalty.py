@@ -1,12 +1,14 @@
 """PPO without a reward leads a perturbed policy back to its reference, by every KL estimator that a recipe may name."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import pytest
 import torch
 
 from align.rl.ppo import PpoTrainer
+from align.rl.rewards import Response
 from align.rl.settings import PpoBlock
 from align.settings.blocks import LoraBlock, OptimizerBlock, SamplingBlock
 from tests.rl.tiny_ppo import build_trainer, settings
@@ -15,8 +17,8 @@ from tests.tiny import build_tiny_model
 ESTIMATORS = get_args(PpoBlock.model_fields["kl_estimator"].annotation)
 
 
-def no_reward(prompts: Any, completions: Any) -> torch.Tensor:
-    return torch.zeros(len(completions))
+def no_reward(responses: Sequence[Response]) -> torch.Tensor:
+    return torch.zeros(len(responses))
 
 
 def next_token(trainer: PpoTrainer, ids: torch.Tensor, adapter: str | None) -> torch.Tensor:

@@ -30,11 +30,11 @@ class Turning:
         self.iteration = done
         self.interrupt = interrupt
 
-    def __call__(self, prompts: Any, completions: Any) -> Any:
+    def __call__(self, responses: Any) -> Any:
         self.iteration += 1
         if self.iteration == self.interrupt:
             raise Interrupted
-        letters = share_of_letters(prompts, completions)
+        letters = share_of_letters(responses)
         return letters if self.iteration < TURN else -letters
 
 

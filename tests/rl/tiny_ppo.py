@@ -9,19 +9,20 @@ from accelerate import Accelerator
 
 from align.data.chat import prompt_ids
 from align.models.loading import load_tokenizer, stop_token_ids
-from align.records import Conversation, Message, Prompt
+from align.records import Message, Prompt
 from align.rl.loading import RewardFolder, load_models
 from align.rl.ppo import PpoTrainer
-from align.rl.rewards import Rewards, RewardSource
+from align.rl.rewards import Response, Rewards, RewardSource
 from align.rl.rollout import TokenizedPrompt
 from align.rl.settings import PpoBlock, ScoreBlock
 from align.run.tracking import Tracker
 from align.settings.blocks import LoraBlock, OptimizerBlock, SamplingBlock, TrackingBlock
 
 
-def share_of_letters(prompts: Sequence[Conversation], completions: Sequence[str]) -> torch.Tensor:
+def share_of_letters(responses: Sequence[Response]) -> torch.Tensor:
     """The share of a completion's characters that are lower-case letters; a random tiny model starts at about 0.3."""
-    return torch.tensor([sum("a" <= char <= "z" for char in text) / max(len(text), 1) for text in completions])
+    texts = [response.answer for response in responses]
+    return torch.tensor([sum("a" <= char <= "z" for char in text) / max(len(text), 1) for text in texts])
 
 
 def settings(**changes: Any) -> PpoBlock:

@@ -113,9 +113,7 @@ def token_logprobs(folder: Path, sample: EvaluatedSample) -> list[float]:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     before = prompt_ids(tokenizer, sample.prompt)
-    ids = before + tokenizer(sample.completion, add_special_tokens=False)["input_ids"]
-    if sample.finish_reason == "stop":
-        ids.append(tokenizer.eos_token_id)
+    ids = [*before, *sample.token_ids]
     with torch.no_grad():
         logits = model(torch.tensor([ids])).logits[0].double() / TEMPERATURE
     every = logits.log_softmax(-1)
@@ -224,7 +222,7 @@ def test_samples_of_another_policy_diverge_from_the_reference(evaluated):
     assert figures.kl_to_reference_k1.low < figures.kl_to_reference_k1.mean < figures.kl_to_reference_k1.high
 
 
-def test_scores_are_the_reward_models_at_the_end_of_the_assistants_turn(evaluated, upstream):
+def test_scores_are_the_reward_models_at_the_last_token_that_the_policy_drew(evaluated, upstream):
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -232,13 +230,12 @@ def test_scores_are_the_reward_models_at_the_end_of_the_assistants_turn(evaluate
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
     sample = read_samples(evaluated)[0]
-    messages = [
-        {"role": "user", "content": sample.prompt[0].content},
-        {"role": "assistant", "content": sample.completion},
-    ]
-    text = tokenizer.apply_chat_template(messages, tokenize=False).removesuffix("\n")
-    assert text.endswith("<|im_end|>"), "the template writes a newline after the turn, which no score reads"
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    messages = [{"role": "user", "content": sample.prompt[0].content}]
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert len(sample.token_ids) == sample.tokens
+    assert (sample.token_ids[-1] == tokenizer.eos_token_id) == (sample.finish_reason == "stop")
+    assert tokenizer.decode(sample.token_ids, skip_special_tokens=True) == sample.completion
+    ids = [*prompt, *sample.token_ids]
     with torch.no_grad():
         last = model.model(torch.tensor([ids])).last_hidden_state[0, -1]
         expected = model.score(last).item()

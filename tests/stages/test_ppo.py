@@ -14,7 +14,9 @@ import torch
 from align.engines.provenance import read_provenance
 from align.errors import InputError, NotFinite
 from align.figures.sentences import count_words, fold
-from align.records import Conversation, Message, Prompt, write_rows
+from align.records import Message, Prompt, write_rows
+from align.rl.rewards import Response
+from align.rl.rollout import Completion, sample_completions
 from align.rl.settings import PpoBlock
 from align.run.artefacts import file_digest
 from align.run.reproducibility import derive_seed
@@ -60,23 +62,32 @@ def rows(path: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("lora", [SMALL_LORA, None], ids=["adapters", "every weight"])
-def test_scores_are_those_of_the_reward_model_opened_by_itself(
-    inputs: dict[str, Path], tmp_path: Path, tiny_model_dir: Path, lora: Any
+def test_scores_are_those_of_the_reward_model_opened_by_itself_on_the_policys_tokens(
+    inputs: dict[str, Path], tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, lora: Any
 ) -> None:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+    sampled: list[Completion] = []
+
+    def draw(*args: Any, **options: Any) -> list[Completion]:
+        drawn = sample_completions(*args, **options)
+        sampled.extend(drawn)
+        return drawn
+
+    monkeypatch.setattr("align.rl.experience.sample_completions", draw)
     run(PPO, SETTINGS, tiny_model_dir, tmp_path / "out", inputs, lora=lora)
 
     folder = inputs["reward"] / "model"
     model, tokenizer = AutoModelForSequenceClassification.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     written = rows(tmp_path / "out/rollouts.jsonl")
-    assert len(written) == 12
-    for row in written:
-        talk = [*row["prompt"], {"role": "assistant", "content": row["completion"]}]
-        text = tokenizer.apply_chat_template(talk, tokenize=False).removesuffix("\n")
-        ids = tokenizer(text, return_tensors="pt")
+    assert len(written) == len(sampled) == 12
+    assert any(row["finish_reason"] == "length" for row in written), "a cut completion gets no end of turn"
+    for row, completion in zip(written, sampled, strict=True):
+        prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False)
+        assert tokenizer.decode(completion.tokens, skip_special_tokens=True) == row["completion"]
         with torch.no_grad():
-            score = model.score(model.model(**ids).last_hidden_state[0, -1])
+            states = model.model(torch.tensor([[*prompt, *completion.tokens]])).last_hidden_state
+            score = model.score(states[0, -1])
         assert row["score"] == pytest.approx(float(score), rel=1e-4, abs=1e-5)
 
 
@@ -182,12 +193,12 @@ class Spoiled:
         self.calls = 0
         self.spoiled = ""
 
-    def __call__(self, prompts: Sequence[Conversation], completions: Sequence[str]) -> torch.Tensor:
+    def __call__(self, responses: Sequence[Response]) -> torch.Tensor:
         self.calls += 1
-        scores = share_of_letters(prompts, completions)
+        scores = share_of_letters(responses)
         if self.calls == 2:
             scores[5] = self.value
-            self.spoiled = prompts[5][-1].content.rpartition(" ")[2]
+            self.spoiled = responses[5].prompt[-1].content.rpartition(" ")[2]
         return scores
 
 
@@ -200,7 +211,7 @@ def test_a_reward_that_is_not_finite_stops_the_run_and_the_checkpoint_resumes(
     with pytest.raises(NotFinite) as stop:
         build_trainer(tiny_model_dir, tmp_path / "run", block, reward=reward).train()
     assert re.search(
-        rf"reward of source 'letters' is {value} at \w+ 2, prompt 'p{reward.spoiled}' \('(the cat )*sat ",
+        rf"reward of source 'letters' is not finite [^.]* at \w+ 2, prompt 'p{reward.spoiled}' \('(the cat )*sat ",
         str(stop.value),
     )
     assert stop.value.exit_code == 1

@@ -1,5 +1,7 @@
 """The local engine compared with `generate` and with full forward passes."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from align.engines.open import _name, open_engine
 from align.models.loading import load_causal_lm, load_tokenizer
 from align.records import Message
 from align.settings.blocks import EngineBlock, ModelBlock
+from tests.unit.data.test_answers import tokenizer_of
 
 MESSAGES = (Message("user", "Where is the cat?"),)
 LONGER = (Message("system", "Be brief."), Message("user", "Tell me about the garden and the dog."))
@@ -164,3 +167,19 @@ def test_the_models_path_is_the_callers_or_else_the_engines_or_else_the_recipes(
         assert open_engine(engine, block, path=path).name.startswith("local:")
     with pytest.raises(InputError, match="/none"):
         open_engine(EngineBlock(), ModelBlock(path="/none"))
+
+
+def test_a_thought_is_told_from_the_answer_and_the_tokens_are_kept_on_request(parts):
+    model, _ = parts
+    tokenizer = tokenizer_of("qwen3")
+    engine = LocalEngine(model, tokenizer, name="tiny")
+    request = Request("0", (Message("user", "hi"),), seed=0, max_new_tokens=9, keep_token_ids=True)
+    stopped = tokenizer("<think>\nhm\n</think>\n\nYes.<|im_end|>")["input_ids"]
+    done = engine._completed(request, [], stopped, "stop")
+    assert (done.text, done.thought, done.finish_reason) == ("Yes.", "<think>\nhm\n</think>", "stop")
+    assert done.token_ids == tuple(stopped) and done.tokens == len(stopped)
+    thinking = tokenizer("<think>\nhm")["input_ids"]
+    cut = engine._completed(replace(request, keep_token_ids=False), [], thinking, "length")
+    assert (cut.text, cut.answered, cut.finish_reason, cut.token_ids) == ("", False, "length", ())
+    ended = engine._completed(request, [], tokenizer("<think>\nhm<|im_end|>")["input_ids"], "stop")
+    assert (ended.text, ended.answered, ended.finish_reason) == ("", False, "length")

@@ -101,6 +101,22 @@ def test_a_completion_request_carries_the_sampling_settings(server, engine):
     assert server.keys == [f"Bearer {KEY}"]
 
 
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning"])
+def test_a_thought_is_told_from_the_answer_whether_or_not_the_server_does_it(server, engine, name):
+    def answer(text, thought=None, reason="stop"):
+        reply = chat(text, reason)
+        reply["choices"][0]["message"][name] = thought
+        server.answer = lambda body: (200, reply)
+        [done] = OpenAIEngine(engine).complete([request()])
+        return done.text, done.thought, done.finish_reason, done.answered
+
+    assert answer("Yes.", "hm") == ("Yes.", "hm", "stop", True)
+    assert answer("<think>\nhm\n</think>\n\nYes.") == ("Yes.", "<think>\nhm\n</think>", "stop", True)
+    assert answer(None, "hm", "length") == ("", "hm", "length", False)
+    assert answer("<think>\nhm", None, "length") == ("", "<think>\nhm", "length", False)
+    assert answer("Yes.", {"another": "form"}) == ("Yes.", "", "stop", True)
+
+
 @pytest.mark.parametrize(("reason", "expected"), [("stop", "stop"), ("length", "length"), ("content_filter", "length")])
 def test_any_finish_reason_but_stop_means_truncated(server, engine, reason, expected):
     server.answer = lambda body: (200, chat("x", reason))

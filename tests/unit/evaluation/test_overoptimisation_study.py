@@ -187,6 +187,7 @@ def test_without_matplotlib_the_extra_is_named_before_any_work(tmp_path, monkeyp
         ((STAGE, FLAT | {"gold": False}, LENGTH), None, "trained against reward, flat, but"),
         ((STAGE, LENGTH, FLAT), None, "--gold: name one of the gold sources: length, flat"),
         ((STAGE, LENGTH), "breadth", "--gold: name one of the gold sources: length"),
+        ((STAGE, {"judge": "direct", "gold": True}), None, "the gold source judge is the recipe's judge, which this"),
         ((STAGE, FLAT), None, "the gold reward gives every completion of the SFT policy the same score"),
     ],
 )

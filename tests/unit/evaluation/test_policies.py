@@ -4,14 +4,14 @@ import math
 
 import pytest
 
-from align.data.chat import end_of_turn_ids, prompt_ids
-from align.errors import NotFinite
+from align.data.chat import prompt_ids
+from align.errors import InputError, NotFinite
 from align.evaluation.policies import kl_sums, measure_all, pad_batch, sample_ids
 from align.evaluation.report import EvaluatedSample
 from align.records import Message
 
 
-def sample(number: int, finish_reason: str = "stop") -> EvaluatedSample:
+def sample(number: int, token_ids: tuple[int, ...] = (5, 6, 7, 8)) -> EvaluatedSample:
     return EvaluatedSample(
         id=f"ppo/{number}",
         prompt_id=str(number),
@@ -19,8 +19,9 @@ def sample(number: int, finish_reason: str = "stop") -> EvaluatedSample:
         category="",
         policy="ppo",
         completion="the cat sat",
-        finish_reason=finish_reason,
+        finish_reason="stop",
         tokens=4,
+        token_ids=token_ids,
     )
 
 
@@ -31,12 +32,13 @@ def tokenizer():
     return build_tokenizer()
 
 
-def test_a_finished_completion_ends_with_the_end_of_its_turn_and_a_cut_one_does_not(tokenizer):
-    words = tokenizer("the cat sat", add_special_tokens=False)["input_ids"]
-    _, finished = sample_ids(tokenizer, sample(1, "stop"), None)
-    _, cut = sample_ids(tokenizer, sample(1, "length"), None)
-    assert finished == words + list(end_of_turn_ids(tokenizer))
-    assert cut == words
+def test_a_completion_is_measured_on_the_tokens_that_the_policy_drew(tokenizer):
+    assert sample_ids(tokenizer, sample(1, (9, 9, 9, 0)), None)[1] == [9, 9, 9, 0]
+
+
+def test_a_completion_whose_tokens_were_not_kept_is_not_guessed_from_its_text(tokenizer):
+    with pytest.raises(InputError, match="the tokens of ppo's answer to prompt '1' were not kept"):
+        sample_ids(tokenizer, sample(1, ()), None)
 
 
 def test_the_prompt_includes_the_recipes_system_prompt(tokenizer):

@@ -13,7 +13,7 @@ from align.feedback.judge import Judge
 from align.feedback.probes import require_better_than_chance
 from align.records import Message
 from align.rl.reward_sources import JudgeReward
-from align.rl.rewards import Rewards, RewardSource
+from align.rl.rewards import Response, Rewards, RewardSource
 from align.rl.settings import ScoreBlock
 from align.settings.blocks import JudgeBlock, RewardSourceBlock
 from tests.unit.feedback.engines import Engine
@@ -85,11 +85,13 @@ def test_what_the_judge_abstained_from_moves_nothing_and_is_counted() -> None:
     scores = direct("choice", score, ASKS)
     assert scores([TALK] * 3, ["tea", "nothing", "coffee"]) == [1.0, None, 0.0]
     rewards = Rewards([RewardSource("judge", JudgeReward(scores))], ScoreBlock())
-    filled, shares = rewards.fill_unscored(rewards.scores([TALK] * 3, ["tea", "nothing", "coffee"]))
+    filled, shares = rewards.fill_unscored(
+        rewards.scores([Response(TALK, text) for text in ("tea", "nothing", "coffee")])
+    )
     assert filled[:, 0].tolist() == [1.0, 0.5, 0.0] and shares == {"judge": pytest.approx(1 / 3)}
     # A process alone may get nothing but abstentions; only all of them together stop the run.
-    share = rewards.scores([TALK], ["nothing"])
-    with pytest.raises(AlignError, match=r"judge scored none of 1 completions.*min_option_mass"):
+    share = rewards.scores([Response(TALK, "nothing")])
+    with pytest.raises(AlignError, match=r"judge scored no completion.*min_option_mass"):
         rewards.fill_unscored(share)
 
 

@@ -92,20 +92,6 @@ def test_the_trunk_is_put_back_even_when_sampling_fails(trunk):
     assert all(torch.equal(before[name], weight) for name, weight in base_weights(trunk).items())
 
 
-def test_models_that_scale_their_logits_are_refused(tiny_model_dir, tmp_path, monkeypatch):
-    from align.rl import loading as ppo_loading
-
-    def capped(*arguments, **options):
-        model = load_causal_lm(*arguments, **options)
-        model.config.final_logit_softcapping = 30.0
-        return model
-
-    monkeypatch.setattr(ppo_loading, "load_causal_lm", capped)
-    reward = RewardFolder(tmp_path, on_policy_trunk=False, mean=0.0, std=1.0)
-    with pytest.raises(InputError, match="final_logit_softcapping"):
-        load_models(str(tiny_model_dir), reward, LoraBlock(), value=None, dtype=torch.float32, temperature=1.0)
-
-
 def test_an_adapter_on_the_output_layer_is_refused(tmp_path):
     model_dir = build_tiny_model(tmp_path / "untied", tie_word_embeddings=False)
     lora = LoraBlock(target_modules=("q_proj", "lm_head"))
