@@ -71,6 +71,17 @@ class LocalEngine:
         self._stop_ids = stop_token_ids(model, tokenizer)
         self._answers = AnswerReader(tokenizer)
 
+    @property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer."""
+        return self._tokenizer
+
+    @property
+    def positions(self) -> int | None:
+        """The longest row, prompt and completion, that the model was made for; None where its config does not say."""
+        config = self._model.config.get_text_config()
+        return getattr(config, "max_position_embeddings", None)
+
     def identity(self) -> EngineIdentity:
         """The model's name without this machine's folders, and the digest of its weights where the files are known."""
         return self._identity

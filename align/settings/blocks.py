@@ -199,44 +199,6 @@ class JudgeBlock(Block):
         return self
 
 
-class DataSource(Block):
-    """One file or hub dataset."""
-
-    path: str = Field(description="JSONL(.gz) or Parquet file, or hub id")
-    limit: Positive | None = Field(None, description="maximum number of rows, selected by a hash; null takes all")
-    hub_split: str = Field("train", description="split to read of a hub dataset")
-    hub_folder: str | None = Field(None, description="folder to read of a hub dataset, such as helpful-base; null: all")
-
-
-class PromptSource(DataSource):
-    """Prompts, in any of the formats that docs/recipes.md lists."""
-
-    column: str | None = Field(None, description="column that holds the prompt; null finds it in the known formats")
-    category: str | None = Field(None, description="category of rows that name none")
-
-
-class SplitBlock(Block):
-    """Shares of the prompts. A prompt's split follows from a hash of its text, so it is the same in every run."""
-
-    sft: Fraction = Field(0.3, description="share of prompts whose answers are revised, and sft trains on them")
-    preference: Fraction = Field(0.3, description="share of prompts whose answers the compare stage labels in pairs")
-    rl: Fraction = Field(0.3, description="share of prompts that ppo trains on")
-    eval: Fraction = Field(0.1, description="share of prompts held out for evaluate")
-
-
-class PromptsBlock(Block):
-    """Where prompts come from, and how they are split. A row that names its `split` keeps it."""
-
-    sources: Annotated[tuple[PromptSource, ...], Field(min_length=1)] = Field(description="files or hub datasets")
-    split: SplitBlock = Field(default_factory=SplitBlock)
-
-
-class PairSource(DataSource):
-    """Human preference pairs, in the formats of TRL or hh-rlhf."""
-
-    name: str | None = Field(None, description="name of these rows in counts and tables, instead of `human`")
-
-
 class TrackingBlock(Block):
     """Where figures are logged besides `metrics.jsonl`. A change here makes no stage stale."""
 

@@ -178,6 +178,12 @@ def _prompts(context: Context, tokenizer: Any) -> tuple[list[Any], int]:
             f"ppo: no prompt to train on: {len(rows)} in the rl split, {len(rows) - len(kept)} longer than "
             "ppo.max_prompt_tokens; raise prompts.split.rl or ppo.max_prompt_tokens"
         )
+    if len(kept) < len(rows) and processes.is_first():
+        print(
+            f"ppo: trains on {len(kept)} prompts, none of them cut; {len(rows) - len(kept)} are longer than "
+            f"`max_prompt_tokens` {context.settings.max_prompt_tokens} and left out",
+            flush=True,
+        )
     return kept, len(rows) - len(kept)
 
 
