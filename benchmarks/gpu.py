@@ -21,8 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ppo_step import make_reward, measure
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from ppo_step import measure
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128},
@@ -144,11 +150,31 @@ def bandwidth() -> float:
     return 2 * source.numel() / timed(lambda: target.copy_(source), 10)
 
 
+def make_reward_adapter(folder: Path, model: Path) -> None:
+    """Write a reward stage's folder with a random adapter, without ever holding the reward model's weights."""
+    from peft.utils import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    from align.models.lora import add_lora
+    from align.settings.blocks import LoraBlock
+
+    config = AutoConfig.from_pretrained(model, num_labels=1)
+    with torch.device("meta"):
+        classifier = add_lora(AutoModelForSequenceClassification.from_config(config), LoraBlock(), task_type="SEQ_CLS")
+    shapes = {name: tensor.shape for name, tensor in get_peft_model_state_dict(classifier).items()}
+    adapter = folder / "adapter"
+    adapter.mkdir(parents=True)
+    save_file(
+        {name: 0.01 * torch.randn(shape) for name, shape in shapes.items()}, adapter / "adapter_model.safetensors"
+    )
+    classifier.peft_config["default"].save_pretrained(adapter)
+
+
 def ppo(size: str, folder: Path) -> Iterator[tuple[str, str]]:
     """Seconds of an iteration of PPO with LoRA, a value head and a reward adapter, one epoch."""
     count, new, micro_batch = ROLLOUTS[size]
     with tempfile.TemporaryDirectory() as reward:
-        make_reward(Path(reward), str(folder))
+        make_reward_adapter(Path(reward), folder)
         if DEVICE == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
