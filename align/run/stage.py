@@ -65,6 +65,7 @@ class Stage(ABC):
     `outputs` are the files and folders that the stage publishes, relative to its folder; it need not write all of them.
     `gate_settings` names the settings that only decide whether the result may be published: after a change of one, an
     unpublished stage resumes from its finished work.
+    `trains` says that the result is a trained model: it depends on `model.lora`, and is only replaced by force.
     """
 
     name: ClassVar[str]
@@ -75,6 +76,7 @@ class Stage(ABC):
     gate_settings: ClassVar[tuple[str, ...]] = ()
     outputs: ClassVar[tuple[str, ...]]
     uses_processes: ClassVar[bool] = True
+    trains: ClassVar[bool] = False
 
     @abstractmethod
     def inputs(self, settings: Any) -> tuple[str, ...]:

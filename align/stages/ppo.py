@@ -23,6 +23,7 @@ class Ppo(Stage):
     help = "train the SFT policy against rewards (PPO)"
     settings = PpoBlock
     shares = ("model",)
+    trains = True
     outputs = ("model", "adapter", "rollouts.jsonl", PROVENANCE, "metrics.jsonl", "alarms.jsonl")
 
     def inputs(self, settings: PpoBlock) -> tuple[str, ...]:

@@ -59,6 +59,7 @@ class Sft(Stage):
     help = "fine-tune the base model on accepted revisions and helpful demonstrations"
     settings = SftBlock
     shares = ("model",)
+    trains = True
     outputs = ("model", "adapter", "demonstrations.jsonl", PROVENANCE, "metrics.jsonl")
 
     def inputs(self, settings: SftBlock) -> tuple[str, ...]:

@@ -33,6 +33,7 @@ class PairStage(Stage):
     """A stage that trains on preference pairs: `reward` or `dpo`."""
 
     shares = ("model",)
+    trains = True
 
     def files(self, settings: PairMixBlock) -> tuple[str, ...]:
         return local_paths(settings.human)
