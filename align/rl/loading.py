@@ -19,6 +19,7 @@ from align.models.padding import right_padded
 from align.rl.models import PpoModels
 from align.rl.separate_models import SeparateModels
 from align.rl.sequences import lay_out_rows
+from align.rl.settings import OUTPUT_ADAPTED
 from align.rl.shared_trunk import SharedTrunk
 from align.run.damaged_files import check_files
 from align.settings.blocks import LoraBlock
@@ -76,6 +77,7 @@ def load_models(
         reference = _load_policy(policy, dtype, trust_remote_code)
         return SeparateModels(trained, backbone, value_head, reference, temperature=temperature, compute_dtype=dtype)
     model = add_lora(_load_policy(policy, dtype, trust_remote_code), lora, adapter_name="policy")
+    _require_plain_output(model)
     reward_head = _add_reward_adapter(model, reward, "reward") if reward is not None and reward.shares_trunk else None
     value_head = ValueHead(model.config.get_text_config().hidden_size) if value is not None else None
     if value == "adapter" and reward_head is None:
@@ -115,6 +117,16 @@ def _load_policy(path: str | Path, dtype: torch.dtype, trust_remote_code: bool) 
     if model.get_output_embeddings().bias is not None:
         raise InputError(f"{path}: its output layer has a bias, which ppo does not support; use dpo, or another model")
     return model
+
+
+def _require_plain_output(model: Any) -> None:
+    """Refuse an adapter on the output layer: log-probs are products with its weight, so the adapter would not train."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    output = model.get_output_embeddings()
+    if isinstance(output, BaseTunerLayer):
+        name = next(name for name, module in model.get_base_model().named_modules() if module is output)
+        raise InputError(OUTPUT_ADAPTED.format(name=name.rpartition(".")[2]))
 
 
 def load_classifier(path: Path, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Any:

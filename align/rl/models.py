@@ -61,6 +61,8 @@ class PpoModels(nn.Module):
 
     policy: Any
     value_head: nn.Linear | None
+    adam_epsilon: float
+    """Adam's epsilon if the recipe names none."""
 
     def __init__(self, temperature: float, compute_dtype: torch.dtype) -> None:
         super().__init__()
@@ -82,6 +84,15 @@ class PpoModels(nn.Module):
     def value_on_policy(self) -> bool:
         """Whether values come from a head on the policy's own hidden states."""
         raise NotImplementedError
+
+    def gradient_groups(self) -> dict[str, list[nn.Parameter]]:
+        """The trained parameters, by the name of the norm of their gradient: all that are clipped together."""
+        groups: dict[str, list[nn.Parameter]] = {"policy_gradient_norm": [], "value_gradient_norm": []}
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                of_value = name.startswith(("value_head.", "value_backbone.")) or ".value." in name
+                groups["value_gradient_norm" if of_value else "policy_gradient_norm"].append(parameter)
+        return {name: group for name, group in groups.items() if group}
 
     @property
     def config(self) -> Any:

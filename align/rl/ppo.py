@@ -127,7 +127,7 @@ class PpoTrainer:
     def _iterate(self, rollouts: Any) -> dict[str, float]:
         self.timer.reset()
         experience = self.collector.collect(self.iteration, self.kl_coef)
-        figures = rollout_figures(experience, self.rewards, with_values=self.settings.advantage == "gae")
+        figures = rollout_figures(experience, self.rewards, self.settings)
         with self.timer.phase("train"):
             training_figures = self.learner.update(experience)
         figures |= {"kl_coef": self.kl_coef, **training_figures}

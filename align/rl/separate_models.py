@@ -16,6 +16,9 @@ class SeparateModels(PpoModels):
     The reward model is not among them: its scores come from outside.
     """
 
+    # As in Ouyang et al.'s code: it keeps early steps small (Huang et al. 2024, "The N+ implementation details").
+    adam_epsilon = 1e-5
+
     def __init__(
         self,
         policy: Any,

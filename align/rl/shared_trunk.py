@@ -25,6 +25,9 @@ class SharedTrunk(PpoModels):
     model was trained on the same trunk.
     """
 
+    # An adapter's gradients are spread over so many numbers that most are below 1e-5, which would slow them down.
+    adam_epsilon = 1e-8
+
     def __init__(
         self,
         model: Any,

@@ -87,6 +87,11 @@ class OptimizerBlock(Block):
     schedule: Literal["constant", "linear", "cosine"] = Field("linear", description="learning rate after the warm-up")
     weight_decay: NonNegative = Field(0.0, description="weight decay of AdamW")
     max_grad_norm: Annotated[Number, Field(gt=0)] = Field(1.0, description="gradients are clipped to this norm")
+    epsilon: AboveZero | None = Field(
+        None,
+        description="epsilon of Adam; null: 1e-8, or 1e-5 in ppo without LoRA",
+        exclude_if=lambda value: value is None,  # so that results from before this key stay up to date
+    )
 
 
 class SamplingBlock(Block):
