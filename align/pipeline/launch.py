@@ -32,8 +32,8 @@ INTERRUPTED = 128 + signal.SIGINT
 class Launch:
     """The number of processes to run a stage in, and accelerate's configuration file if there is one.
 
-    accelerate always starts several processes; with `by_accelerate` it starts a single one too. `force` replaces finished
-    models that were trained differently.
+    accelerate always starts several processes; with `by_accelerate` it starts a single one too. `force` replaces
+    finished models that were trained differently.
     """
 
     nproc: int | None = None

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from align.pipeline.recipe import Recipe
-from align.records import digest
 from align.pipeline.reuse import equal_result
+from align.records import digest
 from align.run.artefacts import PARTIAL, Manifest, file_digest, read_manifest
 from align.run.edited_files import edited_outputs
 from align.settings.yaml_files import KeyPath, key_name
@@ -115,9 +115,7 @@ def _step(recipe: Recipe, stage: str, upstream: Plan) -> Step:
     reuses = None if state in ("done", "interrupted") else equal_result(recipe.output, stage, fingerprint)
     reasons = [why, f"waits for {', '.join(waits_for)}" if waits_for else "", f"reuses {reuses}" if reuses else ""]
     why = "; ".join(filter(None, reasons))
-    return Step(
-        stage, directory, now, inputs, waits_for, fingerprint, work_fingerprint, state, why, replaces, reuses
-    )
+    return Step(stage, directory, now, inputs, waits_for, fingerprint, work_fingerprint, state, why, replaces, reuses)
 
 
 def _damage(directory: Path, manifest: Manifest) -> str:

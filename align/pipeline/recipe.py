@@ -20,6 +20,7 @@ from align.constitution.loading import load_constitution
 from align.data.sources import file_fault, is_local_path
 from align.errors import InputError, Problem
 from align.models.sources import model_fault
+from align.pipeline.missing_stages import inputs_of, lacking_inputs, with_prompts
 from align.pipeline.prompt_checks import empty_splits, misspelt_categories
 from align.pipeline.recipe_files import RawRecipe, read_raw_recipe
 from align.run.artefacts import SHARED_RUN
@@ -89,7 +90,7 @@ class Recipe:
 
     def inputs(self, stage: str) -> tuple[str, ...]:
         """The stages whose results this one reads."""
-        return all_stages()[stage].inputs(self.settings[stage])
+        return inputs_of(stage, self.settings)
 
     def depends_on_constitution(self, stage: str) -> bool:
         """Whether the stage's result depends on the constitution, directly or through its inputs."""
@@ -137,6 +138,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     raw = read_raw_recipe(Path(path), overrides)
     blocks, faulty, problems = _validated(raw)
+    blocks = with_prompts(blocks, raw)
     settings = {name: block for name in all_stages() if (block := getattr(blocks, name)) is not None}
     problems += [*_path_problems(blocks, raw), *_option_problems(raw)]
     if raw.orphaned:
@@ -218,11 +220,7 @@ def _data_and_model_blocks(value: Any, path: KeyPath = ()) -> Iterator[tuple[Key
 def _stage_problems(name: str, raw: RawRecipe, blocks: RecipeBlocks, faulty: set[str]) -> list[Problem]:
     """The inputs and blocks that one stage lacks, and the conflicts that it finds between blocks."""
     stage, settings = all_stages()[name], getattr(blocks, name)
-    lacking = [
-        f"reads the results of `{upstream}`, which this recipe lacks; add `{upstream}: {{}}`"
-        for upstream in stage.inputs(settings)
-        if raw.content.get(upstream) is None
-    ]
+    lacking = lacking_inputs(stage, settings, raw.content)
     shared = {key: getattr(blocks, key) for key in stage.shared_blocks(settings)}
     absent = [key for key in shared if shared[key] is None and key not in (*stage.optional, *faulty)]
     lacking += [f"needs `{key}`, which this recipe lacks; add it" for key in absent]
@@ -231,7 +229,8 @@ def _stage_problems(name: str, raw: RawRecipe, blocks: RecipeBlocks, faulty: set
         problems += _batch_problems(name, raw, settings.optimizer)
     if absent or faulty & shared.keys():
         return problems
-    upstream = {key: block for key in stage.inputs(settings) if (block := getattr(blocks, key)) is not None}
+    read = (*stage.inputs(settings), *stage.optional_inputs(settings))
+    upstream = {key: block for key in read if (block := getattr(blocks, key)) is not None}
     conflicts = [*stage.check(settings, shared), *stage.check_upstream(settings, upstream)]
     return problems + _split_problems(stage, settings, blocks, raw) + [_parsed_fault(text, raw) for text in conflicts]
 
@@ -293,6 +292,6 @@ def _in_order(recipe_stages: Mapping[str, Block]) -> list[str]:
     """The stages in an order in which each comes after its inputs; ties are broken by name."""
     ordered: list[str] = []
     while remaining := [name for name in sorted(recipe_stages) if name not in ordered]:
-        ready = (n for n in remaining if all(up in ordered for up in all_stages()[n].inputs(recipe_stages[n])))
+        ready = (n for n in remaining if all(up in ordered for up in inputs_of(n, recipe_stages)))
         ordered.append(next(ready))
     return ordered

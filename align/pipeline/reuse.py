@@ -43,7 +43,7 @@ def _has(folder: Path, fingerprint: str) -> bool:
 
 
 def _readable_manifest(folder: Path) -> Manifest | None:
-    """The manifest, unless it is damaged, of another version, or unreadable: another run's faults are not this one's."""
+    """The manifest; None where it cannot be used, because the faults of another run are not this one's."""
     try:
         return read_manifest(folder)
     except InputError:

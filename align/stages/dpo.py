@@ -42,7 +42,10 @@ class Dpo(PairStage):
     outputs = ("model", "adapter", "metrics.jsonl")
 
     def inputs(self, settings: DpoBlock) -> tuple[str, ...]:
-        return ("sft", "compare") if settings.ai else ("sft",)
+        return ("compare",) if settings.ai else ()
+
+    def optional_inputs(self, settings: DpoBlock) -> tuple[str, ...]:
+        return ("sft",)
 
     def check(self, settings: DpoBlock, shared: Mapping[str, Any]) -> list[str]:
         faults = super().check(settings, shared)
@@ -62,14 +65,16 @@ class Dpo(PairStage):
         counts: Counter[str] = Counter()
         pairs = self.gather(context, counts)
         hard_loss = uses_trl_loss(settings, pairs)
-        sft = str(context.inputs["sft"] / "model")
-        tokenizer = load_tokenizer(sft, trust_remote_code=block.trust_remote_code)
+        policy, revision = context.policy
+        tokenizer = load_tokenizer(policy, revision=revision, trust_remote_code=block.trust_remote_code)
         columns = pair_columns(tokenizer, pairs, settings.max_length, block.system_prompt)
         if not columns.rows:
             raise InputError(f"dpo.max_length: all pairs are longer than {settings.max_length} tokens; raise it")
 
-        model = load_policy(sft, block, dtype, config.seed)
-        reference = None if block.lora else load_policy(sft, block, dtype, config.seed).requires_grad_(False)
+        model = load_policy(policy, block, dtype, config.seed, revision)
+        reference = None
+        if not block.lora:
+            reference = load_policy(policy, block, dtype, config.seed, revision).requires_grad_(False)
         options = {"ref_model": reference, "hard_loss": hard_loss}
         _, result = fit(SoftLabelDPOTrainer, context, model, tokenizer, config, columns.rows, dtype, **options)
         counts.update(pairs=len(columns), pairs_too_long=len(columns.too_long), steps=result.steps)

@@ -66,6 +66,8 @@ class SampleStage(Stage):
             _write_prompts(context, counts, categories)
             _warn_of_empty_splits(settings.splits, counts)
         processes.barrier()
+        if not settings.splits:
+            return _prompts_alone(context, counts, categories)
         engine = open_engine(settings.engine, model)
         provenance = text_provenance(context, "completion", engine, settings.engine)
         write_provenance(context.output, [provenance])
@@ -78,6 +80,17 @@ class SampleStage(Stage):
         figures = _figures(described)
         context.log_rows([{**ordered, **figures}])
         return Outcome(ordered, {"categories": dict(categories), **figures})
+
+
+def _prompts_alone(context: Context, counts: Counter[str], categories: Counter[str]) -> Outcome:
+    """The outcome where no prompt is completed, for recipes in which only the prompts are read. Loads no model."""
+    write_provenance(context.output, [])
+    if processes.is_first():
+        with RowFile(context.output / "samples.jsonl"):
+            pass
+    ordered = {name: counts[name] for name in ("prompts", *map(_of_split, SPLITS), "samples")}
+    context.log_rows([ordered])
+    return Outcome(ordered, {"categories": dict(categories)})
 
 
 class _Made(NamedTuple):

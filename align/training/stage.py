@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
@@ -34,6 +34,9 @@ class PairStage(Stage):
 
     shares = ("model",)
     trains = True
+    instead: ClassVar[Mapping[str, str]] = {
+        "compare": "set `ai: false` and name your own pairs in `human`, to train on those alone"
+    }
 
     def files(self, settings: PairMixBlock) -> tuple[str, ...]:
         return local_paths(settings.human)

