@@ -85,6 +85,7 @@ def stage_slice(recipe: Recipe, stage: str) -> Slice:
     return {
         "stage": stage,
         "seed": recipe.seed,
+        **({"deterministic": True} if recipe.deterministic else {}),
         "settings": settings.model_dump(mode="json"),
         **shared,
         "files": _file_digests(recipe, stage),

@@ -7,38 +7,35 @@ recipe's own folder, other paths to the current directory.
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, Field, ValidationError, create_model
+from pydantic import AfterValidator, Field, ValidationError, create_model
 
 from align.constitution.constitution import Constitution
 from align.constitution.loading import load_constitution
-from align.data.sources import file_fault, is_local_path
 from align.errors import InputError, Problem
-from align.models.sources import model_fault
 from align.pipeline.missing_stages import inputs_of, lacking_inputs, with_prompts
+from align.pipeline.named_sources import DataOrModelBlock, data_and_model_blocks, model_key, path_problems
 from align.pipeline.prompt_checks import empty_splits, misspelt_categories
 from align.pipeline.recipe_files import RawRecipe, read_raw_recipe
+from align.pipeline.unset_keys import unset_nulls
 from align.run.artefacts import SHARED_RUN
 from align.run.stage import Stage
 from align.settings.blocks import (
     Block,
     DataSource,
-    EngineBlock,
     Integer,
     JudgeBlock,
     ModelBlock,
     OptimizerBlock,
     PromptsBlock,
-    RewardSourceBlock,
     TrackingBlock,
 )
 from align.settings.validation import MISSING, problems_from
-from align.settings.yaml_files import KeyPath
 from align.stages import all_stages
 from align.training.trl_options import CONFIGS, option_faults
 
@@ -50,7 +47,6 @@ def _folder_name(name: str) -> str:
 
 
 FolderName = Annotated[str, AfterValidator(_folder_name)]
-DataOrModelBlock = ModelBlock | EngineBlock | DataSource | RewardSourceBlock
 
 
 class RecipeBlocks(Block):
@@ -59,6 +55,7 @@ class RecipeBlocks(Block):
     name: FolderName | None = Field(None, description="name of the run's folder; null is the recipe's file name")
     extends: str | None = Field(None, description="another recipe, whose keys this one overrides")
     seed: Annotated[Integer, Field(ge=0, lt=2**63)] = Field(0, description="seed of everything random")
+    deterministic: bool = Field(False, description="give the same results each time on a GPU too, at a lower speed")
     output: str = Field("runs", description="folder of all runs")
     model: ModelBlock | None = None
     constitution: str | None = Field(
@@ -77,6 +74,7 @@ class Recipe:
     overrides: tuple[str, ...]
     name: str
     seed: int
+    deterministic: bool
     output: Path
     shared: Mapping[str, Any]
     settings: Mapping[str, Block]
@@ -118,12 +116,12 @@ class Recipe:
 
     def models(self, stage: str) -> list[str]:
         """The models, except those of servers, that the blocks read by the stage name."""
-        named = [_model_key(block) for block in self._inner_blocks(stage)]
+        named = [model_key(block) for block in self._inner_blocks(stage)]
         return [model for _, model in named if model]
 
     def _inner_blocks(self, stage: str) -> list[DataOrModelBlock]:
         blocks = [self.settings[stage], *self.shared_blocks(stage).values()]
-        return [inner for block in blocks for _, inner in _data_and_model_blocks(block)]
+        return [inner for block in blocks for _, inner in data_and_model_blocks(block)]
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -137,10 +135,42 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         InputError: lists all faults of the recipe, its parent, the overrides and the constitution.
     """
     raw = read_raw_recipe(Path(path), overrides)
+    found = _checked(raw)
+    if found.problems and raw.parent is not None:
+        raw.place_in_parent(_checked(raw.parent).problems)
+    raw.raise_all(list(dict.fromkeys(found.problems)), found.others)
+    blocks = found.blocks
+    return Recipe(
+        path=Path(path),
+        overrides=tuple(overrides),
+        name=blocks.name or Path(path).stem,
+        seed=blocks.seed,
+        deterministic=blocks.deterministic,
+        output=Path(blocks.output).expanduser(),
+        shared={name: getattr(blocks, name) for name in ("model", "constitution", "prompts", "judge")},
+        settings={name: found.settings[name] for name in _in_order(found.settings)},
+        tracking=blocks.tracking,
+        constitution=found.constitution,
+    )
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """What a recipe says, as far as it is valid, and its faults; `others` are those of the constitution's file."""
+
+    blocks: RecipeBlocks
+    settings: dict[str, Block]
+    constitution: Constitution | None
+    problems: list[Problem]
+    others: list[InputError]
+
+
+def _checked(raw: RawRecipe) -> _Checked:
+    unset_nulls(raw, recipe_model())
     blocks, faulty, problems = _validated(raw)
     blocks = with_prompts(blocks, raw)
     settings = {name: block for name in all_stages() if (block := getattr(blocks, name)) is not None}
-    problems += [*_path_problems(blocks, raw), *_option_problems(raw)]
+    problems += [*path_problems(blocks, blocks.constitution, raw), *_option_problems(raw)]
     if raw.orphaned:
         problems = [problem for problem in problems if problem.fault != MISSING]
     else:
@@ -149,18 +179,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             problems.append(Problem("", f"has no stage to run; add one: {', '.join(all_stages())}"))
     constitution, others = _read_constitution(blocks.constitution)
     problems += _category_problems(blocks, constitution, raw)
-    raw.raise_all(list(dict.fromkeys(problems)), others)
-    return Recipe(
-        path=Path(path),
-        overrides=tuple(overrides),
-        name=blocks.name or Path(path).stem,
-        seed=blocks.seed,
-        output=Path(blocks.output).expanduser(),
-        shared={name: getattr(blocks, name) for name in ("model", "constitution", "prompts", "judge")},
-        settings={name: settings[name] for name in _in_order(settings)},
-        tracking=blocks.tracking,
-        constitution=constitution,
-    )
+    return _Checked(blocks, settings, constitution, problems, others)
 
 
 @cache
@@ -179,42 +198,6 @@ def _validated(raw: RawRecipe) -> tuple[RecipeBlocks, set[str], list[Problem]]:
         faulty = {str(detail["loc"][0]) for detail in error.errors()}
         sound = {key: value for key, value in raw.content.items() if isinstance(key, str) and key not in faulty}
         return model.model_validate(sound), faulty, problems_from(error, raw.lines, model)
-
-
-def _path_problems(blocks: RecipeBlocks, raw: RawRecipe) -> list[Problem]:
-    """Data files and local models that are missing or unusable. Hub ids are checked by the stage that reads them."""
-    found: list[tuple[KeyPath, str, str | None]] = []
-    for path, block in _data_and_model_blocks(blocks):
-        if isinstance(block, DataSource):
-            found.append(((*path, "path"), block.path, file_fault(block.path) if is_local_path(block.path) else None))
-            continue
-        key, model = _model_key(block)
-        if model:
-            found.append(((*path, key), model, model_fault(model)))
-    if blocks.constitution and not Path(blocks.constitution).exists():
-        found.append((("constitution",), blocks.constitution, f"no such file (looked in {Path.cwd()}); check the path"))
-    return [raw.problem(path, f"{name}: {fault}") for path, name, fault in found if fault]
-
-
-def _model_key(block: DataOrModelBlock) -> tuple[str, str | None]:
-    """The key of a block that names a model or tokenizer to load on this machine, and that name, or None if unset."""
-    if isinstance(block, ModelBlock):
-        return "path", block.path
-    if isinstance(block, EngineBlock):
-        return ("model", block.model) if block.kind == "local" else ("tokenizer", block.tokenizer)
-    return "model", block.model if isinstance(block, RewardSourceBlock) else None
-
-
-def _data_and_model_blocks(value: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, DataOrModelBlock]]:
-    """All blocks inside `value`, at any depth, that name data or a model, each with its path."""
-    if isinstance(value, DataOrModelBlock):
-        yield path, value
-    if isinstance(value, BaseModel):
-        for name in type(value).model_fields:
-            yield from _data_and_model_blocks(getattr(value, name), (*path, name))
-    elif isinstance(value, tuple):
-        for index, item in enumerate(value):
-            yield from _data_and_model_blocks(item, (*path, index))
 
 
 def _stage_problems(name: str, raw: RawRecipe, blocks: RecipeBlocks, faulty: set[str]) -> list[Problem]:

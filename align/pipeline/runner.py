@@ -32,7 +32,7 @@ from align.run.artefacts import (
     write_json,
 )
 from align.run.disk_faults import explained_disk_faults
-from align.run.reproducibility import environment
+from align.run.reproducibility import environment, make_deterministic
 from align.run.stage import Context, Outcome
 from align.run.tracking import TIMINGS
 from align.stages import all_stages
@@ -51,6 +51,8 @@ def run_stage(recipe: Recipe, stage: str, force: bool = False) -> bool:
         AlignError: raised by the stage.
     """
     _prepare_environment()
+    if recipe.deterministic:
+        make_deterministic()
     check_world_size()
     check_fsdp()
     step = find_step(recipe, make_plan(recipe), stage)

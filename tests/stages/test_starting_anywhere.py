@@ -72,7 +72,9 @@ def test_ppo_alone_reads_the_prompts_trains_the_recipes_model_and_is_evaluated(
     sample = read_manifest(made["sample"])
     assert sample is not None and (sample.counts["samples"], sample.counts["prompts"]) == (0, 24)
     metrics = json.loads((made["ppo"] / "metrics.jsonl").read_text().splitlines()[0])
-    assert metrics["kl_to_reference_k1"] == pytest.approx(0, abs=1e-4), "policy and reference are the same model at first"
+    assert metrics["kl_to_reference_k1"] == pytest.approx(0, abs=1e-4), (
+        "policy and reference are the same model at first"
+    )
     report = json.loads((made["evaluate"] / "report.json").read_text())
     assert (report["reference"], list(report["policies"])) == ("base", ["base", "ppo"])
 
