@@ -119,7 +119,8 @@ def test_human_pairs_join_the_judge_s_or_stand_alone(tmp_path: Path, tiny_model_
     outcome = run(STAGE, block, tiny_model_dir, tmp_path / "both", inputs)
     assert (outcome.counts["pairs_ai"], outcome.counts["pairs_human"], outcome.counts["pairs"]) == (12, 3, 15)
     alone = {**block, "ai": False}
-    assert STAGE.inputs(DpoBlock.model_validate(alone)) == ("sft",)
+    settings = DpoBlock.model_validate(alone)
+    assert (STAGE.inputs(settings), STAGE.optional_inputs(settings)) == ((), ("sft",))
     assert STAGE.files(DpoBlock.model_validate(alone)) == (str(human),)
     outcome = run(STAGE, alone, tiny_model_dir, tmp_path / "alone", {"sft": inputs["sft"]})
     assert outcome.counts["pairs"] == 3

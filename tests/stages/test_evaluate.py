@@ -343,8 +343,10 @@ def test_an_empty_eval_split_is_a_clear_error(tmp_path, tiny_model_dir):
 
 def test_inputs_are_the_stages_that_the_settings_need():
     settings = STAGE.settings.model_validate
-    assert STAGE.inputs(settings({})) == ("sample", "sft", "reward", "dpo", "ppo")
-    assert STAGE.inputs(settings({"policies": ["base", "dpo"], "reward": False})) == ("sample", "sft", "dpo")
+    assert STAGE.inputs(settings({})) == ("sample",)
+    assert STAGE.optional_inputs(settings({})) == ("sft", "reward", "dpo", "ppo")
+    chosen = settings({"policies": ["base", "dpo"], "reward": False})
+    assert (STAGE.inputs(chosen), STAGE.optional_inputs(chosen)) == (("sample", "dpo"), ("sft",))
 
 
 def test_a_policy_named_twice_is_refused():

@@ -157,7 +157,7 @@ def test_rewards_come_from_what_the_recipe_names(
     ]
     block = {**SETTINGS, "rewards": rewards}
     del inputs["reward"]
-    assert PPO.inputs(PPO.settings(**block)) == ("sample", "sft")
+    assert PPO.inputs(PPO.settings(**block)) == ("sample",)
     assert PPO.files(PPO.settings(**block)) == ("lengths.py",)
     run(PPO, block, tiny_model_dir, tmp_path / "out", inputs, lora=SMALL_LORA)
     for row in rows(tmp_path / "out/rollouts.jsonl"):
@@ -275,7 +275,7 @@ def test_the_judge_s_own_scores_are_the_reward(inputs: dict[str, Path], tmp_path
     """Direct RLAIF by rules: every score in the rollouts is the weighted share of rules that the text keeps."""
     (tmp_path / "letters.yaml").write_text(RULES)
     block = PpoBlock.model_validate({**SETTINGS, "rewards": [{"judge": "direct"}]})
-    assert PPO.inputs(block) == ("sample", "sft")
+    assert (PPO.inputs(block), PPO.optional_inputs(block)) == (("sample",), ("sft",))
     assert PPO.shared_blocks(block) == ("model", "constitution", "judge")
     assert PPO.shared_blocks(PpoBlock()) == ("model",)
     shared = {

@@ -198,7 +198,7 @@ def test_human_pairs_and_the_base_model_need_nothing_upstream(tmp_path: Path, ti
     block = {**QUICK, "ai": False, "base": "model", "human": [{"path": str(human)}], "epochs": 1}
     settings = RewardBlock.model_validate(block)
     assert STAGE.inputs(settings) == ()
-    assert STAGE.inputs(RewardBlock()) == ("sft", "compare")
+    assert (STAGE.inputs(RewardBlock()), STAGE.optional_inputs(RewardBlock())) == (("compare",), ("sft",))
     assert STAGE.files(settings) == (str(human),)
     outcome = run(STAGE, block, tiny_model_dir, tmp_path / "out")
     assert outcome.figures["base"] == "model"
