@@ -16,6 +16,7 @@ class ChatTokenizer(Protocol):
     """What this module needs of a `transformers` tokenizer."""
 
     all_special_ids: list[int]
+    added_tokens_decoder: dict[int, Any]
 
     def __call__(self, text: str, *, add_special_tokens: bool) -> Any: ...
 
@@ -114,6 +115,15 @@ def end_of_turn_ids(tokenizer: ChatTokenizer) -> tuple[int, ...]:
     return tuple(ids[: _stop_position(tokenizer, ids) + 1])
 
 
+def special_ids(tokenizer: ChatTokenizer) -> set[int]:
+    """The special tokens: those that the tokenizer names, and those that are special in its file alone.
+
+    Gemma and Phi end turns with a token of the second kind.
+    """
+    unnamed = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return unnamed.union(tokenizer.all_special_ids)
+
+
 def closing_ids(tokenizer: ChatTokenizer) -> tuple[int, ...]:
     """What the template writes after the token that ends the assistant's turn."""
     ids = token_ids(tokenizer, _turn_ending(tokenizer))
@@ -121,7 +131,7 @@ def closing_ids(tokenizer: ChatTokenizer) -> tuple[int, ...]:
 
 
 def _stop_position(tokenizer: ChatTokenizer, ids: list[int]) -> int:
-    special = set(tokenizer.all_special_ids)
+    special = special_ids(tokenizer)
     for position, token in enumerate(ids):
         if token in special:
             return position

@@ -6,6 +6,7 @@ All faults are reported together, each with its file, line and key. The path aft
 recipe's own folder, other paths to the current directory.
 """
 
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,10 +19,11 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationError, create_m
 from align.constitution.constitution import Constitution
 from align.constitution.loading import load_constitution
 from align.data.sources import file_fault, is_local_path
-from align.errors import InputError, Problem
+from align.errors import InputError, Problem, name_fault
 from align.models.sources import model_fault
+from align.pipeline.option_checks import option_problems
 from align.pipeline.prompt_checks import empty_splits, misspelt_categories
-from align.pipeline.recipe_files import RawRecipe, read_raw_recipe
+from align.pipeline.recipe_files import MAX_SHOWN, RawRecipe, read_raw_recipe
 from align.run.artefacts import SHARED_RUN
 from align.run.stage import Stage
 from align.settings.blocks import (
@@ -39,7 +41,7 @@ from align.settings.blocks import (
 from align.settings.validation import MISSING, problems_from
 from align.settings.yaml_files import KeyPath
 from align.stages import all_stages
-from align.training.trl_options import CONFIGS, option_faults
+from align.training.trl_options import CONFIGS
 
 
 def _folder_name(name: str) -> str:
@@ -138,7 +140,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     raw = read_raw_recipe(Path(path), overrides)
     blocks, faulty, problems = _validated(raw)
     settings = {name: block for name in all_stages() if (block := getattr(blocks, name)) is not None}
-    problems += [*_path_problems(blocks, raw), *_option_problems(raw)]
+    problems += [*_path_problems(blocks, raw), *option_problems(raw)]
     if raw.orphaned:
         problems = [problem for problem in problems if problem.fault != MISSING]
     else:
@@ -184,14 +186,19 @@ def _path_problems(blocks: RecipeBlocks, raw: RawRecipe) -> list[Problem]:
     found: list[tuple[KeyPath, str, str | None]] = []
     for path, block in _data_and_model_blocks(blocks):
         if isinstance(block, DataSource):
-            found.append(((*path, "path"), block.path, file_fault(block.path) if is_local_path(block.path) else None))
+            found.append(((*path, "path"), block.path, name_fault(block.path) or _data_fault(block.path)))
             continue
         key, model = _model_key(block)
         if model:
             found.append(((*path, key), model, model_fault(model)))
-    if blocks.constitution and not Path(blocks.constitution).exists():
+    if blocks.constitution and not os.path.exists(blocks.constitution):
         found.append((("constitution",), blocks.constitution, f"no such file (looked in {Path.cwd()}); check the path"))
-    return [raw.problem(path, f"{name}: {fault}") for path, name, fault in found if fault]
+    found += [((key,), name, name_fault(name)) for key in ("output", "name") if (name := getattr(blocks, key))]
+    return [raw.problem(path, f"{name[:MAX_SHOWN]}: {fault}") for path, name, fault in found if fault]
+
+
+def _data_fault(path: str) -> str | None:
+    return file_fault(path) if is_local_path(path) else None
 
 
 def _model_key(block: DataOrModelBlock) -> tuple[str, str | None]:
@@ -259,18 +266,6 @@ def _category_problems(blocks: RecipeBlocks, constitution: Constitution | None, 
     return [_parsed_fault(text, raw) for text in misspelt_categories(constitution, blocks.prompts)]
 
 
-def _option_problems(raw: RawRecipe) -> list[Problem]:
-    """Faulty `trl` options. They are checked in the raw content, so that blocks with other faults are covered too."""
-    blocks = {name: raw.content.get(name) for name in CONFIGS}
-    given = {name: block["trl"] for name, block in blocks.items() if isinstance(block, dict) and "trl" in block}
-    return [
-        raw.problem((name, "trl", option), fault)
-        for name, options in given.items()
-        if isinstance(options, dict)
-        for option, fault in option_faults(name, options).items()
-    ]
-
-
 def _batch_problems(name: str, raw: RawRecipe, optimizer: OptimizerBlock) -> list[Problem]:
     """A batch size that is not a multiple of the micro-batch size, whatever the number of processes."""
     if optimizer.batch_size % optimizer.micro_batch_size == 0:
@@ -281,7 +276,7 @@ def _batch_problems(name: str, raw: RawRecipe, optimizer: OptimizerBlock) -> lis
 
 def _read_constitution(path: str | None) -> tuple[Constitution | None, list[InputError]]:
     """The constitution, or the faults of its file. A missing file is a fault of the recipe, reported elsewhere."""
-    if path is None or not Path(path).exists():
+    if path is None or not os.path.exists(path):
         return None, []
     try:
         return load_constitution(path), []

@@ -3,6 +3,8 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from align.data.chat import (
     closing_ids,
@@ -14,6 +16,7 @@ from align.data.chat import (
 )
 from align.errors import InputError
 from align.records import Message, as_dicts
+from align.training.models import set_separate_pad_token
 from tests.tiny import END, START, build_tokenizer
 
 TOKENIZER = build_tokenizer()
@@ -100,3 +103,33 @@ def test_a_template_that_trims_gives_the_trimmed_completion():
         "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     )
     assert conversation_ids(tokenizer, PROMPT, "  In the garden. ")[1] == completion_ids(tokenizer, "In the garden.")
+
+
+def with_unnamed_end(names):
+    """A tokenizer whose turns end with a token that is special in its file, and that it does not name (Gemma, Phi)."""
+    engine = Tokenizer(models.BPE())
+    engine.pre_tokenizer, engine.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    engine.train_from_iterator([], trainers.BpeTrainer(special_tokens=names, initial_alphabet=alphabet))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=engine, eos_token=names[0], pad_token=names[0])
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + '<|end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% else %}{{ eos_token }}{% endif %}"
+    )
+    return tokenizer
+
+
+def test_a_turn_may_end_with_a_special_token_that_the_tokenizer_does_not_name():
+    tokenizer = with_unnamed_end(["<|endoftext|>", "<|end|>", "<|user|>", "<|assistant|>"])
+    end = tokenizer.convert_tokens_to_ids("<|end|>")
+    assert end not in tokenizer.all_special_ids
+    assert end_of_turn_ids(tokenizer) == (end,)
+    assert closing_ids(tokenizer) == (tokenizer.eos_token_id,)
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"), [(["<|user|>", "<|spare|>"], "<|spare|>"), (["<|my_pad|>"], "<|my_pad|>")]
+)
+def test_padding_takes_a_special_token_that_ends_no_turn(more, expected):
+    tokenizer = set_separate_pad_token(with_unnamed_end(["<|endoftext|>", "<|end|>", "<|assistant|>", *more]))
+    assert tokenizer.pad_token == expected
