@@ -1,5 +1,7 @@
 """Token ids compared with what the tokenizer's own chat template renders."""
 
+from datetime import date
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,7 +13,10 @@ from align.data.chat import (
     completion_ids,
     conversation_ids,
     end_of_turn_ids,
+    fix_date,
+    printed_date,
     prompt_ids,
+    prompt_text,
     with_system_prompt,
 )
 from align.errors import InputError
@@ -133,3 +138,15 @@ def test_a_turn_may_end_with_a_special_token_that_the_tokenizer_does_not_name():
 def test_padding_takes_a_special_token_that_ends_no_turn(more, expected):
     tokenizer = set_separate_pad_token(with_unnamed_end(["<|endoftext|>", "<|end|>", "<|assistant|>", *more]))
     assert tokenizer.pad_token == expected
+
+
+def test_a_template_prints_the_fixed_date_and_otherwise_todays():
+    tokenizer = with_template("{{ strftime_now('%d %b %Y') }}" + TOKENIZER.chat_template)
+    try:
+        fix_date(date(2001, 2, 3))
+        assert prompt_text(tokenizer, PROMPT).startswith("03 Feb 2001")
+        assert (printed_date(tokenizer), printed_date(TOKENIZER)) == ("2001-02-03", "")
+    finally:
+        fix_date(None)
+    assert prompt_text(tokenizer, PROMPT).startswith(date.today().strftime("%d %b %Y"))
+    assert printed_date(tokenizer) == ""
