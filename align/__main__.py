@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Sequence
 
 from align.cli.constitution_verbs import add_constitution_verbs
+from align.cli.data_verbs import add_data_verbs
 from align.cli.judging_verbs import add_judging_verbs
 from align.cli.recipe_verbs import add_recipe_verbs
 from align.cli.results_verbs import add_results_verbs
@@ -55,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(metavar="VERB", required=True)
     add_recipe_verbs(verbs)
     add_constitution_verbs(verbs)
+    add_data_verbs(verbs)
     add_judging_verbs(verbs)
     add_results_verbs(verbs)
     return parser

@@ -25,29 +25,40 @@ def digest(value: Any, length: int = 16) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:length]
 
 
+EXTRAS = ("name", "tool_calls", "tool_call_id")
+"""The keys of a message besides role and content that chat templates render."""
+
+
 @dataclass(frozen=True)
 class Message:
-    """One turn of a conversation; `role` is system, user or assistant."""
+    """One turn of a conversation; `role` is system, developer, user, assistant or tool.
+
+    `extras` is the JSON text of the keys among `EXTRAS` that the message has. As a text it keeps messages hashable.
+    """
 
     role: str
     content: str
+    extras: str = ""
 
-    def as_dict(self) -> dict[str, str]:
-        return {"role": self.role, "content": self.content}
+    def as_dict(self) -> dict[str, Any]:
+        plain = {"role": self.role, "content": self.content}
+        return {**plain, **json.loads(self.extras)} if self.extras else plain
 
 
 Conversation = tuple[Message, ...]
 
 
-def as_conversation(messages: Iterable[Mapping[str, str] | Message]) -> Conversation:
+def as_conversation(messages: Iterable[Mapping[str, Any] | Message]) -> Conversation:
     """A tuple of `Message` from messages in either form."""
-    return tuple(
-        message if isinstance(message, Message) else Message(message["role"], message["content"])
-        for message in messages
-    )
+    return tuple(message if isinstance(message, Message) else _as_message(message) for message in messages)
 
 
-def as_dicts(conversation: Conversation) -> list[dict[str, str]]:
+def _as_message(message: Mapping[str, Any]) -> Message:
+    extras = {key: message[key] for key in EXTRAS if message.get(key)}
+    return Message(message["role"], message["content"], json.dumps(extras, ensure_ascii=False) if extras else "")
+
+
+def as_dicts(conversation: Conversation) -> list[dict[str, Any]]:
     """The conversation in the form that chat templates and TRL take."""
     return [message.as_dict() for message in conversation]
 
@@ -57,12 +68,18 @@ def pair_id(prompt: Conversation, chosen: Message, rejected: Message) -> str:
     return digest([as_dicts(prompt), chosen.as_dict(), rejected.as_dict()])
 
 
+CONVERSATIONS = ("prompt", "chosen", "rejected")
+"""The keys of rows that hold conversations."""
+
+
 @dataclass(frozen=True)
 class Row:
     """Base class of every record. `to_json` and `from_json` are exact inverses; unknown keys are an error."""
 
     def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        values = {key: getattr(self, key, None) for key in CONVERSATIONS}
+        conversations = {key: as_dicts(value) for key, value in values.items() if isinstance(value, tuple)}
+        return {**dataclasses.asdict(self), **conversations}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
@@ -79,7 +96,7 @@ R = TypeVar("R", bound=Row)
 
 
 def _from_plain(key: str, item: Any) -> Any:
-    if key in {"prompt", "chosen", "rejected"} and isinstance(item, list):
+    if key in CONVERSATIONS and isinstance(item, list):
         return as_conversation(item)
     return tuple(item) if isinstance(item, list) else item
 
@@ -177,23 +194,34 @@ def parse_jsonl(lines: Iterable[str], source: str) -> Iterator[dict[str, Any]]:
 
 
 def numbered_jsonl(lines: Iterable[str], source: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Like `parse_jsonl`, with the number of each object's line, from 1."""
+    """`parse_jsonl` with each object's line number, from 1."""
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            value = json.loads(line.rstrip("\r\n"))
-            if "\\u" in line:  # an escape can be half a surrogate pair, which no file could be written with
-                json.dumps(value, ensure_ascii=False).encode()
-        except (ValueError, RecursionError) as error:
+            yield number, json_object(line)
+        except ValueError as error:
             raise InputError(
-                f"{source}, line {number}: {_json_fault(error)}. "
+                f"{source}, line {number}: {error}. "
                 f"The {number - 1} lines before it are valid; nothing was written. Correct or remove the line."
             ) from None
-        if not isinstance(value, dict):
-            found = type(value).__name__
-            raise InputError(f"{source}, line {number}: expected a JSON object, found {found}; write one per line")
-        yield number, value
+
+
+def json_object(line: str) -> dict[str, Any]:
+    """The JSON object in a line.
+
+    Raises:
+        ValueError: there is none; the text says why.
+    """
+    try:
+        value = json.loads(line.rstrip("\r\n"))
+        if "\\u" in line:  # an escape can be half a surrogate pair, which no file could be written with
+            json.dumps(value, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise ValueError(_json_fault(error)) from None
+    if not isinstance(value, dict):
+        raise ValueError(f"expected a JSON object, found {type(value).__name__}; write one per line")
+    return value
 
 
 def _json_fault(error: Exception) -> str:

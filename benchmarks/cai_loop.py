@@ -32,7 +32,8 @@ from align.feedback.opinions import Question, as_logprob
 from align.models.loading import load_causal_lm, load_tokenizer, stop_token_ids
 from align.models.padding import left_padded, position_ids
 from align.records import Sample
-from align.settings.blocks import JudgeBlock, PromptsBlock, PromptSource, SamplingBlock
+from align.settings.blocks import JudgeBlock, SamplingBlock
+from align.settings.data import PromptsBlock, PromptSource
 
 ROOT = Path(__file__).parents[1]
 PROMPTS = ROOT / "recipes/prompts/harmful.jsonl"

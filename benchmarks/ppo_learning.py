@@ -64,7 +64,8 @@ def run_ours(setting: dict[str, Any]) -> dict[str, Any]:
     from align.rl.rewards import Response, Rewards, RewardSource
     from align.rl.rollout import TokenizedPrompt
     from align.run.tracking import Tracker
-    from align.settings.blocks import LoraBlock, PromptsBlock, PromptSource, TrackingBlock
+    from align.settings.blocks import LoraBlock, TrackingBlock
+    from align.settings.data import PromptsBlock, PromptSource
 
     torch.manual_seed(setting["seed"])
     block = our_block(setting)

@@ -68,14 +68,8 @@ def measure(
     from align.rl.settings import PpoBlock
     from align.run.reproducibility import peak_resident_gb
     from align.run.tracking import Tracker
-    from align.settings.blocks import (
-        LoraBlock,
-        OptimizerBlock,
-        PromptsBlock,
-        PromptSource,
-        SamplingBlock,
-        TrackingBlock,
-    )
+    from align.settings.blocks import LoraBlock, OptimizerBlock, SamplingBlock, TrackingBlock
+    from align.settings.data import PromptsBlock, PromptSource
 
     siblings = 4 if settings.get("advantage") == "leave_one_out" else 1
     block = PpoBlock(

@@ -48,7 +48,8 @@ def run_stages(folder: Path) -> Iterator[dict[str, Any]]:
     import align.engines.open
     from align.run.reproducibility import peak_resident_gb
     from align.run.stage import Context
-    from align.settings.blocks import JudgeBlock, ModelBlock, PromptsBlock, TrackingBlock
+    from align.settings.blocks import JudgeBlock, ModelBlock, TrackingBlock
+    from align.settings.data import PromptsBlock
     from align.stages import compare, revise, sample
 
     align.engines.open.open_engine = lambda *_, **__: ScriptedEngine(text)  # type: ignore[assignment]

@@ -15,6 +15,7 @@ from align.cli.output import show_sheets
 from align.constitution.constitution import Constitution
 from align.constitution.loading import load_constitution
 from align.data.pairs import read_pairs
+from align.data.sources import Intake
 from align.errors import InputError
 from align.feedback.calibration import calibration_figures, calibration_sheets
 from align.feedback.human_pairs import judge_pairs
@@ -27,7 +28,8 @@ from align.pipeline.recipe import Recipe
 from align.records import PreferencePair, digest, write_rows
 from align.run.artefacts import json_text, write_option_file
 from align.run.reproducibility import derive_seed
-from align.settings.blocks import JudgeBlock, ModelBlock, PairSource
+from align.settings.blocks import JudgeBlock, ModelBlock
+from align.settings.data import PairSource
 
 FOLDER = Path("runs/calibration")
 
@@ -94,7 +96,7 @@ def calibrate(
         raise InputError("which pairs? Give --pairs FILE, or `compare.calibration.human` in the recipe")
     console = console or Console()
     counts: Counter[str] = Counter()
-    pairs = _read_all_pairs(test.pairs, counts)
+    pairs = _read_all_pairs(test.pairs, Intake(counts))
     folder = output or FOLDER / _folder_name(test, pairs)
     folder.mkdir(parents=True, exist_ok=True)
     seed = derive_seed(test.seed, "compare")
@@ -117,9 +119,9 @@ def calibrate(
         print_written(path, console)
 
 
-def _read_all_pairs(sources: Sequence[PairSource], counts: Counter[str]) -> list[PreferencePair]:
+def _read_all_pairs(sources: Sequence[PairSource], intake: Intake) -> list[PreferencePair]:
     """The pairs of all sources, without duplicates."""
-    pairs = {pair.id: pair for source in sources for pair in read_pairs(source, counts)}
+    pairs = {pair.id: pair for source in sources for pair in read_pairs(source, intake)}
     return list(pairs.values())
 
 

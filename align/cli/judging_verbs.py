@@ -71,7 +71,7 @@ def _calibrate(options: argparse.Namespace) -> None:
     from dataclasses import replace
 
     from align.cli.judge_calibrate import calibrate, judge_of_options, judge_of_recipe
-    from align.settings.blocks import PairSource
+    from align.settings.data import PairSource
 
     if options.recipe and (options.model or options.kind):
         raise InputError("--model and --kind are for a judge without a recipe; use --set model.path=… or judge.kind=…")

@@ -1,245 +1,195 @@
-"""Reads human data, preference pairs and demonstrations, and mixes human pairs with the AI judge's.
+"""Reads preference pairs in every layout of `layouts`; the layout is recognised row by row.
 
-Sources are hub datasets and JSONL(.gz) or parquet files. The format is recognised row by row:
-
-| columns | values |
-|---|---|
-| prompt, chosen, rejected | texts, or message lists (TRL's standard and conversational formats) |
-| chosen, rejected | whole conversations |
-| text_correct, text_incorrect | whole conversations (the Constitutional AI paper's comparisons) |
-| prompt, completion | texts or message lists (demonstrations) |
-| messages | a whole conversation whose last turn is the completion (demonstrations) |
-
-In all columns but `messages`, a message list may have hh-rlhf's text form, `\\n\\nHuman: …\\n\\nAssistant: …`. If
-`chosen` is a whole conversation, it is not prefixed with `prompt` again.
+Where answers have scores, pairs are made of them: of several answers in a row the best and the worst, of rows with one
+answer each the best and the worst of a prompt, of answers labelled good or bad each good one with a bad one.
 """
 
-from collections import Counter
-from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import TypeVar
+import math
+from collections.abc import Iterator
+from itertools import combinations
+from typing import Any, Literal, TypeVar
 
-from align.data.sources import (
-    Row,
-    is_transcript,
-    merge_turns,
-    parse_conversation,
-    parse_messages,
-    parse_transcript,
-    source_rows,
-)
+from align.data.demonstrations import no_usable_row, whole_messages
+from align.data.layouts import RANKED, canonical
+from align.data.reading import Row
+from align.data.row_conversations import category_of, is_answered, number, require, split_answer, whole_conversation
+from align.data.sources import Intake, usable
 from align.errors import InputError
-from align.records import Conversation, Demonstration, Message, PreferencePair, as_dicts, digest, pair_id, read_rows
-from align.run.artefacts import read_manifest
-from align.settings.blocks import PairSource
+from align.records import PreferencePair, as_dicts, digest, pair_id
+from align.settings.data import PairSource
 
 T = TypeVar("T")
-UNDECIDED = "undecided: "
-"""Prefix of the counts of undecided comparisons in the manifest of `compare`; the reason follows."""
-REMEDIES = {
-    "cut": "raise `compare.sampling.max_new_tokens`",
-    "identical": "raise `compare.sampling.temperature`",
-    "empty": "use a larger model",
-    "tie": "use another judge, or principles that discriminate better between answers",
-}
+Which = Literal["best_worst", "all"]
+Rated = tuple[str, dict[str, Any]]
+"""A row with one answer and its score, and its place."""
 
 
-def read_pairs(source: PairSource, counts: Counter[str] | None = None) -> list[PreferencePair]:
-    """The distinct preference pairs of a source, in its order.
+def read_pairs(source: PairSource, intake: Intake | None = None) -> list[PreferencePair]:
+    """The distinct preference pairs of a source, in its order; those made of several rows come last.
 
-    A pair is left out if its conversations differ before the last turn, if the last turn does not answer a user, or if
-    its completions are equal or empty; `counts` counts it under `pairs_<reason>`. The soft label is the `probability`
-    column, or 1 without one.
+    A pair is left out if its conversations differ before the last turn, if the last turn does not answer a user, if
+    its completions are equal or empty, or if its scores are equal or say the opposite and the source asks for no soft
+    labels; `intake` counts it under `pairs_<reason>`. The soft label is the `probability` column, or what the source's
+    `margin_scale` makes of scores, or else 1.
 
     Raises:
-        InputError: the file or dataset is missing, a line is malformed, a column is missing, or no pair is usable.
+        InputError: the file or dataset is missing, more rows are unusable than the source allows, or no pair is usable.
     """
-    counts = Counter() if counts is None else counts
+    reader = _Reader(source, Intake() if intake is None else intake)
     pairs: dict[str, PreferencePair] = {}
-    for place, row in source_rows(source):
-        pair = _pair(row, place, source.name)
-        if isinstance(pair, str):
-            counts[f"pairs_{pair}"] += 1
-        elif pair.id in pairs:
-            counts["pairs_repeated"] += 1
+    for pair in reader.pairs():
+        if pair.id in pairs:
+            reader.intake.counts["pairs_repeated"] += 1
         else:
             pairs[pair.id] = pair
-    return _usable(pairs, source, counts)
+    if not pairs:
+        raise InputError(no_usable_row(source, reader.intake))
+    return list(pairs.values())
 
 
-def gather_pairs(
-    ai: Path | None, human: Iterable[PairSource], counts: Counter[str], human_share: float | None = None
-) -> list[PreferencePair]:
-    """The distinct pairs of the judge in the file `ai`, followed by those of the human sources.
+class _Reader:
+    """Makes pairs of rows; rows with one answer wait for others of their prompt."""
 
-    Args:
-        human_share: the share of human pairs in the mix, in (0, 1). Of the side that has too many, the pairs whose ids
-            hash lowest are kept and the others counted. None takes all pairs.
+    def __init__(self, source: PairSource, intake: Intake) -> None:
+        self.source = source
+        self.intake = intake
+        self.waiting: dict[str, list[Rated]] = {}
 
-    Raises:
-        InputError: there is no pair, or as for `read_pairs`.
-    """
-    from_ai = list(read_rows(ai, PreferencePair)) if ai is not None else []
-    from_humans = [pair for source in human for pair in read_pairs(source, counts)]
-    ai_pairs = {pair.id: pair for pair in from_ai}
-    human_pairs = {pair.id: pair for pair in from_humans if pair.id not in ai_pairs}
-    repeated = len(from_ai) + len(from_humans) - len(ai_pairs) - len(human_pairs)
-    counts.update(pairs_ai=len(from_ai), pairs_human=len(from_humans), pairs_repeated=repeated)
-    if human_share is not None:
-        sizes = mix_sizes(len(ai_pairs), len(human_pairs), human_share)
-        sides = [_lowest_hashes(side.values(), size) for side, size in zip((ai_pairs, human_pairs), sizes, strict=True)]
-        counts.update(pairs_ai_left_out=len(ai_pairs) - sizes[0], pairs_human_left_out=len(human_pairs) - sizes[1])
-    else:
-        sides = [list(ai_pairs.values()), list(human_pairs.values())]
-    if not any(sides):
-        raise InputError(_no_pair(ai))
-    return sides[0] + sides[1]
+    def pairs(self) -> Iterator[PreferencePair]:
+        yield from usable(self.source, self._of_row, self.intake, "pairs")
+        for rated in self.waiting.values():
+            yield from self._of_rated(rated)
 
-
-def _no_pair(ai: Path | None) -> str:
-    """The error that there is no pair, with the reasons for undecided comparisons if the judge's manifest has them."""
-    manifest = read_manifest(ai.parent) if ai is not None else None
-    counts = manifest.counts if manifest is not None else {}
-    reasons = {name.removeprefix(UNDECIDED): count for name, count in counts.items() if name.startswith(UNDECIDED)}
-    listed = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items(), key=lambda item: -item[1]))
-    why = f" (undecided comparisons: {listed})" if listed else ""
-    remedies = [REMEDIES[reason] for reason in reasons if reason in REMEDIES] or ["give human pairs as `human`"]
-    return f"{ai or 'human pairs'}: no pair to train on{why}; {', or '.join(remedies)}"
-
-
-def mix_sizes(ai: int, human: int, human_share: float) -> tuple[int, int]:
-    """The largest (AI, human) numbers of pairs, out of those available, with about the given share of human pairs."""
-    enough = round(ai * human_share / (1 - human_share))
-    return (ai, enough) if enough <= human else (min(ai, round(human * (1 - human_share) / human_share)), human)
-
-
-def _lowest_hashes(pairs: Iterable[PreferencePair], size: int) -> list[PreferencePair]:
-    """The `size` pairs whose ids hash lowest, in their order. So a larger size extends a smaller one's selection."""
-    every = list(pairs)
-    kept = {pair.id for pair in sorted(every, key=lambda pair: digest(["mixed", pair.id]))[:size]}
-    return [pair for pair in every if pair.id in kept]
-
-
-def pairs_by_source(pairs: Iterable[PreferencePair]) -> dict[str, int]:
-    """The number of pairs by their `source`: 'ai', 'revision', 'human', or the name of a human source."""
-    return dict(sorted(Counter(pair.source for pair in pairs).items()))
-
-
-def mix_faults(stage: str, ai: bool, human: tuple[PairSource, ...], human_share: float | None) -> list[str]:
-    """What is wrong with a stage's `ai`, `human` and `human_share`, starting with the key at fault."""
-    if not ai and not human:
-        return [f"{stage}.human: no pairs to train on; give some, or set `ai: true`"]
-    if human_share is not None and not (ai and human):
-        return [f"{stage}.human_share: nothing to mix; give `human` pairs and set `ai: true`, or remove it"]
-    return []
-
-
-def read_demonstrations(source: PairSource, counts: Counter[str] | None = None) -> list[Demonstration]:
-    """The distinct demonstrations of a source. A preference pair gives its chosen completion.
-
-    Conversations that do not end with an answer to a user, and empty completions, are left out; `counts` counts them
-    under `demonstrations_<reason>`.
-
-    Raises:
-        InputError: as for `read_pairs`.
-    """
-    counts = Counter() if counts is None else counts
-    found: dict[str, Demonstration] = {}
-    for place, row in source_rows(source):
-        prompt, completion = _split(_demonstration(row, place))
-        if not _is_answered(prompt, completion):
-            counts["demonstrations_with_odd_turns"] += 1
-        elif not completion.content.strip():
-            counts["demonstrations_empty"] += 1
+    def _of_row(self, row: Row, place: str, path: str) -> Iterator[PreferencePair]:
+        form = canonical(row, place)
+        if RANKED in form:
+            for pair in ranked_rows(form, place, self.source.ranked_pairs):
+                yield from self._kept(pair, place)
+        elif "score" in form and form.get("chosen") is None:
+            prompt, answer = _rated(form, place)
+            self.waiting.setdefault(digest(as_dicts(prompt)), []).append(
+                (place, {**form, "messages": None, "prompt": as_dicts(prompt), "completion": [answer.as_dict()]})
+            )
         else:
-            key = digest([as_dicts(prompt), completion.content])
-            counts["demonstrations_repeated"] += key in found
-            found.setdefault(key, Demonstration(key, prompt, completion.content, source.name or source.path))
-    return _usable(found, source, counts)
+            yield from self._kept(form, place)
+
+    def _of_rated(self, rated: list[Rated]) -> Iterator[PreferencePair]:
+        matched, alone = match_rated(rated, self.source.ranked_pairs)
+        for place, row in alone:
+            self.intake.leave_out("pairs_without_a_counterpart", place, row)
+        for (place, better), (_, worse) in matched:
+            try:
+                yield from self._kept(_joined(better, worse), place)
+            except InputError as error:
+                self.intake.leave_out("pairs_unusable", place, better, str(error))
+
+    def _kept(self, row: Row, place: str) -> Iterator[PreferencePair]:
+        pair = pair_of(row, place, self.source)
+        if isinstance(pair, str):
+            self.intake.leave_out(f"pairs_{pair}", place, row)
+        else:
+            self.intake.places.setdefault(pair.id, place)
+            yield pair
 
 
-def _pair(row: Row, place: str, name: str | None = None) -> PreferencePair | str:
+def match_rated(rated: list[Rated], which: Which) -> tuple[list[tuple[Rated, Rated]], list[Rated]]:
+    """(The better and the worse) of one prompt's rows with an answer each, and the rows that have no counterpart.
+
+    Answers labelled good are matched with those labelled bad in their order; scored ones by their scores.
+    """
+    labelled = [each for each in rated if each[1].get("is_label")]
+    scored = sorted((each for each in rated if not each[1].get("is_label")), key=lambda each: -each[1]["score"])
+    good, bad = ([each for each in labelled if bool(each[1]["score"]) == wanted] for wanted in (True, False))
+    matched = list(zip(good, bad, strict=False))
+    alone = good[len(matched) :] + bad[len(matched) :]
+    if len(scored) == 1:
+        return matched, alone + scored
+    return matched + couples(scored, which), alone
+
+
+def couples(ordered: list[T], which: Which) -> list[tuple[T, T]]:
+    """Of answers from the best to the worst, the pairs that the recipe asks for."""
+    if which == "all" or not ordered:
+        return list(combinations(ordered, 2))
+    return [(ordered[0], ordered[-1])]
+
+
+def ranked_rows(row: dict[str, Any], place: str, which: Which) -> list[dict[str, Any]]:
+    """The pairs of a row with several answers, as rows.
+
+    Raises:
+        InputError: it has fewer than two answers, or a score is no number.
+    """
+    kept = {key: value for key, value in row.items() if key != RANKED}
+    scored = [(text, number(score, "score", place)) for text, score in row[RANKED]]
+    if len(scored) < 2:
+        raise InputError(f"{place}: has {len(scored)} answers, and a pair takes two")
+    scored.sort(key=lambda answer: -answer[1])
+    return [
+        {**kept, "chosen": chosen, "rejected": rejected, "score_chosen": high, "score_rejected": low}
+        for (chosen, high), (rejected, low) in couples(scored, which)
+    ]
+
+
+def pair_of(row: Row, place: str, source: PairSource) -> PreferencePair | str:
     """The row's pair, or the reason to leave it out."""
-    row = _as_chosen(row)
-    _require(row, ("chosen", "rejected"), place)
-    prompt, chosen = _split(_conversation(row, "chosen", place))
-    other_prompt, rejected = _split(_conversation(row, "rejected", place))
+    require(row, ("chosen", "rejected"), place)
+    prompt, chosen = split_answer(whole_conversation(row, "chosen", place), place)
+    other_prompt, rejected = split_answer(whole_conversation(row, "rejected", place), place)
     if prompt != other_prompt:
         return "with_different_contexts"
-    if not _is_answered(prompt, chosen) or not _is_answered(prompt, rejected):
+    if not is_answered(prompt, chosen) or not is_answered(prompt, rejected):
         return "with_odd_turns"
     if not chosen.content.strip() or not rejected.content.strip():
         return "with_empty_completion"
     if chosen == rejected:
         return "with_equal_completions"
+    probability = soft_label(row, place, source.margin_scale)
+    if isinstance(probability, str):
+        return probability
+    if probability < 0.5:
+        chosen, rejected, probability = rejected, chosen, 1 - probability
     return PreferencePair(
         id=pair_id(prompt, chosen, rejected),
         prompt=prompt,
         chosen=(chosen,),
         rejected=(rejected,),
-        probability=_probability(row, place),
-        source=name or str(row.get("source") or "human"),
-        category=str(row.get("category") or ""),
+        probability=probability,
+        source=source.name or str(row.get("source") or "human"),
+        category=category_of(row),
     )
 
 
-def _as_chosen(row: Row) -> Row:
-    """The row with a comparison of the paper renamed to the usual columns. Its `prompt`, a judge's, is dropped."""
-    if "chosen" in row or not {"text_correct", "text_incorrect"} <= row.keys():
-        return row
-    return {"chosen": row["text_correct"], "rejected": row["text_incorrect"]}
+def soft_label(row: Row, place: str, margin_scale: float | None) -> float | str:
+    """The probability that `chosen` is better, or the reason to leave the pair out.
+
+    Raises:
+        InputError: the `probability`, a score or the margin is no number, or the first below one half.
+    """
+    if row.get("probability") is not None:
+        return _probability(row, place)
+    margin = _margin(row, place)
+    if margin is None:
+        return 1.0
+    if margin_scale is not None:
+        # The hyperbolic tangent overflows nowhere.
+        return 0.5 + 0.5 * math.tanh(margin_scale * margin / 2)
+    if margin == 0:
+        return "with_equal_scores"
+    return 1.0 if margin > 0 else "scored_the_other_way"
 
 
-def _demonstration(row: Row, place: str) -> Conversation:
-    row = _as_chosen(row)
-    if "messages" in row:
-        return parse_messages(row["messages"], "messages", place)
-    if "chosen" in row:
-        return _conversation(row, "chosen", place)
-    _require(row, ("prompt", "completion"), place)
-    return _conversation(row, "completion", place)
-
-
-def _conversation(row: Row, column: str, place: str) -> Conversation:
-    """The whole conversation, which ends with the completion in `column`."""
-    completion, prompt = row[column], row.get("prompt")
-    if isinstance(completion, str) and not is_transcript(completion):
-        _require(row, ("prompt",), place)
-        if is_transcript(prompt):
-            opening = str(prompt).rstrip().removesuffix("\n\nAssistant:")
-            return parse_transcript(f"{opening}\n\nAssistant: {completion}", place)
-        return *_prompt(prompt, place), Message("assistant", completion)
-    messages = parse_conversation(completion, column, place)
-    if prompt is None or (len(messages) > 1 and isinstance(prompt, str) and not is_transcript(prompt)):
-        return messages
-    before = _prompt(prompt, place)
-    return messages if _starts_with(messages, before) else before + messages
-
-
-def _prompt(value: object, place: str) -> Conversation:
-    if isinstance(value, str) and not is_transcript(value):
-        return (Message("user", value),)
-    messages = parse_conversation(value, "prompt", place)
-    return messages[:-1] if messages[-1] == Message("assistant", "") else messages
-
-
-def _starts_with(messages: Conversation, prompt: Conversation) -> bool:
-    """Whether the messages begin with the prompt, apart from outer white space, which transcripts do not keep."""
-    whole, start = ([(each.role, each.content.strip()) for each in some] for some in (messages, prompt))
-    return whole[: len(start)] == start
-
-
-def _split(conversation: Conversation) -> tuple[Conversation, Message]:
-    """The prompt, with consecutive turns of the same role merged, and the last turn."""
-    return merge_turns(conversation[:-1]), conversation[-1]
-
-
-def _is_answered(prompt: Conversation, completion: Message) -> bool:
-    return bool(prompt) and prompt[-1].role == "user" and completion.role == "assistant"
+def _margin(row: Row, place: str) -> float | None:
+    if row.get("margin") is not None:
+        return number(row["margin"], "margin", place)
+    if row.get("score_chosen") is None or row.get("score_rejected") is None:
+        return None
+    return number(row["score_chosen"], "score_chosen", place) - number(row["score_rejected"], "score_rejected", place)
 
 
 def _probability(row: Row, place: str) -> float:
-    value = row.get("probability", 1.0)
+    value = row["probability"]
+    value = number(value, "probability", place) if isinstance(value, str) else value
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0.5 <= value <= 1:
         raise InputError(
             f"{place}: `probability`, that `chosen` is better, must lie in [0.5, 1], got {value!r}; "
@@ -248,15 +198,17 @@ def _probability(row: Row, place: str) -> float:
     return float(value)
 
 
-def _require(row: Row, columns: tuple[str, ...], place: str) -> None:
-    missing = [column for column in columns if row.get(column) is None]
-    if missing:
-        names = ", ".join(f"`{name}`" for name in missing)
-        raise InputError(f"{place}: no column {names}; the row's columns are {', '.join(row) or 'none'}")
+def _rated(row: dict[str, Any], place: str) -> tuple[Any, Any]:
+    row["score"] = number(row["score"], "score", place)
+    if row.get("messages") is not None:
+        return split_answer(whole_messages(row, place), place)
+    require(row, ("prompt", "completion"), place)
+    return split_answer(whole_conversation(row, "completion", place), place)
 
 
-def _usable(found: Mapping[str, T], source: PairSource, counts: Mapping[str, int]) -> list[T]:
-    if not found:
-        why = ", ".join(f"{count} {name}" for name, count in counts.items())
-        raise InputError(f"{source.path}: no usable row ({why}); each row needs an answer to a user")
-    return list(found.values())
+def _joined(better: dict[str, Any], worse: dict[str, Any]) -> dict[str, Any]:
+    """Two rows of one prompt as a pair. Labels have no margin."""
+    kept = {key: value for key, value in better.items() if key not in ("completion", "score", "is_label", "messages")}
+    sides = {"chosen": better["completion"], "rejected": worse["completion"]}
+    scores = {} if better.get("is_label") else {"score_chosen": better["score"], "score_rejected": worse["score"]}
+    return {**kept, **sides, **scores}

@@ -1,29 +1,33 @@
 """Reads the prompts of all sources and assigns each to one of four disjoint splits.
 
-A row's prompt is read from the column that its source names, or else from the first of these that the row has:
-
-| column | content |
-|---|---|
-| prompt | a text, or messages |
-| messages | a conversation; the prompt is all that precedes its last answer |
-| question, instruction (followed by the text in `input`, if any) | a text |
-| chosen | a conversation as messages or in hh-rlhf's text form; the prompt is all that precedes its last answer |
+A row's prompt is read from the column that its source names, or else found by the row's layout (`layouts`): a prompt,
+or all of a conversation that precedes its last answer.
 """
 
 import hashlib
 import heapq
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate
 
-from align.data.sources import Row, is_transcript, merge_turns, parse_conversation, source_rows
+from align.data.conversations import is_text, merge_turns, parse_conversation, with_system
+from align.data.layouts import GIVEN, canonical
+from align.data.reading import Row
+from align.data.row_conversations import category_of, refuse_tools
+from align.data.sources import Intake, usable
 from align.errors import InputError
 from align.records import SPLITS, Conversation, Message, Prompt, Split, as_dicts, digest
 from align.run.reproducibility import derive_seed
 from align.run.streaming import SeenOnDisk
-from align.settings.blocks import PromptsBlock, PromptSource, SplitBlock
+from align.settings.data import PromptsBlock, PromptSource, SplitBlock
 
 COLUMNS = ("prompt", "messages", "question", "instruction", "chosen")
+ODD_SPLIT = "prompts_with_a_split_of_another_kind"
+"""Counts rows whose `split` is none of ours, such as a hub dataset's own 'train': the shares decide for them."""
+TOO_LONG = "too_long"
+CUT = "prompts_cut"
+"""Counts the prompts that were too long and were cut, as the recipe says."""
+Fit = Callable[[Conversation], Conversation | str]
+"""What becomes of a prompt that a model must read: the prompt, cut or not, or the reason to leave it out."""
 
 
 def read_prompts(block: PromptsBlock) -> list[Prompt]:
@@ -31,26 +35,46 @@ def read_prompts(block: PromptsBlock) -> list[Prompt]:
     return list(stream_prompts(block))
 
 
-def stream_prompts(block: PromptsBlock, counts: Counter[str] | None = None) -> Iterator[Prompt]:
+def stream_prompts(block: PromptsBlock, intake: Intake | None = None, fit: Fit | None = None) -> Iterator[Prompt]:
     """The distinct prompts of the sources, in order. A repeated prompt keeps its first category and split.
 
     Args:
-        counts: `prompts_repeated` counts the rows that repeat an earlier prompt.
+        intake: counts the rows that repeat an earlier prompt as `prompts_repeated`, and those left out.
+        fit: is asked about each prompt; it raises an InputError where the chat template refuses one.
 
     Raises:
-        InputError: a file or dataset is missing, a line is malformed, a row has no prompt or an unknown split, or the
-            shares of the splits do not add up to 1.
+        InputError: a file or dataset is missing, more rows are unusable than a source allows, or the shares of the
+            splits do not add up to 1.
     """
     if problems := split_problems(block.split):
         raise InputError("\n".join(problems))
-    seen, counts = SeenOnDisk(), Counter() if counts is None else counts
+    seen, intake = SeenOnDisk(), Intake() if intake is None else intake
     for source in block.sources:
-        for place, row in source_rows(source):
-            prompt = _prompt(row, place, source, block.split)
+        for prompt in _of_source(source, block.split, intake, fit):
             if seen.is_new(prompt.id):
                 yield prompt
             else:
-                counts["prompts_repeated"] += 1
+                intake.counts["prompts_repeated"] += 1
+
+
+def _of_source(source: PromptSource, shares: SplitBlock, intake: Intake, fit: Fit | None) -> Iterator[Prompt]:
+    def read_row(row: Row, place: str, path: str) -> Iterator[Prompt]:
+        conversation = prompt_of(row, place, source.column)
+        try:
+            fitted = fit(conversation) if fit else conversation
+        except InputError as error:
+            raise InputError(f"{place}: {error}") from None
+        if isinstance(fitted, str):
+            intake.leave_out(f"prompts_{fitted}", place, row)
+            return
+        prompt_id = digest(as_dicts(fitted))
+        split = _own_split(row)
+        intake.counts[ODD_SPLIT] += split is None and row.get("split") not in (None, "")
+        intake.counts[CUT] += fitted != conversation
+        category = category_of(row) or source.category or ""
+        yield Prompt(prompt_id, fitted, split or split_of(prompt_id, shares), category, path)
+
+    return usable(source, read_row, intake, "prompts")
 
 
 def split_problems(split: SplitBlock) -> list[str]:
@@ -99,22 +123,26 @@ def stream_drawn_prompts(read: Callable[[], Iterable[Prompt]], limit: int | None
         yield from (prompt for prompt in read() if derive_seed(0, purpose, prompt.id) <= lowest[-1])
 
 
-def _prompt(row: Row, place: str, source: PromptSource, shares: SplitBlock) -> Prompt:
-    conversation = _conversation(row, _column(row, place, source.column), place)
-    if not any(message.role == "user" and message.content.strip() for message in conversation):
+def prompt_of(row: Row, place: str, named: str | None = None) -> Conversation:
+    """The conversation that a row asks a model to go on with.
+
+    Args:
+        named: the column that holds it, if the source names one.
+
+    Raises:
+        InputError: there is none, it is empty, or it ends with an assistant's turn.
+    """
+    form = row if named else canonical(row, place)
+    refuse_tools(form, place)
+    conversation = _conversation(form, _column(form, place, named), place)
+    conversation = with_system(conversation, form.get("system"), place)
+    if not any(message.role in ("user", "tool") and message.content.strip() for message in conversation):
         raise InputError(f"{place}: the prompt is empty; remove the row or give it a text")
-    if conversation[-1].role != "user":
+    if conversation[-1].role not in ("user", "tool"):
         raise InputError(
             f"{place}: the prompt ends with a turn of role {conversation[-1].role}; it must end with one of role user"
         )
-    prompt_id = digest(as_dicts(conversation))
-    return Prompt(
-        id=prompt_id,
-        prompt=conversation,
-        split=_own_split(row, place) or split_of(prompt_id, shares),
-        category=str(row.get("category") or source.category or ""),
-        source=source.path,
-    )
+    return conversation
 
 
 def _column(row: Row, place: str, named: str | None) -> str:
@@ -123,16 +151,18 @@ def _column(row: Row, place: str, named: str | None) -> str:
         expected = f"`{named}`" if named else "one of " + ", ".join(f"`{name}`" for name in COLUMNS)
         raise InputError(
             f"{place}: no column with a prompt (expected {expected}); the row's columns are "
-            f"{', '.join(row) or 'none'}; name the right one in the source's `column`"
+            f"{', '.join(row.get(GIVEN, row)) or 'none'}; name the right one in the source's `column`"
         )
     return column
 
 
 def _conversation(row: Row, column: str, place: str) -> Conversation:
     value = row[column]
-    if not isinstance(value, str) or is_transcript(value):
+    if not is_text(value):
         merged = merge_turns(parse_conversation(value, column, place))
         return merged[:-1] if merged[-1].role == "assistant" else merged
+    if column == "messages":
+        raise InputError(f"{place}: `messages` must be a list of {{role, content}} messages, found {value[:40]!r}")
     if column == "chosen":
         raise InputError(
             f"{place}: `chosen` is an answer without its prompt (a whole conversation starts with '\\n\\nHuman:'); "
@@ -143,11 +173,6 @@ def _conversation(row: Row, column: str, place: str) -> Conversation:
     return (Message("user", f"{value}\n\n{text}" if text else value),)
 
 
-def _own_split(row: Row, place: str) -> Split | None:
+def _own_split(row: Row) -> Split | None:
     given = row.get("split")
-    if given is None or given == "":
-        return None
-    found = next((name for name in SPLITS if name == given), None)
-    if found is None:
-        raise InputError(f"{place}: `split` is {given!r}; it must be one of {', '.join(SPLITS)}, or left out")
-    return found
+    return next((name for name in SPLITS if name == given), None)

@@ -1,198 +1,158 @@
-"""Rows of the user's data, from JSONL(.gz) or parquet files or the hub, and the conversations in their columns."""
+"""The rows of a source, drawn and read one by one, and what becomes of those that cannot be used."""
 
-import gzip
 import heapq
 import json
-import os
-import re
-import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
+from align.data.layouts import selected
+from align.data.reading import BrokenRow, Row, numbered_rows
 from align.errors import InputError
-from align.records import Conversation, Message, as_conversation, digest, numbered_jsonl
+from align.records import Row as Record
+from align.records import digest
+from align.run.streaming import RowFile
+from align.settings.data import DataSource
 
-FILE_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_TURN = re.compile(r"\n\n(Human|Assistant):")
-_ROLES = {"Human": "user", "Assistant": "assistant"}
-ROLES = ("system", "user", "assistant")
-
-Row = Mapping[str, Any]
-
-
-class Source(Protocol):
-    """What `PromptSource` and `PairSource` have in common."""
-
-    @property
-    def path(self) -> str: ...
-    @property
-    def limit(self) -> int | None: ...
-    @property
-    def hub_split(self) -> str: ...
-    @property
-    def hub_folder(self) -> str | None: ...
+T = TypeVar("T")
+LEFT_OUT = "left_out.jsonl"
+"""The file in a stage's folder that keeps the rows it left out."""
+SURE = 100
+"""So many rows at the start of a source, none of them usable, mean that no other will be."""
+SHOWN = 3
 
 
-def is_local_path(path: str) -> bool:
-    """Whether a source's path names a local file, existing or not, rather than a hub dataset."""
-    looks_local = path.startswith((".", "/", "~")) or path.endswith(FILE_SUFFIXES) or not _HUB_ID.fullmatch(path)
-    return looks_local or Path(path).exists()
+@dataclass(frozen=True)
+class LeftOut(Record):
+    """A row that a stage does not use: where it stands, why not, and the row itself as JSON."""
+
+    place: str
+    reason: str
+    why: str
+    row: str
 
 
-def file_fault(path: str) -> str | None:
-    """What is wrong with a local file of rows, as far as can be told without reading it; None if nothing is."""
-    local = Path(path).expanduser()
-    if not local.exists():
-        return f"no such file (looked in {Path.cwd()}); check the path"
-    if local.is_dir():
-        return f"is a folder; name a file in it that ends in one of {', '.join(FILE_SUFFIXES)}"
-    if not local.is_file():
-        return "is a pipe or a device, which cannot be read twice; write the rows to a regular file"
-    if not local.name.endswith(FILE_SUFFIXES):
-        return f"cannot read this kind of file; convert it to one of {', '.join(FILE_SUFFIXES)}"
-    return None
+class RowSink(Protocol):
+    """What takes the rows left out, such as a file."""
+
+    def add(self, row: Record) -> None: ...
 
 
-def source_rows(source: Source) -> Iterator[tuple[str, Row]]:
-    """The rows of a source as (place for error messages, row); with a limit, those that `draw_rows` draws.
+@dataclass
+class Intake:
+    """What became of the rows that a stage reads.
+
+    `counts` is the stage's own, to which rows left out are added by reason; `left_out` has these alone; `places` says
+    where each record comes from, by its id.
+    """
+
+    counts: Counter[str] = field(default_factory=Counter)
+    file: RowSink | None = None
+    places: dict[str, str] = field(default_factory=dict)
+    left_out: Counter[str] = field(default_factory=Counter)
+
+    def leave_out(self, reason: str, place: str, row: Any, why: str = "") -> None:
+        """Count a row that is not used, and keep it."""
+        self.counts[reason] += 1
+        self.left_out[reason] += 1
+        if self.file is not None:
+            self.file.add(LeftOut(place, reason, why, json.dumps(row, ensure_ascii=False, default=str)))
+
+
+@contextmanager
+def open_intake(folder: Path, counts: Counter[str]) -> Iterator[Intake]:
+    """An intake that keeps the rows left out in a file of the folder, which is empty if there are none."""
+    with RowFile(folder / LEFT_OUT) as file:
+        yield Intake(counts, file)
+
+
+class Unusable:
+    """The unusable rows of one source, up to the share of all its rows that it allows."""
+
+    def __init__(self, source: DataSource) -> None:
+        self.source = source
+        self.read = 0
+        self.faults: list[str] = []
+        self.count = 0
+
+    def add(self, fault: str) -> None:
+        self.count += 1
+        if len(self.faults) < SHOWN:
+            self.faults.append(fault)
+        if self.count == self.read == SURE and self.source.max_unusable < 1:
+            raise InputError(f"{self.source.title}: none of the first {SURE} rows can be used:\n{self._listed()}")
+
+    def check(self) -> None:
+        """Raise an InputError if there are more than the source allows."""
+        if self.count > self.source.max_unusable * self.read:
+            share = f"{self.count} of {self.read} rows" if self.read > 1 else "the only row"
+            raise InputError(
+                f"{self.source.title}: {share} cannot be used, and `max_unusable` allows a share of "
+                f"{self.source.max_unusable:g}; mend them, or raise it to have them left out:\n{self._listed()}"
+            )
+
+    def _listed(self) -> str:
+        return "\n".join(f"  {fault}" for fault in self.faults) + ("\n  …" if self.count > len(self.faults) else "")
+
+
+def usable(
+    source: DataSource, read_row: Callable[[Row, str, str], Iterable[T]], intake: Intake, what: str
+) -> Iterator[T]:
+    """What `read_row` makes of each row of a source, given the row, its place and the path that it came from.
+
+    A row of which it raises an InputError is unusable: it is left out and counted as `<what>_unusable`.
 
     Raises:
-        InputError: the file or dataset is missing or empty, or a line is malformed.
+        InputError: more rows are unusable than the source allows, or as for `source_rows`.
     """
-    local = is_local_path(source.path)
-    numbered: Iterable[tuple[int, Row]] = (
-        _file_rows(Path(source.path).expanduser()) if local else enumerate(_hub_rows(source), start=1)
+    unusable = Unusable(source)
+    for place, path, row in source_rows(source):
+        unusable.read += 1
+        try:
+            if isinstance(row, BrokenRow):
+                raise InputError(f"{place}: {row.fault}")
+            made = list(read_row(selected(row, source.columns, place), place, path))
+        except InputError as error:
+            intake.leave_out(f"{what}_unusable", place, row, str(error))
+            unusable.add(str(error))
+        else:
+            yield from made
+    unusable.check()
+
+
+def source_rows(source: DataSource) -> Iterator[tuple[str, str, Row]]:
+    """The rows of a source as (place for messages, path, row); with a limit, those that `draw_rows` draws.
+
+    Raises:
+        InputError: a file or dataset is missing, damaged or empty.
+    """
+    every = chain.from_iterable(
+        ((place, path, row) for place, row in numbered_rows(source, path)) for path in source.paths
     )
-    unit = "line" if local and not source.path.endswith(".parquet") else "row"
-    if source.limit is not None:
-        numbered = draw_rows(numbered, source.limit)
+    rows = every if source.limit is None else iter(draw_rows(every, source.limit))
     empty = True
-    for number, row in numbered:
+    for row in rows:
         empty = False
-        yield f"{source.path}, {unit} {number}", row
+        yield row
     if empty:
-        raise InputError(f"{source.path}: no rows in it; give a source with at least one")
+        raise InputError(f"{source.title}: no rows in it; give a source with at least one")
 
 
-def draw_rows(rows: Iterable[tuple[int, Row]], limit: int) -> list[tuple[int, Row]]:
-    """The `limit` numbered rows whose content hashes are lowest, in their original order.
+def draw_rows(rows: Iterable[tuple[str, str, Row]], limit: int) -> list[tuple[str, str, Row]]:
+    """The `limit` rows whose content hashes are lowest, in their original order.
 
     The first rows of a file would often be all of one kind. The draw depends on neither a seed nor the order of the
     rows, and a larger limit extends a smaller one's draw. All rows are read, and at most `limit` are kept in memory.
     """
-    lowest = heapq.nsmallest(limit, rows, key=lambda numbered: (_content_digest(numbered[1]), numbered[0]))
-    return sorted(lowest, key=lambda numbered: numbered[0])
+    lowest = heapq.nsmallest(
+        limit, enumerate(rows), key=lambda numbered: (_content_digest(numbered[1][2]), numbered[0])
+    )
+    return [row for _, row in sorted(lowest, key=lambda numbered: numbered[0])]
 
 
 def _content_digest(row: Row) -> str:
     return digest(json.dumps(row, sort_keys=True, default=str))
-
-
-def is_transcript(value: object) -> bool:
-    """Whether a value is a conversation, or one of its turns, in hh-rlhf's text form."""
-    return isinstance(value, str) and value.startswith(("\n\nHuman:", "\n\nAssistant:"))
-
-
-def parse_transcript(text: str, place: str) -> Conversation:
-    """The conversation of a transcript, hh-rlhf's text form.
-
-    Raises:
-        InputError: the text does not start with a turn.
-    """
-    lead, *parts = _TURN.split(text)
-    if lead.strip() or not parts:
-        raise InputError(f"{place}: expected '\\n\\nHuman: …\\n\\nAssistant: …', found {text[:40]!r}")
-    turns = zip(parts[::2], parts[1::2], strict=True)
-    return tuple(Message(_ROLES[speaker], content.strip()) for speaker, content in turns)
-
-
-def parse_messages(value: Any, column: str, place: str) -> Conversation:
-    """The conversation of a column that holds a list of messages.
-
-    Raises:
-        InputError: the value is something else, an empty list, or has a message with an unknown role.
-    """
-    try:
-        messages = as_conversation(value)
-    except (TypeError, KeyError):
-        messages = ()
-    if not messages or not all(isinstance(message.content, str) for message in messages):
-        raise InputError(f"{place}: `{column}` must be a text or a list of {{role, content}} messages")
-    if unknown := [message.role for message in messages if message.role not in ROLES]:
-        raise InputError(f"{place}: `{column}` has the role {unknown[0]!r}; use one of {', '.join(ROLES)}")
-    return messages
-
-
-def parse_conversation(value: Any, column: str, place: str) -> Conversation:
-    """The conversation of a column that holds a transcript or a list of messages.
-
-    Raises:
-        InputError: as for `parse_messages`.
-    """
-    return parse_transcript(value, place) if is_transcript(value) else parse_messages(value, column, place)
-
-
-def merge_turns(conversation: Iterable[Message]) -> Conversation:
-    """The conversation with consecutive turns of the same role merged, as chat templates require."""
-    merged: list[Message] = []
-    for message in conversation:
-        if merged and merged[-1].role == message.role:
-            message = Message(message.role, f"{merged.pop().content}\n\n{message.content}")
-        merged.append(message)
-    return tuple(merged)
-
-
-def _file_rows(path: Path) -> Iterator[tuple[int, Row]]:
-    """Numbered rows. In a text file the numbers are line numbers, so that the user finds them in an editor."""
-    if fault := file_fault(str(path)):
-        raise InputError(f"{path}: {fault}")
-    if path.name.endswith(".parquet"):
-        yield from enumerate(_parquet_rows(path), start=1)
-    else:
-        yield from _jsonl_rows(path)
-
-
-def _jsonl_rows(path: Path) -> Iterator[tuple[int, Row]]:
-    opener = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opener(path, "rt", encoding="utf-8-sig") as lines:
-            yield from numbered_jsonl(lines, str(path))
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise InputError(f"{path}: damaged or incomplete ({error}); download it again") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text ({error.reason}); save it as UTF-8") from None
-    except PermissionError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); make it readable for this user") from None
-
-
-def _parquet_rows(path: Path) -> Iterator[Row]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        for batch in pq.ParquetFile(path).iter_batches():
-            yield from batch.to_pylist()
-    except PermissionError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); make it readable for this user") from None
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not a complete parquet file ({error}); download it again") from None
-
-
-def _hub_rows(source: Source) -> Iterator[Row]:
-    import datasets
-
-    try:
-        yield from datasets.load_dataset(source.path, data_dir=source.hub_folder, split=source.hub_split)
-    except Exception as error:
-        offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in {"1", "true", "yes", "on"}
-        remedy = (
-            "HF_HUB_OFFLINE is set: unset it, or give a local file"
-            if offline
-            else "check the name, `hub_split`, `hub_folder` and the network, or give a local file"
-        )
-        raise InputError(
-            f"{source.path}: not a local file, and loading it as a hub dataset failed "
-            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}); {remedy}"
-        ) from error

@@ -57,10 +57,8 @@ class BatchCache:
     def write_row(self, slot: int, source: Cache, row: int, columns: slice, prefix_length: int) -> None:
         """Copy a row's columns from another cache, except for its first `prefix_length` tokens, stored elsewhere."""
         if not self.cache.layers:
-            like = source.layers[0].keys
-            self.cache.layers = [
-                BatchCacheLayer(self, like, len(self.row_starts), self.end + self._spare) for _ in source.layers
-            ]
+            rows, capacity = len(self.row_starts), self.end + self._spare
+            self.cache.layers = [BatchCacheLayer(self, layer, rows, capacity) for layer in source.layers]
         columns = slice(columns.start + prefix_length, columns.stop)
         start = self.end - (columns.stop - columns.start)
         for target, layer in zip(self.cache.layers, source.layers, strict=True):
@@ -92,14 +90,18 @@ class BatchCache:
 
 
 class BatchCacheLayer(DynamicLayer):
-    """One layer's keys and values (R, K, capacity, D). The model is shown only the columns in use."""
+    """One layer's keys and values (R, K, capacity, D). The model is shown only the columns in use.
 
-    def __init__(self, batch: BatchCache, like: Tensor, rows: int, capacity: int) -> None:
+    `like` is a layer whose heads, widths and dtype these have: values may be narrower than keys (DeepSeek).
+    """
+
+    def __init__(self, batch: BatchCache, like: Any, rows: int, capacity: int) -> None:
         super().__init__()
         self.batch = batch
-        self.dtype, self.device = like.dtype, like.device
-        self.keys = like.new_zeros(rows, like.shape[1], capacity, like.shape[3])
-        self.values = torch.zeros_like(self.keys)
+        self.dtype, self.device = like.keys.dtype, like.keys.device
+        self.keys, self.values = (
+            states.new_zeros(rows, states.shape[1], capacity, states.shape[3]) for states in (like.keys, like.values)
+        )
         self.is_initialized: bool = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, LinearAttentionCacheLayerMixin
 
 
 class ReservedLayer(DynamicLayer):
@@ -42,6 +42,15 @@ class ReservedLayer(DynamicLayer):
             new = old.new_empty(len(indices), *old.shape[1:])
             torch.index_select(old[:, :, : self.length], 0, indices, out=new[:, :, : self.length])
             setattr(self, name, new)
+
+
+def select_rows(cache: Any, rows: Tensor) -> None:
+    """Keep only these rows of a cache, given in ascending order. Linear attention keeps a state instead of keys."""
+    for layer in cache.layers:
+        if isinstance(layer, LinearAttentionCacheLayerMixin):
+            layer.reorder_cache(rows)  # the states, and the keys of layers that also attend
+        else:
+            layer.batch_select_indices(rows)
 
 
 def reserved_cache(config: PreTrainedConfig, capacity: int) -> Cache:

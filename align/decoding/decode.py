@@ -3,18 +3,22 @@
 Shapes: B rows still in the batch, V vocabulary.
 """
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from align.decoding.cache import reserved_cache
+from align.decoding.cache import reserved_cache, select_rows
+from align.decoding.continuous_batching import Task
 from align.decoding.sampling import sample, uniform_numbers
 from align.decoding.shared_prefixes import SharedPrefixes, can_share_prefixes, find_shared_prefixes, prefix_batch
+from align.decoding.slot_batching import SlotBatcher, can_use_slots
 from align.models.padding import left_padded, position_ids
+from align.models.positions import check_length
 from align.models.wrappers import eval_mode, inner_model, without_ddp
 from align.records import FinishReason
 
@@ -64,14 +68,21 @@ def decode(
         progress: called after each token with the share of work done, in (0, 1], as if unfinished rows had the limit.
 
     Raises:
+        InputError: a row may become longer than the positions that the model has learned.
         ValueError: a prompt is empty, or the numbers of prompts and seeds differ.
         NotFinite: the model's logits contain NaN or plus infinity.
     """
     if len(prompts) != len(seeds) or not all(prompts):
         raise ValueError("decode needs one seed per prompt, and no empty prompt")
+    if isinstance(model, nn.Module):
+        longest = max(map(len, prompts), default=0) + max_new_tokens
+        check_length(inner_model(model), longest, "shorten the prompts, or lower max_new_tokens")
     completions = _Completions(len(prompts), stop_ids)
     if not prompts and not synced:
         return completions.decoded(keep_logprobs, keep_values)
+    if not synced and can_use_slots(model):
+        options = {"temperature": temperature, "top_p": top_p, "stop_ids": stop_ids, "pad_id": pad_id}
+        return _decode_in_slots(model, prompts, seeds, max_new_tokens, keep_logprobs, keep_values, **options)
     with torch.no_grad(), eval_mode(model):
         batch = _Batch(model, prompts or [[pad_id]], max_new_tokens, pad_id, share=not synced)
         uniforms = np.stack([uniform_numbers(seed, max_new_tokens) for seed in seeds or [0]])
@@ -87,6 +98,26 @@ def decode(
             batch.extend(tokens)
             batch.drop_finished(completions.unfinished)
     return completions.decoded(keep_logprobs, keep_values)
+
+
+def _decode_in_slots(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    seeds: Sequence[int],
+    max_new_tokens: int,
+    keep_logprobs: bool,
+    keep_values: bool,
+    **options: Any,
+) -> Decoded:
+    batcher = SlotBatcher(model, rows=len(prompts), max_new_tokens=max_new_tokens, keep_values=keep_values, **options)
+    tasks = [Task(number, *task) for number, task in enumerate(zip(prompts, seeds, strict=True))]
+    found = sorted(batcher.run(deque(tasks)), key=lambda each: each.task.key)
+    return Decoded(
+        [each.tokens for each in found],
+        [each.finish_reason for each in found],
+        [each.logprobs for each in found] if keep_logprobs else None,
+        [each.values for each in found] if keep_values else None,
+    )
 
 
 class _Completions:
@@ -166,7 +197,7 @@ class _Batch:
         indices = torch.tensor(kept, device=self.ids.device)
         self.rows = [self.rows[slot] for slot in kept]
         self.ids, self.positions, self.mask = self.ids[indices], self.positions[indices], self.mask[indices]
-        self.cache.batch_select_indices(indices)
+        select_rows(self.cache, indices)
 
 
 def _in_any_process(flag: bool, synced: bool, device: torch.device) -> bool:

@@ -72,9 +72,8 @@ def _cache_with_prefixes(config: PreTrainedConfig, rows: Sequence[PrefillRow], w
         return cache
     while source.parent:
         source = source.parent
-    for number, (layer, (like, _)) in enumerate(zip(cache.layers, source.states, strict=True)):
-        keys = like.new_zeros(len(rows), like.shape[0], width, like.shape[2])
-        values = torch.zeros_like(keys)
+    for number, (layer, states) in enumerate(zip(cache.layers, source.states, strict=True)):
+        keys, values = (each.new_zeros(len(rows), each.shape[0], width, each.shape[2]) for each in states)
         for index, row in enumerate(rows):
             if row.prefix:
                 start = width - row.cached

@@ -8,6 +8,7 @@ its answers), and nothing is padded.
 Shapes: N nodes of a tree, K nodes whose next token is scored, V vocabulary.
 """
 
+import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -19,7 +20,7 @@ from torch import Tensor
 from align.decoding.prefix_cache import common_prefix_length
 from align.decoding.shared_prefixes import can_share_prefixes
 from align.models.cpu_attention import SHORT_ROWS_ATTENTION
-from align.models.logprobs import CHUNK
+from align.models.logprobs import positions_at_once
 from align.models.wrappers import inner_model
 
 MASKABLE = ("sdpa", "eager", SHORT_ROWS_ATTENTION)
@@ -73,9 +74,14 @@ def build_tree(rows: Sequence[Sequence[int]]) -> Tree:
 
 
 def can_score_trees(model: Any) -> bool:
-    """Whether all layers attend to every earlier token, with an attention implementation that takes any mask."""
-    config = inner_model(model).config
-    return can_share_prefixes(config) and config._attn_implementation in MASKABLE
+    """Whether all layers attend to every earlier token, with an attention implementation that takes any mask.
+
+    Positions must be given, not read off a mask with two axes, as models with ALiBi do (Bloom, some Falcon).
+    """
+    inner = inner_model(model)
+    takes_positions = "position_ids" in inspect.signature(inner.forward).parameters
+    takes_positions = takes_positions and not getattr(inner.config, "alibi", False)
+    return can_share_prefixes(inner.config) and inner.config._attn_implementation in MASKABLE and takes_positions
 
 
 def tree_batches(continuations: Sequence[Continuation], max_nodes: int) -> Iterator[list[int]]:
@@ -125,7 +131,8 @@ def _next_logprobs(model: Any, tree: Tree, scored: Sequence[int], which: Tensor,
             logits_to_keep=torch.tensor(scored, device=device),
         ).logits[0]  # (K, V)
     parts = []
-    for nodes, tokens in zip(which.split(CHUNK), targets.split(CHUNK), strict=True):
+    chunk = positions_at_once(which.device)
+    for nodes, tokens in zip(which.split(chunk), targets.split(chunk), strict=True):
         scores = logits[nodes.to(device)].float()
         parts.append((scores.gather(-1, tokens.to(device)[:, None])[:, 0] - scores.logsumexp(-1)).cpu())
     return torch.cat(parts)

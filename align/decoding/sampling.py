@@ -33,13 +33,26 @@ def sample(logits: Tensor, uniforms: np.ndarray, temperature: float, top_p: floa
     Raises:
         NotFinite: a row's logits contain NaN or plus infinity.
     """
+    tokens, logprobs, finite = sample_without_waiting(
+        logits, torch.from_numpy(uniforms).to(logits.device), temperature, top_p
+    )
+    _check_finite(finite)
+    return tokens, logprobs
+
+
+def sample_without_waiting(
+    logits: Tensor, uniforms: Tensor, temperature: float, top_p: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `sample`, with (B,) float64 uniforms on the device; (B,) whether logits are finite is returned, not checked.
+
+    On a GPU nothing here waits for a result, so that a CUDA graph can hold it.
+    """
     scores = logits.float()
     if temperature not in (0.0, 1.0):
         scores = scores / temperature
     peak = scores.amax(-1, keepdim=True)  # (B, 1)
     weights = (scores - peak).exp_()  # (B, V)
     total = weights.sum(-1)  # (B,)
-    _check_finite(total)
     if temperature == 0:
         tokens = scores.argmax(-1)
     elif top_p < 1:
@@ -47,35 +60,37 @@ def sample(logits: Tensor, uniforms: np.ndarray, temperature: float, top_p: floa
         tokens = ids.gather(-1, _inverse_cdf(kept, uniforms)[:, None])[:, 0]
     else:
         tokens = _inverse_cdf(weights, uniforms)
-    return tokens, (scores.gather(-1, tokens[:, None]) - peak)[:, 0] - total.log()
+    return tokens, (scores.gather(-1, tokens[:, None]) - peak)[:, 0] - total.log(), total.isfinite()
 
 
 def most_likely(logits: Tensor) -> Tensor:
     """(B,) the tokens and errors of `sample` at temperature 0, without its softmax over the vocabulary."""
     peaks, tokens = logits.max(-1)
-    _check_finite(peaks)
+    _check_finite(peaks.isfinite())
     return tokens
 
 
-def _check_finite(numbers: Tensor) -> None:
-    if not numbers.isfinite().all():
+def _check_finite(finite: Tensor) -> None:
+    if not finite.all():
         raise NotFinite("sampling: the model's logits are not finite (NaN or infinity); its weights are broken")
 
 
-def _inverse_cdf(weights: Tensor, uniforms: np.ndarray) -> Tensor:
+def _inverse_cdf(weights: Tensor, uniforms: Tensor) -> Tensor:
     """(B,) the first index at which the cumulative sum of (B, N) weights exceeds the uniform's share of their total."""
-    cumulative = weights.cumsum(-1)
+    # The parallel sums of a GPU are not monotone in float32.
+    cumulative = (weights.double() if weights.is_cuda else weights).cumsum(-1)
     total = cumulative[:, -1]
-    target = (total.double() * torch.from_numpy(uniforms).to(total.device)).float()
+    target = (total.double() * uniforms).to(total.dtype)
     # Rounding must not raise the target to the total itself, past the last index that has any weight.
     target = target.minimum(total.nextafter(torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, target[:, None], right=True)[:, 0]
+    tokens = torch.searchsorted(cumulative, target[:, None], right=True)[:, 0]
+    return tokens.clamp(max=weights.shape[-1] - 1)  # past the end where weights are not numbers
 
 
 def _nucleus(weights: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:
     """Weights in descending order, those after the first that sum to (B,) `mass` set to 0, and their indices."""
     top, ids = weights.topk(min(NUCLEUS_CANDIDATES, weights.shape[-1]))
-    if (top.sum(-1) < mass).any():
+    if weights.is_cuda or (top.sum(-1) < mass).any():
         top, ids = weights.sort(descending=True, stable=True)
     before = top.cumsum(-1) - top
     return top.where(before < mass[:, None], 0.0), ids

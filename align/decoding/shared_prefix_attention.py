@@ -34,10 +34,12 @@ _SHARED: ContextVar[tuple[CachedPrefix, Tensor]] = ContextVar("shared prefix")
 def can_attend_to_prefix(model: Any, prefix: CachedPrefix) -> bool:
     """Whether the model runs PyTorch's attention on a CPU, whose kernel also returns log-sum-exps.
 
-    Positions must be encoded in queries and keys (RoPE). Models that add a bias for each distance are not supported.
+    Positions must be encoded in queries and keys (RoPE). Models that add a bias for each distance are not supported,
+    nor are those that call their attention themselves (Falcon): they would not see the prefix.
     """
     inner = inner_model(model)
     runs_kernel = inner.device.type == "cpu" and inner.config._attn_implementation in ("sdpa", SHORT_ROWS_ATTENTION)
+    runs_kernel = runs_kernel and inner.is_backend_compatible()
     is_rotary = bool(getattr(inner.config, "rope_parameters", None))
     return runs_kernel and is_rotary and all(keys.shape == values.shape for keys, values in prefix.states)
 

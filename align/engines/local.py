@@ -15,9 +15,11 @@ from align.decoding.continuous_batching import ContinuousBatcher, Task
 from align.decoding.decode import decode
 from align.decoding.prefix_trees import Continuation, can_score_trees, tree_batches, tree_logprobs
 from align.decoding.shared_prefixes import can_share_prefixes
+from align.decoding.slot_batching import ROWS_ON_GPU, SlotBatcher, can_use_slots
 from align.engines.engine import ChoiceRequest, ChoiceScores, Completed, EngineIdentity, Progress, Request, no_progress
 from align.models.loading import stop_token_ids
 from align.models.logprobs import completion_logprobs
+from align.models.positions import check_length
 from align.models.weights import Weights, hub_revision
 from align.models.wrappers import inner_model
 from align.records import FinishReason
@@ -74,6 +76,17 @@ class LocalEngine:
         """The day that the chat template prints as today's; empty if it prints none, or each call's own."""
         return printed_date(self._tokenizer)
 
+    @property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer."""
+        return self._tokenizer
+
+    @property
+    def positions(self) -> int | None:
+        """The longest row, prompt and completion, that the model was made for; None where its config does not say."""
+        config = self._model.config.get_text_config()
+        return getattr(config, "max_position_embeddings", None)
+
     def identity(self) -> EngineIdentity:
         """The model's name without this machine's folders, and the digest of its weights where the files are known."""
         return self._identity
@@ -106,18 +119,18 @@ class LocalEngine:
         self, requests: Sequence[Request], settings: tuple[int, float, float], progress: Progress, at_once: int
     ) -> Iterator[Completed]:
         """Complete requests with equal sampling settings, and their follow-ups, in a continuous batch."""
-        batcher = ContinuousBatcher(
-            self._model,
-            rows=at_once,
-            kept_tokens=CACHED_TOKENS,
-            stop_ids=self._stop_ids,
-            pad_id=self._tokenizer.pad_token_id,
-            **_as_options(settings),
-        )
+        options = {"stop_ids": self._stop_ids, "pad_id": self._tokenizer.pad_token_id, **_as_options(settings)}
+        batcher: Any
+        if can_use_slots(self._model):
+            batcher = SlotBatcher(self._model, rows=max(at_once, ROWS_ON_GPU), **options)
+        else:
+            batcher = ContinuousBatcher(self._model, rows=at_once, kept_tokens=CACHED_TOKENS, **options)
         tasks = [Task(request, self._prompt(request), request.seed) for request in requests]
+        longest = max(len(task.prompt) for task in tasks) + settings[0]
+        check_length(inner_model(self._model), longest, "shorten the prompts, or lower max_new_tokens")
         waiting = deque(sorted(tasks, key=lambda task: -len(task.prompt)))
         turns = sum(2 if request.follow_up else 1 for request in requests)
-        for answered, (task, tokens, reason) in enumerate(batcher.run(waiting), start=1):
+        for answered, (task, tokens, reason, *_) in enumerate(batcher.run(waiting), start=1):
             completed = self._completed(task.key, task.prompt, tokens, reason)
             if task.key.follow_up:
                 request = task.key.follow_up(completed.text)

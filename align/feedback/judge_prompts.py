@@ -33,7 +33,10 @@ class PromptTemplate:
 
     def _turns(self, conversation: Conversation) -> list[str]:
         names = {"system": self.system, "user": self.user, "assistant": self.assistant}
-        said = [f"{names[turn.role]}: {escape_template_tokens(turn.content)}" for turn in conversation]
+        said = [
+            f"{names.get(turn.role, turn.role.capitalize())}: {escape_template_tokens(turn.content)}"
+            for turn in conversation
+        ]
         return [self.conversation, *said]
 
 

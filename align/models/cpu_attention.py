@@ -82,7 +82,8 @@ def register_attention(name: str, attention: Callable[..., Any]) -> None:
 
 
 def use_cpu_attention(model: PreTrainedModel) -> None:
-    """Switch a model from PyTorch's attention to `short_rows_attention`. Other attention is left as it is."""
-    if model.config._attn_implementation == "sdpa":
+    """Switch a model from PyTorch's attention to `short_rows_attention`. Other attention is left as it is, and so are
+    models that call their attention themselves instead of by its name."""
+    if model.config._attn_implementation == "sdpa" and model.is_backend_compatible():
         register_attention(SHORT_ROWS_ATTENTION, short_rows_attention)
         model.set_attn_implementation(SHORT_ROWS_ATTENTION)

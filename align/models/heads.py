@@ -6,12 +6,18 @@ Shapes: B rows, L positions, H hidden size.
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from transformers import PreTrainedModel
 
 from align.models.padding import position_ids
 from align.models.wrappers import inner_model, replaced_forward
 
 HEADS = ("score", "classifier")
 """The names that transformers gives the last layer of a sequence classifier."""
+
+
+def state_width(model: PreTrainedModel) -> int:
+    """H, the width of a causal LM's last hidden states; its config's `hidden_size` may be another (OPT-350m)."""
+    return int(model.get_output_embeddings().weight.shape[-1])
 
 
 class ValueHead(nn.Linear):

@@ -45,6 +45,11 @@ def _bf16_is_faster() -> bool:
     return bool(getattr(torch.cpu, "get_capabilities", dict[str, bool])().get("amx_bf16"))  # missing in older torch
 
 
+# On Hopper, PyTorch prefers cuDNN's attention, which takes about 60 ms to plan each new shape: every token of a growing
+# cache, and every width of a micro-batch.
+torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def default_device() -> torch.device:
     """This process's device: its GPU, or the CPU where there is no GPU or `ACCELERATE_USE_CPU` is set."""
     if on_cpu():
@@ -134,6 +139,10 @@ def load_causal_lm(
         raise InputError(f"model {path}: cannot be loaded as a causal language model ({first_line(error)})") from error
     if fault := weights_fault(model.config, loading):
         raise InputError(f"model {path}: {fault}; give the folder of a complete causal language model")
+    # TRL asks for the experts' router logits itself in training; elsewhere their loss would only cost time.
+    config = model.config.get_text_config()
+    if getattr(config, "output_router_logits", False):
+        config.output_router_logits = False
     zero_dropout(model)
     return model.eval()
 

@@ -12,15 +12,20 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
 
+from align.models.logits import OutputHead, find_head
 from align.models.padding import position_ids
-from align.models.wrappers import inner_model, replaced_forward
+from align.models.wrappers import inner_model
 
-CHUNK = 128
+CHUNK = {"cpu": 128, "cuda": 4096}
 """The number of positions whose logits are in memory at a time."""
-IN_CACHE = 16
-"""The number of positions whose float32 logits are in memory at a time: 3 MB with SmolLM2's 49,152 tokens."""
+IN_FLOAT32 = {"cpu": 16, "cuda": 1024}
+"""The number of positions whose float32 logits are in memory at a time: in a CPU's cache, or enough to fill a GPU."""
+
+
+def positions_at_once(device: torch.device) -> int:
+    """The number of positions whose logits are computed together on a device."""
+    return CHUNK.get(device.type, CHUNK["cpu"])
 
 
 class LogprobsOut(NamedTuple):
@@ -31,7 +36,7 @@ class LogprobsOut(NamedTuple):
 
 
 def gather_logprobs(
-    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0, *, chunk_size: int = CHUNK
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0, *, chunk_size: int | None = None
 ) -> LogprobsOut:
     """log softmax(hidden weightᵀ / temperature) at the targets, and the distributions' entropy.
 
@@ -52,21 +57,30 @@ def gather_logprobs(
     return _gather(partial(nn.functional.linear, weight=weight), hidden, targets, temperature, chunk_size)
 
 
+def head_logprobs(head: OutputHead, hidden: Tensor, targets: Tensor, temperature: float = 1.0) -> LogprobsOut:
+    """`gather_logprobs` under a model's own head. Where that is more than a product, its logits are computed again in
+    the backward pass, however frozen it is."""
+    if head.is_plain:
+        return gather_logprobs(hidden, head.weight, targets, temperature)
+    return _gather(head.logits, hidden, targets, temperature, None)
+
+
 class _FrozenHead(torch.autograd.Function):
     """Keeps d log p(target) / d state = (weight[target] - sum over v of p(v) weight[v]) / temperature, no logits."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, chunk_size: int
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, chunk_size: int | None
     ) -> tuple[Tensor, Tensor]:
         states, flat_targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
         logprobs, entropies = states.new_empty(2, len(states), dtype=torch.float32)
         slopes = torch.empty_like(states)
+        chunk_size = chunk_size or positions_at_once(states.device)
         for start in range(0, len(states), chunk_size):
             chunk = slice(start, start + chunk_size)
             logits = nn.functional.linear(states[chunk], weight)
             logprobs[chunk], entropies[chunk] = _score_in_place(logits, flat_targets[chunk], temperature)
-            slopes[chunk] = (weight[flat_targets[chunk]] - logits @ weight) / temperature
+            slopes[chunk] = (logits @ weight) / -temperature
         ctx.save_for_backward(slopes.reshape(hidden.shape))
         ctx.mark_non_differentiable(entropies)
         return logprobs.reshape(targets.shape), entropies.reshape(targets.shape)
@@ -79,10 +93,15 @@ class _FrozenHead(torch.autograd.Function):
 
 
 def _score_in_place(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """(C,) log-probabilities of the targets and entropies. Overwrites the (C, V) logits with the probabilities."""
+    """(C,) log-probabilities of the targets and entropies.
+
+    Overwrites the (C, V) logits with the probabilities less 1 at the target, d (-log p(target)) / d score. The 1 is
+    subtracted in float32: of a probability of 0.999 rounded to bf16 nothing would be left, nor of its gradient.
+    """
     logprobs, entropies = logits.new_empty(2, len(targets), dtype=torch.float32)
-    for start in range(0, len(targets), IN_CACHE):
-        rows = slice(start, start + IN_CACHE)
+    count = IN_FLOAT32.get(logits.device.type, IN_FLOAT32["cpu"])
+    for start in range(0, len(targets), count):
+        rows = slice(start, start + count)
         scores = _scaled(logits[rows], temperature)
         probabilities = scores.softmax(-1)
         largest, most_likely = probabilities.max(-1, keepdim=True)
@@ -90,7 +109,8 @@ def _score_in_place(logits: Tensor, targets: Tensor, temperature: float) -> tupl
         normaliser = scores.gather(-1, most_likely) - largest.log()
         logprobs[rows] = (scores.gather(-1, targets[rows, None]) - normaliser)[:, 0]
         entropies[rows] = normaliser[:, 0] - torch.linalg.vecdot(probabilities, scores)
-        logits[rows] = probabilities
+        minus_one = probabilities.new_full((len(largest), 1), -1.0)
+        logits[rows] = probabilities.scatter_add_(-1, targets[rows, None], minus_one)
     return logprobs, entropies
 
 
@@ -100,7 +120,7 @@ def completion_logprobs(
     attention_mask: Tensor,
     completion_length: int,
     temperature: float = 1.0,
-    chunk_size: int = CHUNK,
+    chunk_size: int | None = None,
 ) -> LogprobsOut:
     """Log-probabilities and entropies (B, T) of the last T = `completion_length` tokens under a causal LM.
 
@@ -121,47 +141,22 @@ def completion_logprobs(
         attention_mask=attention_mask,
         position_ids=position_ids(attention_mask),
         use_cache=False,
-        logits_to_keep=completion_length + 1,
     )
-    inner = inner_model(model)
-    logits_of = inner.get_output_embeddings().forward
-
-    def score(hidden: Tensor) -> Tensor:
-        found = _gather(logits_of, hidden[:, predicting], targets, temperature, chunk_size)
-        return torch.stack(found, dim=-1)  # (B, T, 2)
-
-    scored = _run_with_head(inner, score, forward)
-    if scored is not None:
-        return LogprobsOut(scored[..., 0], scored[..., 1])
-    return _gather(lambda chunk: chunk, forward().logits[:, predicting], targets, temperature, chunk_size)
-
-
-def _run_with_head(
-    inner: PreTrainedModel, head_forward: Callable[[Tensor], Tensor], forward: Callable[[], Any]
-) -> Tensor | None:
-    """Run a model with another forward of its output embedding, and return what the model outputs as its logits.
-
-    None where the architecture then scales or caps what its head returns (Gemma 2, Cohere, Granite), so that only its
-    own logits are right.
-    """
-    returned: list[Tensor] = []
-    unchanged: list[bool] = []
-
-    def recorded(hidden: Tensor) -> Tensor:
-        returned.append(head_forward(hidden))
-        return returned[-1]
-
-    hook = inner.register_forward_hook(lambda _, __, output: unchanged.append(output.logits is returned[-1]))
+    head = find_head(inner_model(model))
+    if head is None:
+        logits = forward(logits_to_keep=completion_length + 1).logits[:, predicting]
+        return _gather(lambda chunk: chunk, logits, targets, temperature, chunk_size)
+    found: list[Tensor] = []
+    hook = head.backbone.register_forward_hook(lambda _, __, output: found.append(output.last_hidden_state))
     try:
-        with replaced_forward(inner.get_output_embeddings(), recorded):
-            logits: Tensor = forward().logits
+        forward(logits_to_keep=1)  # the head is run below, chunk by chunk
     finally:
         hook.remove()
-    return logits if unchanged[-1] else None
+    return _gather(head.logits, found[-1][:, predicting], targets, temperature, chunk_size)
 
 
 def _gather(
-    logits_of: Callable[[Tensor], Tensor], states: Tensor, targets: Tensor, temperature: float, chunk_size: int
+    logits_of: Callable[[Tensor], Tensor], states: Tensor, targets: Tensor, temperature: float, chunk_size: int | None
 ) -> LogprobsOut:
     """Score the targets chunk by chunk. With gradients on, each chunk's logits are recomputed in the backward pass."""
 
@@ -173,6 +168,7 @@ def _gather(
         entropy = torch.special.entr(logprobs.detach().exp()).sum(-1)
         return logprobs.gather(-1, targets[:, None])[:, 0], entropy
 
+    chunk_size = chunk_size or positions_at_once(states.device)
     flat_states, flat_targets = states.reshape(-1, states.shape[-1]), targets.reshape(-1)
     found: list[tuple[Any, ...]] = []
     # Without any positions, one empty chunk gives the results their shape and their autograd graph.

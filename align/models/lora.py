@@ -15,13 +15,17 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, ParamWrapper
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from transformers import PreTrainedModel
 
 from align.errors import InputError, first_line
-from align.models.wrappers import is_sharded
+from align.models.wrappers import inner_model, is_sharded
 from align.settings.blocks import LoraBlock
+
+MERGEABLE = (LoraLinear, ParamWrapper)
+"""PEFT's layers for linear layers and for experts: those whose adapters `lora_delta` can merge."""
 
 
 def add_lora(
@@ -37,7 +41,13 @@ def add_lora(
     """
     targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
     config = LoraConfig(
-        r=lora.r, lora_alpha=lora.alpha, target_modules=targets, lora_dropout=0.0, bias="none", task_type=task_type
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        target_modules=targets,
+        exclude_modules=_other_towers(inner_model(model)) if targets == "all-linear" else None,
+        lora_dropout=0.0,
+        bias="none",
+        task_type=task_type,
     )
     try:
         if isinstance(model, PeftModel):
@@ -47,12 +57,31 @@ def add_lora(
             peft_model = get_peft_model(model, config, adapter_name=adapter_name)
     except ValueError as error:
         raise InputError(f"model.lora.target_modules: {first_line(error)}") from error
-    for name, parameter in peft_model.named_parameters():
-        if "lora_embedding_" in name:
-            raise InputError("model.lora.target_modules: embeddings cannot be adapted; name linear layers only")
+    for name, layer in peft_model.named_modules():
+        if isinstance(layer, LoraLayer) and type(layer) not in MERGEABLE:
+            raise InputError(
+                f"model.lora.target_modules: {name} is a {type(layer.get_base_layer()).__name__}, whose adapter cannot "
+                "be merged into the saved model (embeddings and quantized weights cannot); name linear layers only"
+            )
+    for parameter in peft_model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return peft_model
+
+
+def _other_towers(model: Any) -> str | None:
+    """A pattern of the modules beside a multimodal model's text decoder: its vision and audio towers and projectors.
+
+    They see no input here, so adapters on them would get no gradient. None for models of text alone.
+    """
+    decoder = model.get_decoder() if isinstance(model, PreTrainedModel) else None
+    beside = [
+        name
+        for name, child in (model.base_model.named_children() if decoder is not None else ())
+        if decoder is not model.base_model and all(module is not decoder for module in child.modules())
+    ]
+    towers = [name for name in beside if any(True for _ in model.base_model.get_submodule(name).parameters())]
+    return rf"(.*\.)?({'|'.join(towers)})(\..*)?" if towers else None
 
 
 class _AdaptedLinear(torch.autograd.Function):
@@ -94,6 +123,23 @@ def merged_weights(layers: Sequence[Any], adapter: str) -> list[Tensor]:
         dithers = weight.dtype == torch.bfloat16
         merged.append(dithered(whole, noise[: whole.numel()]) if dithers else whole.to(weight.dtype))
     return merged
+
+
+def lora_delta(layer: Any, down: Tensor, up: Tensor, adapter: str) -> Tensor:
+    """s B A in float32, in the shape of the layer's weight, which is (E, O, I) or (E, I, O) for E experts.
+
+    Args:
+        layer: PEFT's. Its own factors may be shards, so it only tells the shapes.
+        down, up: the whole factors A and B. For experts, PEFT stacks them: A is (E r, I), and B is (O, r E) with the
+            experts innermost.
+    """
+    up, down, scaling = up.float(), down.float(), layer.scaling[adapter]
+    if not isinstance(layer, ParamWrapper) or layer.num_experts == 1:
+        delta = up @ down * scaling
+        return delta.T if layer.fan_in_fan_out else delta
+    of_experts = down.reshape(layer.num_experts, -1, down.shape[-1]), up.reshape(len(up), -1, layer.num_experts)
+    delta = torch.einsum("eri,ore->eoi", *of_experts) * scaling
+    return delta if layer._did_swap_in_out_features else delta.mT
 
 
 def dithered(values: Tensor, noise: Tensor) -> Tensor:

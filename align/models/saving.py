@@ -1,13 +1,16 @@
 """Saving models with their tokenizers, so that plain `from_pretrained` loads them."""
 
 import copy
+import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer, ParamWrapper
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -15,7 +18,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from align.errors import first_line
 from align.models.loading import stop_token_ids
-from align.models.lora import dither, dithered
+from align.models.lora import dither, dithered, lora_delta
 
 
 def save_model(
@@ -46,6 +49,9 @@ def save_model(
     if plain.can_generate():
         plain.generation_config = _generation_config(base, tokenizer)
     plain.config.pad_token_id = tokenizer.pad_token_id
+    text_config = plain.config.get_text_config()
+    if getattr(text_config, "output_router_logits", False):
+        text_config.output_router_logits = False  # TRL's doing: with it, decoding with a cache fails
     plain.save_pretrained(directory / "model")
     tokenizer.save_pretrained(directory / "model")
 
@@ -55,29 +61,38 @@ def merged_state(model: PeftModel, state: Mapping[str, Tensor], adapter_name: st
 
     Layers that are trained in full beside the adapter (a score head) come from the adapter's copy.
     """
-    prefix = "base_model.model."
+    deltas = _deltas(model, state, adapter_name)
     merged: dict[str, Tensor] = {}
     for key, tensor in state.items():
-        name = key.removeprefix(prefix)
+        name = key.removeprefix("base_model.model.")
         if ".lora_" in name or ".modules_to_save." in name:
             continue
         if ".original_module." in name:
-            own = name.replace(".original_module.", f".modules_to_save.{adapter_name}.")
-            tensor = state.get(prefix + own, tensor)
+            own = key.replace(".original_module.", f".modules_to_save.{adapter_name}.")
+            tensor = state.get(own, tensor)
             name = name.replace(".original_module.", ".")
-        if name.endswith(".base_layer.weight"):
-            tensor = tensor.float() + _delta(model, state, key.removesuffix(".base_layer.weight"), adapter_name)
-        merged[name.replace(".base_layer.", ".")] = tensor
+        if key in deltas:
+            tensor = tensor.float() + deltas[key]()
+        merged[re.sub(r"\.base_layer(?=\.)", "", name)] = tensor
     return merged
 
 
-def _delta(model: PeftModel, state: Mapping[str, Tensor], layer: str, adapter_name: str) -> Tensor | float:
-    down, up = (state.get(f"{layer}.lora_{factor}.{adapter_name}.weight") for factor in "AB")
-    if down is None or up is None:
-        return 0.0
-    module = model.get_submodule(layer)
-    delta = (up.float() @ down.float()) * module.scaling[adapter_name]
-    return delta.T if module.fan_in_fan_out else delta
+def _deltas(model: PeftModel, state: Mapping[str, Tensor], adapter_name: str) -> dict[str, Callable[[], Tensor]]:
+    """For each adapted weight, by its name in the state, the function that computes what the adapter adds to it."""
+    deltas: dict[str, Callable[[], Tensor]] = {}
+    for path, layer in model.named_modules():
+        down, up = (state.get(f"{path}.lora_{factor}.{adapter_name}.weight") for factor in "AB")
+        if isinstance(layer, LoraLayer) and down is not None and up is not None:
+            weight = layer.parameter_name if isinstance(layer, ParamWrapper) else "weight"
+            deltas[f"{_base_path(path, layer)}.{weight}"] = partial(lora_delta, layer, down, up, adapter_name)
+    return deltas
+
+
+def _base_path(path: str, layer: Any) -> str:
+    """The path of the module inside a layer of PEFT's. Experts have one layer around another for each weight."""
+    while isinstance(layer, LoraLayer):
+        path, layer = f"{path}.base_layer", layer.base_layer
+    return path
 
 
 def _save_adapter(model: PeftModel, state: dict[str, Tensor], directory: Path, adapter_name: str) -> None:

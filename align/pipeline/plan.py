@@ -171,6 +171,7 @@ def _file_digests(recipe: Recipe, stage: str) -> dict[str, str]:
     """Digests of the local files and local models that the stage reads, by the name that the recipe has for each."""
     named = [*recipe.data(stage), *all_stages()[stage].files(recipe.settings[stage])]
     digests = {name: file_digest(Path(name).expanduser()) for name in named if Path(name).expanduser().is_file()}
+    digests |= {name: folder_digest(Path(name)) for name in recipe.data(stage) if Path(name).is_dir()}
     return digests | {name: found for name in recipe.models(stage) if (found := model_digest(name))}
 
 
@@ -189,6 +190,11 @@ def model_digest(name: str) -> str | None:
     path = Path(name).expanduser()
     if not path.exists():
         return None
+    return folder_digest(path)
+
+
+def folder_digest(path: Path) -> str:
+    """Identifies the content of a folder, or of one large file, as `model_digest` says."""
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
     return digest([[str(file.relative_to(path)), *_size_and_ends(file)] for file in files])
 

@@ -9,9 +9,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from align.constitution.constitution import Constitution
-from align.data.sources import file_fault, is_local_path
+from align.data.paths import file_fault, is_local_path, local_files
 from align.records import Split
-from align.settings.blocks import PromptsBlock, PromptSource
+from align.settings.data import PromptsBlock, PromptSource
 from align.settings.validation import nearest
 
 MISSPELLING_CUTOFF = 0.8
@@ -51,10 +51,12 @@ def _values_of(key: str, sources: Iterable[PromptSource]) -> set[str] | None:
     found: set[str] = set()
     pattern = re.compile(rb'"%s"\s*:\s*("(?:[^"\\]|\\.)*")' % key.encode())
     for source in sources:
-        if not source.path.endswith(".jsonl") or not is_local_path(source.path) or file_fault(source.path):
+        plain = all(path.endswith(".jsonl") and is_local_path(path) and not file_fault(path) for path in source.paths)
+        if source.columns or not plain:
             return None
-        with Path(source.path).expanduser().open("rb") as lines:
-            found |= {_text(match) for line in lines for match in pattern.findall(line)}
+        for file in local_files(source):
+            with Path(file).open("rb") as lines:
+                found |= {_text(match) for line in lines for match in pattern.findall(line)}
     return found
 
 

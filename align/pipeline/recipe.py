@@ -18,7 +18,7 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationError, create_m
 
 from align.constitution.constitution import Constitution
 from align.constitution.loading import load_constitution
-from align.data.sources import file_fault, is_local_path
+from align.data.paths import file_fault, is_local_path, local_files
 from align.errors import InputError, Problem, name_fault
 from align.models.sources import model_fault
 from align.pipeline.option_checks import option_problems
@@ -28,16 +28,15 @@ from align.run.artefacts import SHARED_RUN
 from align.run.stage import Stage
 from align.settings.blocks import (
     Block,
-    DataSource,
     EngineBlock,
     Integer,
     JudgeBlock,
     ModelBlock,
     OptimizerBlock,
-    PromptsBlock,
     RewardSourceBlock,
     TrackingBlock,
 )
+from align.settings.data import DataSource, PromptsBlock
 from align.settings.validation import MISSING, problems_from
 from align.settings.yaml_files import KeyPath
 from align.stages import all_stages
@@ -114,8 +113,15 @@ class Recipe:
         return {name: self.shared[name] for name in all_stages()[stage].shared_blocks(self.settings[stage])}
 
     def data(self, stage: str) -> list[str]:
-        """The data files and hub ids that the blocks read by the stage name."""
-        return [block.path for block in self._inner_blocks(stage) if isinstance(block, DataSource)]
+        """The data files and folders on this machine that the blocks read by the stage name."""
+        blocks = self._inner_blocks(stage)
+        return [file for block in blocks if isinstance(block, DataSource) for file in local_files(block)]
+
+    def sources(self) -> list[DataSource]:
+        """Every source of data in the recipe."""
+        blocks = [*self.settings.values(), *self.shared.values()]
+        inner = [block for outer in blocks for _, block in _data_and_model_blocks(outer)]
+        return [block for block in inner if isinstance(block, DataSource)]
 
     def models(self, stage: str) -> list[str]:
         """The models, except those of servers, that the blocks read by the stage name."""
@@ -186,7 +192,7 @@ def _path_problems(blocks: RecipeBlocks, raw: RawRecipe) -> list[Problem]:
     found: list[tuple[KeyPath, str, str | None]] = []
     for path, block in _data_and_model_blocks(blocks):
         if isinstance(block, DataSource):
-            found.append(((*path, "path"), block.path, name_fault(block.path) or _data_fault(block.path)))
+            found += [((*path, "path"), name, name_fault(name) or _data_fault(name)) for name in block.paths]
             continue
         key, model = _model_key(block)
         if model:

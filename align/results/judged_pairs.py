@@ -13,7 +13,8 @@ from align.feedback.human_pairs import chosen_first
 from align.feedback.records import Comparison
 from align.records import Conversation, Message, as_dicts, digest, read_rows
 from align.run.artefacts import Manifest, read_manifest
-from align.settings.blocks import EngineBlock, JudgeBlock, ModelBlock, PairSource
+from align.settings.blocks import EngineBlock, JudgeBlock, ModelBlock
+from align.settings.data import PairSource
 
 CONSTITUTIONS = Path("constitutions")
 """The constitutions shipped with the project, relative to its root."""

@@ -18,7 +18,8 @@ def kl_terms(logprobs: Tensor, ref_logprobs: Tensor) -> dict[str, Tensor]:
     """Per-token estimators of KL(policy || reference) from the policy's samples (Schulman 2020, 'Approximating KL').
 
     With r = log π_ref − log π: k1 = −r (unbiased), k2 = r²/2 (low variance, biased), k3 = e^r − 1 − r (unbiased, never
-    negative). r is clamped to ±20 before the exponential.
+    negative). r is clamped to ±20. As a penalty in the reward only k1 has the gradient of the KL, because the reward is
+    not differentiated; `losses.reference_kl_loss` differentiates k2 and k3.
 
     Args:
         logprobs, ref_logprobs: (B, T).
@@ -35,7 +36,8 @@ def penalised_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) 
 
     Args:
         scores: (B,).
-        kl: (B, T) an estimate of the KL to the reference.
+        kl: (B, T) log π − log π_ref (k1). Other estimators of the KL would give another gradient: with k3 it is
+            ∇KL(π‖π_ref) − ∇KL(π_ref‖π), which leads away from the reference.
         mask: (B, T).
 
     Returns:
@@ -102,14 +104,35 @@ def leave_one_out_advantages(totals: Tensor, groups: int) -> Tensor:
     return (grouped - others).flatten()
 
 
-def group_relative_advantages(totals: Tensor, groups: int) -> Tensor:
-    """A completion's total reward, standardised over its prompt's completions (Shao 2024, section 4.1.2).
+def group_relative_advantages(scores: Tensor, penalties: Tensor, groups: int) -> Tensor:
+    """Scores standardised over each prompt's completions (Shao 2024, section 4.1.2), less the centred penalties.
 
-    Arguments and errors are those of `leave_one_out_advantages`. The standard deviation is the population's, plus 1e-4.
+    Only scores are standardised: divided by its own deviation, the noise of the KL would become the whole advantage of
+    completions whose scores are alike. Scores that are all alike in a group give 0. The standard deviation is the
+    population's, plus 1e-4.
+
+    Args:
+        scores: (B,). The k = B / groups completions of a prompt are adjacent.
+        penalties: (B,) each completion's summed KL penalty; zero if the KL is in the loss.
+        groups: number of prompts.
+
+    Returns:
+        (B,).
+
+    Raises:
+        ValueError: as in `leave_one_out_advantages`.
     """
-    grouped = _grouped(totals, groups)
-    centred = grouped - grouped.mean(dim=1, keepdim=True)
-    return (centred / (grouped.std(dim=1, keepdim=True, correction=0) + 1e-4)).flatten()
+    grouped, costs = _grouped(scores, groups), _grouped(penalties, groups)
+    spread = grouped.std(dim=1, keepdim=True, correction=0) + 1e-4
+    standardised = (grouped - grouped.mean(dim=1, keepdim=True)) / spread
+    standardised *= ~groups_of_equals(scores, groups)[:, None]  # else rounding of the mean would be left
+    return (standardised - (costs - costs.mean(dim=1, keepdim=True))).flatten()
+
+
+def groups_of_equals(scores: Tensor, groups: int) -> Tensor:
+    """(groups,) whether all completions of a prompt have the same score. Arguments: see `leave_one_out_advantages`."""
+    grouped = _grouped(scores, groups)
+    return grouped.amax(dim=1) == grouped.amin(dim=1)
 
 
 def _grouped(totals: Tensor, groups: int) -> Tensor:
@@ -134,9 +157,12 @@ def whiten(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
-    """1 − Var(returns − values) / Var(returns) over the unmasked tokens; 0 if the returns do not vary."""
+    """1 − mean (returns − values)² / Var(returns) over the unmasked tokens; 0 if the returns do not vary.
+
+    The squared error and not the residual's variance, so that values which are all too high or too low show.
+    """
     residual, target = (returns - values)[mask], returns[mask]
     spread = target.var(correction=0) if target.numel() else torch.tensor(0.0)
     if spread <= 1e-12:
         return 0.0
-    return float(1 - residual.var(correction=0) / spread)
+    return float(1 - residual.square().mean() / spread)

@@ -41,7 +41,8 @@ class Experience:
     Args:
         iteration: counted from 0.
         old_logprobs: the first minibatch's are sampling's until its training pass replaces them.
-        kl: (N,) nats per completion, for each of the estimators 'k1', 'k2' and 'k3'.
+        kl_coef: the coefficient in force.
+        kl: (N,) nats per completion, for each of the estimators 'k1', 'k2' and 'k3', from sampling's log-probs.
         raw_scores: (N, S) as the sources give them; where a source abstained, the mean of its other scores.
         unscored: share of the completions from which a source abstained, by the source's name.
         cut: share of the conversations that were longer than a source reads, by the source's name.
@@ -50,6 +51,7 @@ class Experience:
     """
 
     iteration: int
+    kl_coef: float
     completions: Sequence[Completion]
     mask: Tensor
     sampled_logprobs: Tensor
@@ -87,19 +89,21 @@ class Collector:
         with self.timer.phase("generate"):
             completions = self._sample(iteration)
         with self.timer.phase("reward"):
-            raw_scores, unscored = self.rewards.fill_unscored(self._score(completions, iteration))
+            given = self._score(completions, iteration)
+            raw_scores, unscored = self.rewards.fill_unscored(given)
             cut = self._cut_shares(len(completions))
             self._check_finite(raw_scores, completions, iteration)
         with self.timer.phase("forward"):
             passes = self._forward_passes(completions, iteration)
         mask = completion_mask(completions, passes["values"].shape[1])
-        kl = kl_terms(passes["old_logprobs"], passes["ref_logprobs"])
-        standardised = self.rewards.standardised(raw_scores)
+        kl = kl_terms(passes["sampled_logprobs"], passes["ref_logprobs"])
+        standardised = self.rewards.standardised(raw_scores, scored=~given.isnan())
         scores = self._penalised(completions, self.rewards.combined(standardised))
-        rewards = penalised_rewards(scores, kl[self.settings.kl_estimator], mask, kl_coef)
-        advantages, returns = self._advantages(rewards, passes["values"], mask)
+        rewards = penalised_rewards(scores, kl["k1"], mask, kl_coef if self.settings.kl_in_reward else 0.0)
+        advantages, returns = self._advantages(rewards, scores, passes["values"], mask)
         return Experience(
             iteration=iteration,
+            kl_coef=kl_coef,
             completions=completions,
             mask=mask,
             kl={name: (term * mask).sum(dim=1) for name, term in kl.items()},
@@ -197,13 +201,16 @@ class Collector:
         tokens = torch.tensor([len(completion.tokens) for completion in completions])
         return scores - self.settings.missing_eos_penalty * cut - self.settings.length_penalty * tokens
 
-    def _advantages(self, rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    def _advantages(self, rewards: Tensor, scores: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         settings = self.settings
         if settings.advantage == "gae":
             advantages, returns = generalised_advantages(rewards, values, mask, settings.gamma, settings.lam)
             return whiten(advantages, mask), returns
-        estimate = leave_one_out_advantages if settings.advantage == "leave_one_out" else group_relative_advantages
-        each = estimate(rewards.sum(dim=1), settings.rollout_batch)
+        totals = rewards.sum(dim=1)
+        if settings.advantage == "leave_one_out":
+            each = leave_one_out_advantages(totals, settings.rollout_batch)
+        else:
+            each = group_relative_advantages(scores, scores - totals, settings.rollout_batch)
         return each[:, None] * mask, torch.zeros_like(rewards)
 
 

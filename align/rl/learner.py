@@ -15,7 +15,7 @@ from torch import Tensor
 from align.errors import AlignError
 from align.rl.batches import Batches, MicroBatch, position_counts
 from align.rl.experience import Experience, gather_items, not_finite
-from align.rl.losses import Loss, clipped_policy_loss, clipped_value_loss
+from align.rl.losses import Loss, clipped_policy_loss, clipped_value_loss, reference_kl_loss
 from align.rl.minibatch_prefixes import MinibatchPrefixes
 from align.rl.models import TrainPass
 from align.rl.rollout import Completion
@@ -112,8 +112,8 @@ class Learner:
                     prefixes.backward()
         if first:
             _exchange_old_logprobs(experience, batches)
-        norm = self.updates.step()
-        finite = norm < float("inf")
+        norms = self.updates.step()
+        finite = all(norm < float("inf") for norm in norms.values())
         self.skipped = 0 if finite else self.skipped + 1
         if self.skipped > MAX_SKIPPED_STEPS:
             fault = f"gradient was not finite {self.skipped} times in a row"
@@ -122,7 +122,7 @@ class Learner:
         step = {name: float(self._all_sum(total) / tokens) for name, total in totals.items()}
         step |= {name: float(self.updates.accelerator.gather(value).max()) for name, value in maxima.items()}
         step["padding_share"] = self._padding_share(batches)
-        return step | imitation | {"gradient_norm": norm, "skipped_steps": float(not finite)}
+        return step | imitation | norms | {"skipped_steps": float(not finite)}
 
     def _losses(
         self, experience: Experience, batch: MicroBatch, prefixes: MinibatchPrefixes, *, first: bool
@@ -157,7 +157,12 @@ class Learner:
         old_logprobs = self._rows_of(experience.old_logprobs, batch)
         advantages = self._rows_of(experience.advantages, batch)
         policy = clipped_policy_loss(current.logprobs, old_logprobs, advantages, mask, self.settings.clip_range)
-        return Loss(policy.loss, policy.figures | {"entropy": current.entropy.detach().sum()} | gap_figures)
+        loss, figures = policy.loss, policy.figures | {"entropy": current.entropy.detach().sum()} | gap_figures
+        if self.settings.kl_estimator != "k1":  # k1 is in the rewards
+            ref_logprobs = self._rows_of(experience.ref_logprobs, batch)
+            kl = reference_kl_loss(current.logprobs, ref_logprobs, mask, self.settings.kl_estimator)
+            loss, figures = loss + experience.kl_coef * kl.loss, figures | kl.figures
+        return Loss(loss, figures)
 
     def _value_loss(self, experience: Experience, batch: MicroBatch, values: Tensor) -> Loss:
         self._check_finite(values, experience, batch)

@@ -12,19 +12,19 @@ from torch import Tensor, nn
 
 from align.errors import InputError, first_line
 from align.models.compatibility import weights_fault
-from align.models.heads import ValueHead, pooled_scores
+from align.models.heads import ValueHead, pooled_scores, state_width
 from align.models.loading import load_causal_lm
 from align.models.lora import add_lora
 from align.models.padding import right_padded
 from align.rl.models import PpoModels
 from align.rl.separate_models import SeparateModels
 from align.rl.sequences import lay_out_rows
+from align.rl.settings import OUTPUT_ADAPTED
 from align.rl.shared_trunk import SharedTrunk
 from align.run.damaged_files import check_files
 from align.settings.blocks import LoraBlock
 
 SCORE_HEAD = "score.weight"
-SHAPES_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 
 
 @dataclass(frozen=True)
@@ -69,15 +69,16 @@ def load_models(
     """
     if lora is None:
         trained = _load_policy(policy, torch.float32, trust_remote_code)
-        value_head = ValueHead(trained.config.get_text_config().hidden_size) if value is not None else None
+        value_head = ValueHead(state_width(trained)) if value is not None else None
         backbone = None
         if value == "adapter" and value_head is not None:
             backbone = _value_backbone(policy, reward, value_head, trust_remote_code)
         reference = _load_policy(policy, dtype, trust_remote_code)
         return SeparateModels(trained, backbone, value_head, reference, temperature=temperature, compute_dtype=dtype)
     model = add_lora(_load_policy(policy, dtype, trust_remote_code), lora, adapter_name="policy")
+    _require_plain_output(model)
     reward_head = _add_reward_adapter(model, reward, "reward") if reward is not None and reward.shares_trunk else None
-    value_head = ValueHead(model.config.get_text_config().hidden_size) if value is not None else None
+    value_head = ValueHead(state_width(model.get_base_model())) if value is not None else None
     if value == "adapter" and reward_head is None:
         add_lora(model, lora, adapter_name="value")
     elif value == "adapter" and reward is not None and reward_head is not None and value_head is not None:
@@ -103,18 +104,17 @@ def _value_backbone(
 
 
 def _load_policy(path: str | Path, dtype: torch.dtype, trust_remote_code: bool) -> Any:
-    """Load a causal LM; its logits must be plain products with its output embedding, as the log-probs assume."""
-    model = load_causal_lm(str(path), dtype, trust_remote_code=trust_remote_code)
-    config = model.config.get_text_config()
-    for key in SHAPES_LOGITS:
-        if getattr(config, key, None) not in (None, 1, 1.0):
-            raise InputError(
-                f"{path}: its logits are scaled or capped ({key} in config.json), which ppo does not support; "
-                "use dpo for this model, or another model"
-            )
-    if model.get_output_embeddings().bias is not None:
-        raise InputError(f"{path}: its output layer has a bias, which ppo does not support; use dpo, or another model")
-    return model
+    return load_causal_lm(str(path), dtype, trust_remote_code=trust_remote_code)
+
+
+def _require_plain_output(model: Any) -> None:
+    """Refuse an adapter on the output layer: log-probs are products with its weight, so the adapter would not train."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    output = model.get_output_embeddings()
+    if isinstance(output, BaseTunerLayer):
+        name = next(name for name, module in model.get_base_model().named_modules() if module is output)
+        raise InputError(OUTPUT_ADAPTED.format(name=name.rpartition(".")[2]))
 
 
 def load_classifier(path: Path, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Any:

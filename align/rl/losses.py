@@ -4,7 +4,7 @@ Shapes: B completions, T completion tokens; `mask` is False on padding. The call
 over all processes; a mean of the micro-batches' means would give tokens of short ones too much weight.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,6 +50,27 @@ def clipped_policy_loss(
             "largest_log_ratio": log_ratio.abs().max(),
         }
     return Loss(loss, figures)
+
+
+def reference_kl_loss(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, estimator: Literal["k2", "k3"]) -> Loss:
+    """The KL to the reference as a loss, by an estimator that is differentiated itself.
+
+    With r = log π_ref − log π of a token that π sampled, the expected gradient of k2 = Σ r²/2 is that of KL(π‖π_ref),
+    and the gradient of k3 = Σ e^r − 1 − r (Shao 2024, eq. 4) is that of KL(π_ref‖π). Either is least where the two
+    agree. In e^r, r is at most 20. k1 = −r has an expected gradient of zero, so it is no loss.
+
+    Args:
+        logprobs: (B, T) under the policy being trained.
+        ref_logprobs: (B, T) under the reference.
+        mask: (B, T).
+    """
+    log_ratio = torch.where(mask, ref_logprobs - logprobs, torch.zeros_like(logprobs))
+    if estimator == "k2":
+        loss = log_ratio.square().sum() / 2
+    else:
+        log_ratio = log_ratio.clamp(max=LOG_RATIO_LIMIT)
+        loss = (torch.expm1(log_ratio) - log_ratio).sum()
+    return Loss(loss, {"kl_loss": loss.detach()})
 
 
 def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip_range: float) -> Loss:

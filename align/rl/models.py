@@ -9,7 +9,7 @@ Shapes: B completions, T completion tokens, V vocabulary, H hidden size.
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 
 from align.decoding.shared_prefixes import EncodedPrefixes, PrefixBatch, can_share_prefixes
 from align.models.heads import head_output
-from align.models.logprobs import gather_logprobs
+from align.models.logits import OutputHead
+from align.models.logprobs import head_logprobs
 from align.models.wrappers import inner_model
 from align.rl.sequences import Rows, Sequences, completion_hidden, encode_prefixes
 
@@ -53,25 +54,47 @@ class TrainPass(NamedTuple):
     values: Tensor | None
 
 
+class GenerationView:
+    """Presents the models' "generate" role as a causal LM to the decoder."""
+
+    def __init__(self, models: "PpoModels") -> None:
+        self.models = models
+        self.config = models.causal_lm.config
+        self.device = models.causal_lm.device
+        self.dtype = models.causal_lm.dtype
+
+    def __call__(self, **inputs: object) -> object:
+        return self.models("generate", **inputs)
+
+
 class PpoModels(nn.Module):
     """What both arrangements have in common. Subclasses provide the backbones and the heads.
 
-    `policy` is the model that the run publishes: a `PeftModel` or a causal LM.
+    `policy` is the model that the run publishes: a `PeftModel` or a causal LM. `policy_head` and `reference_head` make
+    logits of the two models' hidden states.
     """
 
     policy: Any
     value_head: nn.Linear | None
+    policy_head: OutputHead
+    reference_head: OutputHead
+    adam_epsilon: float
+    """Adam's epsilon if the recipe names none."""
 
     def __init__(self, temperature: float, compute_dtype: torch.dtype) -> None:
         super().__init__()
         self.temperature = temperature
         self.compute_dtype = compute_dtype
         self.sharded = False
+        self.packs_rows = False
 
     @property
     def shares_prefixes(self) -> bool:
-        """Whether rows may share one prefill of their common prefix. Sharded weights need each layer called once."""
-        return not self.sharded and can_share_prefixes(self.config)
+        """Whether rows may share one prefill of their common prefix.
+
+        Sharded weights need each layer called once, and packed rows have no cache to hold the prefix.
+        """
+        return not self.sharded and not self.packs_rows and can_share_prefixes(self.config)
 
     @property
     def reuses_sampled_logprobs(self) -> bool:
@@ -83,6 +106,15 @@ class PpoModels(nn.Module):
         """Whether values come from a head on the policy's own hidden states."""
         raise NotImplementedError
 
+    def gradient_groups(self) -> dict[str, list[nn.Parameter]]:
+        """The trained parameters, by the name of the norm of their gradient: all that are clipped together."""
+        groups: dict[str, list[nn.Parameter]] = {"policy_gradient_norm": [], "value_gradient_norm": []}
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                of_value = name.startswith(("value_head.", "value_backbone.")) or ".value." in name
+                groups["value_gradient_norm" if of_value else "policy_gradient_norm"].append(parameter)
+        return {name: group for name, group in groups.items() if group}
+
     @property
     def config(self) -> Any:
         """The policy's config; DeepSpeed reads its automatic bucket sizes from it."""
@@ -91,6 +123,16 @@ class PpoModels(nn.Module):
     @property
     def _no_split_modules(self) -> Any:
         return self.causal_lm._no_split_modules
+
+    @property
+    def language_models(self) -> list[Any]:
+        """Every transformers model that passes run through."""
+        return [self.causal_lm]
+
+    @cached_property
+    def generator(self) -> "GenerationView":
+        """The models' "generate" role as a causal LM."""
+        return GenerationView(self)
 
     @property
     def causal_lm(self) -> PreTrainedModel:
@@ -103,7 +145,7 @@ class PpoModels(nn.Module):
         "generate" takes the inputs of a causal LM; "prefixes" encodes shared prefixes for several later passes; the
         others take `sequences`. "reference" and "score" compute no gradient.
         """
-        with self._autocast():
+        with self.autocast():
             if role == "generate":
                 return self._generate_pass(**inputs)
             if role == "train":
@@ -119,7 +161,8 @@ class PpoModels(nn.Module):
             }
             return SinglePass(passes[role](**inputs))
 
-    def _autocast(self) -> Any:
+    def autocast(self) -> Any:
+        """Surrounds every pass."""
         if self.compute_dtype == torch.float32:
             return nullcontext()
         return torch.autocast(self.causal_lm.device.type, dtype=self.compute_dtype)
@@ -127,12 +170,12 @@ class PpoModels(nn.Module):
     def _generate_pass(self, logits_to_keep: int = 0, **inputs: Any) -> GeneratePass:
         states = self.generation_states(**inputs)[:, -logits_to_keep:]
         # Flattened, because a product with three axes may copy the output embedding for every row.
-        logits = nn.functional.linear(states.flatten(0, 1), self.policy_output_weight())
+        logits = self.policy_head.logits(states.flatten(0, 1))
         return GeneratePass(logits.unflatten(0, states.shape[:2]), self._policy_head_values(states))
 
     def _train_pass(self, sequences: Sequences) -> TrainPass:
         hidden = self.policy_hidden(sequences)
-        logprobs, entropy = self._completion_logprobs(hidden, sequences, self.policy_output_weight())
+        logprobs, entropy = self._completion_logprobs(hidden, sequences, self.policy_head)
         values = self._policy_head_values(hidden)
         return TrainPass(logprobs, entropy, None if values is None else values * sequences.completion_mask)
 
@@ -149,22 +192,22 @@ class PpoModels(nn.Module):
 
     def _policy_logprobs(self, sequences: Sequences, temperature: float | None = None) -> Tensor:
         hidden = self.policy_hidden(sequences)
-        return self._completion_logprobs(hidden, sequences, self.policy_output_weight(), temperature)[0]
+        return self._completion_logprobs(hidden, sequences, self.policy_head, temperature)[0]
 
     @torch.no_grad()
     def _reference_logprobs(self, sequences: Sequences) -> Tensor:
         hidden = self.reference_hidden(sequences)
-        return self._completion_logprobs(hidden, sequences, self.reference_output_weight())[0]
+        return self._completion_logprobs(hidden, sequences, self.reference_head)[0]
 
     def _completion_logprobs(
-        self, hidden: Tensor, sequences: Sequences, weight: Tensor, temperature: float | None = None
+        self, hidden: Tensor, sequences: Sequences, head: OutputHead, temperature: float | None = None
     ) -> tuple[Tensor, Tensor]:
         """Log-prob and entropy of each completion token, (B, T) each, zero where masked.
 
         Logits are computed for unmasked positions only. The temperature is that of sampling unless given.
         """
         mask = sequences.completion_mask
-        picked = gather_logprobs(hidden[mask], weight, sequences.targets[mask], temperature or self.temperature)
+        picked = head_logprobs(head, hidden[mask], sequences.targets[mask], temperature or self.temperature)
         empty = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
         return empty.masked_scatter(mask, picked.logprobs), empty.masked_scatter(mask, picked.entropy)
 
@@ -188,14 +231,6 @@ class PpoModels(nn.Module):
 
     def reference_hidden(self, sequences: Sequences) -> Tensor:
         """(B, T, H) the same for the reference."""
-        raise NotImplementedError
-
-    def policy_output_weight(self) -> Tensor:
-        """(V, H) the policy's output embedding."""
-        return self.causal_lm.get_output_embeddings().weight
-
-    def reference_output_weight(self) -> Tensor:
-        """(V, H) the reference's output embedding."""
         raise NotImplementedError
 
     def reward_scores(self, sequences: Rows) -> Tensor:

@@ -25,6 +25,7 @@ from align.rl import checkpoint
 from align.rl.batches import Batches
 from align.rl.early_stop import Ending
 from align.rl.experience import Collector, Experience
+from align.rl.gpu_passes import prepare_gpu_passes
 from align.rl.learner import Learner
 from align.rl.models import PpoModels
 from align.rl.monitoring import Watch
@@ -90,6 +91,8 @@ class PpoTrainer:
         self.updates = open_updates(accelerator, models, settings.optimizer)
         self.models = self.updates.models
         self.models.sharded = self.updates.sharded
+        longest = max(len(prompt.ids) for prompt in prompts) + settings.sampling.max_new_tokens
+        prepare_gpu_passes(self.models, settings.optimizer.micro_batch_size * longest)
         batches = Batches(
             settings.optimizer, seed, tokenizer.pad_token_id, self.device, share=self.models.shares_prefixes
         )
@@ -127,7 +130,7 @@ class PpoTrainer:
     def _iterate(self, rollouts: Any) -> dict[str, float]:
         self.timer.reset()
         experience = self.collector.collect(self.iteration, self.kl_coef)
-        figures = rollout_figures(experience, self.rewards, with_values=self.settings.advantage == "gae")
+        figures = rollout_figures(experience, self.rewards, self.settings)
         with self.timer.phase("train"):
             training_figures = self.learner.update(experience)
         figures |= {"kl_coef": self.kl_coef, **training_figures}

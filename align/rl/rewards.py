@@ -209,15 +209,22 @@ class Rewards:
                 shares[source.name] = float(unscored.float().mean())
         return filled, shares
 
-    def standardised(self, scores: Tensor) -> Tensor:
-        """(N, trained sources) scores on one scale. Pass all processes' scores: they update the running moments."""
+    def standardised(self, scores: Tensor, scored: Tensor | None = None) -> Tensor:
+        """(N, trained sources) scores on one scale. Pass all processes' scores, because they update running moments.
+
+        Args:
+            scores: (N, S), without gaps.
+            scored: (N, S) False where a source abstained: the mean that stands there would lower the moments' spread.
+        """
+        scored = torch.ones_like(scores, dtype=torch.bool) if scored is None else scored
         columns = []
-        for source, column in zip(self.sources[: self.trained], scores.unbind(1), strict=False):
+        for index, source in enumerate(self.sources[: self.trained]):
+            column = scores[:, index]
             mean, std = 0.0, 1.0
             if self.block.normalise == "held_out" and source.moments is not None:
                 mean, std = source.moments
             elif self.block.normalise != "none":
-                source.seen.update(column)
+                source.seen.update(column[scored[:, index]])
                 mean, std = source.seen.mean, source.seen.std
             columns.append(standardise(column, mean, std, self.block.clip))
         return torch.stack(columns, dim=1)
@@ -249,7 +256,10 @@ def weighted_moments(scores: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
 def adapted_kl_coef(kl_coef: float, kl: float, target: float, completions: int, horizon: int) -> float:
     """The KL coefficient after a batch whose KL was `kl` nats per completion (Ziegler 2019, section 2.2).
 
-    e = clip(kl / target − 1, ±0.2);  β ← β (1 + e · completions / horizon).
+    e = clip(kl / target − 1, ±0.2);  β ← β (1 + e · min(completions / horizon, 1)).
+
+    The paper's horizon is longer than a batch. A shorter one counts as one batch, or β could become negative; so one
+    batch changes β by at most a fifth.
     """
     error = min(max(kl / target - 1, -0.2), 0.2)
-    return kl_coef * (1 + error * completions / horizon)
+    return kl_coef * (1 + error * min(completions / horizon, 1.0))

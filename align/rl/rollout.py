@@ -12,6 +12,8 @@ from torch import Tensor
 
 from align.data.answers import Answer
 from align.decoding.decode import decode
+from align.decoding.slot_batching import can_use_slots
+from align.models.wrappers import eval_mode
 from align.records import Prompt
 from align.rl.models import PpoModels
 from align.rl.rewards import Response
@@ -56,19 +58,6 @@ class Completion:
         return len(self.prompt.ids) + len(self.tokens)
 
 
-class GenerationView:
-    """Presents the models' "generate" role as a causal LM to the decoder."""
-
-    def __init__(self, models: PpoModels) -> None:
-        self.models = models
-        self.config = models.causal_lm.config
-        self.device = models.causal_lm.device
-        self.dtype = models.causal_lm.dtype
-
-    def __call__(self, **inputs: object) -> object:
-        return self.models("generate", **inputs)
-
-
 def schedule(prompts: Sequence[TokenizedPrompt], count: int, iteration: int, seed: int) -> list[TokenizedPrompt]:
     """The iteration's prompts: the next `count` of an endless chain of shuffles of all prompts.
 
@@ -102,11 +91,13 @@ def sample_completions(
         synced: the weights are sharded; every process then passes equally many chunks, some possibly empty.
     """
     completions: list[Completion] = []
-    view = GenerationView(models)
-    with torch.no_grad(), models.generation():
+    with torch.no_grad(), eval_mode(models), models.generation():
+        if not synced and can_use_slots(models.generator):
+            # A GPU keeps as many rows under way as its memory holds, whatever the chunks.
+            chunks = [[row for chunk in chunks for row in chunk]]
         for chunk in chunks:
             drawn = decode(
-                view,
+                models.generator,
                 [list(prompt.ids) for prompt, _ in chunk],
                 seeds=[seed for _, seed in chunk],
                 max_new_tokens=max_new_tokens,

@@ -7,19 +7,20 @@ from torch import Tensor
 
 from align.figures.text_metrics import repetition
 from align.records import as_dicts
-from align.rl.advantages import explained_variance
+from align.rl.advantages import explained_variance, groups_of_equals
 from align.rl.experience import Experience
 from align.rl.rewards import Rewards, weighted_moments
+from align.rl.settings import PpoBlock
 
 
-def rollout_figures(experience: Experience, rewards: Rewards, *, with_values: bool) -> dict[str, float]:
-    """Statistics over the completions of all processes; those of the values only `with_values`."""
+def rollout_figures(experience: Experience, rewards: Rewards, settings: PpoBlock) -> dict[str, float]:
+    """Statistics over the completions of all processes; those of values or of siblings where there are some."""
     completions, count = experience.completions, len(experience.completions)
     return {
         **_score_figures(experience, rewards),
         "reward": float(experience.rewards.sum(dim=1).mean()),
         **{f"kl_to_reference_{name}": float(term.mean()) for name, term in experience.kl.items()},
-        **_advantage_figures(experience, with_values),
+        **_advantage_figures(experience, settings),
         "completion_length": int(experience.mask.sum()) / count,
         "stopped_share": sum(completion.stopped for completion in completions) / count,
         "answered_share": sum(completion.answered for completion in completions) / count,
@@ -47,16 +48,22 @@ def _score_figures(experience: Experience, rewards: Rewards) -> dict[str, float]
     return figures
 
 
-def _advantage_figures(experience: Experience, with_values: bool) -> dict[str, float]:
-    """Statistics of per-token advantages before whitening, the largest after it, and the values' explained variance."""
+def _advantage_figures(experience: Experience, settings: PpoBlock) -> dict[str, float]:
+    """Statistics of per-token advantages before whitening, the largest after it, the values' explained variance, and
+    the share of prompts whose completions have equal scores."""
     mask, values, returns = experience.mask, experience.values, experience.returns
+    with_values = settings.advantage == "gae"
     unwhitened = (returns - values if with_values else experience.advantages)[mask]
     figures = {
         "advantage_mean": float(unwhitened.mean()),
         "advantage_std": float(unwhitened.std(correction=0)),
         "largest_advantage": float(experience.advantages[mask].abs().max()),
     }
-    return figures | ({"explained_variance": explained_variance(values, returns, mask)} if with_values else {})
+    if with_values:
+        figures["explained_variance"] = explained_variance(values, returns, mask)
+    if settings.completions_per_prompt > 1:
+        figures["uniform_groups"] = float(groups_of_equals(experience.scores, settings.rollout_batch).float().mean())
+    return figures
 
 
 def least_squares_slope(x: Tensor, y: Tensor) -> float:

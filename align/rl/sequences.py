@@ -17,6 +17,7 @@ from align.decoding.shared_prefixes import (
     find_shared_prefixes,
     prefix_batch,
 )
+from align.models.packed_attention import packed_states, takes_packed_rows
 from align.models.padding import left_padded, position_ids, right_padded
 
 WORTH_SHARING = 64
@@ -102,6 +103,8 @@ def without_prefixes(rows: Sequence[Sequence[int]], prefixes: SharedPrefixes) ->
 def hidden_states(backbone: nn.Module, rows: Rows) -> Tensor:
     """(B, L, H) a backbone's last hidden states."""
     prefixes = rows.prefixes
+    if takes_packed_rows(backbone) and not prefixes.width:
+        return packed_states(backbone, rows.input_ids, rows.attention_mask)
     cache = prefixes.cache_for_rows(backbone, backbone.config) if prefixes.width else None  # type: ignore[arg-type]
     states: Tensor = backbone(
         input_ids=rows.input_ids,

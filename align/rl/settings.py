@@ -17,6 +17,10 @@ from align.settings.blocks import (
 
 AboveZero = Annotated[Number, Field(gt=0)]
 VALUE_SETTINGS = frozenset({"value", "value_coef", "value_clip_range", "gamma", "lam"})
+OUTPUT_ADAPTED = (
+    "model.lora.target_modules: ppo does not train an adapter on the output layer ({name}); leave it out, or set "
+    "model.lora null to train all weights"
+)
 STOP_FIGURES = ("score", "reward", "score_length_controlled")
 """The figures that an early stop may follow, besides `score/<source>`."""
 
@@ -115,13 +119,17 @@ class PpoBlock(Block):
     kl_coef: NonNegative = Field(
         0.05, description="weight of the penalty on the KL to the reference (Ziegler 2019, section 2.2)"
     )
-    kl_estimator: Literal["k1", "k3"] = Field(
-        "k1", description="in the KL penalty; k3 is never negative (Schulman 2020)"
+    kl_estimator: Literal["k1", "k2", "k3"] = Field(
+        "k1",
+        description="of the KL: k1 is subtracted from each token's reward (Ziegler 2019); k2 and k3 are added to the "
+        "loss, each with its own gradient (k3: Shao 2024, eq. 4)",
     )
     kl_target: AboveZero | None = Field(
         None, description="KL that kl_coef is adapted to reach, nats per completion; null keeps kl_coef fixed"
     )
-    kl_horizon: Positive = Field(10_000, description="completions over which kl_coef adapts")
+    kl_horizon: Positive = Field(
+        10_000, description="completions over which kl_coef adapts; fewer than an iteration's count as those"
+    )
     rewards: Annotated[tuple[RewardSourceBlock, ...], Field(min_length=1)] = Field(
         (RewardSourceBlock(stage="reward"),), description="where scores come from"
     )
@@ -153,6 +161,11 @@ class PpoBlock(Block):
         return any(source.judge is not None for source in self.rewards)
 
     @property
+    def kl_in_reward(self) -> bool:
+        """Whether the KL penalty is part of the rewards; otherwise it is part of the loss."""
+        return self.kl_estimator == "k1"
+
+    @property
     def rows(self) -> int:
         """Completions per iteration, over all processes."""
         return self.rollout_batch * self.completions_per_prompt
@@ -176,6 +189,13 @@ class PpoBlock(Block):
             raise ValueError(f"advantage {self.advantage} has no value model: remove {', '.join(unused)}")
         if self.kl_target is None and self.kl_horizon != type(self).model_fields["kl_horizon"].default:
             raise ValueError("kl_horizon has no effect unless kl_coef is adapted: set kl_target, or remove kl_horizon")
+        if self.kl_target is not None and self.kl_coef == 0:
+            raise ValueError("kl_coef 0 cannot be adapted to kl_target: set kl_coef above 0, or remove kl_target")
+        if self.advantage == "gae" and self.value_coef == 0:
+            raise ValueError(
+                "value_coef 0 trains no value, which advantage gae relies on: set value_coef above 0, or advantage "
+                "leave_one_out or group_relative"
+            )
         names = [source.key for source in self.rewards]
         if len(set(names)) < len(names):
             raise ValueError(f"rewards: two sources have the same name ({', '.join(names)}); give each a `name`")

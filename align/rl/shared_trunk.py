@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from align.models.cpu_attention import use_cpu_attention
 from align.models.heads import head_output, last_attended
+from align.models.loading import default_device
+from align.models.logits import output_head
 from align.models.lora import fuse_adapters, merged_weights
 from align.models.wrappers import is_sharded
 from align.rl.models import Network, PpoModels
@@ -24,6 +26,9 @@ class SharedTrunk(PpoModels):
     Its adapters: 'policy'; 'value' unless the value head sits on the policy's own hidden states; 'reward' if the reward
     model was trained on the same trunk.
     """
+
+    # An adapter's gradients are spread over so many numbers that most are below 1e-5, which would slow them down.
+    adam_epsilon = 1e-8
 
     def __init__(
         self,
@@ -45,16 +50,18 @@ class SharedTrunk(PpoModels):
         self._layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
         self._fused = fuse_adapters(model)
         self._merged = False
-        use_cpu_attention(self.causal_lm)
-        self._use("policy")
+        if default_device().type == "cpu":
+            use_cpu_attention(self.causal_lm)
+        with self._adapter(None):
+            self.policy_head = self.reference_head = output_head(self.causal_lm)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(".lora_" in name and (".policy." in name or ".value." in name))
         if reward_head is not None:
             reward_head.requires_grad_(False)
 
-    def _autocast(self) -> Any:
+    def autocast(self) -> Any:
         # Fused adapters already compute in the trunk's dtype, and autocast's lookups cost as much as small operations.
-        return nullcontext() if self._fused and not self.sharded else super()._autocast()
+        return nullcontext() if self._fused and not self.sharded else super().autocast()
 
     def _use(self, adapter: str | None) -> None:
         # peft's set_adapter also sets requires_grad, which would freeze the other adapter before its backward pass.
@@ -87,9 +94,6 @@ class SharedTrunk(PpoModels):
         with self._adapter(None):
             return completion_hidden(self.causal_lm.base_model, sequences)
 
-    def reference_output_weight(self) -> Tensor:
-        return self.policy_output_weight()
-
     def reward_scores(self, sequences: Rows) -> Tensor:
         if self.reward_head is None:
             raise ValueError("this trunk has no reward adapter")
@@ -102,11 +106,11 @@ class SharedTrunk(PpoModels):
         """Merges the policy's adapter into the trunk, and restores the trunk's exact weights afterwards.
 
         Subtracting the adapter again would leave rounding errors, so the original weights are kept while completions
-        are sampled. Sums in bf16 are dithered (`align.models.lora`). A sharded trunk is not merged.
+        are sampled. Sums in bf16 are dithered (`align.models.lora`). A sharded trunk is not merged, nor are experts.
         """
-        layers = [layer for layer in self._layers if "policy" in layer.lora_A]
+        layers = [layer for layer in self._layers if "policy" in layer.lora_A] if self._fused else []
         weights = [layer.get_base_layer().weight for layer in layers]
-        if not self._fused or any(is_sharded(weight) for weight in weights):
+        if not weights or any(is_sharded(weight) for weight in weights):
             yield
             return
         originals = [weight.data for weight in weights]

@@ -4,6 +4,7 @@
 interface and uses a DeepSpeed engine, which accumulates, clips and steps by itself.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -27,8 +28,7 @@ from align.models.wrappers import is_sharded
 from align.run import processes
 from align.settings.blocks import OptimizerBlock
 
-ADAM_BETAS, ADAM_EPS = (0.9, 0.999), 1e-5
-"""As in Ouyang et al.'s code; the epsilon above Adam's usual one keeps early steps small (Huang et al. 2024)."""
+ADAM_BETAS = (0.9, 0.999)
 STATE = "state.pt"
 _TRAINED = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
 
@@ -73,16 +73,27 @@ class Updates:
         """Add the gradient of this process's loss, which is averaged over all processes."""
         self.accelerator.backward(loss)
 
-    def step(self) -> float:
-        """Clip the gradient and take a step, or skip it if the gradient is not finite. Returns the unclipped norm."""
-        trained = [parameter for parameter in self.wrapped.parameters() if parameter.requires_grad]
+    def step(self) -> dict[str, float]:
+        """Clip the gradients and take a step, or skip it if one is not finite.
+
+        What only the value loss trains is clipped by itself: a value far from its returns has a gradient so long that
+        the policy's would be next to nothing beside it.
+
+        Returns:
+            norms before clipping: `gradient_norm` of all, and `value_gradient_norm` of what only the value loss trains.
+        """
+        groups = self.models.gradient_groups()  # by the name of the norm
         if not self.sharded and processes.world_size() > 1:
-            average_gradients(trained)
-        norm = float(self.accelerator.clip_grad_norm_(trained, self.options.max_grad_norm))
-        if norm < float("inf"):
+            average_gradients([parameter for group in groups.values() for parameter in group])
+        norms = {
+            name: float(self.accelerator.clip_grad_norm_(group, self.options.max_grad_norm))
+            for name, group in groups.items()
+        }
+        if all(norm < float("inf") for norm in norms.values()):
             self.optimizer.step()
         self.optimizer.zero_grad()
-        return norm
+        of_value = {name: norm for name, norm in norms.items() if name != "policy_gradient_norm"}
+        return {"gradient_norm": math.hypot(*norms.values()), **of_value}
 
     def write(self, folder: Path) -> None:
         """Write the unsharded trained parameters and optimizer state into a folder. Call in every process."""
@@ -139,12 +150,13 @@ class DeepSpeedUpdates(Updates):
     def backward(self, loss: Tensor) -> None:
         self.wrapped.backward(loss)
 
-    def step(self) -> float:
+    def step(self) -> dict[str, float]:
+        """See `Updates`. The engine clips all gradients together, and knows their common norm alone."""
         self.wrapped.step()
         # A minibatch's first pass overwrites only the gradients that it computes, and imitation computes none for the
         # value, whose gradients of this step would then count again.
         self.wrapped.optimizer.grad_partitions_flat_buffer.zero_()
-        return float(self.wrapped.get_global_grad_norm())
+        return {"gradient_norm": float(self.wrapped.get_global_grad_norm())}
 
     def write(self, folder: Path) -> None:
         """Write each process's shard into a folder. Call in every process."""
@@ -173,11 +185,12 @@ def average_gradients(parameters: Sequence[Tensor]) -> None:
         gradient /= processes.world_size()
 
 
-def adamw(models: torch.nn.Module, options: OptimizerBlock) -> torch.optim.AdamW:
+def adamw(models: Any, options: OptimizerBlock) -> torch.optim.AdamW:
     """AdamW over the models' trained parameters."""
     trained = [parameter for parameter in models.parameters() if parameter.requires_grad]
+    epsilon = options.epsilon if options.epsilon is not None else models.adam_epsilon
     return torch.optim.AdamW(
-        trained, lr=options.learning_rate, eps=ADAM_EPS, weight_decay=options.weight_decay, betas=ADAM_BETAS
+        trained, lr=options.learning_rate, eps=epsilon, weight_decay=options.weight_decay, betas=ADAM_BETAS
     )
 
 

@@ -103,6 +103,11 @@ class OptimizerBlock(Block):
     schedule: Literal["constant", "linear", "cosine"] = Field("linear", description="learning rate after the warm-up")
     weight_decay: NonNegative = Field(0.0, description="weight decay of AdamW")
     max_grad_norm: Annotated[Number, Field(gt=0)] = Field(1.0, description="gradients are clipped to this norm")
+    epsilon: AboveZero | None = Field(
+        None,
+        description="epsilon of Adam; null: 1e-8, or 1e-5 in ppo without LoRA",
+        exclude_if=lambda value: value is None,  # so that results from before this key stay up to date
+    )
 
 
 class SamplingBlock(Block):
@@ -208,44 +213,6 @@ class JudgeBlock(Block):
         if self.chain_of_thought and 0.5 - low <= self.min_margin:
             raise ValueError("chain_of_thought_range makes every verdict a tie; widen it, or lower min_margin")
         return self
-
-
-class DataSource(Block):
-    """One file or hub dataset."""
-
-    path: str = Field(description="JSONL(.gz) or Parquet file, or hub id")
-    limit: Positive | None = Field(None, description="maximum number of rows, selected by a hash; null takes all")
-    hub_split: str = Field("train", description="split to read of a hub dataset")
-    hub_folder: str | None = Field(None, description="folder to read of a hub dataset, such as helpful-base; null: all")
-
-
-class PromptSource(DataSource):
-    """Prompts, in any of the formats that docs/recipes.md lists."""
-
-    column: str | None = Field(None, description="column that holds the prompt; null finds it in the known formats")
-    category: str | None = Field(None, description="category of rows that name none")
-
-
-class SplitBlock(Block):
-    """Shares of the prompts. A prompt's split follows from a hash of its text, so it is the same in every run."""
-
-    sft: Fraction = Field(0.3, description="share of prompts whose answers are revised, and sft trains on them")
-    preference: Fraction = Field(0.3, description="share of prompts whose answers the compare stage labels in pairs")
-    rl: Fraction = Field(0.3, description="share of prompts that ppo trains on")
-    eval: Fraction = Field(0.1, description="share of prompts held out for evaluate")
-
-
-class PromptsBlock(Block):
-    """Where prompts come from, and how they are split. A row that names its `split` keeps it."""
-
-    sources: Annotated[tuple[PromptSource, ...], Field(min_length=1)] = Field(description="files or hub datasets")
-    split: SplitBlock = Field(default_factory=SplitBlock)
-
-
-class PairSource(DataSource):
-    """Human preference pairs, in the formats of TRL or hh-rlhf."""
-
-    name: str | None = Field(None, description="name of these rows in counts and tables, instead of `human`")
 
 
 class TrackingBlock(Block):

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from align.constitution.loading import load_constitution, try_load_constitution
-from align.data.pairs import gather_pairs
+from align.data.pair_mixing import gather_pairs
 from align.data.prompts import stream_drawn_prompts
+from align.data.sources import LEFT_OUT, Intake, open_intake
 from align.engines.provenance import CONSTITUTION, PROVENANCE, text_provenance, write_constitution, write_provenance
 from align.errors import InputError
 from align.feedback.calibration import JudgedPair, calibration_figures, print_calibration
@@ -31,7 +32,8 @@ from align.run.reproducibility import derive_seed
 from align.run.stage import Context, Outcome, Stage
 from align.run.streaming import DEFAULT_WINDOW, WINDOW_HELP, windows
 from align.run.tracking import METRICS
-from align.settings.blocks import Block, EngineBlock, Fraction, Integer, PairSource, Positive, SamplingBlock
+from align.settings.blocks import Block, EngineBlock, Fraction, Integer, Positive, SamplingBlock
+from align.settings.data import PairSource
 
 if TYPE_CHECKING:
     from align.engines.engine import Engine
@@ -84,6 +86,7 @@ class CompareStage(Stage):
         CONSTITUTION,
         "agreement.json",
         CALIBRATION,
+        LEFT_OUT,
         PROVENANCE,
         METRICS,
     )
@@ -116,7 +119,8 @@ class CompareStage(Stage):
 
         settings: CompareBlock = context.settings
         judge, report = open_labelling_judge(context, load_constitution(context.shared["constitution"]))
-        human, calibration = calibrate(judge, context) if settings.calibration else ([], {})
+        with open_intake(context.output, Counter()) as intake:
+            human, calibration = calibrate(judge, context, intake) if settings.calibration else ([], {})
         if processes.is_first():
             write_rows(context.output / CALIBRATION, human)
         total = count_prompts(context)
@@ -178,7 +182,7 @@ def compare_all(
     return counts
 
 
-def calibrate(judge: "Judge", context: Context) -> tuple[list[JudgedPair], dict[str, Any]]:
+def calibrate(judge: "Judge", context: Context, intake: Intake) -> tuple[list[JudgedPair], dict[str, Any]]:
     """The judge's verdicts on the human pairs, and its accuracy on them for the manifest. The accuracy is also printed.
 
     Raises:
@@ -187,14 +191,13 @@ def calibrate(judge: "Judge", context: Context) -> tuple[list[JudgedPair], dict[
     from align.feedback.human_pairs import judge_pairs, require_agreement
 
     block: CalibrationBlock = context.settings.calibration
-    left_out: Counter[str] = Counter()
-    pairs = gather_pairs(None, block.human, left_out)
+    pairs = gather_pairs(None, block.human, intake)
     judged = judge_pairs(judge, pairs, context.output / "calibration.journal")
     figures = calibration_figures(judged, judge.settings.min_margin)
     if processes.is_first():
         print_calibration(figures, f"{context.run_name}, {judge.name}")
     require_agreement(judge, figures, block.min_accuracy)
-    return judged, {"calibration": {**figures, "read": dict(left_out)}}
+    return judged, {"calibration": {**figures, "read": dict(intake.counts)}}
 
 
 def chosen_prompts(context: Context) -> Iterator[Prompt]:

@@ -6,13 +6,14 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from align.data.pairs import pairs_by_source
-from align.data.token_columns import pair_columns
+from align.data.pair_mixing import pairs_by_source
+from align.data.sources import LEFT_OUT, open_intake
+from align.data.token_columns import keep_left_out, pair_columns
 from align.errors import InputError
 from align.records import PreferencePair
 from align.run.stage import Context, Outcome
 from align.settings.blocks import ModelBlock, Number, OptimizerBlock
-from align.training.stage import Epochs, MaxLength, PairMixBlock, PairStage
+from align.training.stage import Epochs, MaxLength, PairMixBlock, PairStage, most_unusable, tell_rows
 
 LOSS_OPTIONS = (
     "loss_type loss_weights ld_alpha f_divergence_type f_alpha_divergence_coef label_smoothing use_weighting "
@@ -39,7 +40,7 @@ class Dpo(PairStage):
     name = "dpo"
     help = "train the SFT policy directly on preference pairs"
     settings = DpoBlock
-    outputs = ("model", "adapter", "metrics.jsonl")
+    outputs = ("model", "adapter", LEFT_OUT, "metrics.jsonl")
 
     def inputs(self, settings: DpoBlock) -> tuple[str, ...]:
         return ("sft", "compare") if settings.ai else ("sft",)
@@ -60,19 +61,22 @@ class Dpo(PairStage):
         dtype = compute_dtype(block.precision)
         config = training_config(DPOConfig, context, dtype, beta=settings.beta, max_length=None)
         counts: Counter[str] = Counter()
-        pairs = self.gather(context, counts)
-        hard_loss = uses_trl_loss(settings, pairs)
         sft = str(context.inputs["sft"] / "model")
-        tokenizer = load_tokenizer(sft, trust_remote_code=block.trust_remote_code)
-        columns = pair_columns(tokenizer, pairs, settings.max_length, block.system_prompt)
+        with open_intake(context.output, counts) as intake:
+            pairs = self.gather(context, intake)
+            hard_loss = uses_trl_loss(settings, pairs)
+            tokenizer = load_tokenizer(sft, trust_remote_code=block.trust_remote_code)
+            columns = pair_columns(tokenizer, pairs, settings.max_length, block.system_prompt)
+            keep_left_out(columns, pairs, intake, "pairs", most_unusable(settings.human))
         if not columns.rows:
             raise InputError(f"dpo.max_length: all pairs are longer than {settings.max_length} tokens; raise it")
+        tell_rows(self.name, columns, intake, settings.max_length)
 
         model = load_policy(sft, block, dtype, config.seed)
         reference = None if block.lora else load_policy(sft, block, dtype, config.seed).requires_grad_(False)
         options = {"ref_model": reference, "hard_loss": hard_loss}
         _, result = fit(SoftLabelDPOTrainer, context, model, tokenizer, config, columns.rows, dtype, **options)
-        counts.update(pairs=len(columns), pairs_too_long=len(columns.too_long), steps=result.steps)
+        counts.update(pairs=len(columns), pairs_too_long=0, steps=result.steps)
         figures = {"pairs_by_source": pairs_by_source(pairs), "pairs_too_long": list(columns.too_long)}
         return Outcome(counts, {**figures, "last_step": dict(result.last_step)})
 

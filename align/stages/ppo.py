@@ -10,12 +10,15 @@ from align.engines.engine import EngineIdentity
 from align.engines.provenance import PROVENANCE, Provenance, sampling_settings, write_provenance
 from align.errors import InputError
 from align.records import Demonstration, Prompt, Split, read_rows
-from align.rl.settings import PpoBlock
+from align.rl.settings import OUTPUT_ADAPTED, PpoBlock
 from align.run import processes
 from align.run.reproducibility import derive_seed
 from align.run.stage import Context, Outcome, Stage
+from align.settings.blocks import LoraBlock
 
 SPLIT: Split = "rl"
+OUTPUT_LAYERS = ("lm_head", "embed_out")
+"""What most models call their output layer."""
 
 
 class Ppo(Stage):
@@ -37,10 +40,10 @@ class Ppo(Stage):
     def check(self, settings: PpoBlock, shared: Mapping[str, Any]) -> list[str]:
         from align.feedback.probes import labelling_problems
 
-        if not settings.asks_judge:
-            return []
-        constitution = try_load_constitution(shared["constitution"])
-        return labelling_problems(constitution, shared["judge"]) if constitution else []
+        problems = _adapter_problems(shared["model"].lora)
+        if settings.asks_judge and (constitution := try_load_constitution(shared["constitution"])):
+            problems += labelling_problems(constitution, shared["judge"])
+        return problems
 
     def files(self, settings: PpoBlock) -> tuple[str, ...]:
         modules = {source.function.partition(":")[0] for source in settings.rewards if source.function}
@@ -99,16 +102,19 @@ class Ppo(Stage):
 
 
 def _reward_folder(context: Context) -> Any:
-    """The reward stage's result. Its scores keep their scale unless the recipe normalises by held-out pairs."""
+    """The reward stage's result, with the moments by which the value's first predictions are standardised.
+
+    `running` has seen no score yet, so the held-out pairs' moments stand in. Only `none` leaves scores as they are.
+    """
     from align.rl.loading import reward_folder
 
     reward = reward_folder(context.inputs["reward"])
-    by_held_out = context.settings.score.normalise == "held_out"
-    return reward if by_held_out else replace(reward, mean=0.0, std=1.0)
+    return replace(reward, mean=0.0, std=1.0) if context.settings.score.normalise == "none" else reward
 
 
 def _models(context: Context, policy: Path, reward: Any, dtype: Any, accelerator: Any) -> Any:
     """Policy, reference and value model, on the accelerator's device."""
+    from align.models.positions import check_length
     from align.rl.loading import load_models
     from align.rl.updates import is_sharding
 
@@ -122,9 +128,18 @@ def _models(context: Context, policy: Path, reward: Any, dtype: Any, accelerator
         temperature=settings.sampling.temperature,
         trust_remote_code=model_block.trust_remote_code,
     )
+    longest = settings.max_prompt_tokens + settings.sampling.max_new_tokens
+    check_length(models.causal_lm, longest, "lower ppo.max_prompt_tokens or ppo.sampling.max_new_tokens")
     if not is_sharding(accelerator):  # sharding moves each process's shard by itself; the whole model may not fit
         models.to(accelerator.device)
     return models
+
+
+def _adapter_problems(lora: LoraBlock | None) -> list[str]:
+    """What can be said of the adapted layers before a model is loaded; `load_models` looks at the model itself."""
+    targets = lora.target_modules if lora is not None else ()
+    named = [targets] if isinstance(targets, str) else targets
+    return [OUTPUT_ADAPTED.format(name=name) for name in named if name in OUTPUT_LAYERS]
 
 
 def _provenance(context: Context, policy: Path, precision: str) -> str:
@@ -162,6 +177,12 @@ def _prompts(context: Context, tokenizer: Any) -> tuple[list[Any], int]:
         raise InputError(
             f"ppo: no prompt to train on: {len(rows)} in the rl split, {len(rows) - len(kept)} longer than "
             "ppo.max_prompt_tokens; raise prompts.split.rl or ppo.max_prompt_tokens"
+        )
+    if len(kept) < len(rows) and processes.is_first():
+        print(
+            f"ppo: trains on {len(kept)} prompts, none of them cut; {len(rows) - len(kept)} are longer than "
+            f"`max_prompt_tokens` {context.settings.max_prompt_tokens} and left out",
+            flush=True,
         )
     return kept, len(rows) - len(kept)
 

@@ -10,8 +10,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from align.data.pairs import pairs_by_source
-from align.data.token_columns import pair_columns, whole_conversations
+from align.data.pair_mixing import pairs_by_source
+from align.data.sources import LEFT_OUT, open_intake
+from align.data.token_columns import keep_left_out, pair_columns, whole_conversations
 from align.errors import InputError
 from align.records import Conversation, PreferencePair, as_dicts, digest, write_rows
 from align.run.reproducibility import derive_seed
@@ -19,7 +20,7 @@ from align.run.stage import Context, Outcome
 from align.run.tracking import METRICS, flatten_figures
 from align.settings.blocks import Fraction, ModelBlock, OptimizerBlock
 from align.training.held_out import HELD_OUT, ScoredPair, held_out_figures, print_held_out
-from align.training.stage import Epochs, MaxLength, PairMixBlock, PairStage
+from align.training.stage import Epochs, MaxLength, PairMixBlock, PairStage, most_unusable, tell_rows
 
 SCALE_PAIRS = 1000
 """The number of training pairs that give the scores' mean and spread if no pair is held out."""
@@ -42,7 +43,7 @@ class Reward(PairStage):
     name = "reward"
     help = "train a reward model on preference pairs"
     settings = RewardBlock
-    outputs = ("model", "adapter", METRICS, HELD_OUT)
+    outputs = ("model", "adapter", LEFT_OUT, METRICS, HELD_OUT)
 
     def inputs(self, settings: RewardBlock) -> tuple[str, ...]:
         return (*(["sft"] if settings.base == "sft" else []), *(["compare"] if settings.ai else []))
@@ -65,19 +66,23 @@ class Reward(PairStage):
         tokenizer = load_tokenizer(path, revision=revision, trust_remote_code=block.trust_remote_code)
         set_separate_pad_token(tokenizer)
         counts: Counter[str] = Counter()
-        training, held_out = split_by_prompt(self.gather(context, counts), settings.held_out)
-        columns = pair_columns(tokenizer, training, settings.max_length, block.system_prompt)
-        tested = pair_columns(tokenizer, held_out, settings.max_length, block.system_prompt)
+        with open_intake(context.output, counts) as intake:
+            training, held_out = split_by_prompt(self.gather(context, intake), settings.held_out)
+            columns = pair_columns(tokenizer, training, settings.max_length, block.system_prompt)
+            tested = pair_columns(tokenizer, held_out, settings.max_length, block.system_prompt)
+            for made, pairs in ((columns, training), (tested, held_out)):
+                keep_left_out(made, pairs, intake, "pairs", most_unusable(settings.human))
         too_long = [*columns.too_long, *tested.too_long]
-        counts.update(pairs=len(columns), pairs_held_out=len(tested), pairs_too_long=len(too_long))
+        counts.update(pairs=len(columns), pairs_held_out=len(tested), pairs_too_long=0)
         if not columns.rows:
             raise InputError(f"reward: no pair to train on; {dict(counts)}. Raise `max_length` or lower `held_out`")
+        tell_rows(self.name, columns, intake, settings.max_length)
 
         model = load_reward_model(path, block, dtype, config.seed, revision)
         rows = whole_conversations(columns).rows
         trainer, result = fit(SoftLabelRewardTrainer, context, model, tokenizer, config, rows, dtype)
         scores = score_pairs(trainer, whole_conversations(tested).rows)
-        scored = _scored([pair for pair in held_out if pair.id not in tested.too_long], scores)
+        scored = _scored([pair for pair in held_out if pair.id not in {*tested.too_long, *tested.refused}], scores)
         measured = held_out_figures(scored, derive_seed(context.seed, self.name, "bootstrap"))
         scale = scale_figures(scores or score_pairs(trainer, rows[:SCALE_PAIRS]))
         if processes.is_first():

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import Field
 
-from align.data.prompts import split_problems, stream_prompts, with_split
+from align.data.prompts import CUT, ODD_SPLIT, Fit, split_problems, stream_prompts, with_split
+from align.data.sources import LEFT_OUT, Intake, open_intake
 from align.engines.engine import Completed, Request
 from align.engines.provenance import PROVENANCE, text_provenance, write_provenance
 from align.errors import InputError
@@ -24,7 +25,8 @@ from align.run.reproducibility import derive_seed
 from align.run.stage import Context, Outcome, Stage
 from align.run.streaming import DEFAULT_WINDOW, WINDOW_HELP, RowFile, Window, windows
 from align.run.tracking import METRICS
-from align.settings.blocks import Block, EngineBlock, ModelBlock, Positive, PromptsBlock, SamplingBlock
+from align.settings.blocks import Block, EngineBlock, ModelBlock, Positive, SamplingBlock
+from align.settings.data import PromptsBlock
 
 if TYPE_CHECKING:
     from align.engines.engine import Engine
@@ -50,13 +52,17 @@ class SampleStage(Stage):
     help = "split the prompts, and complete them with the base model"
     settings = SampleBlock
     shares = ("model", "prompts")
-    outputs = ("prompts.jsonl", "samples.jsonl", REFUSED, PROVENANCE, METRICS)
+    outputs = ("prompts.jsonl", "samples.jsonl", REFUSED, LEFT_OUT, PROVENANCE, METRICS)
 
     def inputs(self, settings: SampleBlock) -> tuple[str, ...]:
         return ()
 
     def check(self, settings: SampleBlock, shared: Mapping[str, Any]) -> list[str]:
-        return split_problems(shared["prompts"].split)
+        prompts: PromptsBlock = shared["prompts"]
+        faults = split_problems(prompts.split)
+        if prompts.cut and prompts.max_tokens is None and settings.engine.kind == "openai":
+            faults.append("prompts.cut: a server does not say how much it can read; set `prompts.max_tokens` too")
+        return faults
 
     def run(self, context: Context) -> Outcome:
         from align.engines.open import open_engine
@@ -65,20 +71,19 @@ class SampleStage(Stage):
         model: ModelBlock = context.shared["model"]
         counts: Counter[str] = Counter()
         categories: Counter[str] = Counter()
+        engine = open_engine(settings.engine, model)
         if processes.is_first():
-            _write_prompts(context, counts, categories)
+            _write_prompts(context, prompt_fit(context, engine), counts, categories)
             _warn_of_empty_splits(settings.splits, counts)
         processes.barrier()
-        engine = open_engine(settings.engine, model)
         provenance = text_provenance(context, "completion", engine, settings.engine)
         write_provenance(context.output, [provenance])
         made = _samples(context, engine, provenance.id, counts)
         described = heapq.nsmallest(DESCRIBED, made, key=lambda each: each.sample.id)
 
-        repeated = ("prompts_repeated",) if counts["prompts_repeated"] else ()
-        rare = [name for name in ("samples_without_answer", "samples_refused") if counts[name]]
-        names = ("prompts", *map(_of_split, SPLITS), *repeated, "samples", "samples_cut", *rare)
-        ordered = {name: counts[name] for name in names}
+        always = ("prompts", *map(_of_split, SPLITS), "samples", "samples_cut")
+        others = sorted(name for name, count in counts.items() if count and name not in always)
+        ordered = {name: counts[name] for name in (*always[:5], *others, *always[5:])}
         figures = _figures(described)
         context.log_rows([{**ordered, **figures}])
         return Outcome(ordered, {"categories": dict(categories), **figures})
@@ -101,18 +106,58 @@ class _Made(NamedTuple):
     tokens: int
 
 
-def _write_prompts(context: Context, counts: Counter[str], categories: Counter[str]) -> None:
+def prompt_fit(context: Context, engine: "Engine") -> Fit | None:
+    """What becomes of prompts that the recipe's model cannot read.
+
+    None for a server without `prompts.max_tokens`: it refuses what it cannot read itself.
+    """
+    from align.data.prompt_fit import PromptFit
+    from align.engines.local import LocalEngine
+    from align.models.loading import load_tokenizer
+
+    block: PromptsBlock = context.shared["prompts"]
+    model: ModelBlock = context.shared["model"]
+    if isinstance(engine, LocalEngine):
+        room = engine.positions and engine.positions - context.settings.sampling.max_new_tokens
+        return PromptFit(engine.tokenizer, model.system_prompt, block.max_tokens or room, block.cut)
+    if block.max_tokens is None:
+        return None
+    tokenizer = load_tokenizer(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    return PromptFit(tokenizer, model.system_prompt, block.max_tokens, block.cut)
+
+
+def _write_prompts(context: Context, fit: Fit | None, counts: Counter[str], categories: Counter[str]) -> None:
     block: PromptsBlock = context.shared["prompts"]
     path = context.output / "prompts.jsonl"
     try:
-        with RowFile(path) as out:
-            for prompt in stream_prompts(block, counts):
+        with RowFile(path) as out, open_intake(context.output, counts) as intake:
+            for prompt in stream_prompts(block, intake, fit):
                 out.add(prompt)
                 counts.update(("prompts", _of_split(prompt.split)))
                 categories[prompt.category] += 1
+        _tell_prompts(intake)
     except InputError:
         path.unlink()
         raise
+
+
+def _tell_prompts(intake: Intake) -> None:
+    """Say before anything is generated what was left out or cut.
+
+    Raises:
+        InputError: no prompt is left.
+    """
+    counts = intake.counts
+    told = {**intake.left_out, **{name: counts[name] for name in (CUT, ODD_SPLIT) if counts[name]}}
+    listed = ", ".join(f"{count} {name}" for name, count in sorted(told.items()))
+    if not counts["prompts"]:
+        raise InputError(
+            f"sample: no prompt is left ({listed or 'none was read'}); raise `prompts.max_tokens`, set `prompts.cut` "
+            "or give other prompts"
+        )
+    if told:
+        kept = f" ({LEFT_OUT} will have the rows left out)" if intake.left_out else ""
+        print(f"sample: {counts['prompts']} prompts; {listed}{kept}", flush=True)
 
 
 def _warn_of_empty_splits(splits: Sequence[Split], counts: Mapping[str, int]) -> None:

@@ -11,8 +11,9 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from align.data.pairs import read_demonstrations
-from align.data.token_columns import demonstration_columns
+from align.data.demonstrations import read_demonstrations
+from align.data.sources import LEFT_OUT, Intake, open_intake
+from align.data.token_columns import demonstration_columns, keep_left_out
 from align.engines.provenance import PROVENANCE, write_provenance
 from align.errors import InputError
 from align.feedback.gates import TextFaultShares, TextGatesBlock, check_gates, gate_figures
@@ -21,8 +22,9 @@ from align.records import Demonstration, Prompt, Sample, Split, read_rows, write
 from align.run import processes
 from align.run.reproducibility import derive_seed
 from align.run.stage import Context, Outcome, Stage
-from align.settings.blocks import Block, Fraction, ModelBlock, OptimizerBlock, PairSource
-from align.training.stage import Epochs, MaxLength, local_paths
+from align.settings.blocks import Block, Fraction, ModelBlock, OptimizerBlock
+from align.settings.data import PairSource
+from align.training.stage import Epochs, MaxLength, local_paths, most_unusable, tell_rows
 
 SPLIT: Split = "sft"
 
@@ -59,7 +61,7 @@ class Sft(Stage):
     help = "fine-tune the base model on accepted revisions and helpful demonstrations"
     settings = SftBlock
     shares = ("model",)
-    outputs = ("model", "adapter", "demonstrations.jsonl", PROVENANCE, "metrics.jsonl")
+    outputs = ("model", "adapter", "demonstrations.jsonl", LEFT_OUT, PROVENANCE, "metrics.jsonl")
 
     def inputs(self, settings: SftBlock) -> tuple[str, ...]:
         if not settings.revisions:
@@ -79,9 +81,15 @@ class Sft(Stage):
 
     def check(self, settings: SftBlock, shared: Mapping[str, Any]) -> list[str]:
         helpful = settings.helpful
-        if settings.revisions:
-            return _mix_problems(helpful)
         faults = [
+            f"sft.helpful.sources[{number}].{name}: makes pairs, and sft reads demonstrations; leave it out"
+            for number, source in enumerate(helpful.sources)
+            for name in ("margin_scale", "ranked_pairs")
+            if name in source.model_fields_set
+        ]
+        if settings.revisions:
+            return faults + _mix_problems(helpful)
+        faults += [
             f"sft.helpful.{name}: has no effect with `revisions: false`; leave it out"
             for name in ("own_samples", "harmless", "share")
             if name in helpful.model_fields_set
@@ -108,25 +116,29 @@ class Sft(Stage):
             dataset_kwargs={"skip_prepare_dataset": not settings.trl.get("packing", False)},
         )
         counts: Counter[str] = Counter()
-        demonstrations = gather(context, counts)
-        texts = TextFaultShares()
-        for demonstration in demonstrations:
-            texts.add(demonstration.completion)
-        shares = texts.shares()
-        check_gates(self.name, settings.gates, shares, _sources(context))
-        tokenizer = load_tokenizer(block.path, revision=block.revision, trust_remote_code=block.trust_remote_code)
-        columns = demonstration_columns(tokenizer, demonstrations, settings.max_length, block.system_prompt)
+        with open_intake(context.output, counts) as intake:
+            demonstrations = gather(context, intake)
+            texts = TextFaultShares()
+            for demonstration in demonstrations:
+                texts.add(demonstration.completion)
+            shares = texts.shares()
+            check_gates(self.name, settings.gates, shares, _sources(context))
+            tokenizer = load_tokenizer(block.path, revision=block.revision, trust_remote_code=block.trust_remote_code)
+            columns = demonstration_columns(tokenizer, demonstrations, settings.max_length, block.system_prompt)
+            allowed = most_unusable(settings.helpful.sources)
+            keep_left_out(columns, demonstrations, intake, "demonstrations", allowed)
         if not columns.rows:
             raise InputError(f"sft.max_length: all rows are longer than {settings.max_length} tokens; raise it")
+        tell_rows(self.name, columns, intake, settings.max_length)
 
         model = load_policy(block.path, block, dtype, config.seed, block.revision)
         _, result = fit(DemonstrationTrainer, context, model, tokenizer, config, columns.rows, dtype)
         if processes.is_first():
-            too_long = set(columns.too_long)
-            kept = (demonstration for demonstration in demonstrations if demonstration.id not in too_long)
+            left_out = {*columns.too_long, *columns.refused}
+            kept = (demonstration for demonstration in demonstrations if demonstration.id not in left_out)
             write_rows(context.output / "demonstrations.jsonl", kept)
         write_provenance(context.output, (), context.inputs.values())
-        counts.update(demonstrations=len(columns), too_long=len(columns.too_long), steps=result.steps)
+        counts.update(demonstrations=len(columns), demonstrations_too_long=0, steps=result.steps)
         return Outcome(
             counts,
             {"too_long": list(columns.too_long), "last_step": dict(result.last_step), "gates": gate_figures(shares)},
@@ -135,7 +147,7 @@ class Sft(Stage):
 
 def _sources(context: Context) -> str:
     """The files and folders that the demonstrations come from, for a message."""
-    files = [source.path for source in context.settings.helpful.sources]
+    files = [source.title for source in context.settings.helpful.sources]
     return ", ".join(map(str, [*context.inputs.values(), *files]))
 
 
@@ -153,14 +165,15 @@ def _mix_problems(helpful: HelpfulBlock) -> list[str]:
     return []
 
 
-def gather(context: Context, counts: Counter[str]) -> list[Demonstration]:
+def gather(context: Context, intake: Intake) -> list[Demonstration]:
     """The demonstrations to train on, counted by kind: revisions first, then helpful ones drawn with the seed.
 
     Raises:
         InputError: there are none.
     """
     settings: SftBlock = context.settings
-    sources = [each for source in settings.helpful.sources for each in read_demonstrations(source, counts)]
+    sources = [each for source in settings.helpful.sources for each in read_demonstrations(source, intake)]
+    counts = intake.counts
     if not settings.revisions:
         counts["helpful"] = len(sources)
         return sources

@@ -14,8 +14,10 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallb
 from transformers.integrations import unset_hf_deepspeed_config
 
 from align.errors import InputError, first_line
+from align.models.positions import check_length
 from align.models.saving import save_model
 from align.models.sharding import deepspeed_state
+from align.models.wrappers import inner_model
 from align.run import processes
 from align.run.damaged_files import check_files
 from align.run.stage import Context
@@ -55,8 +57,10 @@ def fit(
 
     Raises:
         NotFinite: a loss or gradient is NaN or infinite; the last checkpoint is kept.
-        InputError: TRL refuses the `trl` options, or the checkpoint is damaged.
+        InputError: TRL refuses the `trl` options, the checkpoint is damaged, or a row is longer than the positions that
+            the model has learned.
     """
+    check_length(inner_model(model), max(map(_longest, rows)), f"lower {context.stage}.max_length")
     dataset = Dataset.from_list(list(rows))
     with refusals_as_input_errors(context):
         trainer = trainer_class(
@@ -72,6 +76,12 @@ def fit(
         save_model(unwrapped, tokenizer, context.output, dtype, state_dict=state)
     processes.barrier()
     return trainer, result
+
+
+def _longest(row: Mapping[str, Any]) -> int:
+    """Tokens of the longest conversation in a row of any trainer."""
+    prompt = len(row.get("prompt_ids", ()))
+    return prompt + max(len(row.get(name, ())) for name in ("input_ids", "chosen_ids", "rejected_ids"))
 
 
 @contextmanager

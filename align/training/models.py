@@ -51,14 +51,20 @@ def load_reward_model(path: str, block: ModelBlock, dtype: torch.dtype, seed: in
     config = causal.config
     classifier = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), None)
     if not isinstance(classifier, type):
-        raise InputError(f"model {path}: transformers has no classifier for {config.model_type}; use another model")
+        raise InputError(
+            f"model {path}: transformers has no sequence classifier for `{config.model_type}`, so no reward model can "
+            "be trained from it; use dpo, or ppo with other `rewards`, or start reward from another model"
+        )
     config.num_labels = 1
     with torch.device("meta"):
         model = classifier(config)
     if not hasattr(model, "score"):
-        raise InputError(f"model {path}: the classifier {classifier.__name__} has no `score` head; use another model")
+        raise InputError(
+            f"model {path}: the classifier {classifier.__name__} has no `score` head, so no reward model can be "
+            "trained from it; use dpo, or ppo with other `rewards`, or start reward from another model"
+        )
     setattr(model, model.base_model_prefix, causal.base_model)
-    model.score = ScoreHead(config.get_text_config().hidden_size)
+    model.score = ScoreHead(model.score.in_features)
     return add_lora(model, block.lora, task_type="SEQ_CLS") if block.lora else model
 
 

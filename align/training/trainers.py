@@ -181,7 +181,10 @@ class SoftLabelDPOTrainer(_PairTrainerMixin, DPOTrainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Mean of `soft_label_loss`; the margin is beta times the difference of the log-ratios to the reference."""
+        """Mean of `soft_label_loss`; the margin is beta times the difference of the log-ratios to the reference.
+
+        For a model with experts, its loss for an even use of them is added, as in TRL, and logged as `aux_loss`.
+        """
         if not self.loss_is_scaled_for_ga:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         probability, weight = inputs["probability"], inputs["weight"]
@@ -192,6 +195,7 @@ class SoftLabelDPOTrainer(_PairTrainerMixin, DPOTrainer):
             labels=batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100),
             fused_lm_head=True,
             use_cache=False,
+            **({"output_router_logits": True} if self.aux_loss_enabled else {}),
         )
         chosen, rejected = outputs.log_probs.sum(dim=1).chunk(2)  # (B,) each
         reference = self.ref_model if self.ref_model is not None else self.model
@@ -205,8 +209,13 @@ class SoftLabelDPOTrainer(_PairTrainerMixin, DPOTrainer):
             "logps/chosen": chosen,
             "logps/rejected": rejected,
         }
-        self._record(figures, weight)
         loss = self._mean(soft_label_loss(chosen_reward - rejected_reward, probability), weight, num_items_in_batch)
+        if self.aux_loss_enabled:
+            # A mean over the micro-batch's tokens, as TRL adds it: each of the step's micro-batches has its share.
+            steps = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
+            loss = loss + self.router_aux_loss_coef * outputs.aux_loss / steps
+            figures["aux_loss"] = outputs.aux_loss.expand(len(weight))
+        self._record(figures, weight)
         return (loss, outputs) if return_outputs else loss
 
 

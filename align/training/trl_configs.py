@@ -107,7 +107,22 @@ def _recipe_options(context: Context) -> dict[str, Any]:
         "remove_unused_columns": False,
         "save_strategy": "steps",
         "save_total_limit": 2,
+        **_epsilon(context),
     }
+
+
+def _epsilon(context: Context) -> dict[str, float]:
+    """Adam's epsilon, if the recipe's optimizer block names it; otherwise it is the `trl` block's or TRL's own.
+
+    Raises:
+        InputError: both blocks name it.
+    """
+    epsilon = context.settings.optimizer.epsilon
+    if epsilon is None:
+        return {}
+    if "adam_epsilon" in context.settings.trl:
+        raise InputError(f"{context.stage}.trl.adam_epsilon: optimizer.epsilon is set as well; remove one of the two")
+    return {"adam_epsilon": epsilon}
 
 
 def check_options(config_class: type, stage: str, options: Mapping[str, Any]) -> None:

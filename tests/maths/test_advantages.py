@@ -11,6 +11,7 @@ from align.rl.advantages import (
     explained_variance,
     generalised_advantages,
     group_relative_advantages,
+    groups_of_equals,
     kl_terms,
     last_token_mask,
     leave_one_out_advantages,
@@ -107,8 +108,29 @@ def test_leave_one_out_worked_by_hand():
 
 
 def test_group_relative_advantages_are_standardised_within_each_group():
-    advantages = group_relative_advantages(torch.tensor([1.0, 3.0, 5.0, 5.0]), groups=2)
+    advantages = group_relative_advantages(torch.tensor([1.0, 3.0, 5.0, 5.0]), torch.zeros(4), groups=2)
     assert advantages.tolist() == pytest.approx([-1, 1, 0, 0], abs=1e-3)
+
+
+def test_only_scores_are_standardised_and_the_penalties_come_off_as_they_are():
+    advantages = group_relative_advantages(
+        torch.tensor([1.0, 3.0, 5.0, 5.0]), torch.tensor([0.2, 0.0, 0.01, 0.03]), groups=2
+    )
+    assert advantages.tolist() == pytest.approx([-1 - 0.1, 1 + 0.1, 0.01, -0.01], abs=1e-3)
+
+
+def test_the_noise_of_the_kl_does_not_become_the_advantage_of_equal_scores():
+    """Scores all 1, all 0 and mixed; 16 tokens with a noise of 0.02 nats each, at a coefficient of 0.05."""
+    noise = torch.randn(24, 16, generator=torch.Generator().manual_seed(0)) * 0.02
+    scores = torch.tensor([1.0] * 8 + [0.0] * 8 + [0.0, 1.0] * 4)
+    advantages = group_relative_advantages(scores, 0.05 * noise.sum(1), groups=3)
+    assert advantages.view(3, -1).square().mean(1).sqrt().tolist() == pytest.approx([0, 0, 1], abs=0.01)
+
+
+@pytest.mark.parametrize("score", [0.1, 1 / 3, 4711.13])
+def test_equal_scores_whose_mean_is_rounded_give_exactly_nothing(score):
+    assert group_relative_advantages(torch.full((7,), score), torch.zeros(7), groups=1).tolist() == [0.0] * 7
+    assert groups_of_equals(torch.tensor([score, score, score, 0.0]), groups=2).tolist() == [True, False]
 
 
 def test_a_group_of_one_has_no_siblings_to_compare_with():
@@ -119,5 +141,11 @@ def test_a_group_of_one_has_no_siblings_to_compare_with():
 def test_explained_variance_of_a_perfect_and_of_a_constant_value():
     returns, mask = torch.tensor([[1.0, 2.0, 4.0]]), mask_of([3], 3)
     assert explained_variance(returns, returns, mask) == pytest.approx(1)
-    assert explained_variance(torch.zeros(1, 3), returns, mask) == pytest.approx(0)
+    assert explained_variance(torch.full((1, 3), 7 / 3), returns, mask) == pytest.approx(0, abs=1e-6)
     assert explained_variance(returns, torch.ones(1, 3), mask) == 0
+
+
+def test_explained_variance_sees_values_that_are_all_off_by_as_much():
+    returns, mask = torch.tensor([[1.0, 2.0, 3.0]]), mask_of([3], 3)
+    variance = 2 / 3
+    assert explained_variance(returns + 2, returns, mask) == pytest.approx(1 - 2**2 / variance)

@@ -6,13 +6,13 @@ import re
 import resource
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from align.data.paths import is_local_path
 from align.data.prompts import read_prompts
-from align.data.sources import is_local_path
+from align.data.sources import Intake
 from align.feedback.records import Revision
 from align.pipeline.recipe import load_recipe
 from align.records import Sample, write_rows
@@ -124,7 +124,7 @@ def test_no_recipe_trains_on_the_base_models_own_answers_to_harmful_prompts(path
             write_rows(tmp_path / stage / f"{file}.jsonl", rows)
     folders = {stage: tmp_path / stage for stage in ("sample", "revise")}
     context = Context("sft", everything, {}, folders, tmp_path, 0, "test", TrackingBlock())
-    own = [row for row in gather(context, Counter()) if row.source == "own"]
+    own = [row for row in gather(context, Intake()) if row.source == "own"]
 
     harmful = {prompt.prompt for prompt in prompts if prompt.source == "recipes/prompts/harmful.jsonl"}
     assert len(own) > 300

@@ -91,10 +91,13 @@ def build(
         classifier_scores(load_classifier(reward_dir, dtype), dtype, tokenizer.pad_token_id),
         batch_size=4,
     )
+    # DeepSpeed clips the gradients of policy and value together, unlike one process.
+    limit = 1e6 if "unclipped" in arrangement else BLOCK.optimizer.max_grad_norm
+    optimizer = BLOCK.optimizer.model_copy(update={"max_grad_norm": limit})
     trainer = build_trainer(
         model_dir,
         output,
-        BLOCK.model_copy(update={"iterations": iterations, "early_stop": rule}),
+        BLOCK.model_copy(update={"iterations": iterations, "early_stop": rule, "optimizer": optimizer}),
         lora=ADAPTERS if arrangement.startswith("lora") else None,
         dtype=dtype,
         reward=reward,

@@ -45,7 +45,16 @@ def run(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with everything that adds figures."""
     output = tmp_path_factory.mktemp("run")
     watch = WatchBlock(window=1, sampling_gap=1e-12)
-    block = settings(iterations=2, rollout_batch=8, epochs=2, ptx_coef=0.1, watch=watch, optimizer={"batch_size": 8})
+    block = settings(
+        iterations=2,
+        rollout_batch=4,
+        completions_per_prompt=2,
+        epochs=2,
+        ptx_coef=0.1,
+        kl_estimator="k3",
+        watch=watch,
+        optimizer={"batch_size": 8},
+    )
     gold = RewardSource("gold", share_of_letters, gold=True)
     abstains = JudgeReward(lambda prompts, texts: [None, *(len(text) for text in texts[1:])])
     sources = [RewardSource("one", Cutting()), RewardSource("two", abstains), gold]

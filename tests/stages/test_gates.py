@@ -8,7 +8,7 @@ import pytest
 from align.engines.engine import Request
 from align.errors import GateClosed, InputError
 from align.feedback.records import Critique, Revision
-from align.settings.blocks import PromptSource
+from align.settings.data import PromptSource
 from align.stages.compare import STAGE as COMPARE
 from align.stages.compare import CompareBlock
 from align.stages.revise import STAGE as REVISE

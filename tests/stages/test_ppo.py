@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from align.run.reproducibility import derive_seed
 from align.run.stage import Context
 from align.settings.blocks import JudgeBlock, ModelBlock, OptimizerBlock, TrackingBlock
 from align.stages.ppo import STAGE as PPO
+from align.stages.ppo import _reward_folder
 from tests.rl.tiny_ppo import build_trainer, settings, share_of_letters
 from tests.stages.training import SMALL_LORA, run, same
 from tests.tiny import build_tiny_reward
@@ -236,6 +238,28 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights_take_it(
     with pytest.raises(NotFinite, match=r"loss is .*NaN.* at \w+ 1, prompt 'p\d+'"):
         trainer.train()
     assert same(before, trainer.policy_state())
+
+
+@pytest.mark.parametrize(
+    ("normalise", "moments"), [("held_out", (14.9, 7.1)), ("running", (14.9, 7.1)), ("none", (0.0, 1.0))]
+)
+def test_the_value_starts_in_the_unit_of_the_scores_it_predicts(
+    tmp_path: Path, normalise: str, moments: tuple[float, float]
+) -> None:
+    figures = {"base": "sft", "score_mean": 14.9, "score_std": 7.1}
+    (tmp_path / "manifest.json").write_text(json.dumps({"figures": figures}))
+    block = PpoBlock.model_validate({"score": {"normalise": normalise}})
+    folder = _reward_folder(SimpleNamespace(inputs={"reward": tmp_path}, settings=block))
+    assert (folder.mean, folder.std) == moments
+
+
+def test_an_adapter_on_the_output_layer_is_refused_when_the_recipe_is_read() -> None:
+    def said(targets: object) -> list[str]:
+        return PPO.check(PpoBlock(), {"model": ModelBlock.model_validate({"path": "m", "lora": targets})})
+
+    assert said(None) == said({}) == said({"target_modules": ["q_proj"]}) == []
+    [fault] = said({"target_modules": ["q_proj", "lm_head"]})
+    assert fault.startswith("model.lora.target_modules: ppo does not train an adapter on the output layer (lm_head)")
 
 
 RULES = """\

@@ -1,12 +1,12 @@
 """Each row names what made it: its seeds are those of the requests, and its provenance entries are in its folder."""
 
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 from scripted_engine import ScriptedEngine
 
+from align.data.sources import Intake
 from align.engines.engine import EngineIdentity, Request
 from align.engines.provenance import read_provenance
 from align.errors import InputError
@@ -114,7 +114,7 @@ def test_a_pair_names_who_wrote_each_side_and_who_judged_at_whichever_stage_that
 def test_a_demonstration_names_who_wrote_it_and_by_which_principles(made: World) -> None:
     settings = SftBlock.model_validate({"helpful": {"share": 0.4, "harmless": ["odd", "benign"]}})
     named = models(made, "revise")
-    rows = gather(made.context(SFT, settings), Counter())
+    rows = gather(made.context(SFT, settings), Intake())
     assert {row.source for row in rows} == {"revision", "own"}
     for row in rows:
         assert number(row.completion) == row.seed

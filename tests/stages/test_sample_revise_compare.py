@@ -15,6 +15,7 @@ import pytest
 from scripted_engine import ScriptedEngine
 
 from align.constitution.loading import load_constitution
+from align.data.sources import LEFT_OUT
 from align.engines.engine import ChoiceRequest, Request
 from align.errors import InputError, JudgeAtChance
 from align.feedback.calibration import JudgedPair
@@ -22,7 +23,8 @@ from align.feedback.records import Comparison, Critique, Revision
 from align.records import Message, PreferencePair, Prompt, Sample, read_jsonl, read_rows
 from align.run.artefacts import output_digests
 from align.run.stage import Context, Outcome, Stage
-from align.settings.blocks import JudgeBlock, ModelBlock, PromptsBlock, SplitBlock, TrackingBlock
+from align.settings.blocks import JudgeBlock, ModelBlock, TrackingBlock
+from align.settings.data import PromptsBlock, SplitBlock
 from align.stages.compare import STAGE as COMPARE
 from align.stages.compare import CompareBlock
 from align.stages.revise import STAGE as REVISE
@@ -133,12 +135,13 @@ def test_sample_says_when_every_prompt_fell_into_other_splits(
     assert capsys.readouterr().err == ""
 
 
-def test_sample_leaves_nothing_of_prompts_that_it_refuses(world: World) -> None:
+def test_sample_leaves_no_prompts_of_a_source_that_it_refuses(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    scripted(monkeypatch, reply)
     (world.root / "bad.jsonl").write_text('{"prompt": "Why?"}\n{\n')
     world.shared["prompts"] = PromptsBlock.model_validate({"sources": [{"path": str(world.root / "bad.jsonl")}]})
-    with pytest.raises(InputError, match="nothing was written"):
+    with pytest.raises(InputError, match=r"1 of 2 rows cannot be used(.|\n)*bad\.jsonl, line 2: not JSON"):
         world.run(SAMPLE, SampleBlock())
-    assert list((world.root / "sample").iterdir()) == []
+    assert [path.name for path in (world.root / "sample").iterdir()] == [LEFT_OUT]
 
 
 def test_sample_writes_every_prompt_and_the_samples_of_its_splits(
@@ -490,7 +493,9 @@ def test_sampling_from_a_model_resumes_after_a_kill_to_the_same_bytes(
 ) -> None:
     undisturbed = tiny_sample(world, str(tiny_model_dir), "undisturbed")
     command = [sys.executable, "-c", KILLED, str(world.root), str(tiny_prompts), str(tiny_model_dir)]
-    process = subprocess.Popen(command, cwd=Path(__file__).parents[2])
+    # The process needs what pytest adds to the path.
+    path = os.pathsep.join(sys.path)
+    process = subprocess.Popen(command, cwd=Path(__file__).parents[2], env={**os.environ, "PYTHONPATH": path})
     journal = world.root / "killed" / "windows" / "000001" / "samples.journal.0"
     deadline = time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from align.data.sources import Intake
 from align.errors import InputError
 from align.records import read_jsonl
 from align.stages.sft import STAGE, SftBlock, gather
@@ -91,11 +92,11 @@ def test_the_mix_has_the_share_of_helpful_rows_and_only_harmless_finished_ones(
 ) -> None:
     counts: Counter[str] = Counter()
     block = {"helpful": {"share": 0.4, "harmless": ["benign"]}}
-    rows = gather(context(STAGE, block, tiny_model_dir, tmp_path / "out", inputs), counts)
+    rows = gather(context(STAGE, block, tiny_model_dir, tmp_path / "out", inputs), Intake(counts))
     assert [row.source for row in rows] == ["revision"] * 12 + ["own"] * 8
     assert counts["helpful_available"] == 8
     assert {row.id for row in rows[12:]} == {f"sample-{n}" for n in range(12, 20)}
-    assert rows == gather(context(STAGE, block, tiny_model_dir, tmp_path / "out", inputs), Counter())
+    assert rows == gather(context(STAGE, block, tiny_model_dir, tmp_path / "out", inputs), Intake())
 
 
 @pytest.mark.parametrize(
@@ -106,7 +107,7 @@ def test_own_samples_are_of_the_categories_and_files_named(
 ) -> None:
     counts: Counter[str] = Counter()
     block = {"helpful": {"harmless": harmless, "share": 0.05}}
-    gather(context(STAGE, block, tiny_model_dir, tmp_path / "out", inputs), counts)
+    gather(context(STAGE, block, tiny_model_dir, tmp_path / "out", inputs), Intake(counts))
     assert counts["helpful_available"] == available
     assert counts["helpful_wanted"] == 1
     assert counts["helpful"] == min(1, available)
@@ -117,7 +118,7 @@ def test_a_name_that_no_prompt_goes_by_is_an_error(
 ) -> None:
     block = {"helpful": {"harmless": ["benin"]}}
     with pytest.raises(InputError, match=r"'benin' in .*; choose from benign, benign.jsonl, harmful.jsonl, weapons"):
-        gather(context(STAGE, block, tiny_model_dir, tmp_path / "out", inputs), Counter())
+        gather(context(STAGE, block, tiny_model_dir, tmp_path / "out", inputs), Intake())
 
 
 def test_without_revisions_it_trains_on_every_row_of_the_sources(tmp_path: Path, tiny_model_dir: Path) -> None:
@@ -138,7 +139,7 @@ def test_rows_that_are_too_long_are_left_out_and_named(
     block = settings(max_length=200, helpful={"share": 0}, epochs=1)
     outcome = run(STAGE, block, tiny_model_dir, tmp_path / "out", inputs)
     assert outcome.counts["demonstrations"] == 2
-    assert outcome.counts["too_long"] == 1
+    assert outcome.counts["demonstrations_too_long"] == 1
     assert outcome.figures["too_long"] == ["revision-2"]
 
 
@@ -197,7 +198,7 @@ def test_the_first_loss_is_the_cross_entropy_of_the_completions_tokens_alone(
 
     block = settings(optimizer={"batch_size": 12, "micro_batch_size": 3}, helpful={"share": 0}, epochs=1)
     made = context(STAGE, block, tiny_model_dir, tmp_path / "out", inputs, lora=lora)
-    rows = demonstration_columns(load_tokenizer(str(tiny_model_dir)), gather(made, Counter()), 1000).rows
+    rows = demonstration_columns(load_tokenizer(str(tiny_model_dir)), gather(made, Intake()), 1000).rows
     model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
     total, tokens = 0.0, 0
     for row in rows:

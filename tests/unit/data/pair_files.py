@@ -6,7 +6,7 @@ from typing import Any
 
 from align.data.pairs import read_pairs
 from align.records import PreferencePair
-from align.settings.blocks import PairSource
+from align.settings.data import PairSource
 
 
 def write(path: Path, *rows: Any) -> PairSource:

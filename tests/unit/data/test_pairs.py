@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 
-from align.data.pairs import read_demonstrations, read_pairs
-from align.data.sources import parse_transcript
+from align.data.conversations import parse_transcript
+from align.data.demonstrations import read_demonstrations
+from align.data.pairs import read_pairs
+from align.data.sources import Intake
 from align.errors import InputError
 from align.records import Message, write_rows
-from align.settings.blocks import PairSource
+from align.settings.data import PairSource
 from tests.unit.data.pair_files import one, write
 
 HH_RLHF = Path(__file__).parents[4] / "shared/data/hh-rlhf/harmless-base.jsonl.gz"
@@ -120,7 +122,7 @@ def test_unusable_pairs_are_left_out_and_counted(tmp_path: Path) -> None:
         {"chosen": [USER, USER], "rejected": [USER, BAD]},
     )
     counts: Counter[str] = Counter()
-    assert len(read_pairs(source, counts)) == 1
+    assert len(read_pairs(source, Intake(counts))) == 1
     assert counts == {
         "pairs_repeated": 1,
         "pairs_with_different_contexts": 1,
@@ -219,9 +221,9 @@ def test_missing_damaged_and_unsupported_files_are_errors(tmp_path: Path) -> Non
     (tmp_path / "fake.parquet").write_bytes(b"hello")
     with pytest.raises(InputError, match="not a complete parquet file"):
         read_pairs(PairSource(path=str(tmp_path / "fake.parquet")))
-    (tmp_path / "pairs.csv").write_text("chosen,rejected\n")
+    (tmp_path / "pairs.docx").write_text("chosen,rejected\n")
     with pytest.raises(InputError, match="cannot read this kind of file"):
-        read_pairs(PairSource(path=str(tmp_path / "pairs.csv")))
+        read_pairs(PairSource(path=str(tmp_path / "pairs.docx")))
 
 
 def test_a_hub_id_while_offline_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,7 +249,7 @@ def test_a_hub_id_while_offline_says_so(tmp_path: Path, monkeypatch: pytest.Monk
 def test_demonstrations_of_every_format(tmp_path: Path, row: dict[str, Any]) -> None:
     counts: Counter[str] = Counter()
     source = write(tmp_path / "rows.jsonl", row, row, {"prompt": "p", "completion": " "}, {"messages": [GOOD]})
-    (demonstration,) = read_demonstrations(source, counts)
+    (demonstration,) = read_demonstrations(source, Intake(counts))
     assert demonstration.prompt == (Message("user", "Say hello."),)
     assert demonstration.completion == "Hello: how are you?"
     assert counts["demonstrations_repeated"] == counts["demonstrations_empty"] == 1
@@ -262,7 +264,7 @@ def test_the_error_about_a_missing_completion_column_lists_the_row_s_columns(tmp
 @pytest.mark.skipif(not HH_RLHF.exists(), reason="hh-rlhf is not in shared/data")
 def test_of_hh_rlhf_only_five_pairs_with_different_contexts_and_two_empty_ones_are_left_out() -> None:
     counts: Counter[str] = Counter()
-    pairs = read_pairs(PairSource(path=str(HH_RLHF)), counts)
+    pairs = read_pairs(PairSource(path=str(HH_RLHF)), Intake(counts))
     assert counts == {"pairs_with_different_contexts": 5, "pairs_with_empty_completion": 2}
     assert len(pairs) == 1769 - 7
     assert {pair.prompt[0].role for pair in pairs} == {"user"}

@@ -9,11 +9,12 @@ import pytest
 from align.constitution.rules import Rule
 from align.evaluation.best_of import best_of_each
 from align.evaluation.policy_figures import policy_report
-from align.evaluation.report import CheckedPrinciple, EvaluatedSample
+from align.evaluation.report import CheckedPrinciple, EvaluatedSample, report_sheet
 from align.evaluation.samples import with_divergence
 from align.evaluation.verdicts import Judged, _questions_against_base
 from align.records import Message
-from align.settings.blocks import SamplingBlock
+from align.settings.blocks import ModelBlock, SamplingBlock
+from align.stages.evaluate import EvaluateBlock, make_report
 
 
 def sample(policy: str, number: int, completion: str = "yes", **changes: Any) -> EvaluatedSample:
@@ -70,3 +71,15 @@ def test_greedy_and_nucleus_sampling_estimate_no_kl(sampling: dict[str, float]) 
     context: Any = SimpleNamespace(shared={"model": None}, settings=SimpleNamespace(sampling=block))
     [found] = with_divergence([sample("ppo", 0)], context)
     assert found.kl_to_reference_k1 is None and found.kl_to_reference_k3 is None
+
+
+@pytest.mark.parametrize(("best_of", "missing"), [(None, "KL to sft (nats)"), (4, "estimate of the KL")])
+def test_the_report_says_why_there_is_no_kl(best_of: int | None, missing: str) -> None:
+    settings = EvaluateBlock(policies=("base", "sft"), sampling=SamplingBlock(top_p=0.9), best_of=best_of)
+    context: Any = SimpleNamespace(settings=settings, shared={"model": ModelBlock(path="m")}, run_name="run", seed=0)
+    samples = [sample(policy, 0, score=1.0) for policy in settings.reported]
+    report = make_report(samples, None, "no judge", context)
+    assert report.skipped[missing].startswith("with `evaluate.sampling.top_p` below 1")
+    assert all(each.kl_to_reference_k1 is None for each in report.policies.values())
+    rows = {row[0]: row[1:] for row in report_sheet(report).rows}
+    assert rows.get("KL to sft (nats)") == (("-", "-", "≤ 0.6") if best_of else None)

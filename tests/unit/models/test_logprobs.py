@@ -168,3 +168,34 @@ def test_a_completion_must_be_shorter_than_the_sequence(model, length):
     ids, mask, _ = padded()
     with pytest.raises(ValueError, match="completion_length"):
         completion_logprobs(model, ids, mask, length)
+
+
+BANDS = ((0.0, 0.5), (0.5, 0.9), (0.9, 0.99), (0.99, 0.999), (0.999, 0.9999))
+TEMPERATURE = 0.7
+
+
+def states_of_every_confidence() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """bf16 states (2000, H), weight (V, H) and targets, whose probabilities fall into every band."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(500, 64, generator=generator) / 8
+    targets = torch.randint(500, (2000,), generator=generator)
+    confidence = torch.linspace(0, 12, 2000)[:, None]
+    states = confidence * weight[targets] + torch.randn(2000, 64, generator=generator)
+    return states.bfloat16(), weight.bfloat16(), targets
+
+
+def test_bf16_gradients_of_tokens_of_every_confidence_are_those_of_float64() -> None:
+    states, weight, targets = states_of_every_confidence()
+    exact = states.double().requires_grad_()
+    logprobs = (exact @ weight.double().T / TEMPERATURE).log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+    logprobs.sum().backward()
+    states.requires_grad_()
+    gather_logprobs(states, weight, targets, TEMPERATURE).logprobs.sum().backward()
+    assert exact.grad is not None
+    assert states.grad is not None
+    error = (states.grad.double() - exact.grad).norm(dim=-1) / exact.grad.norm(dim=-1)
+    probabilities = logprobs.detach().exp()
+    for low, high in BANDS:
+        inside = (probabilities >= low) & (probabilities < high)
+        assert inside.sum() >= 30, (low, high)
+        assert error[inside].median() < 0.05, (low, high)

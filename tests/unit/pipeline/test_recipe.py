@@ -300,6 +300,8 @@ def test_options_of_trl_are_checked_by_name_type_and_place() -> None:
         ),
         ("judge.engine={base_url: 'http://localhost'}", "kind local does not read base_url; remove it"),
         ("ppo.kl_horizon=5", "kl_horizon has no effect unless kl_coef is adapted"),
+        ("ppo={kl_coef: 0, kl_target: 6}", "kl_coef 0 cannot be adapted to kl_target: set kl_coef above 0"),
+        ("ppo.value_coef=0", "value_coef 0 trains no value, which advantage gae relies on"),
         ("sample.sampling.temperature=.nan", "must be a finite number, got nan"),
     ],
 )

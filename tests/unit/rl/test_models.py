@@ -10,6 +10,7 @@ from align.models.loading import load_causal_lm
 from align.rl.loading import RewardFolder, load_models
 from align.rl.sequences import lay_out
 from align.settings.blocks import LoraBlock
+from tests.tiny import build_tiny_model
 
 
 def sequences():
@@ -91,18 +92,28 @@ def test_the_trunk_is_put_back_even_when_sampling_fails(trunk):
     assert all(torch.equal(before[name], weight) for name, weight in base_weights(trunk).items())
 
 
-def test_models_that_scale_their_logits_are_refused(tiny_model_dir, tmp_path, monkeypatch):
-    from align.rl import loading as ppo_loading
+def test_an_adapter_on_the_output_layer_is_refused(tmp_path):
+    model_dir = build_tiny_model(tmp_path / "untied", tie_word_embeddings=False)
+    lora = LoraBlock(target_modules=("q_proj", "lm_head"))
+    with pytest.raises(InputError, match=r"model.lora.target_modules: .*output layer \(lm_head\); leave it out"):
+        load_models(str(model_dir), None, lora, value=None, dtype=torch.float32, temperature=1.0)
 
-    def capped(*arguments, **options):
-        model = load_causal_lm(*arguments, **options)
-        model.config.final_logit_softcapping = 30.0
-        return model
 
-    monkeypatch.setattr(ppo_loading, "load_causal_lm", capped)
-    reward = RewardFolder(tmp_path, on_policy_trunk=False, mean=0.0, std=1.0)
-    with pytest.raises(InputError, match="final_logit_softcapping"):
-        load_models(str(tiny_model_dir), reward, LoraBlock(), value=None, dtype=torch.float32, temperature=1.0)
+def test_gradients_are_clipped_apart_for_what_only_the_value_loss_trains(trunk, tiny_model_dir):
+    def names(models):
+        named = {id(parameter): name for name, parameter in models.named_parameters()}
+        return {key: {named[id(each)] for each in group} for key, group in models.gradient_groups().items()}
+
+    groups = names(trunk)
+    assert all(".policy." in name for name in groups["policy_gradient_norm"])
+    assert all(".value." in name or name.startswith("value_head") for name in groups["value_gradient_norm"])
+    options = {"value": "adapter", "dtype": torch.float32, "temperature": 1.0}
+    groups = names(load_models(str(tiny_model_dir), None, None, **options))
+    assert all(name.startswith("policy.") for name in groups["policy_gradient_norm"])
+    assert all(name.startswith("value_") for name in groups["value_gradient_norm"])
+    assert list(names(load_models(str(tiny_model_dir), None, None, **options | {"value": None}))) == [
+        "policy_gradient_norm"
+    ]
 
 
 def rows_with_a_common_prefix():

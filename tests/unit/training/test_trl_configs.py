@@ -68,6 +68,13 @@ def test_options_beside_ours_reach_trl(tmp_path: Path) -> None:
     assert (config.adam_beta2, config.save_steps, config.activation_checkpointing) == (0.95, 50, True)
 
 
+def test_adams_epsilon_is_the_recipes(tmp_path: Path) -> None:
+    assert sft_config(tmp_path, optimizer={"epsilon": 1e-6}).adam_epsilon == 1e-6
+    assert sft_config(tmp_path).adam_epsilon == 1e-8
+    with pytest.raises(InputError, match=r"sft\.trl\.adam_epsilon: optimizer.epsilon is set as well"):
+        sft_config(tmp_path, optimizer={"epsilon": 1e-6}, trl={"adam_epsilon": 1e-7})
+
+
 def test_every_faulty_option_is_reported_at_once_with_its_remedy() -> None:
     options = {
         "adam_bet2": 0.9,
