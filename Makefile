@@ -9,6 +9,7 @@ CONSTITUTION ?=
 SET ?=
 NPROC ?= 1
 ACCELERATE_CONFIG ?=
+REPLACE ?=
 PYTHON ?= python3
 MODEL ?=
 PYTEST_OPTIONS ?= -n 2
@@ -19,7 +20,7 @@ ALIGN ?= $(VENV)/bin/python -m align
 STAGES := $(filter-out __init__,$(basename $(notdir $(wildcard align/stages/*.py))))
 
 OVERRIDES = $(foreach each,$(SET),--set '$(each)') $(if $(CONSTITUTION),--constitution '$(CONSTITUTION)')
-LAUNCH_OPTIONS = --nproc $(NPROC) $(if $(ACCELERATE_CONFIG),--accelerate-config '$(ACCELERATE_CONFIG)')
+LAUNCH_OPTIONS = --nproc $(NPROC) $(if $(ACCELERATE_CONFIG),--accelerate-config '$(ACCELERATE_CONFIG)') $(if $(REPLACE),--force)
 
 .DEFAULT_GOAL := help
 # A stage uses every core it may, so two stages at once would only slow each other down.
@@ -27,7 +28,7 @@ LAUNCH_OPTIONS = --nproc $(NPROC) $(if $(ACCELERATE_CONFIG),--accelerate-config 
 .PHONY: help quickstart run plan chat test check clean FORCE
 
 help: ## List the targets
-	@echo 'make TARGET [RECIPE=FILE] [CONSTITUTION=FILE] [SET="key=value ..."] [NPROC=N] [ACCELERATE_CONFIG=FILE]'
+	@echo 'make TARGET [RECIPE=FILE] [CONSTITUTION=FILE] [SET="key=value ..."] [NPROC=N] [ACCELERATE_CONFIG=FILE] [REPLACE=1]'
 	@echo
 	@sed -n 's/^\([a-z]*\):.*## /  \1|/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{printf "%-14s%s\n", $$1, $$2}'
 	@echo '  STAGE       Bring one stage up to date, after the stages that it reads: $(STAGES)'

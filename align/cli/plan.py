@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from align.pipeline.plan import Step, make_plan
+from align.pipeline.plan import Plan, Step, make_plan
 from align.pipeline.recipe import Recipe
 
 STYLES = {"done": "green", "stale": "yellow", "interrupted": "yellow", "missing": "dim"}
@@ -25,11 +25,13 @@ def print_plan(recipe: Recipe, console: Console) -> None:
     folder = recipe.output / recipe.name
     console.print(f"{recipe.path}, in {folder}\n", highlight=False, markup=False, soft_wrap=True)
     console.print(table)
-    console.print(f"\n{_advice(recipe, following)}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"\n{_advice(recipe, plan, following)}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _advice(recipe: Recipe, following: Step | None) -> str:
+def _advice(recipe: Recipe, plan: Plan, following: Step | None) -> str:
     if following is None:
         return "Everything is up to date."
     words = ["align", "run", following.stage, "--recipe", str(recipe.path), *recipe.override_options]
-    return f"Next: {shlex.join(words)}"
+    replaced = ", ".join(step.stage for step in plan.values() if step.replaces)
+    warning = f"\n`{replaced}` would be trained again: add --force to replace it, or --set name=NAME to keep it"
+    return f"Next: {shlex.join(words)}" + (warning if replaced else "")

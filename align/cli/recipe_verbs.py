@@ -45,12 +45,15 @@ def add_recipe_verbs(verbs: Verbs) -> None:
         verb.add_argument(
             "--accelerate-config", metavar="FILE", type=Path, help=f"accelerate's configuration, {example}"
         )
+        verb.add_argument(
+            "--force", action="store_true", help="replace finished models that were trained with other settings"
+        )
 
 
 def _launch_options(options: argparse.Namespace, by_accelerate: bool = False) -> Launch:
     if options.accelerate_config is not None:
         check_config(options.accelerate_config)
-    return Launch(options.nproc, options.accelerate_config, by_accelerate)
+    return Launch(options.nproc, options.accelerate_config, by_accelerate, options.force)
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -62,7 +65,7 @@ def _run(options: argparse.Namespace) -> int:
         return launch_stage(recipe, options.target, launch)
     from align.pipeline.runner import run_stage
 
-    run_stage(recipe, options.target)
+    run_stage(recipe, options.target, options.force)
     return 0
 
 

@@ -54,8 +54,10 @@ class Constitution(ConstitutionContent):
 
     def rank(self, principle: Principle) -> int:
         """Order in which principles decide a conflict, lowest first: hard ones, then by tier, then those without."""
-        if principle.hard:
-            return -1
+        return -1 if principle.hard else self.tier_rank(principle)
+
+    def tier_rank(self, principle: Principle) -> int:
+        """The index of the principle's tier; principles without a tier come after all tiers."""
         return self.tiers.index(principle.tier) if principle.tier in self.tiers else len(self.tiers)
 
     def sources_of(self, principle: Principle) -> tuple[str, ...]:

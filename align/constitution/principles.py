@@ -132,7 +132,9 @@ class Principle(Block):
     language: Language | None = Field(None, description="language of its texts, such as ja; null is the constitution's")
     tier: str | None = Field(None, description="one of `tiers`; in a conflict the earlier tier decides")
     framing: Literal["negative", "positive", "neutral"] = Field("neutral", description="a note for readers")
-    hard: bool = Field(False, description="decides before every tier; a completion that breaks its rule is rejected")
+    hard: bool = Field(
+        False, description="decides before every tier where its verdict is clear; breaking its rule loses"
+    )
     weight: AboveZero = Field(1.0, description="its weight in judging within its tier, and in drawing a principle")
     applies: tuple[Text, ...] = Field((), description="the prompt categories it applies to; empty is all")
     sources: Texts | None = Field(None, description="folders of documents that replace the constitution's; [] is none")

@@ -78,7 +78,7 @@ def _check_finite(finite: Tensor) -> None:
 def _inverse_cdf(weights: Tensor, uniforms: Tensor) -> Tensor:
     """(B,) the first index at which the cumulative sum of (B, N) weights exceeds the uniform's share of their total."""
     # The parallel sums of a GPU are not monotone in float32.
-    cumulative = (weights.double() if weights.is_cuda else weights).cumsum(-1)
+    cumulative = _running_sums(weights.double() if weights.is_cuda else weights)
     total = cumulative[:, -1]
     target = (total.double() * uniforms).to(total.dtype)
     # Rounding must not raise the target to the total itself, past the last index that has any weight.
@@ -92,5 +92,21 @@ def _nucleus(weights: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:
     top, ids = weights.topk(min(NUCLEUS_CANDIDATES, weights.shape[-1]))
     if weights.is_cuda or (top.sum(-1) < mass).any():
         top, ids = weights.sort(descending=True, stable=True)
-    before = top.cumsum(-1) - top
+    before = _running_sums(top) - top
     return top.where(before < mass[:, None], 0.0), ids
+
+
+def _running_sums(weights: Tensor) -> Tensor:
+    """The cumulative sums of each row of (B, N), for which torch's deterministic mode has no algorithm on a GPU.
+
+    There torch scans several rows one block of threads a row, always in the same order; only its scan of a single row
+    depends on timing. The mode refuses both, so it is left for the scan, which is given a second row.
+    """
+    if not torch.are_deterministic_algorithms_enabled():
+        return weights.cumsum(-1)
+    rows = len(weights)
+    torch.use_deterministic_algorithms(False)
+    try:
+        return torch.cat([weights, weights[:1]]).cumsum(-1)[:rows]
+    finally:
+        torch.use_deterministic_algorithms(True)

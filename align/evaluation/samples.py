@@ -19,6 +19,11 @@ from align.settings.blocks import EngineBlock, ModelBlock, SamplingBlock
 REFERENCE = "sft"
 
 
+def reference_of(context: Context) -> str:
+    """The policy that KL is measured from, and best-of-n chooses from: sft's, or without that stage the base model."""
+    return REFERENCE if REFERENCE in context.inputs else BASE
+
+
 def draw_samples(context: Context, prompts: Sequence[Prompt], made: dict[str, Provenance]) -> list[EvaluatedSample]:
     """Each policy's completion of each prompt. A prompt's seed is the same for every policy.
 
@@ -42,12 +47,13 @@ def draw_candidates(
 ) -> list[EvaluatedSample]:
     """The SFT policy's n completions of each prompt, from which best-of-n chooses; `made` as for `draw_samples`."""
     requests = candidate_requests(_requests(context, prompts), n, context.seed)
-    completed, entry = _completions(context, REFERENCE, requests, best_of_name(n))
+    reference = reference_of(context)
+    completed, entry = _completions(context, reference, requests, best_of_name(n))
     made[entry.id] = entry
     seeds = {request.id: request.seed for request in requests}
     drawn = [(prompt, candidate_id(prompt.id, number)) for prompt in prompts for number in range(n)]
     return [
-        replace(_sample(REFERENCE, prompt, completed[name], seeds[name], entry.id), id=f"{best_of_name(n)}/{name}")
+        replace(_sample(reference, prompt, completed[name], seeds[name], entry.id), id=f"{best_of_name(n)}/{name}")
         for prompt, name in drawn
     ]
 
@@ -70,11 +76,12 @@ def with_divergence(samples: Sequence[EvaluatedSample], context: Context) -> lis
         journal = context.output / f"logprobs-{name}.journal"
         return measure_all(of, load, sampling.batch_size, journal, f"log-probs of {name}")
 
-    others = [sample for sample in samples if sample.policy != REFERENCE]
+    reference_policy = reference_of(context)
+    others = [sample for sample in samples if sample.policy != reference_policy]
     own: dict[str, Any] = {}
     for policy in dict.fromkeys(sample.policy for sample in others):
         own |= logprobs([sample for sample in others if sample.policy == policy], policy, policy)
-    reference = logprobs(others, REFERENCE, "reference") if others else {}
+    reference = logprobs(others, reference_policy, "reference") if others else {}
     divergence = {sample.id: kl_sums(own[sample.id], reference[sample.id]) for sample in others}
     return [
         replace(sample, kl_to_reference_k1=k1, kl_to_reference_k3=k3)

@@ -1,12 +1,12 @@
 """The judge: decides which of two completions follows a constitution better, and how probably.
 
 Each principle that applies gives an opinion. Opinions are averaged by weight within a tier, and the first tier whose
-average is clear decides. A broken hard principle decides before any tier. Exchanging A and B turns p into exactly
-1 - p.
+average is clear decides. Before any tier, a hard principle decides if one completion breaks its rule, or if its opinion
+is clearer than `hard_margin`. Exchanging A and B turns p into exactly 1 - p.
 """
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -152,16 +152,33 @@ class Judge:
             return None, f"{BOTH_BREAK} ({a_breaks.id})", ()
         if broken := a_breaks or b_breaks:
             return (-0.5 if a_breaks else 0.5), "", (broken.id,)
-        for _, opinions in itertools.groupby(sorted(given, key=self._rank), self._rank):
-            tier = list(opinions)
+        for tier in self._tiers(given):
             weight = sum(principle.weight for principle, _ in tier)
             margin = self.kind.margin(sum(principle.weight * opinion.value for principle, opinion in tier) / weight)
             if abs(margin) > self.settings.min_margin:
                 return margin, "", tuple(principle.id for principle, _ in tier)
         return None, TIE, ()
 
-    def _rank(self, opinion: tuple[Principle, Opinion]) -> int:
-        return self.constitution.rank(opinion[0])
+    def _tiers(self, given: Sequence[tuple[Principle, Opinion]]) -> Iterator[list[tuple[Principle, Opinion]]]:
+        """The opinions in the order in which they decide: the clear ones of hard principles, then tier by tier.
+
+        An unclear opinion of a hard principle counts in its tier, unless the principle has a rule: both completions
+        keep it then, or both break it, so there is nothing to weigh.
+        """
+        hard = [each for each in given if each[0].hard and self._is_clear(each[1])]
+        if hard:
+            yield hard
+        others = [each for each in given if not each[0].hard or (each[0].rule is None and each not in hard)]
+        for _, tier in itertools.groupby(sorted(others, key=self._tier), self._tier):
+            yield list(tier)
+
+    def _is_clear(self, opinion: Opinion) -> bool:
+        """Whether an opinion lets a hard principle decide. A chain of thought's clamp would hide how clear it is."""
+        margin = max(abs(self.kind.margin(opinion.value)), abs(opinion.unclamped))
+        return margin > self.settings.hard_margin
+
+    def _tier(self, opinion: tuple[Principle, Opinion]) -> int:
+        return self.constitution.tier_rank(opinion[0])
 
     def _probability(self, margin: float) -> float:
         most = 0.5 - self.settings.clamp

@@ -101,7 +101,8 @@ def require_better_than_chance(judge: Judge, report: ProbeReport) -> None:
     """
     if judge.settings.kind == "rule" or judge.settings.allow_chance or report.low > 0.5:
         return
-    finding = f"got {report}, not shown to be better than chance" if report.n else "has no probes to be tested on"
+    level = "worse than chance" if report.high < 0.5 else "not shown to be better than chance"
+    finding = f"got {report}, {level}" if report.n else "has no probes to be tested on"
     raise JudgeAtChance(
         f"judge {judge.name} with constitution '{judge.constitution.id}' {finding}. Choose another `judge.kind`, or a "
         "stronger model with `judge.engine.model`, or give the principles (more) probes; set `judge.allow_chance: "

@@ -18,7 +18,7 @@ from align.errors import InputError
 from align.pipeline.failure_note import FAILURE_VARIABLE, read_failure
 from align.pipeline.plan import Plan, make_plan
 from align.pipeline.recipe import Recipe
-from align.pipeline.runner import find_step, is_up_to_date
+from align.pipeline.runner import find_step, is_reused, is_up_to_date, require_no_replacement
 from align.pipeline.world_size import PROCESSES_VARIABLE, configured_processes
 from align.run import processes
 from align.stages import all_stages
@@ -32,12 +32,14 @@ INTERRUPTED = 128 + signal.SIGINT
 class Launch:
     """The number of processes to run a stage in, and accelerate's configuration file if there is one.
 
-    accelerate always starts several processes; with `by_accelerate` it starts a single one too.
+    accelerate always starts several processes; with `by_accelerate` it starts a single one too. `force` replaces
+    finished models that were trained differently.
     """
 
     nproc: int | None = None
     config: Path | None = None
     by_accelerate: bool = False
+    force: bool = False
 
     @property
     def processes(self) -> int:
@@ -65,7 +67,13 @@ class Command:
 
 
 def run_recipe(recipe: Recipe, launch: Launch) -> int:
-    """Run every stage of a recipe that is not up to date, each in separate processes; returns the exit code."""
+    """Run every stage of a recipe that is not up to date, each in separate processes; returns the exit code.
+
+    Raises:
+        InputError: a finished model would be replaced, and the launch does not force that. Nothing has run then.
+    """
+    if not launch.force:
+        require_no_replacement(make_plan(recipe).values())
     codes = (launch_stage(recipe, stage, launch, show_position=True) for stage in recipe.settings)
     return next((code for code in codes if code), 0)
 
@@ -82,12 +90,17 @@ def launch_stage(recipe: Recipe, stage: str, launch: Launch, show_position: bool
         KeyboardInterrupt: the processes that accelerate started were interrupted.
     """
     plan = make_plan(recipe)
-    if is_up_to_date(find_step(recipe, plan, stage)):
+    step = find_step(recipe, plan, stage)
+    if is_up_to_date(step):
+        return 0
+    if not launch.force:
+        require_no_replacement([step])
+    if is_reused(step):
         return 0
     if show_position:
         print(f"\n{position_of(stage, plan)}", flush=True)
     if not all_stages()[stage].uses_processes:
-        launch = Launch(by_accelerate=launch.by_accelerate)
+        launch = Launch(by_accelerate=launch.by_accelerate, force=launch.force)
     command = stage_command(recipe, stage, launch)
     print(f"$ {command}", flush=True)
     with tempfile.TemporaryDirectory(prefix="align-") as folder:
@@ -112,6 +125,7 @@ def position_of(stage: str, plan: Plan) -> str:
 def stage_command(recipe: Recipe, stage: str, launch: Launch) -> Command:
     """The command that runs a stage: by `accelerate launch`, or by Python itself if one process is enough."""
     program = ["-m", "align", "run", stage, "--recipe", str(recipe.path), *recipe.override_options]
+    program += ["--force"] if launch.force else []
     if launch.config is not None:
         number = ["--num_processes", str(launch.nproc)] if launch.nproc else []
         return Command((_accelerate(), "launch", "--config_file", str(launch.config), *number, *program), {})

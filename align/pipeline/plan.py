@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from align.pipeline.recipe import Recipe
+from align.pipeline.reuse import equal_result
 from align.records import digest
-from align.run.artefacts import PARTIAL, file_digest, read_manifest
+from align.run.artefacts import PARTIAL, Manifest, file_digest, read_manifest
+from align.run.edited_files import edited_outputs
 from align.settings.yaml_files import KeyPath, key_name
 from align.stages import all_stages
 
@@ -22,6 +24,7 @@ State = Literal["done", "stale", "interrupted", "missing"]
 Slice = dict[str, Any]
 MEBIBYTE = 2**20
 SHOWN_CHANGES = 3
+EDITED = "has changed since it was written"
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,8 @@ class Step:
 
     `waits_for` holds the inputs that are not done; until they are, both fingerprints are None. `work_fingerprint`
     leaves out the settings of gates; it names the folder that the stage works in. `why` says what made the result
-    stale, or what the stage waits for.
+    stale, or what the stage waits for. `replaces` says that running the stage would replace a finished model with one
+    that was trained differently. `reuses` is the folder of another run that already has this result.
     """
 
     stage: str
@@ -42,6 +46,8 @@ class Step:
     work_fingerprint: str | None
     state: State
     why: str
+    replaces: bool = False
+    reuses: Path | None = None
 
     @property
     def is_done(self) -> bool:
@@ -72,11 +78,14 @@ def stage_slice(recipe: Recipe, stage: str) -> Slice:
         for name, block in recipe.shared_blocks(stage).items()
         if name != "constitution" and block is not None
     }
+    if "model" in shared and not all_stages()[stage].trains:
+        del shared["model"]["lora"]
     if recipe.constitution is not None and "constitution" in all_stages()[stage].shared_blocks(settings):
         shared["constitution"] = {"id": recipe.constitution.id, "digest": recipe.constitution.digest}
     return {
         "stage": stage,
         "seed": recipe.seed,
+        **({"deterministic": True} if recipe.deterministic else {}),
         "settings": settings.model_dump(mode="json"),
         **shared,
         "files": _file_digests(recipe, stage),
@@ -98,10 +107,25 @@ def _step(recipe: Recipe, stage: str, upstream: Plan) -> Step:
     inputs = {name: _content_digest(upstream[name].directory) for name in names if name not in waits_for}
     fingerprint = None if waits_for else digest({"slice": now, "inputs": inputs})
     work_fingerprint = None if waits_for else digest({"slice": _without_gates(now), "inputs": inputs})
-    state, why = _state(directory, now, inputs, fingerprint, work_fingerprint)
-    if waits_for:
-        why = "; ".join([*([why] if why else []), f"waits for {', '.join(waits_for)}"])
-    return Step(stage, directory, now, inputs, waits_for, fingerprint, work_fingerprint, state, why)
+    manifest = read_manifest(directory)
+    damage = _damage(directory, manifest) if manifest else ""
+    state, why = _state(directory, manifest, damage, now, inputs, fingerprint, work_fingerprint)
+    replaces = all_stages()[stage].trains and manifest is not None and state == "stale"
+    if manifest is not None and manifest.fingerprint == fingerprint and not damage.endswith(EDITED):
+        replaces = False
+    reuses = None if state in ("done", "interrupted") else equal_result(recipe.output, stage, fingerprint)
+    reasons = [why, f"waits for {', '.join(waits_for)}" if waits_for else "", f"reuses {reuses}" if reuses else ""]
+    why = "; ".join(filter(None, reasons))
+    return Step(stage, directory, now, inputs, waits_for, fingerprint, work_fingerprint, state, why, replaces, reuses)
+
+
+def _damage(directory: Path, manifest: Manifest) -> str:
+    """What has happened to the files of a result since it was published; empty if nothing has."""
+    if gone := [name for name in manifest.outputs if not (directory / name).exists()]:
+        return f"{gone[0]} is missing"
+    if edited := edited_outputs(directory, manifest):
+        return f"{edited[0]} {EDITED}"
+    return ""
 
 
 def _without_gates(now: Slice) -> Slice:
@@ -116,16 +140,21 @@ def _content_digest(directory: Path) -> str:
 
 
 def _state(
-    directory: Path, now: Slice, inputs: Mapping[str, str], fingerprint: str | None, work_fingerprint: str | None
+    directory: Path,
+    manifest: Manifest | None,
+    damage: str,
+    now: Slice,
+    inputs: Mapping[str, str],
+    fingerprint: str | None,
+    work_fingerprint: str | None,
 ) -> tuple[State, str]:
-    manifest = read_manifest(directory)
     partial = directory.parent / PARTIAL / f"{directory.name}-{work_fingerprint}"
     if partial.is_dir() and any(partial.iterdir()):
         return "interrupted", "resumes from its finished work"
     if manifest is None:
         return "missing", ""
-    if gone := [name for name in manifest.outputs if not (directory / name).exists()]:
-        return "stale", f"{gone[0]} is missing"
+    if damage:
+        return "stale", damage
     if manifest.fingerprint == fingerprint:
         return "done", ""
     reasons = changes(manifest.settings, now)

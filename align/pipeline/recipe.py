@@ -8,37 +8,36 @@ recipe's own folder, other paths to the current directory.
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, Field, ValidationError, create_model
+from pydantic import AfterValidator, Field, ValidationError, create_model
 
 from align.constitution.constitution import Constitution
 from align.constitution.loading import load_constitution
-from align.data.paths import file_fault, is_local_path, local_files
-from align.errors import InputError, Problem, name_fault
-from align.models.sources import model_fault
+from align.data.paths import local_files
+from align.errors import InputError, Problem
+from align.pipeline.missing_stages import inputs_of, lacking_inputs, with_prompts
+from align.pipeline.named_sources import DataOrModelBlock, data_and_model_blocks, model_key, path_problems
 from align.pipeline.option_checks import option_problems
 from align.pipeline.prompt_checks import empty_splits, misspelt_categories
-from align.pipeline.recipe_files import MAX_SHOWN, RawRecipe, read_raw_recipe
+from align.pipeline.recipe_files import RawRecipe, read_raw_recipe
+from align.pipeline.unset_keys import unset_nulls
 from align.run.artefacts import SHARED_RUN
 from align.run.stage import Stage
 from align.settings.blocks import (
     Block,
-    EngineBlock,
     Integer,
     JudgeBlock,
     ModelBlock,
     OptimizerBlock,
-    RewardSourceBlock,
     TrackingBlock,
 )
 from align.settings.data import DataSource, PromptsBlock
 from align.settings.validation import MISSING, problems_from
-from align.settings.yaml_files import KeyPath
 from align.stages import all_stages
 from align.training.trl_options import CONFIGS
 
@@ -50,7 +49,6 @@ def _folder_name(name: str) -> str:
 
 
 FolderName = Annotated[str, AfterValidator(_folder_name)]
-DataOrModelBlock = ModelBlock | EngineBlock | DataSource | RewardSourceBlock
 
 
 class RecipeBlocks(Block):
@@ -59,6 +57,7 @@ class RecipeBlocks(Block):
     name: FolderName | None = Field(None, description="name of the run's folder; null is the recipe's file name")
     extends: str | None = Field(None, description="another recipe, whose keys this one overrides")
     seed: Annotated[Integer, Field(ge=0, lt=2**63)] = Field(0, description="seed of everything random")
+    deterministic: bool = Field(False, description="give the same results each time on a GPU too, at a lower speed")
     output: str = Field("runs", description="folder of all runs")
     model: ModelBlock | None = None
     constitution: str | None = Field(
@@ -77,6 +76,7 @@ class Recipe:
     overrides: tuple[str, ...]
     name: str
     seed: int
+    deterministic: bool
     output: Path
     shared: Mapping[str, Any]
     settings: Mapping[str, Block]
@@ -90,7 +90,7 @@ class Recipe:
 
     def inputs(self, stage: str) -> tuple[str, ...]:
         """The stages whose results this one reads."""
-        return all_stages()[stage].inputs(self.settings[stage])
+        return inputs_of(stage, self.settings)
 
     def depends_on_constitution(self, stage: str) -> bool:
         """Whether the stage's result depends on the constitution, directly or through its inputs."""
@@ -120,17 +120,17 @@ class Recipe:
     def sources(self) -> list[DataSource]:
         """Every source of data in the recipe."""
         blocks = [*self.settings.values(), *self.shared.values()]
-        inner = [block for outer in blocks for _, block in _data_and_model_blocks(outer)]
+        inner = [block for outer in blocks for _, block in data_and_model_blocks(outer)]
         return [block for block in inner if isinstance(block, DataSource)]
 
     def models(self, stage: str) -> list[str]:
         """The models, except those of servers, that the blocks read by the stage name."""
-        named = [_model_key(block) for block in self._inner_blocks(stage)]
+        named = [model_key(block) for block in self._inner_blocks(stage)]
         return [model for _, model in named if model]
 
     def _inner_blocks(self, stage: str) -> list[DataOrModelBlock]:
         blocks = [self.settings[stage], *self.shared_blocks(stage).values()]
-        return [inner for block in blocks for _, inner in _data_and_model_blocks(block)]
+        return [inner for block in blocks for _, inner in data_and_model_blocks(block)]
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -144,9 +144,42 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         InputError: lists all faults of the recipe, its parent, the overrides and the constitution.
     """
     raw = read_raw_recipe(Path(path), overrides)
+    found = _checked(raw)
+    if found.problems and raw.parent is not None:
+        raw.place_in_parent(_checked(raw.parent).problems)
+    raw.raise_all(list(dict.fromkeys(found.problems)), found.others)
+    blocks = found.blocks
+    return Recipe(
+        path=Path(path),
+        overrides=tuple(overrides),
+        name=blocks.name or Path(path).stem,
+        seed=blocks.seed,
+        deterministic=blocks.deterministic,
+        output=Path(blocks.output).expanduser(),
+        shared={name: getattr(blocks, name) for name in ("model", "constitution", "prompts", "judge")},
+        settings={name: found.settings[name] for name in _in_order(found.settings)},
+        tracking=blocks.tracking,
+        constitution=found.constitution,
+    )
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """What a recipe says, as far as it is valid, and its faults; `others` are those of the constitution's file."""
+
+    blocks: RecipeBlocks
+    settings: dict[str, Block]
+    constitution: Constitution | None
+    problems: list[Problem]
+    others: list[InputError]
+
+
+def _checked(raw: RawRecipe) -> _Checked:
+    unset_nulls(raw, recipe_model())
     blocks, faulty, problems = _validated(raw)
+    blocks = with_prompts(blocks, raw)
     settings = {name: block for name in all_stages() if (block := getattr(blocks, name)) is not None}
-    problems += [*_path_problems(blocks, raw), *option_problems(raw)]
+    problems += [*path_problems(blocks, blocks.constitution, raw), *option_problems(raw)]
     if raw.orphaned:
         problems = [problem for problem in problems if problem.fault != MISSING]
     else:
@@ -155,18 +188,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             problems.append(Problem("", f"has no stage to run; add one: {', '.join(all_stages())}"))
     constitution, others = _read_constitution(blocks.constitution)
     problems += _category_problems(blocks, constitution, raw)
-    raw.raise_all(list(dict.fromkeys(problems)), others)
-    return Recipe(
-        path=Path(path),
-        overrides=tuple(overrides),
-        name=blocks.name or Path(path).stem,
-        seed=blocks.seed,
-        output=Path(blocks.output).expanduser(),
-        shared={name: getattr(blocks, name) for name in ("model", "constitution", "prompts", "judge")},
-        settings={name: settings[name] for name in _in_order(settings)},
-        tracking=blocks.tracking,
-        constitution=constitution,
-    )
+    return _Checked(blocks, settings, constitution, problems, others)
 
 
 @cache
@@ -187,55 +209,10 @@ def _validated(raw: RawRecipe) -> tuple[RecipeBlocks, set[str], list[Problem]]:
         return model.model_validate(sound), faulty, problems_from(error, raw.lines, model)
 
 
-def _path_problems(blocks: RecipeBlocks, raw: RawRecipe) -> list[Problem]:
-    """Data files and local models that are missing or unusable. Hub ids are checked by the stage that reads them."""
-    found: list[tuple[KeyPath, str, str | None]] = []
-    for path, block in _data_and_model_blocks(blocks):
-        if isinstance(block, DataSource):
-            found += [((*path, "path"), name, name_fault(name) or _data_fault(name)) for name in block.paths]
-            continue
-        key, model = _model_key(block)
-        if model:
-            found.append(((*path, key), model, model_fault(model)))
-    if blocks.constitution and not os.path.exists(blocks.constitution):
-        found.append((("constitution",), blocks.constitution, f"no such file (looked in {Path.cwd()}); check the path"))
-    found += [((key,), name, name_fault(name)) for key in ("output", "name") if (name := getattr(blocks, key))]
-    return [raw.problem(path, f"{name[:MAX_SHOWN]}: {fault}") for path, name, fault in found if fault]
-
-
-def _data_fault(path: str) -> str | None:
-    return file_fault(path) if is_local_path(path) else None
-
-
-def _model_key(block: DataOrModelBlock) -> tuple[str, str | None]:
-    """The key of a block that names a model or tokenizer to load on this machine, and that name, or None if unset."""
-    if isinstance(block, ModelBlock):
-        return "path", block.path
-    if isinstance(block, EngineBlock):
-        return ("model", block.model) if block.kind == "local" else ("tokenizer", block.tokenizer)
-    return "model", block.model if isinstance(block, RewardSourceBlock) else None
-
-
-def _data_and_model_blocks(value: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, DataOrModelBlock]]:
-    """All blocks inside `value`, at any depth, that name data or a model, each with its path."""
-    if isinstance(value, DataOrModelBlock):
-        yield path, value
-    if isinstance(value, BaseModel):
-        for name in type(value).model_fields:
-            yield from _data_and_model_blocks(getattr(value, name), (*path, name))
-    elif isinstance(value, tuple):
-        for index, item in enumerate(value):
-            yield from _data_and_model_blocks(item, (*path, index))
-
-
 def _stage_problems(name: str, raw: RawRecipe, blocks: RecipeBlocks, faulty: set[str]) -> list[Problem]:
     """The inputs and blocks that one stage lacks, and the conflicts that it finds between blocks."""
     stage, settings = all_stages()[name], getattr(blocks, name)
-    lacking = [
-        f"reads the results of `{upstream}`, which this recipe lacks; add `{upstream}: {{}}`"
-        for upstream in stage.inputs(settings)
-        if raw.content.get(upstream) is None
-    ]
+    lacking = lacking_inputs(stage, settings, raw.content)
     shared = {key: getattr(blocks, key) for key in stage.shared_blocks(settings)}
     absent = [key for key in shared if shared[key] is None and key not in (*stage.optional, *faulty)]
     lacking += [f"needs `{key}`, which this recipe lacks; add it" for key in absent]
@@ -244,7 +221,8 @@ def _stage_problems(name: str, raw: RawRecipe, blocks: RecipeBlocks, faulty: set
         problems += _batch_problems(name, raw, settings.optimizer)
     if absent or faulty & shared.keys():
         return problems
-    upstream = {key: block for key in stage.inputs(settings) if (block := getattr(blocks, key)) is not None}
+    read = (*stage.inputs(settings), *stage.optional_inputs(settings))
+    upstream = {key: block for key in read if (block := getattr(blocks, key)) is not None}
     conflicts = [*stage.check(settings, shared), *stage.check_upstream(settings, upstream)]
     return problems + _split_problems(stage, settings, blocks, raw) + [_parsed_fault(text, raw) for text in conflicts]
 
@@ -294,6 +272,6 @@ def _in_order(recipe_stages: Mapping[str, Block]) -> list[str]:
     """The stages in an order in which each comes after its inputs; ties are broken by name."""
     ordered: list[str] = []
     while remaining := [name for name in sorted(recipe_stages) if name not in ordered]:
-        ready = (n for n in remaining if all(up in ordered for up in all_stages()[n].inputs(recipe_stages[n])))
+        ready = (n for n in remaining if all(up in ordered for up in inputs_of(n, recipe_stages)))
         ordered.append(next(ready))
     return ordered

@@ -1,18 +1,23 @@
 """Reads a recipe as it is written: its file, its parent and the overrides are merged, and each key keeps its place."""
 
+import copy
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from align.errors import FileProblems, InputError, Problem
+from align.settings.validation import MISSING
 from align.settings.yaml_files import KeyPath, Lines, key_name, load_yaml_with_duplicates, yaml_value
 
 MAX_SHOWN = 120
 """Characters of a faulty override that its error repeats."""
+
+LACKING = "this recipe lacks"
+"""In the fault of a stage or block that is not there."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +26,8 @@ class RawRecipe:
 
     `files` holds the lines of the recipe's own file, then those of its parent. `overridden` holds the keys that `--set`
     gave, `errors` the faults found while reading. A recipe is `orphaned` if its parent could not be read; keys that
-    seem missing may then be the parent's.
+    seem missing may then be the parent's. `nulled` holds the keys that had a value which null replaced. `parent` is the
+    parent by itself, and `inherited` the problems that it has by itself, by key and fault.
     """
 
     content: dict[str, Any]
@@ -29,6 +35,17 @@ class RawRecipe:
     overridden: tuple[KeyPath, ...]
     errors: tuple[InputError, ...] = ()
     orphaned: bool = False
+    nulled: tuple[KeyPath, ...] = ()
+    parent: "RawRecipe | None" = None
+    inherited: dict[tuple[str, str], Problem] = field(default_factory=dict)
+
+    def place_in_parent(self, problems: Sequence[Problem]) -> None:
+        """Report those of the recipe's problems that its parent has by itself with the parent's file and line.
+
+        What the parent lacks is no fault of the parent: it may leave that to the recipes that extend it.
+        """
+        faults = (each for each in problems if each.fault != MISSING and LACKING not in each.fault)
+        self.inherited.update({(each.key, each.fault): each for each in faults})
 
     @cached_property
     def lines(self) -> Lines:
@@ -64,6 +81,8 @@ class RawRecipe:
         owner = self._owner(path)
         if owner is None:
             return self.files[0].source, Problem(f"--set {problem.key}", problem.fault)
+        if problem.fault and (problem.key, problem.fault) in self.inherited:
+            return self.files[1].source, self.inherited[problem.key, problem.fault]
         return owner.source, Problem(problem.key, problem.fault, problem.line or None)
 
     def _owner(self, path: Sequence[str | int]) -> Lines | None:
@@ -90,10 +109,12 @@ def read_raw_recipe(path: Path, overrides: Sequence[str]) -> RawRecipe:
     """
     content, lines, duplicates = load_yaml_with_duplicates(path)
     files, errors = [lines], _as_errors(lines, duplicates)
-    orphaned = False
+    orphaned, nulled, alone = False, [], None
     if (parent := content.get("extends")) is not None:
         try:
             inherited, parent_lines, duplicates = _read_parent(path, parent, lines)
+            nulled = list(_nulled(inherited, content))
+            alone = RawRecipe(copy.deepcopy(inherited), (parent_lines,), ())
             content = _merged(inherited, content)
             files.append(parent_lines)
             errors += _as_errors(parent_lines, duplicates)
@@ -103,10 +124,13 @@ def read_raw_recipe(path: Path, overrides: Sequence[str]) -> RawRecipe:
     overridden = []
     for override in overrides:
         try:
-            overridden.append(apply_override(content, override))
+            key = apply_override(content, override)
+            overridden.append(key)
+            if _value_at(content, key) is None:
+                nulled.append(key)
         except ValueError as error:
             errors += _as_errors(lines, [Problem(f"--set {override[:MAX_SHOWN]}", str(error))])
-    return RawRecipe(content, tuple(files), tuple(overridden), tuple(errors), orphaned)
+    return RawRecipe(content, tuple(files), tuple(overridden), tuple(errors), orphaned, tuple(nulled), alone)
 
 
 def _as_errors(lines: Lines, problems: Sequence[Problem]) -> list[InputError]:
@@ -136,6 +160,21 @@ def _merged(parent: Mapping[str, Any], child: Mapping[str, Any]) -> dict[str, An
         if isinstance(parent.get(key), Mapping) and isinstance(child[key], Mapping)
     }
     return {**parent, **child, **both}
+
+
+def _nulled(parent: Mapping[str, Any], child: Mapping[str, Any], above: KeyPath = ()) -> Iterator[KeyPath]:
+    """The keys whose value in the parent the child replaces by null."""
+    for key, value in child.items():
+        if value is None and parent.get(key) is not None:
+            yield (*above, key)
+        elif isinstance(value, Mapping) and isinstance(parent.get(key), Mapping):
+            yield from _nulled(parent[key], value, (*above, key))
+
+
+def _value_at(content: Any, path: KeyPath) -> Any:
+    for part in path:
+        content = content[part] if isinstance(content, dict) else content[int(part)]
+    return content
 
 
 def apply_override(content: dict[str, Any], override: str) -> KeyPath:

@@ -10,7 +10,7 @@ import shlex
 import shutil
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import date
 from pathlib import Path
@@ -19,6 +19,7 @@ from align.data.chat import fix_date
 from align.errors import InputError
 from align.pipeline.plan import Plan, Step, make_plan
 from align.pipeline.recipe import Recipe
+from align.pipeline.reuse import reuse
 from align.pipeline.world_size import check_fsdp, check_world_size
 from align.run import processes
 from align.run.artefacts import (
@@ -33,7 +34,7 @@ from align.run.artefacts import (
     write_json,
 )
 from align.run.disk_faults import explained_disk_faults
-from align.run.reproducibility import environment
+from align.run.reproducibility import environment, make_deterministic
 from align.run.stage import Context, Outcome
 from align.run.tracking import TIMINGS
 from align.stages import all_stages
@@ -42,22 +43,31 @@ DATE = "date.txt"
 """The day on which a run began, in its folder. Its later stages, and those resumed later, have the same prompts."""
 
 
-def run_stage(recipe: Recipe, stage: str) -> bool:
+def run_stage(recipe: Recipe, stage: str, force: bool = False) -> bool:
     """Run a stage unless its result is up to date; returns whether it ran. Every process of the run calls this.
 
+    Args:
+        force: replace a finished model that was trained differently.
+
     Raises:
-        InputError: the recipe lacks the stage, its inputs are not up to date, the output cannot be written, or
-            accelerate's FSDP configuration is refused.
+        InputError: the recipe lacks the stage, its inputs are not up to date, the output cannot be written,
+            accelerate's FSDP configuration is refused, or a finished model would be replaced without `force`.
         WorldSizeError: there are more or fewer processes than were requested.
         AlignError: raised by the stage.
     """
     _prepare_environment()
+    if recipe.deterministic:
+        make_deterministic()
     check_world_size()
     check_fsdp()
     step = find_step(recipe, make_plan(recipe), stage)
     if is_up_to_date(step):
         return False
     _require_inputs(recipe, step)
+    if not force:
+        require_no_replacement([step])
+    if is_reused(step):
+        return False
     run = step.directory.parent
     with explained_disk_faults(run, run / PARTIAL), _stage_lock(run, stage):
         partial = _partial_folder(run, step)
@@ -106,6 +116,37 @@ def is_up_to_date(step: Step) -> bool:
             os.utime(step.directory / MANIFEST)
         print(f"{step.stage}: up to date ({step.directory})", flush=True)
     return step.is_done
+
+
+def require_no_replacement(steps: Iterable[Step]) -> None:
+    """Check that no finished model would be replaced by one that is trained differently.
+
+    Raises:
+        InputError: names each model that would be, and how to keep or replace it.
+    """
+    found = [step for step in steps if step.replaces]
+    if not found:
+        return
+    named = "".join(f"\n  {step.directory}: {step.why}" for step in found)
+    raise InputError(
+        f"{', '.join(step.stage for step in found)}: already trained, and this run would replace the result:{named}\n"
+        "To keep it, give this run another name (`--set name=NAME`), which reuses every stage that is still right; "
+        "to replace it, add --force"
+    )
+
+
+def is_reused(step: Step) -> bool:
+    """Take over the result of another run that already has it, if there is one; returns whether there was."""
+    source = step.reuses
+    if source is None:
+        return False
+    if processes.is_first():
+        run = step.directory.parent
+        with explained_disk_faults(run, run / PARTIAL), _stage_lock(run, step.stage):
+            reuse(source, step.directory)
+        print(f"{step.stage}: reused from {source} ({step.directory})", flush=True)
+    processes.barrier()
+    return True
 
 
 def _require_inputs(recipe: Recipe, step: Step) -> None:

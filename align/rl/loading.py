@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,7 @@ def load_models(
     dtype: torch.dtype,
     temperature: float,
     trust_remote_code: bool = False,
+    revision: str | None = None,
 ) -> PpoModels:
     """Load a shared trunk, or separate models if `lora` is None.
 
@@ -62,20 +64,21 @@ def load_models(
     weights. Otherwise a value adapter starts untrained, and a value model as a copy of the policy.
 
     Args:
-        policy: the SFT model's folder: the policy to train and the reference.
+        policy: the model to train, which is the reference too: a folder, or a hub id with its `revision`.
         value: 'adapter' (without LoRA, a separate model), 'head' (on the policy's hidden states), or None for methods
             without values.
         dtype: of all computation and of frozen weights; whatever is trained stays float32.
     """
+    load = partial(_load_policy, policy, trust_remote_code=trust_remote_code, revision=revision)
     if lora is None:
-        trained = _load_policy(policy, torch.float32, trust_remote_code)
+        trained = load(torch.float32)
         value_head = ValueHead(state_width(trained)) if value is not None else None
         backbone = None
         if value == "adapter" and value_head is not None:
-            backbone = _value_backbone(policy, reward, value_head, trust_remote_code)
-        reference = _load_policy(policy, dtype, trust_remote_code)
+            backbone = _value_backbone(load, reward, value_head, trust_remote_code)
+        reference = load(dtype)
         return SeparateModels(trained, backbone, value_head, reference, temperature=temperature, compute_dtype=dtype)
-    model = add_lora(_load_policy(policy, dtype, trust_remote_code), lora, adapter_name="policy")
+    model = add_lora(load(dtype), lora, adapter_name="policy")
     _require_plain_output(model)
     reward_head = _add_reward_adapter(model, reward, "reward") if reward is not None and reward.shares_trunk else None
     value_head = ValueHead(state_width(model.get_base_model())) if value is not None else None
@@ -91,11 +94,11 @@ def load_models(
 
 
 def _value_backbone(
-    policy: str | Path, reward: RewardFolder | None, value_head: nn.Linear, trust_remote_code: bool
+    load: Callable[[torch.dtype], Any], reward: RewardFolder | None, value_head: nn.Linear, trust_remote_code: bool
 ) -> nn.Module:
     """The backbone that a separate value model starts from; makes the head match it."""
     if reward is None or not reward.on_policy_trunk:
-        copy: nn.Module = _load_policy(policy, torch.float32, trust_remote_code).base_model
+        copy: nn.Module = load(torch.float32).base_model
         return copy
     classifier = load_classifier(reward.path / "model", torch.float32, trust_remote_code=trust_remote_code)
     _start_from_reward(value_head, classifier.score, reward)
@@ -103,8 +106,10 @@ def _value_backbone(
     return backbone
 
 
-def _load_policy(path: str | Path, dtype: torch.dtype, trust_remote_code: bool) -> Any:
-    return load_causal_lm(str(path), dtype, trust_remote_code=trust_remote_code)
+def _load_policy(
+    path: str | Path, dtype: torch.dtype, trust_remote_code: bool = False, revision: str | None = None
+) -> Any:
+    return load_causal_lm(str(path), dtype, revision=revision, trust_remote_code=trust_remote_code)
 
 
 def _require_plain_output(model: Any) -> None:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from align.records import Split
 from align.run.tracking import Tracker, flatten_figures
-from align.settings.blocks import Block, TrackingBlock
+from align.settings.blocks import Block, ModelBlock, TrackingBlock
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,12 @@ class Context:
     run_name: str
     tracking: TrackingBlock
 
+    @property
+    def policy(self) -> tuple[str, str | None]:
+        """Path and revision of the policy to start from: the SFT stage's, or the recipe's model if it has no `sft`."""
+        model: ModelBlock = self.shared["model"]
+        return (str(self.inputs["sft"] / "model"), None) if "sft" in self.inputs else (model.path, model.revision)
+
     def tracker(self) -> Tracker:
         """A tracker that writes to the stage's `metrics.jsonl` and, if the recipe asks for it, to wandb."""
         return Tracker(self.output, self.tracking, self.run_name, self.stage)
@@ -65,6 +71,8 @@ class Stage(ABC):
     `outputs` are the files and folders that the stage publishes, relative to its folder; it need not write all of them.
     `gate_settings` names the settings that only decide whether the result may be published: after a change of one, an
     unpublished stage resumes from its finished work.
+    `trains` says that the result is a trained model: it depends on `model.lora`, and is only replaced by force.
+    `instead` says, for an input that a recipe may lack, how to do without it.
     """
 
     name: ClassVar[str]
@@ -75,10 +83,16 @@ class Stage(ABC):
     gate_settings: ClassVar[tuple[str, ...]] = ()
     outputs: ClassVar[tuple[str, ...]]
     uses_processes: ClassVar[bool] = True
+    trains: ClassVar[bool] = False
+    instead: ClassVar[Mapping[str, str]] = {}
 
     @abstractmethod
     def inputs(self, settings: Any) -> tuple[str, ...]:
         """The stages whose results this one reads with these settings."""
+
+    def optional_inputs(self, settings: Any) -> tuple[str, ...]:
+        """The stages whose results this one reads too if the recipe has them."""
+        return ()
 
     def shared_blocks(self, settings: Any) -> tuple[str, ...]:
         """The shared blocks that the stage reads with these settings: by default all of `shares`."""

@@ -182,6 +182,11 @@ class JudgeBlock(Block):
     min_margin: Annotated[Number, Field(ge=0, lt=0.5)] = Field(
         0.02, description="a probability closer to one half than this is a tie"
     )
+    hard_margin: Annotated[Number, Field(ge=0, lt=0.5)] = Field(
+        0.25,
+        description="a hard principle decides by the judge's opinion only if its probability is further from one half "
+        "than this",
+    )
     min_option_mass: Fraction = Field(
         0.01, description="choice: the judge abstains if the letters' (or marks') total probability is below this"
     )

@@ -94,7 +94,7 @@ def _block_hint(kind: str, given: Any, location: KeyPath, model: type[BaseModel]
     """How to write a text as a block, if the block expected at `location` has exactly one required key."""
     if kind != "model_type" or not isinstance(given, str):
         return ""
-    models = _models_at(model, location)
+    models = models_at(model, location)
     required = [name for found in models for name, field in found.model_fields.items() if field.is_required()]
     return f"; write {{{required[0]}: {given}}}" if len(required) == 1 else ""
 
@@ -117,10 +117,10 @@ def _unknown_key(key: str, fields: Sequence[str]) -> str:
 
 def _fields_at(model: type[BaseModel], path: KeyPath) -> list[str]:
     """The keys that the model accepts at `path`."""
-    return [name for found in _models_at(model, path) for name in found.model_fields]
+    return [name for found in models_at(model, path) for name in found.model_fields]
 
 
-def _models_at(model: type[BaseModel], path: KeyPath) -> list[type[BaseModel]]:
+def models_at(model: type[BaseModel], path: KeyPath) -> list[type[BaseModel]]:
     """The models that are accepted at `path`; its union tags and list indices are skipped."""
     models = [model]
     for part in path:

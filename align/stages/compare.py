@@ -92,7 +92,10 @@ class CompareStage(Stage):
     )
 
     def inputs(self, settings: CompareBlock) -> tuple[str, ...]:
-        return ("sample", "revise", "sft") if settings.revision_pairs else ("sample", "sft")
+        return ("sample", "revise") if settings.revision_pairs else ("sample",)
+
+    def optional_inputs(self, settings: CompareBlock) -> tuple[str, ...]:
+        return ("sft",)
 
     def splits(self, settings: CompareBlock) -> tuple[Split, ...]:
         return (SPLIT,)
@@ -127,7 +130,8 @@ class CompareStage(Stage):
         if settings.revision_pairs:
             require_revision_pairs(context)
 
-        engine = open_engine(EngineBlock(), context.shared["model"], path=str(context.inputs["sft"] / "model"))
+        policy = str(context.inputs["sft"] / "model") if "sft" in context.inputs else None
+        engine = open_engine(EngineBlock(), context.shared["model"], path=policy)
         completions = text_provenance(context, "completion", engine, EngineBlock())
         labels = labels_of(context, judge, report)
         upstream = [context.inputs["revise"]] if settings.revision_pairs else []

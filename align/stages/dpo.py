@@ -43,7 +43,10 @@ class Dpo(PairStage):
     outputs = ("model", "adapter", LEFT_OUT, "metrics.jsonl")
 
     def inputs(self, settings: DpoBlock) -> tuple[str, ...]:
-        return ("sft", "compare") if settings.ai else ("sft",)
+        return ("compare",) if settings.ai else ()
+
+    def optional_inputs(self, settings: DpoBlock) -> tuple[str, ...]:
+        return ("sft",)
 
     def check(self, settings: DpoBlock, shared: Mapping[str, Any]) -> list[str]:
         faults = super().check(settings, shared)
@@ -61,19 +64,21 @@ class Dpo(PairStage):
         dtype = compute_dtype(block.precision)
         config = training_config(DPOConfig, context, dtype, beta=settings.beta, max_length=None)
         counts: Counter[str] = Counter()
-        sft = str(context.inputs["sft"] / "model")
+        policy, revision = context.policy
         with open_intake(context.output, counts) as intake:
             pairs = self.gather(context, intake)
             hard_loss = uses_trl_loss(settings, pairs)
-            tokenizer = load_tokenizer(sft, trust_remote_code=block.trust_remote_code)
+            tokenizer = load_tokenizer(policy, revision=revision, trust_remote_code=block.trust_remote_code)
             columns = pair_columns(tokenizer, pairs, settings.max_length, block.system_prompt)
             keep_left_out(columns, pairs, intake, "pairs", most_unusable(settings.human))
         if not columns.rows:
             raise InputError(f"dpo.max_length: all pairs are longer than {settings.max_length} tokens; raise it")
         tell_rows(self.name, columns, intake, settings.max_length)
 
-        model = load_policy(sft, block, dtype, config.seed)
-        reference = None if block.lora else load_policy(sft, block, dtype, config.seed).requires_grad_(False)
+        model = load_policy(policy, block, dtype, config.seed, revision)
+        reference = None
+        if not block.lora:
+            reference = load_policy(policy, block, dtype, config.seed, revision).requires_grad_(False)
         options = {"ref_model": reference, "hard_loss": hard_loss}
         _, result = fit(SoftLabelDPOTrainer, context, model, tokenizer, config, columns.rows, dtype, **options)
         counts.update(pairs=len(columns), pairs_too_long=0, steps=result.steps)

@@ -7,6 +7,7 @@ one model is in memory at a time.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
@@ -35,6 +36,7 @@ from align.evaluation.samples import (
     draw_candidates,
     draw_samples,
     no_kl_estimate,
+    reference_of,
     with_divergence,
     with_scores,
 )
@@ -54,11 +56,12 @@ class EvaluateBlock(Block):
     """What is evaluated, and on how many prompts."""
 
     policies: Annotated[tuple[Literal["base", "sft", "dpo", "ppo"], ...], Field(min_length=1)] = Field(
-        ("base", "sft", "dpo", "ppo"), description="the policies that are measured; base is the recipe's model"
+        ("base", "sft", "dpo", "ppo"),
+        description="the policies that are measured, by default those that the recipe has; base is its model",
     )
     sampling: SamplingBlock = Field(default_factory=SamplingBlock)
     limit: Positive | None = Field(None, description="at most this many held-out prompts, by a hash of their content")
-    reward: bool = Field(True, description="score with the reward stage's model")
+    reward: bool = Field(True, description="score with the reward stage's model, if the recipe has one")
     best_of: Annotated[Integer, Field(ge=2)] | None = Field(
         None,
         description="adds best-of-n as a policy: of n completions of the SFT policy, the one with the highest reward",
@@ -87,8 +90,13 @@ class Evaluate(Stage):
     outputs = (REPORT, SAMPLES, CANDIDATES, PROVENANCE, METRICS)
 
     def inputs(self, settings: EvaluateBlock) -> tuple[str, ...]:
-        trained = [policy for policy in settings.policies if policy not in (BASE, REFERENCE)]
-        return ("sample", REFERENCE, *(["reward"] if settings.reward else []), *trained)
+        wanted = [policy for policy in settings.policies if policy != BASE] if _is_given(settings, "policies") else []
+        return ("sample", *(["reward"] if settings.reward and _is_given(settings, "reward") else []), *wanted)
+
+    def optional_inputs(self, settings: EvaluateBlock) -> tuple[str, ...]:
+        read = [REFERENCE, *(["reward"] if settings.reward else []), *settings.policies]
+        required = (BASE, *self.inputs(settings))
+        return tuple(name for name in dict.fromkeys(read) if name not in required)
 
     def splits(self, settings: EvaluateBlock) -> tuple[Split, ...]:
         return (SPLIT,)
@@ -106,6 +114,7 @@ class Evaluate(Stage):
         return faults
 
     def run(self, context: Context) -> Outcome:
+        context = replace(context, settings=of_recipe(context.settings, context.inputs))
         constitution_path = context.shared.get("constitution")
         constitution = load_constitution(constitution_path) if constitution_path else None
         prompts, n = held_out_prompts(context), context.settings.best_of
@@ -127,6 +136,17 @@ class Evaluate(Stage):
             _publish(report, samples, candidates, context)
         counts = {"prompts": report.prompts, "completions": len(samples)}
         return Outcome(counts, {name: _headline(policy) for name, policy in report.policies.items()})
+
+
+def _is_given(settings: EvaluateBlock, key: str) -> bool:
+    """Whether the recipe itself sets a key. Without it, what the recipe does not train is not measured."""
+    return key in settings.model_fields_set or (key == "reward" and settings.best_of is not None)
+
+
+def of_recipe(settings: EvaluateBlock, inputs: Mapping[str, Any]) -> EvaluateBlock:
+    """The settings without the policies and the reward model that the recipe does not train."""
+    policies = tuple(policy for policy in settings.policies if policy == BASE or policy in inputs)
+    return settings.model_copy(update={"policies": policies, "reward": settings.reward and "reward" in inputs})
 
 
 def held_out_prompts(context: Context) -> list[Prompt]:
@@ -151,7 +171,7 @@ def make_report(
     checked, is_judged = used.checked if used else (), isinstance(judged, Judged)
     skipped = {} if isinstance(judged, Judged) else {"win rate vs base": judged}
     if not settings.reward:
-        skipped["reward"] = "`evaluate.reward` is off"
+        skipped["reward"] = "`evaluate.reward` is off, or the recipe has no reward stage"
     if not checked:
         skipped["rule shares"] = "no principle with a rule" if used else "the recipe names no constitution"
     if reason := no_kl_estimate(settings.sampling):
@@ -163,7 +183,7 @@ def make_report(
     return Report(
         run=context.run_name,
         base_model=context.shared["model"].path,
-        reference=REFERENCE,
+        reference=reference_of(context),
         seed=context.seed,
         prompts=len(samples) // len(settings.reported),
         settings=settings.model_dump(mode="json"),

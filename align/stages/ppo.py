@@ -26,10 +26,15 @@ class Ppo(Stage):
     help = "train the SFT policy against rewards (PPO)"
     settings = PpoBlock
     shares = ("model",)
+    trains = True
     outputs = ("model", "adapter", "rollouts.jsonl", PROVENANCE, "metrics.jsonl", "alarms.jsonl")
 
     def inputs(self, settings: PpoBlock) -> tuple[str, ...]:
-        return ("sample", "sft", *(["reward"] if settings.reads_reward_stage else []))
+        demonstrations = ["sft"] if settings.ptx_coef else []
+        return ("sample", *demonstrations, *(["reward"] if settings.reads_reward_stage else []))
+
+    def optional_inputs(self, settings: PpoBlock) -> tuple[str, ...]:
+        return () if settings.ptx_coef else ("sft",)
 
     def splits(self, settings: PpoBlock) -> tuple[Split, ...]:
         return (SPLIT,)
@@ -64,13 +69,13 @@ class Ppo(Stage):
         _check_divisible(settings)
         torch.manual_seed(context.seed)
         accelerator = open_accelerator()
-        policy = context.inputs["sft"] / "model"
-        tokenizer = load_tokenizer(str(policy), trust_remote_code=model_block.trust_remote_code)
+        policy, revision = context.policy
+        tokenizer = load_tokenizer(policy, revision=revision, trust_remote_code=model_block.trust_remote_code)
         prompts, too_long = _prompts(context, tokenizer)
         judged, probes = _direct_scores(context, [each.prompt for each in prompts]) if settings.asks_judge else ({}, {})
         dtype = compute_dtype(model_block.precision)
         reward = _reward_folder(context) if settings.reads_reward_stage else None
-        models = _models(context, policy, reward, dtype, accelerator)
+        models = _models(context, reward, dtype, accelerator)
         with context.tracker() as tracker:
             trainer = PpoTrainer(
                 models,
@@ -85,7 +90,7 @@ class Ppo(Stage):
                 output=context.output,
                 tracker=tracker,
                 demonstrations=_demonstrations(context, tokenizer) if settings.ptx_coef else (),
-                provenance=_provenance(context, policy, str(dtype).removeprefix("torch.")),
+                provenance=_provenance(context, str(dtype).removeprefix("torch.")),
                 accelerator=accelerator,
             )
             figures = trainer.train()
@@ -112,13 +117,14 @@ def _reward_folder(context: Context) -> Any:
     return replace(reward, mean=0.0, std=1.0) if context.settings.score.normalise == "none" else reward
 
 
-def _models(context: Context, policy: Path, reward: Any, dtype: Any, accelerator: Any) -> Any:
+def _models(context: Context, reward: Any, dtype: Any, accelerator: Any) -> Any:
     """Policy, reference and value model, on the accelerator's device."""
     from align.models.positions import check_length
     from align.rl.loading import load_models
     from align.rl.updates import is_sharding
 
     settings, model_block = context.settings, context.shared["model"]
+    policy, revision = context.policy
     models = load_models(
         policy,
         reward,
@@ -127,6 +133,7 @@ def _models(context: Context, policy: Path, reward: Any, dtype: Any, accelerator
         dtype=dtype,
         temperature=settings.sampling.temperature,
         trust_remote_code=model_block.trust_remote_code,
+        revision=revision,
     )
     longest = settings.max_prompt_tokens + settings.sampling.max_new_tokens
     check_length(models.causal_lm, longest, "lower ppo.max_prompt_tokens or ppo.sampling.max_new_tokens")
@@ -142,16 +149,20 @@ def _adapter_problems(lora: LoraBlock | None) -> list[str]:
     return [OUTPUT_ADAPTED.format(name=name) for name in named if name in OUTPUT_LAYERS]
 
 
-def _provenance(context: Context, policy: Path, precision: str) -> str:
+def _provenance(context: Context, precision: str) -> str:
     """Write the provenance of the rollouts, and return its id.
 
     It names the weights that training began with; a row's iteration says how often they were updated before.
     """
-    from align.models.weights import Weights
+    from align.models.weights import Weights, model_folder
 
     how = {**sampling_settings(context), "weights": "as training began"}
-    weights = processes.decide_on_first_rank(Weights(policy).digest)
-    identity = EngineIdentity("local", "/".join(policy.parts[-2:]), weights, precision=precision)
+    policy, revision = context.policy
+    folder = model_folder(policy, revision)
+    weights = processes.decide_on_first_rank(Weights(folder).digest) if folder else ""
+    parts = 2 if "sft" in context.inputs else 1  # of a user's path only the model's own folder is shown
+    name = "/".join(Path(policy).parts[-parts:]) if Path(policy).is_dir() else policy
+    identity = EngineIdentity("local", name, weights, precision=precision)
     entry = Provenance.of(context.stage, "completion", identity, how, context.seed)
     write_provenance(context.output, [entry])
     return entry.id

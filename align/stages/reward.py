@@ -29,7 +29,9 @@ SCALE_PAIRS = 1000
 class RewardBlock(PairMixBlock):
     """The reward model."""
 
-    base: Literal["sft", "model"] = Field("sft", description="start from the SFT policy, or from the base model")
+    base: Literal["sft", "model"] = Field(
+        "sft", description="start from the SFT policy, if the recipe has one, or from the recipe's model"
+    )
     held_out: Annotated[Fraction, Field(lt=1)] = Field(
         0.1, description="share of the prompts whose pairs are held out to test the model"
     )
@@ -46,7 +48,10 @@ class Reward(PairStage):
     outputs = ("model", "adapter", LEFT_OUT, METRICS, HELD_OUT)
 
     def inputs(self, settings: RewardBlock) -> tuple[str, ...]:
-        return (*(["sft"] if settings.base == "sft" else []), *(["compare"] if settings.ai else []))
+        return ("compare",) if settings.ai else ()
+
+    def optional_inputs(self, settings: RewardBlock) -> tuple[str, ...]:
+        return ("sft",) if settings.base == "sft" else ()
 
     def run(self, context: Context) -> Outcome:
         from align.models.loading import compute_dtype, load_tokenizer
@@ -60,9 +65,7 @@ class Reward(PairStage):
         block: ModelBlock = context.shared["model"]
         dtype = compute_dtype(block.precision)
         config = training_config(RewardConfig, context, dtype, max_length=None, disable_dropout=True)
-        path, revision = block.path, block.revision
-        if settings.base == "sft":
-            path, revision = str(context.inputs["sft"] / "model"), None
+        path, revision = context.policy
         tokenizer = load_tokenizer(path, revision=revision, trust_remote_code=block.trust_remote_code)
         set_separate_pad_token(tokenizer)
         counts: Counter[str] = Counter()

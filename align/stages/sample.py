@@ -71,11 +71,14 @@ class SampleStage(Stage):
         model: ModelBlock = context.shared["model"]
         counts: Counter[str] = Counter()
         categories: Counter[str] = Counter()
-        engine = open_engine(settings.engine, model)
+        # A recipe may read the prompts alone, and then needs no model here.
+        engine = open_engine(settings.engine, model) if settings.splits else None
         if processes.is_first():
             _write_prompts(context, prompt_fit(context, engine), counts, categories)
             _warn_of_empty_splits(settings.splits, counts)
         processes.barrier()
+        if engine is None:
+            return _prompts_alone(context, counts, categories)
         provenance = text_provenance(context, "completion", engine, settings.engine)
         write_provenance(context.output, [provenance])
         made = _samples(context, engine, provenance.id, counts)
@@ -99,6 +102,17 @@ class RefusedPrompt(Row):
     reason: str
 
 
+def _prompts_alone(context: Context, counts: Counter[str], categories: Counter[str]) -> Outcome:
+    """The outcome where no prompt is completed, for recipes in which only the prompts are read. Loads no model."""
+    write_provenance(context.output, [])
+    if processes.is_first():
+        with RowFile(context.output / "samples.jsonl"):
+            pass
+    ordered = {name: counts[name] for name in ("prompts", *map(_of_split, SPLITS), "samples")}
+    context.log_rows([ordered])
+    return Outcome(ordered, {"categories": dict(categories)})
+
+
 class _Made(NamedTuple):
     """A sample and its number of tokens."""
 
@@ -106,7 +120,7 @@ class _Made(NamedTuple):
     tokens: int
 
 
-def prompt_fit(context: Context, engine: "Engine") -> Fit | None:
+def prompt_fit(context: Context, engine: "Engine | None") -> Fit | None:
     """What becomes of prompts that the recipe's model cannot read.
 
     None for a server without `prompts.max_tokens`: it refuses what it cannot read itself.

@@ -61,6 +61,7 @@ class Sft(Stage):
     help = "fine-tune the base model on accepted revisions and helpful demonstrations"
     settings = SftBlock
     shares = ("model",)
+    trains = True
     outputs = ("model", "adapter", "demonstrations.jsonl", LEFT_OUT, PROVENANCE, "metrics.jsonl")
 
     def inputs(self, settings: SftBlock) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """What the training stages share. Importing this module loads no tensor library."""
 
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
@@ -59,6 +59,10 @@ class PairStage(Stage):
     """A stage that trains on preference pairs: `reward` or `dpo`."""
 
     shares = ("model",)
+    trains = True
+    instead: ClassVar[Mapping[str, str]] = {
+        "compare": "set `ai: false` and name your own pairs in `human`, to train on those alone"
+    }
 
     def files(self, settings: PairMixBlock) -> tuple[str, ...]:
         return local_paths(settings.human)

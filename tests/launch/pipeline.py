@@ -163,13 +163,13 @@ class Run:
         return done.stdout
 
     def run_stage(self, stage: str, *words: str, **changes: Any) -> str:
-        """Run a stage with changed settings, given as `block__key=value`."""
+        """Run a stage with changed settings, which may replace a model. They are given as `block__key=value`."""
         overrides = [
             word
             for key, value in changes.items()
             for word in ("--set", f"{key.replace('__', '.')}={json.dumps(value)}")
         ]
-        return self.make("run", stage, "--recipe", "tiny.yaml", *overrides, *words)
+        return self.make("run", stage, "--recipe", "tiny.yaml", "--force", *overrides, *words)
 
     def kill_when(self, moment: Callable[[], bool], *words: str) -> bool:
         """Start the command and kill it outright at the moment; whether it was alive until then."""

@@ -21,7 +21,8 @@ SOURCE = Path(align.__file__).parent
 def recipe_blocks() -> Iterator[type[Block]]:
     """Every class of block that a recipe can contain."""
     for module in pkgutil.walk_packages(align.__path__, "align."):
-        if not module.name.endswith("__main__"):
+        # The kernel's module needs Triton, which comes with PyTorch for GPUs, and defines no block.
+        if not module.name.endswith(("__main__", "slot_kernel")):
             importlib.import_module(module.name)
     waiting = [Block]
     while waiting:

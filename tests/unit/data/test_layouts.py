@@ -51,7 +51,7 @@ def test_a_layout_of_pairs_gives_the_pair(tmp_path: Path, name: str) -> None:
     assert pair.probability == 1
 
 
-@pytest.mark.parametrize("name", EVERY.keys() - {"prompts", "HelpSteer 2", "rated answers", "HelpSteer 3"})
+@pytest.mark.parametrize("name", sorted(EVERY.keys() - {"prompts", "HelpSteer 2", "rated answers", "HelpSteer 3"}))
 def test_a_layout_with_answers_gives_the_better_one_as_demonstration(tmp_path: Path, name: str) -> None:
     (demonstration,) = read_demonstrations(source(tmp_path, *EVERY[name]))
 

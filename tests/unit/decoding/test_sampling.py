@@ -56,3 +56,19 @@ def test_a_token_without_probability_is_never_sampled(uniform):
 def test_logits_that_are_not_numbers_stop_the_run():
     with pytest.raises(NotFinite, match="not finite"):
         sample(torch.tensor([[0.0, torch.nan]]), np.array([0.5]), 1.0, 1.0)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_torchs_deterministic_mode_draws_the_same_tokens_and_stays_on(rows):
+    logits = torch.randn(rows, 50)
+    uniforms = np.linspace(0.1, 0.9, rows)
+    free = [sample(logits.clone(), uniforms, 1.0, top_p) for top_p in (1.0, 0.5)]
+    torch.use_deterministic_algorithms(True)
+    try:
+        bound = [sample(logits.clone(), uniforms, 1.0, top_p) for top_p in (1.0, 0.5)]
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for (tokens, logprobs), (same, logprobs_again) in zip(free, bound, strict=True):
+        assert torch.equal(tokens, same)
+        assert torch.equal(logprobs, logprobs_again)

@@ -304,3 +304,49 @@ def test_a_constitution_without_what_the_judge_needs_is_refused(kind: str, lacks
     assert problem.startswith(f"judge.kind: '{kind}' needs a principle with {lacks}, and constitution 'test' has none")
     with pytest.raises(InputError):
         Judge(made, block, Engine())
+
+
+def by_question(**probabilities: float) -> Callable[[ChoiceRequest, str], float]:
+    """The judge's probability that "good" is better than "bad", by a word of the principle's question."""
+
+    def first(text: str) -> float:
+        p = next(p for word, p in probabilities.items() if f"{word}-question" in text)
+        return p if text.index("good") < text.index("bad") else 1 - p
+
+    return letters(first)
+
+
+HARD = {"id": "safe", "compare": "safe-question", "hard": True}
+SOFT = {"id": "kind", "compare": "kind-question", "weight": 3}
+
+
+@pytest.mark.parametrize(
+    ("hard", "p", "decided_by"),
+    [
+        (0.9, 0.9, ("safe",)),  # 0.4 from one half, beyond the margin of 0.25
+        (0.6, 0.3, ("safe", "kind")),  # unclear: (0.6 + 3 * 0.2) / 4
+        (0.05, 0.05, ("safe",)),
+    ],
+)
+def test_a_hard_principle_decides_alone_only_where_its_opinion_is_clear(
+    hard: float, p: float, decided_by: tuple[str, ...]
+) -> None:
+    judge = choice_judge(by_question(safe=hard, kind=0.2), HARD, SOFT)
+    found = verdict(judge, "good", "bad")
+    assert (found.p_a, found.decided_by) == (pytest.approx(p), decided_by)
+    assert verdict(judge, "bad", "good").p_a == pytest.approx(1 - p)
+
+
+def test_a_hard_rule_that_both_keep_leaves_the_decision_to_the_others() -> None:
+    ruled = {**HARD, "rule": {"excludes": "!"}}
+    found = verdict(choice_judge(by_question(safe=0.6, kind=0.2), ruled, SOFT), "good", "bad")
+    assert (found.p_a, found.decided_by) == (pytest.approx(0.2), ("kind",))
+
+
+def test_the_margin_of_hard_principles_is_a_setting_and_is_read_before_the_clamp_of_a_chain_of_thought() -> None:
+    score = by_question(safe=0.6, kind=0.2)
+    found = verdict(choice_judge(score, HARD, SOFT, hard_margin=0.05), "good", "bad")
+    assert found.decided_by == ("safe",)
+    clamped = choice_judge(by_question(safe=0.9, kind=0.2), HARD, SOFT, chain_of_thought=True)
+    found = verdict(clamped, "good", "bad")
+    assert (found.p_a, found.decided_by) == (pytest.approx(0.6), ("safe",))

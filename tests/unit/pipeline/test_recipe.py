@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from align.errors import FileProblems, InputError
-from align.pipeline.recipe import load_recipe
+from align.pipeline.recipe import Recipe, load_recipe
 
 CONSTITUTION = """\
 title: Small
@@ -102,13 +102,12 @@ dpo: {bta: 1}
     )
     here = f"(looked in {Path.cwd()})"
     assert faults(path) == [
-        "recipe.yaml: 7 problems",
+        "recipe.yaml: 6 problems",
         "line 1  model.pth: no such setting; did you mean `path`?",
         f"line 4  prompts.sources[0].path: missing.jsonl: no such file {here}; check the path",
         f"line 5  constitution: nowhere.yaml: no such file {here}; check the path",
         "line 8  sample.sampling.temperature: expected a number, got true/false",
         "line 9  sample.sampling.max_new_tokens: expected a whole number, got 3.7",
-        "line 10  reward: reads the results of `sft`, which this recipe lacks; add `sft: {}`",
         "line 11  dpo.bta: no such setting; did you mean `beta`?",
     ]
 
@@ -351,3 +350,43 @@ def test_an_option_that_the_schedule_does_not_have_is_a_fault() -> None:
     assert "`cosine` has only num_cycles, not 'min_lr_rate'" in "\n".join(faults(path, cosine, options))
     assert "`linear` has none" in "\n".join(faults(path, options))
     load_recipe(path, [cosine, "sft.trl.lr_scheduler_kwargs={num_cycles: 1.5}"])
+
+
+HUMAN = "dpo:\n  ai: false\n  human: [{path: pairs.jsonl}]\n"
+
+
+def child_of(parent: str, child: str, tiny: Path, *overrides: str) -> Recipe:
+    """A recipe that extends another. Both are about training on human pairs."""
+    Path("pairs.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    Path("parent.yaml").write_text(f"model: {{path: {tiny}}}\n{HUMAN}{parent}")
+    Path("child.yaml").write_text(f"extends: parent.yaml\n{child}")
+    return load_recipe("child.yaml", overrides)
+
+
+def test_null_unsets_a_key_of_the_parent_unless_it_is_a_value_of_the_setting(tiny_model_dir: Path) -> None:
+    parent = "  optimizer: {learning_rate: 0.5, batch_size: 32}\n  max_length: 9\n  trl: {dataloader_num_workers: 3}\n"
+    unset = "dpo: {optimizer: {learning_rate: null}, max_length: null, trl: {dataloader_num_workers: null}}\n"
+    dpo = child_of(parent, f"model: {{lora: null}}\n{unset}", tiny_model_dir).settings["dpo"]
+    assert (dpo.optimizer.learning_rate, dpo.optimizer.batch_size) == (1e-5, 32)  # type: ignore[attr-defined]
+    assert (dpo.max_length, dpo.trl) == (1024, {})  # type: ignore[attr-defined]
+    whole = child_of(parent, "model: {lora: null}\ndpo: {optimizer: null}\n", tiny_model_dir)
+    assert whole.shared["model"].lora is None
+    assert whole.settings["dpo"].optimizer.batch_size == 16  # type: ignore[attr-defined]
+    overridden = child_of(parent, "", tiny_model_dir, "dpo.max_length=null").settings["dpo"]
+    assert overridden.max_length == 1024  # type: ignore[attr-defined]
+
+
+def test_a_null_that_replaces_nothing_is_still_a_fault(tiny_model_dir: Path) -> None:
+    with pytest.raises(InputError, match=r"child.yaml: 1 problem\n  line 2  dpo.max_length: expected a whole number"):
+        child_of("", "dpo: {max_length: null}\n", tiny_model_dir)
+
+
+def test_a_fault_of_a_whole_block_is_reported_for_the_file_that_has_it(tiny_model_dir: Path) -> None:
+    with pytest.raises(InputError) as told:
+        child_of("judge:\n  kind: rule\n  examples: 3\n", "judge: {scale: 3}\n", tiny_model_dir)
+    assert str(told.value).splitlines()[:1] == ["parent.yaml: 1 problem"]
+    assert "line 5  judge: kind rule does not read examples" in str(told.value)
+    with pytest.raises(InputError, match=r"child.yaml: 1 problem\n  line 2  judge: kind rule does not read examples"):
+        child_of("judge:\n  kind: choice\n  examples: 3\n", "judge: {kind: rule}\n", tiny_model_dir)
+    with pytest.raises(InputError, match=r"child.yaml: 1 problem\n  line 2  sample: needs `prompts`"):
+        child_of("sample: {}\n", "sample: {window: 3}\n", tiny_model_dir)

@@ -266,3 +266,20 @@ def test_the_day_on_which_a_run_began_is_kept_for_its_later_stages() -> None:
 def test_a_day_that_does_not_exist_is_refused() -> None:
     with pytest.raises(InputError, match=r"model\.date"):
         recipe("model={path: org/m, date: '2026-02-30'}")
+
+
+def test_a_deterministic_recipe_sets_torch_before_its_stage_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.delenv("FLASH_ATTENTION_DETERMINISTIC", raising=False)
+    benchmark = torch.backends.cudnn.benchmark
+    try:
+        run_stage(recipe("deterministic=true"), "letters")
+        assert torch.are_deterministic_algorithms_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8", "one of the two values that cuBLAS documents"
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.backends.cudnn.benchmark = benchmark
+        os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+        os.environ.pop("FLASH_ATTENTION_DETERMINISTIC", None)
+    stale = make_plan(recipe())["letters"]
+    assert (stale.state, stale.why) == ("stale", "deterministic: true → none")
