@@ -4,10 +4,15 @@ To add one, subclass `InputError` if the user can correct the input (exit code 2
 program's or the machine's (exit code 1). The message names the file, key or line, then the fault, then the remedy.
 """
 
+import errno
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+MAX_NAME, MAX_PATH = 255, 4095
+"""Bytes of a file's name and path that Linux and most file systems allow."""
 
 
 class AlignError(Exception):
@@ -62,21 +67,45 @@ class JudgeAtChance(InputError):
     """The judge is not shown to be better than chance on the constitution's probes, or on human preference pairs."""
 
 
+def name_fault(path: str) -> str | None:
+    """Why no file can have this path; None if one can. Python raises an error for names that are too long."""
+    parts = path.encode(errors="replace").split(b"/")
+    if max(map(len, parts)) <= MAX_NAME and len(path.encode(errors="replace")) <= MAX_PATH:
+        return None
+    return f"longer than a file's path can be ({MAX_NAME} bytes a name, {MAX_PATH:,} in all); check the path"
+
+
 def first_line(error: BaseException) -> str:
     """The first line of a library's error message, or the error's type if the message is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 @contextmanager
-def explained_read_errors(path: Path) -> Iterator[None]:
-    """Raise a failure to open or decode a text file as an `InputError` that names the file and the remedy."""
+def explained_read_errors(path: Path, limit: int | None = None) -> Iterator[None]:
+    """Raise a failure to open or decode a text file as an `InputError` that names the file and the remedy.
+
+    Devices and pipes, some of which never end, are refused, and so are files of more than `limit` bytes.
+    """
     try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
+            raise InputError(f"{path}: not a regular file but a device or a pipe; copy its content to a file")
+        if limit is not None and status.st_size > limit:
+            raise InputError(f"{path}: {status.st_size:,} bytes, the limit is {limit:,}; check the path")
         yield
     except FileNotFoundError:
         raise InputError(f"{path}: no such file (looked in {Path.cwd()}); check the path") from None
     except IsADirectoryError:
         raise InputError(f"{path}: is a folder, expected a file; check the path") from None
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); make it readable for this user") from None
+        raise InputError(f"{_shortened(path)}: cannot be read ({error.strerror}); {_remedy(error)}") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+
+
+def _shortened(path: Path, width: int = 200) -> str:
+    return text if len(text := str(path)) <= width else text[:width] + "…"
+
+
+def _remedy(error: OSError) -> str:
+    return "check the path" if error.errno == errno.ENAMETOOLONG else "make it readable for this user"

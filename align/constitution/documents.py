@@ -8,6 +8,7 @@ Documents are not trusted: file names are restricted, links that lead out of the
 """
 
 import hashlib
+import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -66,8 +67,8 @@ def read_documents(folder: Path) -> Documents:
     Raises:
         InputError: there is no such folder, it holds no text, it is too large, or one of its files is not a document.
     """
-    if not folder.is_dir():
-        fault = "is a file" if folder.exists() else "no such folder"
+    if not os.path.isdir(folder):
+        fault = "is a file" if os.path.exists(folder) else "no such folder"
         raise InputError(f"{folder}: {fault}; name a folder, relative to the constitution's own")
     found = [file for file in sorted(folder.rglob("*")) if not _is_hidden(file, folder)]
     for link in (file for file in found if file.is_symlink() and not file.is_file()):

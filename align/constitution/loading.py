@@ -3,6 +3,7 @@
 Every fault of the file and of its parents is reported at once, with its line.
 """
 
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -44,7 +45,7 @@ def try_load_constitution(path: str | Path) -> Constitution | None:
 
 def _load(path: Path, descendants: tuple[Path, ...]) -> Constitution:
     """Load a file. `descendants` are the resolved paths of the files that extend it, the outermost first."""
-    if path.is_dir() or path.suffix == ".json":
+    if os.path.isdir(path) or path.suffix == ".json":
         return _load_paper(path)
     content, lines = load_yaml(path)
     if looks_like_a_recipe(content):
@@ -106,7 +107,7 @@ def _load_parents(
 
 def _parent_fault(parent: Path, name: str, descendants: tuple[Path, ...]) -> str:
     """Why the last descendant cannot extend this file; empty if it can."""
-    if not parent.exists():
+    if not os.path.exists(parent):
         return f"no file {name} beside {descendants[-1].name}; paths are relative to the constitution's own folder"
     if (resolved := parent.resolve()) in descendants:
         circle = " → ".join(part.name for part in (*descendants[descendants.index(resolved) :], resolved))

@@ -18,7 +18,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from align.errors import InputError
+from align.errors import InputError, explained_read_errors
+from align.settings.yaml_files import MAX_BYTES
 
 CRITIQUES = "CritiqueRevisionInstructions.json"
 EXAMPLES = "CritiqueRevisionFewShotPrompts.json"
@@ -73,10 +74,9 @@ def _kind(path: Path) -> str:
 
 def _json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file (looked in {Path.cwd()}); check the path") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        with explained_read_errors(path, MAX_BYTES):
+            return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, RecursionError) as error:
         raise InputError(f"{path}: not JSON ({error})") from None
 
 

@@ -19,8 +19,9 @@ from align.constitution.paper import (
     framed,
     unframed,
 )
-from align.errors import InputError
+from align.errors import InputError, explained_read_errors
 from align.records import Conversation
+from align.settings.yaml_files import MAX_BYTES
 
 COMPARISONS = "hhh_comparisons.jsonl"
 
@@ -119,11 +120,12 @@ def parse_published(path: Path) -> Any:
     """
     if path.name not in _FILES:
         raise InputError(f"{path}: not one of the paper's files, which are {', '.join(_FILES)}")
-    text = path.read_text(encoding="utf-8")
+    with explained_read_errors(path, MAX_BYTES):
+        text = path.read_text(encoding="utf-8")
     try:
         lines = text.splitlines() if path.suffix == ".jsonl" else None
         return _FILES[path.name][0]([json.loads(line) for line in lines] if lines is not None else json.loads(text))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: not in the form that the Constitutional AI paper published ({error!r})") from None
 
 

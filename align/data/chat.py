@@ -4,11 +4,17 @@ A conversation's ids have three parts: the prompt (up to the start of the assist
 answer and the token that ends the turn), and what the template writes after that (`closing_ids`; a newline in ChatML).
 """
 
+import re
+from datetime import date
 from typing import Any, Protocol
 
 from align.errors import InputError
 from align.records import Conversation, Message, as_dicts
 
+_DATE = re.compile(r"""\bstrftime_now\(\s*(["'])(.*?)\1\s*\)""")
+"""How templates print today's date (Llama 3, gpt-oss)."""
+
+_fixed_date: date | None = None
 _PROBE = Message("user", "Question"), Message("assistant", "Answer")
 
 
@@ -16,10 +22,37 @@ class ChatTokenizer(Protocol):
     """What this module needs of a `transformers` tokenizer."""
 
     all_special_ids: list[int]
+    added_tokens_decoder: dict[int, Any]
 
     def __call__(self, text: str, *, add_special_tokens: bool) -> Any: ...
 
     def apply_chat_template(self, conversation: list[dict[str, str]], **kwargs: Any) -> Any: ...
+
+
+def fix_date(day: date | None) -> None:
+    """Have every chat template of this process print this day as today's, so that a resumed run has the same prompts.
+
+    With None, templates print the day of the call.
+    """
+    global _fixed_date
+    _fixed_date = day
+
+
+def printed_date(tokenizer: Any) -> str:
+    """The fixed day, if the tokenizer's chat template prints today's date; else empty."""
+    return _fixed_date.isoformat() if _fixed_date and _prints_date(tokenizer) else ""
+
+
+def _prints_date(tokenizer: Any) -> bool:
+    return _DATE.search(str(getattr(tokenizer, "chat_template", ""))) is not None
+
+
+def _dated_template(tokenizer: Any) -> dict[str, str]:
+    """The chat template with the fixed date in it, as an option; empty if there is nothing to fix."""
+    day = _fixed_date
+    if day is None or not _prints_date(tokenizer):
+        return {}
+    return {"chat_template": _DATE.sub(lambda found: repr(day.strftime(found[2])), tokenizer.chat_template)}
 
 
 def with_system_prompt(conversation: Conversation, system_prompt: str | None) -> Conversation:
@@ -114,6 +147,15 @@ def end_of_turn_ids(tokenizer: ChatTokenizer) -> tuple[int, ...]:
     return tuple(ids[: _stop_position(tokenizer, ids) + 1])
 
 
+def special_ids(tokenizer: ChatTokenizer) -> set[int]:
+    """The special tokens: those that the tokenizer names, and those that are special in its file alone.
+
+    Gemma and Phi end turns with a token of the second kind.
+    """
+    unnamed = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return unnamed.union(tokenizer.all_special_ids)
+
+
 def closing_ids(tokenizer: ChatTokenizer) -> tuple[int, ...]:
     """What the template writes after the token that ends the assistant's turn."""
     ids = token_ids(tokenizer, _turn_ending(tokenizer))
@@ -121,7 +163,7 @@ def closing_ids(tokenizer: ChatTokenizer) -> tuple[int, ...]:
 
 
 def _stop_position(tokenizer: ChatTokenizer, ids: list[int]) -> int:
-    special = set(tokenizer.all_special_ids)
+    special = special_ids(tokenizer)
     for position, token in enumerate(ids):
         if token in special:
             return position
@@ -144,7 +186,10 @@ def _render(tokenizer: ChatTokenizer, conversation: Conversation, *, add_generat
 
     try:
         return tokenizer.apply_chat_template(
-            as_dicts(conversation), tokenize=False, add_generation_prompt=add_generation_prompt
+            as_dicts(conversation),
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            **_dated_template(tokenizer),
         )
     except TemplateError as error:
         roles = ", ".join(message.role for message in conversation)

@@ -8,6 +8,7 @@ call and limits its concurrency itself.
 """
 
 import dataclasses
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -50,8 +51,11 @@ def complete_all(
     pending = list(requests)
     while pending:
         rows |= _answer_all(work, pending, journal_path)
-        next_turns = [request.follow_up(rows[request.id]["text"]) for request in pending if request.follow_up]
-        pending = [request for request in next_turns if request.id not in rows]
+        turns = [(rows[each.id], each.follow_up(rows[each.id]["text"])) for each in pending if each.follow_up]
+        # What would follow a refused turn counts as refused too, and is not asked.
+        rows |= {turn.id: {**before, "id": turn.id} for before, turn in turns if before.get("refused")}
+        pending = [turn for _, turn in turns if turn.id not in rows]
+    _tell_refused(rows, description)
     return {row_id: _completed(row) for row_id, row in rows.items()}
 
 
@@ -61,7 +65,20 @@ def score_all(
     """Like `complete_all`, for the log-probabilities of choices."""
     work = _Work(engine.choice_logprobs, engine.depends_on_batch, batch_size, description, _scores)
     rows = _answer_all(work, requests, journal_path)
+    _tell_refused(rows, description)
     return {row_id: _scores(row) for row_id, row in rows.items()}
+
+
+def _tell_refused(rows: Rows, description: str) -> None:
+    """Say how many requests a server refused, and which was the first."""
+    refused = [row for row in rows.values() if row.get("refused")]
+    if refused and processes.is_first():
+        print(
+            f"{description}: the server refused {len(refused)} of {len(rows)} requests, which are left out; "
+            f"{refused[0]['id']}: {refused[0]['refused']}",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _completed(row: Mapping[str, Any]) -> Completed:
@@ -69,7 +86,7 @@ def _completed(row: Mapping[str, Any]) -> Completed:
 
 
 def _scores(row: Mapping[str, Any]) -> ChoiceScores:
-    return ChoiceScores(row["id"], tuple(row["logprobs"]), tuple(row["tokens"]))
+    return ChoiceScores(row["id"], tuple(row["logprobs"]), tuple(row["tokens"]), row.get("refused", ""))
 
 
 @dataclass(frozen=True)

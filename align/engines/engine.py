@@ -38,8 +38,9 @@ class Completed:
         finish_reason: 'length' where the limit cut the text, or where there is no answer.
         tokens: how many were generated, thought and stop token included.
         thought: what a thinking model wrote before its answer.
-        answered: False if only a thought was written.
+        answered: False if only a thought was written, or nothing.
         token_ids: the generated tokens, if the request asks for them and the engine has them.
+        refused: why a server refused this prompt; empty if it did not. A refused request has no text.
     """
 
     id: str
@@ -49,6 +50,7 @@ class Completed:
     thought: str = ""
     answered: bool = True
     token_ids: tuple[int, ...] = ()
+    refused: str = ""
 
 
 @dataclass(frozen=True)
@@ -67,11 +69,13 @@ class ChoiceScores:
 
     A server that shows only the most likely first tokens gives -inf to every choice if none of them is shown. A server
     that shows no log-probabilities is sampled instead, and the log-probabilities are estimated from those votes.
+    `refused` says why a server refused the request; every choice then gets -inf.
     """
 
     id: str
     logprobs: tuple[float, ...]
     tokens: tuple[int, ...]
+    refused: str = ""
 
 
 @dataclass(frozen=True)

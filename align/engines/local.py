@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from align.data.answers import AnswerReader
-from align.data.chat import prompt_ids, token_ids
+from align.data.chat import printed_date, prompt_ids, token_ids
 from align.decoding.continuous_batching import ContinuousBatcher, Task
 from align.decoding.decode import decode
 from align.decoding.prefix_trees import Continuation, can_score_trees, tree_batches, tree_logprobs
@@ -70,6 +70,11 @@ class LocalEngine:
         self._system_prompt = system_prompt
         self._stop_ids = stop_token_ids(model, tokenizer)
         self._answers = AnswerReader(tokenizer)
+
+    @property
+    def date(self) -> str:
+        """The day that the chat template prints as today's; empty if it prints none, or each call's own."""
+        return printed_date(self._tokenizer)
 
     @property
     def tokenizer(self) -> Any:

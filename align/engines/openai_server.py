@@ -14,6 +14,7 @@ from align.data.chat import with_system_prompt
 from align.engines import server_scores
 from align.engines.engine import ChoiceRequest, ChoiceScores, Completed, EngineIdentity, Progress, Request, no_progress
 from align.engines.server_faults import MalformedReply, as_align_error, with_retries
+from align.engines.server_refusals import held_until_answered, prompt_refusal, refused_completion, refused_scores
 from align.engines.server_replies import ChatReply, ListedModel, ModelList, Reply, TextReply, read_reply
 from align.errors import AlignError, InputError
 from align.records import as_dicts
@@ -25,6 +26,7 @@ MAX_WORD_LENGTH = 12
 
 RequestT = TypeVar("RequestT", Request, ChoiceRequest)
 Answer = TypeVar("Answer")
+AnswerT = TypeVar("AnswerT", Completed, ChoiceScores)
 Shape = TypeVar("Shape", bound=Reply)
 
 
@@ -103,7 +105,7 @@ class OpenAIEngine:
         self, requests: Sequence[Request], progress: Progress = no_progress, at_once: int | None = None
     ) -> Iterator[Completed]:
         """Complete each request once. Results come as they finish, and `progress` and `at_once` are not used."""
-        return self._answers(self._complete, requests)
+        return self._answers(self._complete, requests, refused_completion)
 
     def choice_logprobs(
         self, requests: Sequence[ChoiceRequest], progress: Progress = no_progress
@@ -116,11 +118,11 @@ class OpenAIEngine:
         alternatives = self.alternatives
         if all(_is_word(choice) for request in requests for choice in request.choices):
             score = server_scores.score_by_alternatives if alternatives else server_scores.score_by_vote
-            return self._answers(lambda request: score(self, request), requests)
+            return self._scores(lambda request: score(self, request), requests)
         if not self._can_score_texts:
             self._run(server_scores.check_text_scoring(self))
             self._can_score_texts = True
-        return self._answers(lambda request: server_scores.score_texts(self, request), requests)
+        return self._scores(lambda request: server_scores.score_texts(self, request), requests)
 
     def models(self) -> list[str]:
         """The ids of the models that the server lists."""
@@ -192,7 +194,34 @@ class OpenAIEngine:
 
         return await with_retries(send_once, retries=self.block.max_retries, timeout=self.block.timeout_seconds)
 
-    def _answers(self, ask: Callable[[RequestT], Awaitable[Answer]], requests: Sequence[RequestT]) -> Iterator[Answer]:
+    def _scores(
+        self, score: Callable[[ChoiceRequest], Awaitable[ChoiceScores]], requests: Sequence[ChoiceRequest]
+    ) -> Iterator[ChoiceScores]:
+        return self._answers(score, requests, refused_scores)
+
+    def _answers(
+        self,
+        ask: Callable[[RequestT], Awaitable[AnswerT]],
+        requests: Sequence[RequestT],
+        refused: Callable[[RequestT, str], AnswerT],
+    ) -> Iterator[AnswerT]:
+        """The answers as they come.
+
+        Args:
+            refused: makes the answer to a prompt that the server refused, from the server's words.
+        """
+
+        async def answer(request: RequestT) -> AnswerT:
+            try:
+                return await ask(request)
+            except openai.APIStatusError as error:
+                if said := prompt_refusal(error, self._key):
+                    return refused(request, said)
+                raise
+
+        return held_until_answered(self._results(answer, requests), self.block)
+
+    def _results(self, ask: Callable[[RequestT], Awaitable[Answer]], requests: Sequence[RequestT]) -> Iterator[Answer]:
         results: queue.SimpleQueue[Any] = queue.SimpleQueue()
         work = asyncio.run_coroutine_threadsafe(self._answer_all(ask, requests, results), self._running_loop())
         try:

@@ -117,9 +117,15 @@ def text_provenance(
         writer: tells a stage's engines apart where several take the same step.
         how: further settings that change the texts.
     """
-    settings = {**sampling_settings(context), **_public_extra(block.extra), **how}
+    settings = {**sampling_settings(context), **_public_extra(block.extra), **_date(engine), **how}
     identity = pin_identity(engine, context.output, writer or step)
     return Provenance.of(context.stage, step, identity, settings, context.seed, constitution)
+
+
+def _date(engine: Engine | None) -> dict[str, str]:
+    """The day in the engine's prompts, if its chat template prints one."""
+    day = getattr(engine, "date", "")
+    return {"date": day} if day else {}
 
 
 def sampling_settings(context: Context) -> dict[str, Any]:
@@ -133,7 +139,7 @@ def label_provenance(
     context: Context, engine: Engine | None, block: JudgeBlock, constitution: Constitution, **how: Any
 ) -> Provenance:
     """The entry of a judge's labels. A judge by rules has no engine."""
-    settings = {**_label_settings(block), **_public_extra(block.engine.extra), **how}
+    settings = {**_label_settings(block), **_public_extra(block.engine.extra), **_date(engine), **how}
     identity = pin_identity(engine, context.output, "label") if engine else RULE
     return Provenance.of(context.stage, "label", identity, settings, context.seed, constitution)
 

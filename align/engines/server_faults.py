@@ -24,6 +24,9 @@ MAX_REQUESTED_DELAY = 300.0
 _TRANSIENT_STATUS = {408, 409, 425, 429}
 _PERMANENT_MESSAGES = ("insufficient_quota", "not supported", "not implemented")
 
+MAX_SAID = 300
+"""Characters that are shown of what a server said."""
+
 Answer = TypeVar("Answer")
 
 
@@ -80,6 +83,11 @@ def requested_delay(error: Exception) -> float | None:
     return None if date is None else max(0.0, email.utils.mktime_tz(date) - time.time())
 
 
+def said_by(error: Exception, key: str) -> str:
+    """The beginning of a server's error message, without the key."""
+    return (str(error).replace(key, "***") if key else str(error))[:MAX_SAID]
+
+
 def as_align_error(error: Exception, engine: EngineBlock, key: str) -> AlignError:
     """The error with the server's address and a remedy, and without the key."""
     server = engine.base_url or "https://api.openai.com"
@@ -99,7 +107,7 @@ def as_align_error(error: Exception, engine: EngineBlock, key: str) -> AlignErro
         )
     if isinstance(error, openai.APIConnectionError):
         return InputError(f"engine {server}: cannot be reached, {gave_up} once it runs, or change engine.base_url")
-    said = (str(error).replace(key, "***") if key else str(error))[:300]
+    said = said_by(error, key)
     if isinstance(error, MalformedReply):
         return AlignError(f"engine {server}: {said} ({gave_up}; `align engine check` shows what the server can do)")
     if isinstance(error, openai.RateLimitError | openai.InternalServerError):

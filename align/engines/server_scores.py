@@ -15,6 +15,7 @@ import openai
 from align.data.chat import prompt_text, token_ids
 from align.engines.engine import ChoiceRequest, ChoiceScores, Request
 from align.engines.server_faults import MalformedReply, is_transient
+from align.engines.server_refusals import prompt_refusal
 from align.engines.server_replies import ChatReply, ScoredReply, TextReply
 from align.errors import InputError
 from align.records import Message
@@ -172,7 +173,9 @@ async def _by_prompt_logprobs(server: Server, request: ChoiceRequest, text: str)
     with_text = ChoiceRequest(request.id, request.messages, (), prefill=request.prefill + text)
     try:
         whole = await server.chat(with_text, 1, temperature=0.0, extra_body={"prompt_logprobs": 0})
-    except (openai.BadRequestError, openai.UnprocessableEntityError):
+    except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+        if prompt_refusal(error, ""):
+            raise
         raise _cannot_score(server) from None
     logprobs = whole.prompt_token_logprobs
     if logprobs is None:

@@ -66,6 +66,8 @@ def _comparison(prompt: Prompt, numbers: tuple[int, int], completed: Mapping[str
 
 def _not_worth_judging(a: Completed, b: Completed) -> str:
     """The reason why two completions are not judged; empty if they are."""
+    if a.refused or b.refused:
+        return "refused"
     if "length" in (a.finish_reason, b.finish_reason):
         return "cut"
     if not a.text.strip() or not b.text.strip():

@@ -71,6 +71,8 @@ def load_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(
             resolved, revision=revision, trust_remote_code=trust_remote_code, padding_side="left"
         )
+    except ImportError as error:
+        raise _lacking_package(path, error) from error
     except (OSError, ValueError, KeyError) as error:
         raise InputError(
             f"model {path}: its tokenizer cannot be loaded ({first_line(error)}); put the tokenizer's files "
@@ -96,8 +98,14 @@ def _configuration(resolved: str, revision: str | None, trust_remote_code: bool)
     """The model's configuration, or None where it cannot be read: loading the model then reports the error."""
     try:
         return AutoConfig.from_pretrained(resolved, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, ImportError):
         return None
+
+
+def _lacking_package(path: str, error: ImportError) -> InputError:
+    """The error for a model whose code, or the format of whose weights, needs a package that is not installed."""
+    said = " ".join(str(error).split())
+    return InputError(f"model {path}: needs a package that is not installed ({said}); install it with pip")
 
 
 def load_causal_lm(
@@ -125,6 +133,8 @@ def load_causal_lm(
             use_safetensors=True,
             output_loading_info=True,
         )
+    except ImportError as error:
+        raise _lacking_package(path, error) from error
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise InputError(f"model {path}: cannot be loaded as a causal language model ({first_line(error)})") from error
     if fault := weights_fault(model.config, loading):

@@ -2,6 +2,7 @@
 
 import copy
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from align.errors import first_line
 from align.models.loading import stop_token_ids
 from align.models.lora import dither, dithered, lora_delta
 
@@ -142,4 +144,28 @@ def _generation_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
     config = copy.deepcopy(model.generation_config) or GenerationConfig()
     config.eos_token_id = list(stop_token_ids(model, tokenizer))
     config.pad_token_id = tokenizer.pad_token_id
-    return config
+    return _valid(config)
+
+
+def _valid(config: GenerationConfig) -> GenerationConfig:
+    """The configuration in a form that transformers saves.
+
+    Older models, Llama 2 among them, set a temperature or top_p without `do_sample`, which is now an error. They meant
+    to sample. Of a configuration with other faults only the token ids are kept.
+    """
+    for candidate in (config, _sampling(config)):
+        try:
+            candidate.validate(strict=True)
+        except ValueError as error:
+            fault = first_line(error)
+        else:
+            return candidate
+    warnings.warn(f"generation_config.json: only its token ids are kept, as it is not valid ({fault})", stacklevel=2)
+    ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return GenerationConfig(**ids)
+
+
+def _sampling(config: GenerationConfig) -> GenerationConfig:
+    changed = copy.deepcopy(config)
+    changed.do_sample = True
+    return changed

@@ -4,6 +4,7 @@ A .gguf file is converted once to a folder of safetensors in the cache (`ALIGN_C
 """
 
 import importlib.metadata
+import json
 import os
 import re
 import shutil
@@ -12,7 +13,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from align.errors import InputError
+from align.errors import InputError, name_fault
 from align.run.artefacts import file_digest
 
 WHEEL = "wheel:"
@@ -21,6 +22,20 @@ CONVERSION = 1
 
 PROBE_SECONDS = 5
 """How long the hub may take to answer before it counts as unreachable. Its own client would retry for a minute."""
+
+QUANTIZERS = {
+    "bitsandbytes": "bitsandbytes",
+    "bitsandbytes_4bit": "bitsandbytes",
+    "bitsandbytes_8bit": "bitsandbytes",
+    "gptq": "gptqmodel",
+    "awq": "gptqmodel",
+    "aqlm": "aqlm",
+    "compressed-tensors": "compressed-tensors",
+    "hqq": "hqq",
+    "quanto": "optimum-quanto",
+    "torchao": "torchao",
+}
+"""The package that transformers needs for each method of quantization."""
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -47,6 +62,8 @@ def resolve_model(path: str, *, revision: str | None = None) -> str:
 
 def model_fault(path: str) -> str | None:
     """What is wrong with a model path, checked without loading the model or asking the hub; None if nothing is."""
+    if fault := name_fault(path):
+        return fault
     if path.startswith(WHEEL):
         return _package_fault(path.removeprefix(WHEEL))
     local = Path(path).expanduser()
@@ -147,13 +164,37 @@ def _folder_fault(folder: Path) -> str | None:
             return "the folder contains only an adapter; give the merged model, which is in `model/` beside it"
         return "the folder has no config.json; give the folder that `save_pretrained` wrote"
     if any(name.endswith(".safetensors") for name in names):
-        return None
+        return _quantization_fault(folder / "config.json")
     if any(name.endswith((".bin", ".pt", ".pth")) for name in names):
         return (
             "the folder has only pickled weights, which can run code when they are loaded; "
             "if you trust them, convert them to safetensors (`model.save_pretrained(folder)`)"
         )
     return "the folder has no weights (*.safetensors); was it copied or downloaded completely?"
+
+
+def _quantization_fault(config: Path) -> str | None:
+    """Which package the quantized weights of a folder need, if it is not installed."""
+    try:
+        settings = json.loads(config.read_bytes())
+        method = settings["quantization_config"]["quant_method"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None  # not quantized; a damaged configuration is reported when the model is loaded
+    package = QUANTIZERS.get(str(method))
+    if package is None or _is_installed(package):
+        return None
+    return (
+        f"its weights are quantized with {method}, and the package {package} is not installed; give the model that it "
+        f"was quantized from, which can also be trained, or, if it is only to be asked, `pip install {package}`"
+    )
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def _check_hub(path: str, revision: str | None) -> None:

@@ -1,5 +1,6 @@
 """The data and models that a recipe names, wherever its blocks name them."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -7,9 +8,9 @@ from typing import Any
 from pydantic import BaseModel
 
 from align.data.paths import file_fault, is_local_path
-from align.errors import Problem
+from align.errors import Problem, name_fault
 from align.models.sources import model_fault
-from align.pipeline.recipe_files import RawRecipe
+from align.pipeline.recipe_files import MAX_SHOWN, RawRecipe
 from align.settings.blocks import EngineBlock, ModelBlock, RewardSourceBlock
 from align.settings.data import DataSource
 from align.settings.yaml_files import KeyPath
@@ -22,14 +23,20 @@ def path_problems(blocks: BaseModel, constitution: str | None, raw: RawRecipe) -
     found: list[tuple[KeyPath, str, str | None]] = []
     for path, block in data_and_model_blocks(blocks):
         if isinstance(block, DataSource):
-            found += [((*path, "path"), name, file_fault(name)) for name in block.paths if is_local_path(name)]
+            found += [((*path, "path"), name, name_fault(name) or _data_fault(name)) for name in block.paths]
             continue
         key, model = model_key(block)
         if model:
             found.append(((*path, key), model, model_fault(model)))
-    if constitution and not Path(constitution).exists():
+    if constitution and not os.path.exists(constitution):
         found.append((("constitution",), constitution, f"no such file (looked in {Path.cwd()}); check the path"))
-    return [raw.problem(path, f"{name}: {fault}") for path, name, fault in found if fault]
+    folders = ((key, getattr(blocks, key, None)) for key in ("output", "name"))
+    found += [((key,), name, name_fault(name)) for key, name in folders if name]
+    return [raw.problem(path, f"{name[:MAX_SHOWN]}: {fault}") for path, name, fault in found if fault]
+
+
+def _data_fault(path: str) -> str | None:
+    return file_fault(path) if is_local_path(path) else None
 
 
 def model_key(block: DataOrModelBlock) -> tuple[str, str | None]:

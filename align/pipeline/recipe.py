@@ -6,6 +6,7 @@ All faults are reported together, each with its file, line and key. The path aft
 recipe's own folder, other paths to the current directory.
 """
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from align.data.paths import local_files
 from align.errors import InputError, Problem
 from align.pipeline.missing_stages import inputs_of, lacking_inputs, with_prompts
 from align.pipeline.named_sources import DataOrModelBlock, data_and_model_blocks, model_key, path_problems
+from align.pipeline.option_checks import option_problems
 from align.pipeline.prompt_checks import empty_splits, misspelt_categories
 from align.pipeline.recipe_files import RawRecipe, read_raw_recipe
 from align.pipeline.unset_keys import unset_nulls
@@ -37,7 +39,7 @@ from align.settings.blocks import (
 from align.settings.data import DataSource, PromptsBlock
 from align.settings.validation import MISSING, problems_from
 from align.stages import all_stages
-from align.training.trl_options import CONFIGS, option_faults
+from align.training.trl_options import CONFIGS
 
 
 def _folder_name(name: str) -> str:
@@ -177,7 +179,7 @@ def _checked(raw: RawRecipe) -> _Checked:
     blocks, faulty, problems = _validated(raw)
     blocks = with_prompts(blocks, raw)
     settings = {name: block for name in all_stages() if (block := getattr(blocks, name)) is not None}
-    problems += [*path_problems(blocks, blocks.constitution, raw), *_option_problems(raw)]
+    problems += [*path_problems(blocks, blocks.constitution, raw), *option_problems(raw)]
     if raw.orphaned:
         problems = [problem for problem in problems if problem.fault != MISSING]
     else:
@@ -248,18 +250,6 @@ def _category_problems(blocks: RecipeBlocks, constitution: Constitution | None, 
     return [_parsed_fault(text, raw) for text in misspelt_categories(constitution, blocks.prompts)]
 
 
-def _option_problems(raw: RawRecipe) -> list[Problem]:
-    """Faulty `trl` options. They are checked in the raw content, so that blocks with other faults are covered too."""
-    blocks = {name: raw.content.get(name) for name in CONFIGS}
-    given = {name: block["trl"] for name, block in blocks.items() if isinstance(block, dict) and "trl" in block}
-    return [
-        raw.problem((name, "trl", option), fault)
-        for name, options in given.items()
-        if isinstance(options, dict)
-        for option, fault in option_faults(name, options).items()
-    ]
-
-
 def _batch_problems(name: str, raw: RawRecipe, optimizer: OptimizerBlock) -> list[Problem]:
     """A batch size that is not a multiple of the micro-batch size, whatever the number of processes."""
     if optimizer.batch_size % optimizer.micro_batch_size == 0:
@@ -270,7 +260,7 @@ def _batch_problems(name: str, raw: RawRecipe, optimizer: OptimizerBlock) -> lis
 
 def _read_constitution(path: str | None) -> tuple[Constitution | None, list[InputError]]:
     """The constitution, or the faults of its file. A missing file is a fault of the recipe, reported elsewhere."""
-    if path is None or not Path(path).exists():
+    if path is None or not os.path.exists(path):
         return None, []
     try:
         return load_constitution(path), []

@@ -1,6 +1,7 @@
 """Reads a recipe as it is written: its file, its parent and the overrides are merged, and each key keeps its place."""
 
 import copy
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,12 +9,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
-
 from align.errors import FileProblems, InputError, Problem
 from align.settings.validation import MISSING
-from align.settings.yaml_files import KeyPath, Lines, key_name, load_yaml_with_duplicates
+from align.settings.yaml_files import KeyPath, Lines, key_name, load_yaml_with_duplicates, yaml_value
+
+MAX_SHOWN = 120
+"""Characters of a faulty override that its error repeats."""
 
 LACKING = "this recipe lacks"
 """In the fault of a stage or block that is not there."""
@@ -128,7 +129,7 @@ def read_raw_recipe(path: Path, overrides: Sequence[str]) -> RawRecipe:
             if _value_at(content, key) is None:
                 nulled.append(key)
         except ValueError as error:
-            errors += _as_errors(lines, [Problem(f"--set {override}", str(error))])
+            errors += _as_errors(lines, [Problem(f"--set {override[:MAX_SHOWN]}", str(error))])
     return RawRecipe(content, tuple(files), tuple(overridden), tuple(errors), orphaned, tuple(nulled), alone)
 
 
@@ -140,7 +141,7 @@ def _read_parent(path: Path, name: Any, lines: Lines) -> tuple[dict[str, Any], L
     """The parent's content, lines and duplicate keys. The content omits its `name`, which is not inherited."""
     line = lines.of(("extends",))
     parent = path.parent / str(name)
-    if not parent.is_file():
+    if not os.path.isfile(parent):
         fault = f"no such file {parent}; the path is relative to the recipe's own folder"
         raise FileProblems(str(path), [Problem("extends", fault, line)])
     content, parent_lines, duplicates = load_yaml_with_duplicates(parent)
@@ -188,10 +189,7 @@ def apply_override(content: dict[str, Any], override: str) -> KeyPath:
         raise ValueError("expected key=value, such as ppo.kl_coef=0.1")
     if "[]" in key:
         raise ValueError(f"give the index of the list's entry, such as {key.strip().replace('[]', '[0]')}")
-    try:
-        value = YAML(typ="safe", pure=True).load(text)
-    except YAMLError:
-        raise ValueError(f"{text!r} is not valid YAML; quote it") from None
+    value = yaml_value(text)
     place: Any = content
     for depth, part in enumerate(parts[:-1], start=1):
         if isinstance(place, dict) and place.get(part) is None:

@@ -12,8 +12,10 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from datetime import date
 from pathlib import Path
 
+from align.data.chat import fix_date
 from align.errors import InputError
 from align.pipeline.plan import Plan, Step, make_plan
 from align.pipeline.recipe import Recipe
@@ -36,6 +38,9 @@ from align.run.reproducibility import environment, make_deterministic
 from align.run.stage import Context, Outcome
 from align.run.tracking import TIMINGS
 from align.stages import all_stages
+
+DATE = "date.txt"
+"""The day on which a run began, in its folder. Its later stages, and those resumed later, have the same prompts."""
 
 
 def run_stage(recipe: Recipe, stage: str, force: bool = False) -> bool:
@@ -184,6 +189,7 @@ def _partial_folder(run: Path, step: Step) -> Path:
 def _run_and_describe(recipe: Recipe, step: Step, partial: Path) -> None:
     """Run the stage. Once every process has finished, the first rank writes the manifest into the partial folder."""
     start = time.monotonic()
+    fix_date(processes.decide_on_first_rank(lambda: run_date(recipe, step.directory.parent)))
     stage = all_stages()[step.stage]
     context = _context(recipe, step, partial)
     outcome = stage.run(context) if processes.is_first() or stage.uses_processes else Outcome()
@@ -191,6 +197,30 @@ def _run_and_describe(recipe: Recipe, step: Step, partial: Path) -> None:
     if processes.is_first():
         manifest = _manifest(step, outcome, partial, stage.outputs, time.monotonic() - start)
         write_json(partial / MANIFEST, manifest.__dict__)
+
+
+def run_date(recipe: Recipe, run: Path) -> date | None:
+    """The day that chat templates print: the recipe's, or else the one on which the run began, kept in its folder.
+
+    None for a recipe without a model.
+
+    Raises:
+        InputError: the kept day is damaged.
+    """
+    model = recipe.shared["model"]
+    if model is None:
+        return None
+    if model.date:
+        return date.fromisoformat(model.date)
+    for folder in dict.fromkeys((run, *map(recipe.run_directory, recipe.settings))):
+        if (kept := folder / DATE).is_file():
+            try:
+                return date.fromisoformat(kept.read_text(encoding="utf-8").strip())
+            except ValueError:
+                raise InputError(f"{kept}: not a day (YYYY-MM-DD); correct it, or set `model.date`") from None
+    today = date.today()
+    (run / DATE).write_text(f"{today.isoformat()}\n", encoding="utf-8")
+    return today
 
 
 def _remove_if_empty(folder: Path) -> None:

@@ -1,5 +1,6 @@
 """The blocks of a recipe that several stages use, and the types of their values. Imports no tensor library."""
 
+import datetime
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -64,6 +65,18 @@ class LoraBlock(Block):
     target_modules: str | tuple[str, ...] = Field("all-linear", description="names of the layers that get an adapter")
 
 
+def _checked_day(text: str) -> str:
+    return datetime.date.fromisoformat(text).isoformat()
+
+
+def _as_text(value: Any) -> Any:
+    """YAML reads an unquoted date as one."""
+    return value.isoformat() if type(value) is datetime.date else value
+
+
+Day = Annotated[str, BeforeValidator(_as_text), AfterValidator(_checked_day)]
+
+
 class ModelBlock(Block):
     """The base model: a hub id, a local folder, a .gguf file, or `wheel:NAME` for the model in a Python package."""
 
@@ -75,6 +88,9 @@ class ModelBlock(Block):
     )
     lora: LoraBlock | None = Field(default_factory=LoraBlock, description="low-rank adapters; null trains every weight")
     system_prompt: str | None = Field(None, description="system message for prompts that have none")
+    date: Day | None = Field(
+        None, description="YYYY-MM-DD, for chat templates that print today's date; null: the day on which the run began"
+    )
 
 
 class OptimizerBlock(Block):

@@ -6,12 +6,15 @@ from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
-from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
+from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from align.errors import FileProblems, Problem, explained_read_errors
 
 KeyPath = tuple[str | int, ...]
+TOO_DEEP = "nested too deeply; no setting is that deep"
 MERGE_TAG = "tag:yaml.org,2002:merge"
+MAX_BYTES = 20_000_000
+"""The largest file that is read; a file of settings has a few thousand bytes."""
 MAX_NODES = 1_000_000
 """Limit on a file's keys and values once aliases are expanded: a few lines of nested aliases can stand for billions."""
 
@@ -54,7 +57,7 @@ def load_yaml_with_duplicates(path: Path) -> tuple[dict[str, Any], Lines, list[P
         InputError: the file is missing, unreadable or not text.
         FileProblems: it is not valid YAML.
     """
-    with explained_read_errors(path):
+    with explained_read_errors(path, MAX_BYTES):
         text = path.read_text(encoding="utf-8")
     return _parsed(text, str(path))
 
@@ -100,7 +103,41 @@ def _parsed(text: str, source: str) -> tuple[dict[str, Any], Lines, list[Problem
     except YAMLError as error:
         raise FileProblems(source, [Problem("", f"not valid YAML: {str(error).splitlines()[0]}")]) from None
     except RecursionError:
-        raise FileProblems(source, [Problem("", "nested too deeply; no setting is that deep")]) from None
+        raise FileProblems(source, [Problem("", TOO_DEEP)]) from None
+    except (ValueError, TypeError, KeyError) as error:  # of a value's own type: ruamel.yaml does not place these
+        raise FileProblems(source, [_misfit(yaml, root, error)]) from None
+
+
+def _misfit(yaml: YAML, root: Node, error: Exception) -> Problem:
+    """The first value that is not what its tag says, or not the date that it looks like."""
+    for node in _scalars(root):
+        try:
+            yaml.constructor.construct_object(node)
+        except (YAMLError, ValueError, TypeError, KeyError):
+            kind = str(node.tag).rpartition(":")[2]
+            return Problem("", f"not valid YAML: {node.value!r} is no {kind}; correct it, or quote it", _line(node))
+    return Problem("", f"not valid YAML: {error}")
+
+
+def _scalars(node: Node) -> Iterator[ScalarNode]:
+    if isinstance(node, ScalarNode):
+        yield node
+    for child in _children(node):
+        yield from _scalars(child)
+
+
+def yaml_value(text: str) -> Any:
+    """The value of a text in YAML, given on the command line.
+
+    Raises:
+        ValueError: it is not valid YAML; the message says why.
+    """
+    try:
+        return YAML(typ="safe", pure=True).load(text)
+    except RecursionError:
+        raise ValueError(TOO_DEEP) from None
+    except (YAMLError, ValueError, TypeError, KeyError):
+        raise ValueError(f"{text!r} is not valid YAML; quote it") from None
 
 
 def _as_texts(path: Sequence[str | int]) -> tuple[str, ...]:

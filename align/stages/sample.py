@@ -8,7 +8,7 @@ import heapq
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import Field
@@ -19,7 +19,7 @@ from align.engines.engine import Completed, Request
 from align.engines.provenance import PROVENANCE, text_provenance, write_provenance
 from align.errors import InputError
 from align.figures.text_metrics import text_figures
-from align.records import SPLITS, Prompt, Sample, Split, digest, read_rows
+from align.records import SPLITS, Conversation, Prompt, Row, Sample, Split, digest, read_rows
 from align.run import processes
 from align.run.reproducibility import derive_seed
 from align.run.stage import Context, Outcome, Stage
@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 
 DESCRIBED = 1024
 """The number of samples that the figures describe, chosen by a hash. Measures of variety need all texts in memory."""
+
+REFUSED = "refused.jsonl"
+"""The prompts that the engine's server refused, each with the reason. They get no sample."""
 
 
 class SampleBlock(Block):
@@ -49,7 +52,7 @@ class SampleStage(Stage):
     help = "split the prompts, and complete them with the base model"
     settings = SampleBlock
     shares = ("model", "prompts")
-    outputs = ("prompts.jsonl", "samples.jsonl", LEFT_OUT, PROVENANCE, METRICS)
+    outputs = ("prompts.jsonl", "samples.jsonl", REFUSED, LEFT_OUT, PROVENANCE, METRICS)
 
     def inputs(self, settings: SampleBlock) -> tuple[str, ...]:
         return ()
@@ -87,6 +90,16 @@ class SampleStage(Stage):
         figures = _figures(described)
         context.log_rows([{**ordered, **figures}])
         return Outcome(ordered, {"categories": dict(categories), **figures})
+
+
+@dataclass(frozen=True)
+class RefusedPrompt(Row):
+    """A prompt that the engine's server refused, and why. `source` is the prompt's file."""
+
+    id: str
+    prompt: Conversation
+    source: str
+    reason: str
 
 
 def _prompts_alone(context: Context, counts: Counter[str], categories: Counter[str]) -> Outcome:
@@ -182,11 +195,15 @@ def _samples(context: Context, engine: "Engine", provenance: str, counts: Counte
     """Write every sample, in the order of the prompts, and yield it."""
     settings: SampleBlock = context.settings
     total = sum(1 for _ in _chosen(context))
-    with RowFile(context.output / "samples.jsonl") as out:
+    with RowFile(context.output / "samples.jsonl") as out, RowFile(context.output / REFUSED) as refused:
         for window in windows(_chosen(context), total, settings.window, context.output):
             done = _complete(window, settings.sampling, engine, context.seed)
             for prompt in window.rows:
                 completed = done[prompt.id]
+                if completed.refused:
+                    refused.add(RefusedPrompt(prompt.id, prompt.prompt, prompt.source, completed.refused))
+                    counts["samples_refused"] += 1
+                    continue
                 sample = replace(_sample(prompt, completed, engine.name, context.seed), provenance=provenance)
                 out.add(sample)
                 counts["samples"] += 1

@@ -10,10 +10,11 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, PreTrainedTokenizerBase, set_seed
 
-from align.data.chat import end_of_turn_ids
+from align.data.chat import end_of_turn_ids, prompt_ids, special_ids
 from align.errors import InputError, NotFinite
 from align.models.loading import load_causal_lm
 from align.models.lora import add_lora
+from align.records import Message
 from align.run import processes
 from align.settings.blocks import ModelBlock
 
@@ -70,7 +71,13 @@ def load_reward_model(path: str, block: ModelBlock, dtype: torch.dtype, seed: in
 def _load_trunk(path: str, block: ModelBlock, dtype: torch.dtype, seed: int, revision: str | None) -> Any:
     set_seed(seed)
     weights = dtype if block.lora else torch.float32
-    return load_causal_lm(path, weights, revision=revision, trust_remote_code=block.trust_remote_code)
+    model = load_causal_lm(path, weights, revision=revision, trust_remote_code=block.trust_remote_code)
+    if getattr(model, "is_quantized", False):
+        raise InputError(
+            f"model {path}: its weights are quantized, which no update can be merged into; train the model that it "
+            "was quantized from"
+        )
+    return model
 
 
 def set_separate_pad_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
@@ -80,16 +87,32 @@ def set_separate_pad_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedToke
     as SmolLM2's does, they would read it one token early.
 
     Raises:
-        InputError: every special token ends turns.
+        InputError: every special token ends turns, so that none is left for padding.
     """
     endings = {end_of_turn_ids(tokenizer)[-1], tokenizer.eos_token_id}
-    candidates = [tokenizer.pad_token_id, getattr(tokenizer, "unk_token_id", None), tokenizer.bos_token_id]
-    free = [token for token in [*candidates, *tokenizer.all_special_ids] if token is not None and token not in endings]
+    named = [tokenizer.pad_token_id, getattr(tokenizer, "unk_token_id", None), tokenizer.bos_token_id]
+    candidates = [*named, *tokenizer.all_special_ids, *_spare_tokens(tokenizer)]
+    free = [token for token in candidates if token is not None and token not in endings]
     if not free:
-        raise InputError("reward: every special token of the tokenizer ends turns; add a pad token to it")
+        raise InputError(
+            "reward: every special token of the tokenizer ends turns, but a reward model needs another for padding; "
+            "name one of the model's vocabulary as `pad_token` in tokenizer_config.json, or use dpo instead of reward"
+        )
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(free[0])
     tokenizer.padding_side = "right"
     return tokenizer
+
+
+def _spare_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The special tokens, best for padding first: those called so, then those that conversations do not contain."""
+    conversation = Message("user", "Question"), Message("assistant", "Answer"), Message("user", "Question")
+    written = {*prompt_ids(tokenizer, conversation)}
+
+    def unfitness(token: int) -> tuple[bool, bool, int]:
+        name = str(tokenizer.convert_ids_to_tokens(token))
+        return "pad" not in name.lower(), token in written, token
+
+    return sorted(special_ids(tokenizer), key=unfitness)
 
 
 def score_pairs(trainer: Any, rows: Sequence[dict[str, Any]]) -> list[tuple[float, float]]:

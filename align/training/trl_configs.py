@@ -15,10 +15,12 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
+from torch.optim import SGD
+from transformers import TrainingArguments, get_scheduler
 from transformers.integrations import unset_hf_deepspeed_config
 from trl import DPOConfig, RewardConfig, SFTConfig
 
-from align.errors import FileProblems, InputError, Problem
+from align.errors import FileProblems, InputError, Problem, first_line
 from align.models.loading import default_device
 from align.run import processes
 from align.run.artefacts import write_json_if_changed
@@ -61,10 +63,27 @@ def training_config(
         config = config_class(**{**defaults, **given, **fixed, **stage_options})
     except (ValueError, TypeError, NotImplementedError, ImportError) as error:
         raise InputError(f"{stage}.trl: {error}") from error
+    _check_schedule(stage, config)
     if config.deepspeed_plugin is not None:
         # Otherwise transformers would load models in shards; here a model stays whole until a trainer has it.
         unset_hf_deepspeed_config()
     return config
+
+
+def _check_schedule(stage: str, config: TrainingArguments) -> None:
+    """Build the schedule once, for an optimizer of one number: each schedule has options of its own.
+
+    Raises:
+        InputError: the schedule does not have one of its options.
+    """
+    options = config.lr_scheduler_kwargs
+    try:
+        get_scheduler(config.lr_scheduler_type, SGD([torch.zeros(1)], 1.0), 1, 2, scheduler_specific_kwargs=options)
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"{stage}.trl.lr_scheduler_kwargs: {options} do not fit the schedule `{config.lr_scheduler_type.value}` "
+            f"({first_line(error)}); correct or remove them"
+        ) from None
 
 
 def _recipe_options(context: Context) -> dict[str, Any]:

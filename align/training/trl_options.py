@@ -62,6 +62,9 @@ RESERVED = set(
 )
 """Options that would be ignored, or would change what the stage itself has to decide."""
 
+SCHEDULE_OPTIONS = {"constant": frozenset[str](), "linear": frozenset[str](), "cosine": frozenset({"num_cycles"})}
+"""The `lr_scheduler_kwargs` of each `optimizer.schedule`."""
+
 RESERVED_BY = {"reward": {"disable_dropout"}}
 """Further options that one stage alone decides."""
 
@@ -77,6 +80,16 @@ def option_faults(stage: str, options: Mapping[str, Any], types: Mapping[str, An
     has_all = types is not None or _is_current()
     faults = {name: _fault(stage, known, name, value, has_all) for name, value in options.items()}
     return {name: fault for name, fault in faults.items() if fault}
+
+
+def schedule_fault(options: Any, schedule: str) -> str | None:
+    """What is wrong with `lr_scheduler_kwargs` for a recipe's schedule; None if nothing is."""
+    known = SCHEDULE_OPTIONS.get(schedule)
+    unknown = sorted(map(str, {*options} - known)) if isinstance(options, dict) and known is not None else []
+    if not unknown:
+        return None
+    has = f"has only {', '.join(sorted(known))}" if known else "has none"
+    return f"the schedule `{schedule}` {has}, not {unknown[0]!r}; remove it, or change `optimizer.schedule`"
 
 
 def _fault(stage: str, known: Mapping[str, Any], name: str, value: Any, has_all: bool) -> str | None:

@@ -40,6 +40,7 @@ def test_every_engine_is_independent_of_the_others() -> None:
     named = {name for contract in CONTRACTS if contract["type"] == "independence" for name in contract["modules"]}
     helpers = {"__init__", "check", "complete_all", "engine", "open", "provenance"} | {
         "server_faults",
+        "server_refusals",
         "server_replies",
         "server_scores",
     }

@@ -298,3 +298,17 @@ def test_folders_of_two_parents_are_used_once_and_must_not_share_a_file_name(tmp
     child.write_text("title: C\nextends: [one.yaml, sub/other.yaml]\nprinciples: [{id: own, text: Be own.}]\n")
     with pytest.raises(FileProblems, match=r"line 2  extends: .* both hold a\.md"):
         load_constitution(child)
+
+
+@pytest.mark.parametrize(("parent", "fault"), [("/dev/zero", "not a regular file"), ("x" * 5000, "no file x")])
+def test_a_parent_that_is_no_file_is_refused(tmp_path, parent, fault):
+    path = tmp_path / "c.yaml"
+    path.write_text(f"title: x\nextends: {parent}\nprinciples:\n  - id: a\n    text: b\n")
+    with pytest.raises(InputError, match=fault):
+        load_constitution(path)
+
+
+def test_a_device_is_no_constitution_of_the_paper(tmp_path):
+    (tmp_path / "zero.json").symlink_to("/dev/zero")
+    with pytest.raises(InputError, match="not a regular file"):
+        load_constitution(tmp_path / "zero.json")

@@ -1,19 +1,27 @@
 """Token ids compared with what the tokenizer's own chat template renders."""
 
+from datetime import date
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from align.data.chat import (
     closing_ids,
     completion_ids,
     conversation_ids,
     end_of_turn_ids,
+    fix_date,
+    printed_date,
     prompt_ids,
+    prompt_text,
     with_system_prompt,
 )
 from align.errors import InputError
 from align.records import Message, as_dicts
+from align.training.models import set_separate_pad_token
 from tests.tiny import END, START, build_tokenizer
 
 TOKENIZER = build_tokenizer()
@@ -100,3 +108,45 @@ def test_a_template_that_trims_gives_the_trimmed_completion():
         "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     )
     assert conversation_ids(tokenizer, PROMPT, "  In the garden. ")[1] == completion_ids(tokenizer, "In the garden.")
+
+
+def with_unnamed_end(names):
+    """A tokenizer whose turns end with a token that is special in its file, and that it does not name (Gemma, Phi)."""
+    engine = Tokenizer(models.BPE())
+    engine.pre_tokenizer, engine.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    engine.train_from_iterator([], trainers.BpeTrainer(special_tokens=names, initial_alphabet=alphabet))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=engine, eos_token=names[0], pad_token=names[0])
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + '<|end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% else %}{{ eos_token }}{% endif %}"
+    )
+    return tokenizer
+
+
+def test_a_turn_may_end_with_a_special_token_that_the_tokenizer_does_not_name():
+    tokenizer = with_unnamed_end(["<|endoftext|>", "<|end|>", "<|user|>", "<|assistant|>"])
+    end = tokenizer.convert_tokens_to_ids("<|end|>")
+    assert end not in tokenizer.all_special_ids
+    assert end_of_turn_ids(tokenizer) == (end,)
+    assert closing_ids(tokenizer) == (tokenizer.eos_token_id,)
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"), [(["<|user|>", "<|spare|>"], "<|spare|>"), (["<|my_pad|>"], "<|my_pad|>")]
+)
+def test_padding_takes_a_special_token_that_ends_no_turn(more, expected):
+    tokenizer = set_separate_pad_token(with_unnamed_end(["<|endoftext|>", "<|end|>", "<|assistant|>", *more]))
+    assert tokenizer.pad_token == expected
+
+
+def test_a_template_prints_the_fixed_date_and_otherwise_todays():
+    tokenizer = with_template("{{ strftime_now('%d %b %Y') }}" + TOKENIZER.chat_template)
+    try:
+        fix_date(date(2001, 2, 3))
+        assert prompt_text(tokenizer, PROMPT).startswith("03 Feb 2001")
+        assert (printed_date(tokenizer), printed_date(TOKENIZER)) == ("2001-02-03", "")
+    finally:
+        fix_date(None)
+    assert prompt_text(tokenizer, PROMPT).startswith(date.today().strftime("%d %b %Y"))
+    assert printed_date(tokenizer) == ""

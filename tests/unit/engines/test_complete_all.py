@@ -252,3 +252,24 @@ def test_choices_with_a_common_prefix_are_scored_together(tmp_path: Path) -> Non
     score_all(engine, requests[::-1], 3, tmp_path / "j", "test")
 
     assert [len({name[0] for name in batch}) for batch in engine.batches] == [1, 1, 1]
+
+
+def test_what_follows_a_refused_turn_is_refused_too_and_not_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Strict(Engine):
+        depends_on_batch = False
+
+        def complete(self, requests, progress=no_progress, at_once=None):  # type: ignore[no-untyped-def]
+            self.batches.append([each.id for each in requests])
+            for each in requests:
+                why = "filtered" if each.id == "r1" else ""
+                yield Completed(each.id, "" if why else "yes", "stop", 1, refused=why)
+
+    requests = [with_follow_up(f"r{number}") for number in range(3)]
+    engine = Strict()
+    done = complete_all(engine, requests, 2, tmp_path / "j", "test")
+    assert {key for key, each in done.items() if each.refused} == {"r1", "r1 after "}
+    assert engine.batches == [["r0", "r1", "r2"], ["r0 after yes", "r2 after yes"]]
+    assert "refused 2 of 6" in capsys.readouterr().err
+    assert complete_all(Strict(), requests, 2, tmp_path / "j", "test") == done

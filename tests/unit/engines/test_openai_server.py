@@ -238,3 +238,59 @@ def test_openai_itself_needs_a_key(engine, monkeypatch):
 def test_a_server_needs_the_models_name(engine):
     with pytest.raises(InputError, match=r"engine\.model"):
         OpenAIEngine(engine.model_copy(update={"model": None}))
+
+
+REFUSALS = [
+    (400, {"code": "content_filter", "message": "The response was filtered"}),
+    (400, {"code": 400, "message": "This model's maximum context length is 4096 tokens. However, you requested 5000"}),
+    (400, {"type": "exceed_context_size_error", "message": "the request exceeds the available context size"}),
+    (413, {"message": "Payload too large"}),
+    (422, {"message": "Input validation error: `inputs` tokens + `max_new_tokens` must be <= 2048. Given: 3000"}),
+    (403, {"message": "Your chosen model requires moderation and your input was flagged"}),
+]
+
+
+@pytest.mark.parametrize(("status", "error"), REFUSALS)
+def test_a_prompt_that_the_server_refuses_is_marked_and_the_others_are_answered(server, engine, status, error):
+    def answer(body):
+        return (status, {"error": error}) if body["seed"] == 2 else (200, chat("Here."))
+
+    server.answer = answer
+    requests = [request(number, seed=number) for number in range(5)]
+    done = {each.id: each for each in OpenAIEngine(engine).complete(requests)}
+    assert [done[str(number)].text for number in range(5)] == ["Here.", "Here.", "", "Here.", "Here."]
+    assert error["message"] in done["2"].refused
+    assert (done["2"].finish_reason, done["2"].answered) == ("length", False)
+    assert not any(each.refused for key, each in done.items() if key != "2")
+
+
+def test_a_server_that_refuses_everything_ends_the_run_before_any_refusal_is_kept(server, engine):
+    server.answer = lambda body: (400, {"error": {"code": "context_length_exceeded", "message": "too long"}})
+    given = []
+    with pytest.raises(InputError, match=r"refused all 8 requests.*too long"):
+        given.extend(OpenAIEngine(engine).complete([request(number) for number in range(8)]))
+    assert given == []
+
+
+def test_a_request_that_no_server_would_accept_still_ends_the_run(server, engine):
+    server.answer = lambda body: (400, {"error": {"message": "Unsupported parameter: 'seed'"}})
+    with pytest.raises(InputError, match="Unsupported parameter"):
+        list(OpenAIEngine(engine).complete([request()]))
+
+
+def test_a_refused_choice_has_no_probability_so_that_a_judge_abstains(server, engine):
+    shown = [{"token": "A", "logprob": -0.1}, {"token": "B", "logprob": -2.4}]
+    letters = {"content": [{"token": "A", "logprob": -0.1, "top_logprobs": shown}]}
+
+    def answer(body):
+        refused = "bomb" in body["messages"][-1]["content"]
+        if refused:
+            return 400, {"error": {"code": "content_filter", "message": "no"}}
+        return 200, chat("A", logprobs=letters)
+
+    server.answer = answer
+    asked = [ChoiceRequest(text, (Message("user", text),), ("A", "B")) for text in ("a cat", "a bomb")]
+    found = {each.id: each for each in OpenAIEngine(engine).choice_logprobs(asked)}
+    assert found["a cat"].logprobs == (-0.1, -2.4)
+    assert found["a bomb"].logprobs == (-math.inf, -math.inf)
+    assert found["a bomb"].refused

@@ -124,3 +124,19 @@ def test_auto_precision_is_bf16_where_the_cpu_is_faster_with_it(monkeypatch, cap
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     assert default_device().type == "cpu"
     assert compute_dtype("auto") is dtype
+
+
+def test_a_models_own_code_that_lacks_a_package_says_which(tmp_path, tiny_model_dir):
+    folder = tmp_path / "own"
+    shutil.copytree(tiny_model_dir, folder)
+    config = json.loads((folder / "config.json").read_text())
+    auto_map = {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"}
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "mine", "auto_map": auto_map}))
+    (folder / "mine.py").write_text(
+        "import no_such_package\nfrom transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class Config(LlamaConfig): model_type = 'mine'\n"
+        "class Model(LlamaForCausalLM): config_class = Config\n"
+    )
+    for load in (load_tokenizer, lambda path, **options: load_causal_lm(path, torch.float32, **options)):
+        with pytest.raises(InputError, match=r"needs a package that is not installed.*no_such_package"):
+            load(str(folder), trust_remote_code=True)

@@ -135,3 +135,23 @@ def test_classifier_saves_its_trained_head(tiny_reward_dir, tokenizer, tmp_path)
     save_model(adapted, tokenizer, tmp_path, torch.float32)
     again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model").eval()
     torch.testing.assert_close(logits(again), logits(adapted), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("flags", "saved"),
+    [
+        ({"temperature": 0.9, "top_p": 0.6}, {"temperature": 0.9, "top_p": 0.6, "do_sample": True}),
+        ({"do_sample": True, "temperature": 0.5}, {"temperature": 0.5, "do_sample": True}),
+        ({"early_stopping": "sometimes"}, {}),
+    ],
+)
+def test_a_generation_config_is_saved_in_a_form_that_transformers_takes(
+    tiny_model_dir, tokenizer, tmp_path, flags, saved
+):
+    model = load(tiny_model_dir)
+    for name, value in flags.items():
+        setattr(model.generation_config, name, value)
+    save_model(model, tokenizer, tmp_path, torch.float32)
+    written = json.loads((tmp_path / "model" / "generation_config.json").read_text())
+    assert {name: value for name, value in written.items() if name in {*flags, "do_sample"}} == saved
+    assert written["eos_token_id"] == [tokenizer.eos_token_id]

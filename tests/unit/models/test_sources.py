@@ -1,6 +1,7 @@
 """Models are found in folders, files, packages and on the hub, and errors say what to do where they are not."""
 
 import importlib.metadata
+import json
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -168,3 +169,27 @@ def test_package_with_a_model_is_converted(gguf, cache, monkeypatch):
     file = SimpleNamespace(name="model.gguf", locate=lambda: gguf.path)
     monkeypatch.setattr(importlib.metadata, "files", lambda name: [file])
     assert resolve_model("wheel:some-model") == resolve_model(str(gguf.path))
+
+
+def quantized(folder, method, tiny_model_dir):
+    shutil.copytree(tiny_model_dir, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": method}}))
+    return folder
+
+
+def test_quantized_weights_without_their_package_are_refused(monkeypatch, tmp_path, tiny_model_dir):
+    monkeypatch.setitem(sources.QUANTIZERS, "gptq", "no-such-package")
+    with pytest.raises(InputError, match=r"quantized with gptq.*pip install no-such-package"):
+        resolve_model(str(quantized(tmp_path / "m", "gptq", tiny_model_dir)))
+
+
+def test_quantized_weights_whose_package_is_installed_pass(monkeypatch, tmp_path, tiny_model_dir):
+    monkeypatch.setitem(sources.QUANTIZERS, "gptq", "pytest")
+    folder = quantized(tmp_path / "m", "gptq", tiny_model_dir)
+    assert resolve_model(str(folder)) == str(folder)
+
+
+def test_a_path_that_no_file_can_have():
+    with pytest.raises(InputError, match="longer than a file's path can be"):
+        resolve_model("x" * 5000)

@@ -332,6 +332,26 @@ def test_engine_settings_that_change_no_answer_make_no_stage_stale() -> None:
     assert patient.model_dump() == EngineBlock(**engine).model_dump() != EngineBlock(**engine, votes=3).model_dump()
 
 
+@pytest.mark.parametrize("key", ["constitution", "output", "name", "model.path", "prompts.sources[0].path"])
+def test_a_path_too_long_for_any_file_is_a_fault_of_its_key(key: str) -> None:
+    fault = "\n".join(faults(write(RECIPE), f"{key}={'a' * 5000}"))
+    assert key in fault
+    assert "check the path" in fault
+    assert len(fault) < 500
+
+
+def test_an_override_nested_too_deeply_is_refused() -> None:
+    assert "nested too deeply" in faults(write(RECIPE), f"seed={'[' * 3000}")[1]
+
+
+def test_an_option_that_the_schedule_does_not_have_is_a_fault() -> None:
+    path, cosine = write(RECIPE), "sft.optimizer.schedule=cosine"
+    options = "sft.trl.lr_scheduler_kwargs={min_lr_rate: 0.1}"
+    assert "`cosine` has only num_cycles, not 'min_lr_rate'" in "\n".join(faults(path, cosine, options))
+    assert "`linear` has none" in "\n".join(faults(path, options))
+    load_recipe(path, [cosine, "sft.trl.lr_scheduler_kwargs={num_cycles: 1.5}"])
+
+
 HUMAN = "dpo:\n  ai: false\n  human: [{path: pairs.jsonl}]\n"
 
 

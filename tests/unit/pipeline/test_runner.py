@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from safetensors.torch import save_file
 from align.errors import InputError, NotFinite
 from align.pipeline.plan import make_plan
 from align.pipeline.recipe import Recipe, load_recipe, recipe_model
-from align.pipeline.runner import run_stage
+from align.pipeline.runner import DATE, run_date, run_stage
 from align.run.artefacts import PARTIAL, read_manifest
 from align.run.disk_faults import explained_disk_faults
 from align.stages import all_stages
@@ -245,6 +246,26 @@ def test_a_damaged_manifest_is_named() -> None:
     (RUN / "letters/manifest.json").write_text("{")
     with pytest.raises(InputError, match="not a manifest of this version"):
         run_stage(recipe(), "letters")
+
+
+def test_the_day_on_which_a_run_began_is_kept_for_its_later_stages() -> None:
+    undated, dated = recipe("model={path: org/m}"), recipe("model={path: org/m, date: 2026-01-30}")
+    RUN.mkdir(parents=True)
+    assert run_date(recipe(), RUN) is None
+    assert run_date(dated, RUN) == date(2026, 1, 30)
+    assert not (RUN / DATE).exists()
+    today = run_date(undated, RUN)
+    assert (RUN / DATE).read_text() == f"{today}\n"
+    (RUN / DATE).write_text("2025-12-31\n")
+    assert run_date(undated, Path("runs/recipe/another")) == run_date(undated, RUN) == date(2025, 12, 31)
+    (RUN / DATE).write_text("yesterday")
+    with pytest.raises(InputError, match=r"date\.txt: not a day"):
+        run_date(undated, RUN)
+
+
+def test_a_day_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(InputError, match=r"model\.date"):
+        recipe("model={path: org/m, date: '2026-02-30'}")
 
 
 def test_a_deterministic_recipe_sets_torch_before_its_stage_runs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """YAML is read with the line of every key, and files that are no settings are refused."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,9 @@ def test_every_duplicate_key_is_reported_with_the_line_of_the_first() -> None:
         (DOUBLED, "line 20  not valid YAML: more than 1,000,000 keys and values"),
         ("a: " + "[" * 3000 + "]" * 3000, "nested too deeply"),
         ("a: !!python/object/apply:os.getcwd []\n", "could not determine a constructor"),
+        ("a: 1\nb: [2, !!float x]\n", "line 2  not valid YAML: 'x' is no float"),
+        ("a: 1\nb: !!bool x\n", "line 2  not valid YAML: 'x' is no bool"),
+        ("a: 1\nb: 2020-99-99\n", "line 2  not valid YAML: '2020-99-99' is no timestamp"),
     ],
 )
 def test_a_text_that_holds_no_settings_is_refused(text: str, message: str) -> None:
@@ -77,3 +81,23 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
 
 def test_keys_are_spelt_as_paths() -> None:
     assert key_name(("principles", 2, "text")) == "principles[2].text"
+
+
+def test_a_device_or_a_pipe_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.yaml")
+    for path in (Path("/dev/zero"), tmp_path / "pipe.yaml"):
+        with pytest.raises(InputError, match="not a regular file"):
+            load_yaml(path)
+
+
+def test_a_file_too_large_for_settings_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "large.yaml"
+    with path.open("wb") as out:
+        out.truncate(20_000_001)
+    with pytest.raises(InputError, match="20,000,001 bytes, the limit is 20,000,000"):
+        load_yaml(path)
+
+
+def test_a_name_that_no_file_can_have_is_refused_like_any_other() -> None:
+    with pytest.raises(InputError, match="name too long"):
+        load_yaml(Path("x" * 5000))

@@ -13,7 +13,7 @@ from align.run.reproducibility import derive_seed
 from align.settings.blocks import OptimizerBlock
 from align.stages.sft import STAGE
 from align.training.trl_configs import accumulation_steps, check_options, training_config
-from align.training.trl_options import TABLE
+from align.training.trl_options import SCHEDULE_OPTIONS, TABLE
 from tests.stages.training import context
 
 
@@ -128,3 +128,12 @@ def test_the_shipped_table_of_options_is_the_installed_trl_s() -> None:
     from align.training.trl_configs import option_table
 
     assert json.loads(TABLE.read_text()) == option_table(), "rewrite it: python -m align.training.trl_configs"
+
+
+def test_the_schedules_options_are_those_of_transformers(tmp_path: Path) -> None:
+    cosine = {"schedule": "cosine"}
+    config = sft_config(tmp_path, optimizer=cosine, trl={"lr_scheduler_kwargs": {"num_cycles": 1.5}})
+    assert config.lr_scheduler_kwargs == {"num_cycles": 1.5}
+    for schedule in {*SCHEDULE_OPTIONS} - {"constant"}:  # which ignores options, so a recipe that has some is refused
+        with pytest.raises(InputError, match=rf"lr_scheduler_kwargs.*`{schedule}`.*min_lr_rate"):
+            sft_config(tmp_path, optimizer={"schedule": schedule}, trl={"lr_scheduler_kwargs": {"min_lr_rate": 0.1}})
