@@ -25,7 +25,7 @@ from align.rl.loading import RewardFolder, load_models, trunk_scores
 from align.rl.models import GenerationView, PpoModels
 from align.rl.ppo import PpoTrainer
 from align.rl.reward_sources import load_classifier_reward
-from align.rl.rewards import Rewards, RewardSource
+from align.rl.rewards import Response, Rewards, RewardSource
 from align.rl.rollout import TokenizedPrompt
 from align.rl.sequences import lay_out
 from align.rl.settings import PpoBlock, ScoreBlock
@@ -225,13 +225,14 @@ def check_encoder(family: Family, root: Path) -> None:
         revision=None,
         label=None,
         completion_alone=True,
+        policy_tokenizer=build_tokenizer(),
         system_prompt=None,
         batch_size=3,
         dtype=torch.float32,
         device=torch.device("cpu"),
     )
     texts = ["the cat", "on the mat and the dog ran to the garden", "no", "a cat sat"]
-    scores = reward([(Message("user", "where?"),)] * len(texts), texts)
+    scores = reward([Response((Message("user", "where?"),), text) for text in texts])
     for text, score in zip(texts, scores, strict=True):
         with torch.no_grad():
             expected = own(input_ids=torch.tensor([tokenizer(text)["input_ids"]])).logits[0, 0]

@@ -72,7 +72,7 @@ class World:
             stage=stage.name,
             settings=settings,
             shared={name: self.shared[name] for name in stage.shares},
-            inputs={name: self.root / name for name in stage.inputs(settings)},
+            inputs={name: self.root / name for name in (*stage.inputs(settings), *stage.optional_inputs(settings))},
             output=directory,
             seed=7,
             run_name="test",
