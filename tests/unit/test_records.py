@@ -117,6 +117,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied")
 
+    (tmp_path / "some.jsonl").write_text("{}")
     monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(InputError, match=r"some\.jsonl: cannot be read \(Permission denied\)"):
         list(read_jsonl(tmp_path / "some.jsonl"))

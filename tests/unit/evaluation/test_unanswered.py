@@ -1,6 +1,7 @@
 """What is made of completions that have no answer, and of sampling that estimates no KL."""
 
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -76,7 +77,8 @@ def test_greedy_and_nucleus_sampling_estimate_no_kl(sampling: dict[str, float]) 
 @pytest.mark.parametrize(("best_of", "missing"), [(None, "KL to sft (nats)"), (4, "estimate of the KL")])
 def test_the_report_says_why_there_is_no_kl(best_of: int | None, missing: str) -> None:
     settings = EvaluateBlock(policies=("base", "sft"), sampling=SamplingBlock(top_p=0.9), best_of=best_of)
-    context: Any = SimpleNamespace(settings=settings, shared={"model": ModelBlock(path="m")}, run_name="run", seed=0)
+    shared, inputs = {"model": ModelBlock(path="m")}, {"sft": Path("sft")}
+    context: Any = SimpleNamespace(settings=settings, shared=shared, inputs=inputs, run_name="run", seed=0)
     samples = [sample(policy, 0, score=1.0) for policy in settings.reported]
     report = make_report(samples, None, "no judge", context)
     assert report.skipped[missing].startswith("with `evaluate.sampling.top_p` below 1")
