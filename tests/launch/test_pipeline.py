@@ -99,7 +99,7 @@ def test_two_processes_make_the_same_bytes_as_one(finished: Run, tmp_path: Path)
     """The training stages between them stay up to date, which they would not after an input that differs."""
     made = ("revise", "compare", "evaluate")
     run = finished.copy(tmp_path / "copy", without=made)
-    printed = run.make("run", "tiny.yaml", "--nproc", "2")
+    printed = run.make("run", "tiny.yaml", "--nproc", "2", "--force")
     assert ran(printed) == list(made)
     for stage in made:
         assert run.manifest(stage)["processes"] == 2
@@ -114,7 +114,7 @@ def test_two_processes_train_what_one_does(finished: Run, tmp_path: Path) -> Non
     run = finished.copy(tmp_path / "copy")
     for stage, batch_size in (("dpo", 8), ("reward", 2), ("sft", 2)):
         change = ("--set", f"{stage}.optimizer.micro_batch_size={batch_size // 2}")
-        printed = run.make("launch", stage, "--recipe", "tiny.yaml", "--nproc", "2", *change)
+        printed = run.make("launch", stage, "--recipe", "tiny.yaml", "--nproc", "2", *change, "--force")
         assert ran(printed) == [stage]
         assert run.manifest(stage)["processes"] == 2
         for one, two in zip(losses(finished, stage), losses(run, stage), strict=True):

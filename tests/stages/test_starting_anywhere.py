@@ -20,7 +20,7 @@ def written(tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatc
     build_tiny_prompts(tmp_path / "prompts.jsonl")
     pairs = [{"prompt": f"Count to {n}.", "chosen": "One two.", "rejected": "No!"} for n in range(8)]
     Path("pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    Path("lengths.py").write_text(
+    Path("brevity.py").write_text(
         "def shorter(prompts, completions):\n    return [-len(each) for each in completions]\n"
     )
     return tmp_path
@@ -53,7 +53,7 @@ def test_ppo_alone_reads_the_prompts_trains_the_recipes_model_and_is_evaluated(
     written: Path, tiny_model_dir: Path
 ) -> None:
     ppo = {
-        "rewards": [{"function": "lengths:shorter"}],
+        "rewards": [{"function": "brevity:shorter"}],
         "iterations": 1,
         "rollout_batch": 4,
         "optimizer": OPTIMIZER,
