@@ -62,11 +62,7 @@ def chat(
         KeyboardInterrupt: Ctrl-C was pressed and the input is piped. In a terminal, Ctrl-C stops the answer, or ends
             the chat at the prompt.
     """
-    if not (0 <= temperature < math.inf and max_new_tokens > 0):
-        raise InputError(
-            f"align chat: --temperature must be 0 or more and --max-new-tokens above 0; got {temperature:g} and "
-            f"{max_new_tokens}"
-        )
+    _check_options(temperature, max_new_tokens)
     folder = model_folder(path)
     hide_loading_bars()
     tokenizer: Any = load_tokenizer(folder)
@@ -94,6 +90,14 @@ def chat(
         if not answer.given:
             print(NO_ANSWER, file=sys.stderr)
         conversation = (*asked, Message("assistant", words)) if (words := answer.text.strip()) else conversation
+
+
+def _check_options(temperature: float, max_new_tokens: int) -> None:
+    if not (0 <= temperature < math.inf and max_new_tokens > 0):
+        raise InputError(
+            f"align chat: --temperature must be 0 or more and --max-new-tokens above 0; got {temperature:g} and "
+            f"{max_new_tokens}"
+        )
 
 
 def _written(model: Any, opening: Sequence[int], stream: _Stream, options: dict[str, Any]) -> list[int]:

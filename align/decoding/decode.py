@@ -54,7 +54,7 @@ def decode(
     keep_logprobs: bool = False,
     keep_values: bool = False,
     synced: bool = False,
-    progress: Callable[[float], object] | None = None,
+    progress: Callable[[float], object] = lambda share: None,
 ) -> Decoded:
     """Complete each prompt until a stop token or `max_new_tokens`.
 
@@ -63,8 +63,7 @@ def decode(
         prompts: token ids, at least one per prompt; `seeds` has one seed per prompt.
         temperature, top_p: as for `sample`.
         keep_values: also return values. The model's output must have `values` (B, 1).
-        synced: make every process call the model equally often, as sharded weights need. Every process must then call
-            this function, with no prompts if it has none.
+        synced: all processes call the model equally often, as sharded weights need; all must then call this function.
         progress: called after each token with the share of work done, in (0, 1], as if unfinished rows had the limit.
 
     Raises:
@@ -72,11 +71,7 @@ def decode(
         ValueError: a prompt is empty, or the numbers of prompts and seeds differ.
         NotFinite: the model's logits contain NaN or plus infinity.
     """
-    if len(prompts) != len(seeds) or not all(prompts):
-        raise ValueError("decode needs one seed per prompt, and no empty prompt")
-    if isinstance(model, nn.Module):
-        longest = max(map(len, prompts), default=0) + max_new_tokens
-        check_length(inner_model(model), longest, "shorten the prompts, or lower max_new_tokens")
+    _check_inputs(model, prompts, seeds, max_new_tokens)
     completions = _Completions(len(prompts), stop_ids)
     if not prompts and not synced:
         return completions.decoded(keep_logprobs, keep_values)
@@ -91,13 +86,19 @@ def decode(
             tokens, logprobs = sample(output.logits[:, -1], uniforms[batch.rows, step], temperature, top_p)
             values = output.values[:, -1] if keep_values else torch.zeros_like(logprobs)
             completions.append(batch.rows, tokens, logprobs, values)
-            if progress:
-                progress(1 - len(completions.unfinished) * (1 - (step + 1) / max_new_tokens) / max(len(prompts), 1))
+            progress(1 - len(completions.unfinished) * (1 - (step + 1) / max_new_tokens) / max(len(prompts), 1))
             if not _in_any_process(bool(completions.unfinished), synced, tokens.device):
                 break
-            batch.extend(tokens)
-            batch.drop_finished(completions.unfinished)
+            batch.advance(tokens, completions.unfinished)
     return completions.decoded(keep_logprobs, keep_values)
+
+
+def _check_inputs(model: Any, prompts: Sequence[Sequence[int]], seeds: Sequence[int], max_new_tokens: int) -> None:
+    if len(prompts) != len(seeds) or not all(prompts):
+        raise ValueError("decode needs one seed per prompt, and no empty prompt")
+    if isinstance(model, nn.Module):
+        longest = max(map(len, prompts), default=0) + max_new_tokens
+        check_length(inner_model(model), longest, "shorten the prompts, or lower max_new_tokens")
 
 
 def _decode_in_slots(
@@ -183,14 +184,14 @@ class _Batch:
             logits_to_keep=1,
         )
 
-    def extend(self, tokens: Tensor) -> None:
-        """Append (B,) sampled tokens, one per row: they are the next input."""
+    def advance(self, tokens: Tensor, unfinished: set[int]) -> None:
+        """Append (B,) sampled tokens, one per row: they are the next input. Finished rows leave once they are many.
+
+        One row always stays, as other processes may go on.
+        """
         self.ids = tokens[:, None]
         self.positions = self.positions[:, -1:] + 1
         self.length += 1
-
-    def drop_finished(self, unfinished: set[int]) -> None:
-        """Remove finished rows once they are many. One row always stays, as other processes may go on."""
         kept = [slot for slot, row in enumerate(self.rows) if row in unfinished] or [0]
         if len(self.rows) - len(kept) < max(1, DROP_SHARE * len(self.rows)):
             return

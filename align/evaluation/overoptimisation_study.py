@@ -99,11 +99,7 @@ def load_study(run: Path, gold: str | None = None, resamples: int = 2000) -> Stu
         "gold": _gold_scores(candidates, gold_source, trained, stage_folder(run, "sft")),
     }
     tables = {name: _filled(table) for name, table in scores.items()}
-    sft = {name: Moments(float(table.mean()), float(table.std())) for name, table in tables.items()}
-    if alike := [name for name, moments in sft.items() if moments.std == 0]:
-        raise InputError(
-            f"{run}: the {alike[0]} reward gives every completion of the SFT policy the same score; use another"
-        )
+    sft = _moments(tables, run)
     deviations = {name: moments.std for name, moments in sft.items()}
     seed = derive_seed(trained.settings["seed"], "overoptimisation")
 
@@ -130,6 +126,16 @@ def load_study(run: Path, gold: str | None = None, resamples: int = 2000) -> Stu
         unscored={name: int(np.isnan(table).sum()) for name, table in scores.items()},
         sampled_differently=tuple(_sampling_differences(trained, evaluated)),
     )
+
+
+def _moments(tables: Mapping[str, Any], run: Path) -> dict[str, Moments]:
+    """Mean and standard deviation of each reward over the SFT policy's completions."""
+    sft = {name: Moments(float(table.mean()), float(table.std())) for name, table in tables.items()}
+    if alike := [name for name, moments in sft.items() if moments.std == 0]:
+        raise InputError(
+            f"{run}: the {alike[0]} reward gives every completion of the SFT policy the same score; use another"
+        )
+    return sft
 
 
 def proxy_and_gold(trained: Manifest, gold: str | None) -> tuple[RewardSourceBlock, RewardSourceBlock]:

@@ -174,10 +174,7 @@ def load_classifier_reward(
     device: torch.device,
     trust_remote_code: bool = False,
 ) -> ClassifierReward:
-    """Load a frozen classifier from the hub or a folder.
-
-    Args:
-        policy_tokenizer: of the policy that it scores.
+    """Load a frozen classifier from the hub or a folder, to score a policy that has the given tokenizer.
 
     Raises:
         InputError: it cannot be loaded, its head is untrained, or `label` names none of its outputs.
@@ -200,13 +197,7 @@ def load_classifier_reward(
             f"ppo.rewards: {name} is not a trained sequence classifier: it lacks {missing[0]}; name one that is, or a "
             "reward stage's `model/`"
         )
-    if tokenizer.pad_token_id is None:
-        if tokenizer.eos_token_id is None:
-            raise InputError(f"ppo.rewards: {name}: its tokenizer has no pad and no end token; set one in its config")
-        tokenizer.pad_token = tokenizer.eos_token
-    config = model.config.get_text_config()
-    if config.pad_token_id is None:  # transformers' classifiers need one in their config to read a batch
-        config.pad_token_id = tokenizer.pad_token_id
+    _set_padding(name, tokenizer, model.config.get_text_config())
     if not hasattr(model, "score"):
         keep_head_in_float32(model)
     return ClassifierReward(
@@ -218,6 +209,15 @@ def load_classifier_reward(
         own_tokens=same_tokens(tokenizer, policy_tokenizer),
         system_prompt=system_prompt,
     )
+
+
+def _set_padding(name: str, tokenizer: Any, config: Any) -> None:
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise InputError(f"ppo.rewards: {name}: its tokenizer has no pad and no end token; set one in its config")
+        tokenizer.pad_token = tokenizer.eos_token
+    if config.pad_token_id is None:  # transformers' classifiers need one in their config to read a batch
+        config.pad_token_id = tokenizer.pad_token_id
 
 
 def output_index(name: str, config: Any, label: str | None) -> int:
