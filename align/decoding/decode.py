@@ -15,7 +15,13 @@ from torch import Tensor, nn
 from align.decoding.cache import reserved_cache, select_rows
 from align.decoding.continuous_batching import Task
 from align.decoding.sampling import sample, uniform_numbers
-from align.decoding.shared_prefixes import SharedPrefixes, can_share_prefixes, find_shared_prefixes, prefix_batch
+from align.decoding.shared_prefixes import (
+    SharedPrefixes,
+    can_share_prefixes,
+    find_shared_prefixes,
+    prefix_batch,
+    without_prefixes,
+)
 from align.decoding.slot_batching import SlotBatcher, can_use_slots
 from align.models.padding import left_padded, position_ids
 from align.models.positions import check_length
@@ -161,8 +167,7 @@ class _Batch:
         share = share and can_share_prefixes(inner.config)
         shared = find_shared_prefixes(prompts) if share else SharedPrefixes.none(len(prompts))
         prefixes = prefix_batch(shared, pad_id, inner.device)
-        rests = [prompt[len(shared.ids[group]) :] for prompt, group in zip(prompts, shared.of_row, strict=True)]
-        self.ids, mask = left_padded(rests, pad_id, inner.device)
+        self.ids, mask = left_padded(without_prefixes(prompts, shared), pad_id, inner.device)
         sampled = torch.ones(len(prompts), max_new_tokens, dtype=torch.long, device=inner.device)
         self.mask = prefixes.full_mask(torch.cat([mask, sampled], dim=1))
         self.length = self.mask.shape[1] - max_new_tokens

@@ -150,6 +150,11 @@ def prefix_batch(shared: SharedPrefixes, pad_id: int, device: torch.device) -> P
     return PrefixBatch(ids, mask, torch.tensor(shared.of_row, device=device))
 
 
+def without_prefixes(rows: Sequence[Sequence[int]], prefixes: SharedPrefixes) -> list[Sequence[int]]:
+    """Each row's tokens after its prefix."""
+    return [row[len(prefixes.ids[group]) :] for row, group in zip(rows, prefixes.of_row, strict=True)]
+
+
 def can_share_prefixes(config: PreTrainedConfig) -> bool:
     """Whether all layers of a model's cache store plain keys and values, from which rows can be selected."""
     return all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)

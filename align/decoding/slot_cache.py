@@ -20,9 +20,9 @@ from torch.utils._triton import has_triton
 from transformers import AttentionInterface, PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-ATTENTION = "slots"
+from align.models.packed_attention import HALF_PRECISION
 
-HALF_PRECISION = (torch.bfloat16, torch.float16)
+ATTENTION = "slots"
 
 TILE_SIZES = (16, 32, 64, 128, 256)
 """Features of a head that the Triton kernel has tiles for."""

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from align.decoding.shared_prefixes import PrefixBatch, prefix_batch
+from align.decoding.shared_prefixes import PrefixBatch, prefix_batch, without_prefixes
 from align.rl.rollout import Completion, permutation
-from align.rl.sequences import Sequences, lay_out, lay_out_after_prefixes, without_prefixes, worthwhile_prefixes
+from align.rl.sequences import Sequences, lay_out, lay_out_after_prefixes, worthwhile_prefixes
 from align.run import processes
 from align.run.reproducibility import derive_seed
 from align.settings.blocks import OptimizerBlock

@@ -16,6 +16,7 @@ from align.decoding.shared_prefixes import (
     SharedPrefixes,
     find_shared_prefixes,
     prefix_batch,
+    without_prefixes,
 )
 from align.models.packed_attention import packed_states, takes_packed_rows
 from align.models.padding import left_padded, position_ids, right_padded
@@ -93,11 +94,6 @@ def worthwhile_prefixes(rows: Sequence[Sequence[int]], share: bool) -> SharedPre
     """The rows' shared prefixes; none without `share`, or if they would save fewer than `WORTH_SHARING` positions."""
     prefixes = find_shared_prefixes(rows) if share else SharedPrefixes.none(len(rows))
     return prefixes if prefixes.positions_saved >= WORTH_SHARING else SharedPrefixes.none(len(rows))
-
-
-def without_prefixes(rows: Sequence[Sequence[int]], prefixes: SharedPrefixes) -> list[Sequence[int]]:
-    """Each row's tokens after its prefix."""
-    return [row[len(prefixes.ids[group]) :] for row, group in zip(rows, prefixes.of_row, strict=True)]
 
 
 def hidden_states(backbone: nn.Module, rows: Rows) -> Tensor:
