@@ -126,7 +126,7 @@ class SlotBatcher:
 
     def _reserve(self, waiting: Sequence[Task]) -> None:
         """Make the slots and their state, for prompts as long as those that wait."""
-        longest = max(len(task.prompt) for task in waiting) + self._limit
+        longest = max(map(self._positions_of, waiting))
         capacity = -(-longest // ROUNDED_TO) * ROUNDED_TO
         slots = min(self._rows, len(waiting), self._affordable(capacity))
         device, limit = self._device, self._limit
@@ -159,18 +159,19 @@ class SlotBatcher:
         """Give free slots to waiting tasks."""
         if not waiting:
             return
-        if not any(self._tasks) and (not self._tasks or self._longest(waiting) > self._cache.capacity):
+        if not any(self._tasks) and (not self._tasks or self._positions_of(waiting[0]) > self._cache.capacity):
             self._reserve(waiting)
         free = [slot for slot, task in enumerate(self._tasks) if task is None]
         admitted: dict[int, Task] = {}
         # A longer prompt than the slots have room for waits until all are free, and then has larger ones made.
-        while waiting and free and len(waiting[0].prompt) + self._limit <= self._cache.capacity:
+        while waiting and free and self._positions_of(waiting[0]) <= self._cache.capacity:
             admitted[free.pop(0)] = waiting.popleft()
         if admitted:
             self._prefill(admitted)
 
-    def _longest(self, waiting: deque[Task]) -> int:
-        return len(waiting[0].prompt) + self._limit
+    def _positions_of(self, task: Task) -> int:
+        """Positions that the task may take in its slot."""
+        return len(task.prompt) + self._limit
 
     def _prefill(self, admitted: dict[int, Task]) -> None:
         """Read all of each prompt but its last token, which the first step takes; equal prompts are read once."""
